@@ -1,0 +1,1 @@
+"""Training of Mixture-of-Transformers models on megatron-core and DeepSpeed."""

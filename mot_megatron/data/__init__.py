@@ -1,0 +1,1 @@
+"""Corpora on disk, packing, batches and the builders of the example corpora."""

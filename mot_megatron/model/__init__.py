@@ -1,0 +1,1 @@
+"""The Mixture-of-Transformers model: grouping, untied layers, attention, objectives, FLOPs."""

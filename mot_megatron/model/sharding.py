@@ -1,0 +1,41 @@
+"""How a rank's parameter lies inside the global one.
+
+Every parameter carries a ``layout`` attribute; initialisation, checkpoints and conversion read it
+and nothing else, so none of them has to know what kind of layer a parameter belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The global shape of a parameter and the dimension that tensor parallelism splits.
+
+    The global shape may have more dimensions than the parameter: SwiGLU's first projection is
+    [2, ffn, h] split along ffn, while a rank's parameter is the flat [2 * ffn / tp, h].
+    """
+
+    global_shape: tuple[int, ...]
+    shard_dim: int | None = None
+
+    def local_shape(self, tensor_parallel_size: int) -> tuple[int, ...]:
+        """Shape of one rank's part, with as many dimensions as ``global_shape``."""
+        if self.shard_dim is None:
+            return self.global_shape
+        shape = list(self.global_shape)
+        shape[self.shard_dim] //= tensor_parallel_size
+        return tuple(shape)
+
+
+def set_layout(parameter: torch.nn.Parameter, layout: ParameterLayout) -> None:
+    """Attach ``layout`` to ``parameter``."""
+    parameter.layout = layout  # type: ignore[attr-defined]
+
+
+def layout_of(parameter: torch.nn.Parameter) -> ParameterLayout:
+    """The layout attached by ``set_layout``."""
+    return parameter.layout  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Configuration of axes, process groups and the CPU adaptation of megatron-core."""

@@ -1,0 +1,1 @@
+"""Composition, training step, training loop, metrics, evaluation and generation."""
