@@ -1,0 +1,294 @@
+"""Writes a corpus directory, document by document, checking each as it comes.
+
+Everything goes to a temporary directory beside the target, which one rename makes visible: a
+corpus is complete or absent. Same documents, same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mot_megatron.data.corpus import (
+    DESCRIPTION_FILE,
+    FORMAT,
+    CorpusDescription,
+    FileDigests,
+    Modality,
+    SplitCounts,
+    describe,
+    parse_description,
+)
+from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path
+from mot_megatron.errors import DataError
+
+
+@dataclass
+class _OpenSplit:
+    tokens: TokenFileWriter
+    tokens_per_modality: np.ndarray
+    documents: int = 0
+    longest_document: int = 0
+
+
+@dataclass(kw_only=True)
+class CorpusWriter:
+    """Context manager that writes one corpus; on success the directory appears, else nothing.
+
+    Example::
+
+        text = Modality(name="text", first_id=0, size=256)
+        image = Modality(name="image", first_id=256, size=1024)
+        with CorpusWriter(directory=Path("corpora/mine"), name="mine", builder="mine 1", seed=0,
+                          modalities=[text, image], pad_token=0) as writer:
+            writer.add("train", [("text", [1, 2, 3]), ("image", [256, 700])])
+            writer.add("validation", [("text", [4, 5])])
+    """
+
+    directory: Path
+    """Must not exist yet, or be empty."""
+    name: str
+    builder: str
+    """Name and version of what writes the corpus."""
+    seed: int
+    modalities: Sequence[Modality]
+    """Their order gives each its index; their ranges follow each other from id 0."""
+    pad_token: int
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    licences: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._description: CorpusDescription = self._describe({})
+        self._by_name = {modality.name: modality for modality in self._description.modalities}
+        self._splits: dict[str, _OpenSplit] = {}
+        self._stack = ExitStack()
+        self._temporary: Path | None = None
+
+    def __enter__(self) -> CorpusWriter:
+        directory = self.directory
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise DataError(f"{directory}: exists already, expected a new or an empty directory")
+        with self._errors():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{directory.name}.partial-"
+            self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._stack.close()
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def add(self, split: str, segments: Sequence[tuple[str, Sequence[int] | np.ndarray]]) -> None:
+        """Append a document given as segments.
+
+        Args:
+            split: "train", "validation", or another name.
+            segments: In order, modality name and ids; the ids are those of the whole vocabulary
+                and must lie in that modality's range.
+
+        Raises:
+            DataError: The document is empty, a modality is unknown, an id lies outside its range,
+                or the disk is full; the message names the document.
+        """
+        where = self._where(split)
+        parts = []
+        for name, ids in segments:
+            if name not in self._by_name:
+                raise DataError(f"{where}: modality {name!r}, expected {list(self._by_name)}")
+            modality = self._by_name[name]
+            part = _integers(ids, where)
+            wrong = np.flatnonzero((part < modality.first_id) | (part >= modality.end_id))
+            if wrong.size:
+                raise DataError(
+                    f"{where}: token id {part[wrong[0]]} in a segment of modality {name}, expected "
+                    f"{modality.first_id}..{modality.end_id - 1}"
+                )
+            parts.append(part)
+        self._append(split, np.concatenate(parts) if parts else np.empty(0, np.int64))
+
+    def add_document(self, split: str, token_ids: np.ndarray) -> None:
+        """Append a document given as [n] integer ids.
+
+        Raises:
+            DataError: The document is empty, an id lies outside the vocabulary, or the disk is
+                full; the message names the document.
+        """
+        where = self._where(split)
+        ids = _integers(token_ids, where)
+        wrong = np.flatnonzero((ids < 0) | (ids >= self._description.vocab_size))
+        if wrong.size:
+            raise DataError(
+                f"{where}: token id {ids[wrong[0]]}, expected 0..{self._description.vocab_size - 1}"
+            )
+        self._append(split, ids)
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Put a file, for example a codebook, into the corpus directory.
+
+        Raises:
+            DataError: The name is taken or not a plain file name, or the disk is full.
+        """
+        path = self._root / name
+        if Path(name).name != name or name == DESCRIPTION_FILE or path.suffix in {".bin", ".idx"}:
+            raise DataError(f"{self.directory}: cannot add a file named {name!r}")
+        if path.exists():
+            raise DataError(f"{self.directory}: file {name!r} was added twice")
+        with self._errors():
+            path.write_bytes(content)
+
+    @property
+    def _root(self) -> Path:
+        assert self._temporary is not None, "CorpusWriter is used outside its with block"
+        return self._temporary
+
+    def _where(self, split: str) -> str:
+        number = self._splits[split].documents if split in self._splits else 0
+        return f"{self.directory}: document {number} of split {split}"
+
+    def _append(self, split: str, ids: np.ndarray) -> None:
+        if ids.size == 0:
+            raise DataError(f"{self._where(split)}: empty, expected at least one token")
+        with self._errors():
+            if split not in self._splits:
+                self._splits[split] = self._open(split)
+            state = self._splits[split]
+            state.tokens.add(ids)
+        state.documents += 1
+        state.longest_document = max(state.longest_document, ids.size)
+        state.tokens_per_modality += np.bincount(
+            self._description.modality_of_id[ids], minlength=len(self.modalities)
+        )
+
+    def _open(self, split: str) -> _OpenSplit:
+        if not split.isidentifier():
+            raise DataError(f"{self.directory}: split {split!r}, expected letters, digits and _")
+        tokens = TokenFileWriter(self._root / split, self._description.vocab_size)
+        self._stack.enter_context(tokens)
+        return _OpenSplit(tokens, np.zeros(len(self.modalities), dtype=np.int64))
+
+    def _finish(self) -> None:
+        if not self._splits:
+            raise DataError(f"{self.directory}: no documents were added, expected at least one")
+        for modality in self.modalities:
+            if modality.codebook and not (self._root / modality.codebook).is_file():
+                raise DataError(
+                    f"{self.directory}: codebook {modality.codebook!r} of modality {modality.name} "
+                    "was not added"
+                )
+        with self._errors():
+            counts = {name: self._close(name, split) for name, split in self._splits.items()}
+            text = render_description(self._describe(counts))
+            parse_description(text, DESCRIPTION_FILE)
+            (self._root / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
+            for path in self._root.iterdir():
+                _flush_to_disk(path)
+            self._root.chmod(0o755)  # mkdtemp makes directories for the owner only
+            self._root.rename(self.directory)
+
+    def _close(self, name: str, split: _OpenSplit) -> SplitCounts:
+        split.tokens.finish()
+        names = [modality.name for modality in self.modalities]
+        prefix = self._root / name
+        return SplitCounts(
+            documents=split.documents,
+            tokens=int(split.tokens_per_modality.sum()),
+            tokens_per_modality=dict(zip(names, split.tokens_per_modality.tolist(), strict=True)),
+            longest_document=split.longest_document,
+            sha256=FileDigests(bin=_sha256(bin_path(prefix)), idx=_sha256(idx_path(prefix))),
+        )
+
+    def _describe(self, splits: dict[str, SplitCounts]) -> CorpusDescription:
+        values: dict[str, object] = {
+            "format": FORMAT,
+            "name": self.name,
+            "builder": self.builder,
+            "seed": self.seed,
+            "vocab_size": sum(modality.size for modality in self.modalities),
+            "pad_token": self.pad_token,
+            "modalities": tuple(self.modalities),
+            "special_tokens": dict(self.special_tokens),
+            "splits": splits,
+            "licences": dict(self.licences),
+        }
+        return describe(values, f"{self.directory / DESCRIPTION_FILE}")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.directory}: cannot write the corpus: {error.strerror}"
+            ) from error
+
+
+def _integers(ids: Sequence[int] | np.ndarray, where: str) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"{where}: ids of dtype {array.dtype} and shape {array.shape}, expected integers in "
+            "one dimension"
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def render_description(description: CorpusDescription) -> str:
+    """The text of corpus.toml; ``parse_description`` is its inverse."""
+    values = description.model_dump(exclude_none=True)
+    modalities, splits = values.pop("modalities"), values.pop("splits")
+    tables = {key: values.pop(key) for key in ("special_tokens", "licences")}
+    lines = [*_pairs(values), ""]
+    for modality in modalities:
+        lines += ["[[modalities]]", *_pairs(modality), ""]
+    lines += ["[special_tokens]", *_pairs(tables["special_tokens"]), ""]
+    for name, counts in splits.items():
+        lines += [f"[splits.{name}]", *_pairs(counts), ""]
+    lines += ["[licences]", *_pairs(tables["licences"]), ""]
+    return "\n".join(lines)
+
+
+def _pairs(table: Mapping[str, object]) -> list[str]:
+    return [f"{_quote(key)} = {_value(value)}" for key, value in table.items()]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(_pairs(value)) + " }"
+    assert isinstance(value, str | int)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _quote(key: str) -> str:
+    plain = key.isascii() and key.replace("-", "_").isidentifier()
+    return key if plain else _value(key)
