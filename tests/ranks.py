@@ -1,0 +1,108 @@
+"""Run a function on several CPU ranks, one fresh process each, over gloo.
+
+A server process imports the slow packages once; every rank is then forked from it in about 0.2 s,
+where a spawned rank would import them again. (A plain fork of the test process can deadlock in
+OpenMP.) What each rank returns comes back to the test.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+PRELOAD = [
+    "torch",
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
+    "deepspeed",
+]
+
+# Read when the packages above are imported, so they must stand before the server starts.
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "TORCH_COMPILE_DISABLE": "1",  # megatron's jit fusions cost 24-40 s of compilation on CPU
+    "OMP_NUM_THREADS": "1",
+    "DEEPSPEED_LOG_LEVEL": "error",
+}
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a fresh gloo world.
+
+    Args:
+        function: A module-level function (it is pickled by name).
+        world_size: Number of ranks.
+        args: Picklable arguments, the same on every rank.
+        timeout: Seconds until the ranks are killed; the start of the server counts as well.
+
+    Returns:
+        What each rank returned (it must be picklable), in the order of the ranks.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: A rank raised; its traceback is inside.
+        TimeoutError: The ranks did not end in time; names the function.
+    """
+    os.environ.update(ENVIRONMENT)
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.start_processes(
+            _rank,
+            (world_size, folder, timeout, function, args),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
+        )
+        assert ranks is not None  # join=False returns the context
+        deadline = time.monotonic() + timeout
+        try:
+            while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(
+                        f"{function.__module__}.{function.__name__}: ranks still running "
+                        f"after {timeout} s"
+                    )
+        finally:
+            for process in ranks.processes:
+                process.kill()
+        return [pickle.loads(_result_file(folder, rank).read_bytes()) for rank in range(world_size)]
+
+
+def _result_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"result.{rank}"
+
+
+def _rank(  # the order that start_processes calls with: rank first
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    # What a launcher would set: DeepSpeed reads them even when the world is initialised already.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    try:
+        result = function(*args)
+    finally:
+        dist.destroy_process_group()
+    _result_file(folder, rank).write_bytes(pickle.dumps(result))
