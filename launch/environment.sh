@@ -1,0 +1,126 @@
+# The Python environment of every command of this repository: source it, then use "$PYTHON".
+#
+# Makes .venv in the repository root, installs the pinned packages of requirements.txt and this
+# package with its C++ extension, and reuses whatever is already there and unchanged.
+#   MOT_PYTHON=/path/to/python   use that interpreter, with the packages it has, and install nothing
+#                                (for a machine with its own torch and no package index)
+#   CXX=/path/to/compiler        the C++17 compiler, default c++
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+
+_stop() {
+    printf 'error: %s\n' "$@" >&2
+    exit 2
+}
+
+_say() {
+    printf '[environment] %s\n' "$*"
+}
+
+_is_recent_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# One hash over the named files and folders (relative to ROOT) and the words on standard input.
+_fingerprint() {
+    {
+        cat
+        cd "$ROOT" && find "$@" -type f ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 cat
+    } | sha256sum | cut -d ' ' -f 1
+}
+
+_find_python() {
+    local candidate
+    for candidate in python3 python3.11 python3.12 python3.13; do
+        if _is_recent_python "$candidate"; then
+            "$candidate" -c 'import sys; print(sys.executable)'
+            return
+        fi
+    done
+    _stop "no Python 3.11 or newer found (looked for python3, python3.11, python3.12, python3.13);" \
+        "  install one, for example: apt-get install python3.11 python3.11-venv python3.11-dev"
+}
+
+# $1: the interpreter the extension is built for.
+_check_compiler() {
+    local include
+    command -v "${CXX:-c++}" >/dev/null ||
+        _stop "no C++ compiler: '${CXX:-c++}' is not a command;" \
+            "  install one (apt-get install g++) or name it: CXX=/path/to/compiler"
+    include="$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+    [ -f "$include/Python.h" ] ||
+        _stop "Python's headers are missing: no $include/Python.h;" \
+            "  install them, for example: apt-get install python3-dev"
+}
+
+_make_venv() {
+    local base
+    if [ -e "$VENV" ] && _is_recent_python "$VENV/bin/python"; then
+        return
+    fi
+    base="$(_find_python)"
+    _check_compiler "$base"
+    "$base" -c 'import ensurepip, venv' 2>/dev/null ||
+        _stop "$base has no venv module;" "  install it, for example: apt-get install python3-venv"
+    _say "making .venv with $("$base" --version) ($base)"
+    rm -rf "$VENV"
+    "$base" -m venv "$VENV"
+}
+
+_install_requirements() {
+    local stamp="$VENV/.requirements-stamp" wanted
+    wanted="$("$PYTHON" --version | _fingerprint requirements.txt)"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        return
+    fi
+    rm -f "$stamp"
+    _say "installing the packages of requirements.txt (minutes, the first time)"
+    # torch alone and first: it decides between its CPU and CUDA builds by what the index offers,
+    # and DeepSpeed's build looks for it.
+    "$PYTHON" -m pip install --disable-pip-version-check \
+        "$(grep '^setuptools==' "$ROOT/requirements.txt")" "$(grep '^torch==' "$ROOT/requirements.txt")"
+    "$PYTHON" -m pip install --disable-pip-version-check --no-build-isolation \
+        --requirement "$ROOT/requirements.txt"
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+# $1: file of the stamp; the rest: the command that builds.
+_build_when_changed() {
+    local stamp="$1" wanted
+    shift
+    wanted="$("$PYTHON" -c 'import sys; print(sys.version, sys.executable)' |
+        _fingerprint setup.py pyproject.toml mot_megatron/csrc)"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] &&
+        (cd "$ROOT" && "$PYTHON" -c 'import mot_megatron.data._native' 2>/dev/null); then
+        return
+    fi
+    rm -f "$stamp"
+    _check_compiler "$PYTHON"
+    _say "building the C++ extension"
+    (cd "$ROOT" && "$@")
+    mkdir -p "$(dirname "$stamp")"
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+if [ -n "${MOT_PYTHON:-}" ]; then
+    _is_recent_python "$MOT_PYTHON" || _stop "MOT_PYTHON=$MOT_PYTHON is no Python 3.11 or newer"
+    PYTHON="$MOT_PYTHON"
+    for _module in torch megatron.core deepspeed pybind11 setuptools pydantic tokenizers; do
+        "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$_module') is None)" \
+            2>/dev/null ||
+            _stop "MOT_PYTHON=$MOT_PYTHON lacks the module $_module, and nothing is installed into it"
+    done
+    _build_when_changed "$ROOT/build/extension-stamp" "$PYTHON" setup.py --quiet build_ext --inplace
+else
+    _make_venv
+    PYTHON="$VENV/bin/python"
+    _install_requirements
+    _build_when_changed "$VENV/.extension-stamp" \
+        "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+        --editable .
+fi
+# Ranks started by the deepspeed launcher, and the tools, find this package from any folder.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+PATH="$(dirname "$PYTHON"):$PATH"
+export PATH PYTHON
