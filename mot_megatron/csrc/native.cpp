@@ -1,0 +1,291 @@
+// The two loops of the data path that Python is too slow for: packing documents into sequences and
+// sorting a micro-batch's tokens by tower. Plain functions over NumPy arrays, without the GIL;
+// tests hold each equal to a NumPy reference. User errors are found by the Python callers: what is
+// thrown here guards memory.
+
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+constexpr int64_t kNoLabel = -100;  // model/micro_batch.py: NO_LABEL
+constexpr int64_t kNone = -1;
+
+// A set of integers below a bound that finds its smallest member >= x by walking up and down a tree
+// of 64-way bitmaps: three levels reach 262,144.
+class IntegerSet {
+ public:
+  explicit IntegerSet(int64_t bound) {
+    int64_t size = bound;
+    do {
+      size = (size + 63) / 64;
+      levels_.emplace_back(size, 0);
+    } while (size > 1);
+  }
+
+  void insert(int64_t value) {
+    for (auto& level : levels_) {
+      level[value >> 6] |= uint64_t{1} << (value & 63);
+      value >>= 6;
+    }
+  }
+
+  void erase(int64_t value) {
+    for (auto& level : levels_) {
+      level[value >> 6] &= ~(uint64_t{1} << (value & 63));
+      if (level[value >> 6] != 0) return;
+      value >>= 6;
+    }
+  }
+
+  // The smallest member >= value, or kNone.
+  int64_t at_least(int64_t value) const {
+    for (size_t depth = 0; depth < levels_.size(); ++depth) {
+      const auto& level = levels_[depth];
+      const int64_t word = value >> 6;
+      if (word >= static_cast<int64_t>(level.size())) return kNone;
+      const uint64_t bits = level[word] >> (value & 63);
+      if (bits != 0) return descend(depth, value + __builtin_ctzll(bits));
+      value = word + 1;
+    }
+    return kNone;
+  }
+
+ private:
+  int64_t descend(size_t depth, int64_t value) const {
+    while (depth-- > 0) value = value * 64 + __builtin_ctzll(levels_[depth][value]);
+    return value;
+  }
+
+  std::vector<std::vector<uint64_t>> levels_;
+};
+
+struct Bins {
+  std::vector<int64_t> bin_of_document;
+  int64_t count = 0;
+};
+
+// Best fit: each document goes to the bin that it leaves fullest, and among equals to the one that
+// came to its present room last.
+Bins best_fit(const int64_t* lengths, int64_t documents, int64_t capacity) {
+  Bins bins;
+  bins.bin_of_document.resize(documents);
+  IntegerSet rooms(capacity + 1);
+  std::vector<int64_t> newest_with_room(capacity + 1, kNone);
+  std::vector<int64_t> next;  // per bin: the next older one with the same room
+  for (int64_t document = 0; document < documents; ++document) {
+    const int64_t length = lengths[document];
+    if (length < 1 || length > capacity) throw std::out_of_range("document length");
+    int64_t room = rooms.at_least(length);
+    int64_t bin;
+    if (room == kNone) {
+      room = capacity;
+      bin = bins.count++;
+      next.push_back(kNone);
+    } else {
+      bin = newest_with_room[room];
+      newest_with_room[room] = next[bin];
+      if (next[bin] == kNone) rooms.erase(room);
+    }
+    bins.bin_of_document[document] = bin;
+    room -= length;
+    if (room > 0) {
+      next[bin] = newest_with_room[room];
+      newest_with_room[room] = bin;
+      rooms.insert(room);
+    }
+  }
+  return bins;
+}
+
+py::tuple pack(const Array<int64_t>& lengths, int64_t capacity) {
+  if (lengths.ndim() != 1 || capacity < 1) throw std::invalid_argument("pack: shape or capacity");
+  const int64_t documents = lengths.shape(0);
+  const int64_t* length = lengths.data();
+  Array<int64_t> order(documents);
+  int64_t* order_out = order.mutable_data();
+  std::vector<int64_t> offsets;
+  {
+    py::gil_scoped_release release;
+    const Bins bins = best_fit(length, documents, capacity);
+    offsets.assign(bins.count + 1, 0);
+    for (const int64_t bin : bins.bin_of_document) ++offsets[bin + 1];
+    for (int64_t bin = 0; bin < bins.count; ++bin) offsets[bin + 1] += offsets[bin];
+    std::vector<int64_t> cursor(offsets.begin(), offsets.end() - 1);
+    for (int64_t document = 0; document < documents; ++document) {
+      order_out[cursor[bins.bin_of_document[document]]++] = document;
+    }
+  }
+  return py::make_tuple(order, Array<int64_t>(offsets.size(), offsets.data()));
+}
+
+struct Shape {
+  int64_t sequences;
+  int64_t seq_length;
+  int64_t modalities;
+  int64_t towers;
+  int64_t vocab_size;
+  int64_t tokens() const { return sequences * seq_length; }
+};
+
+struct Inputs {
+  const int64_t* token_ids;
+  const int32_t* document_ids;
+  const int64_t* filled;
+  const int8_t* modality_of_id;
+  const int64_t* tower_of_modality;
+};
+
+struct Counts {
+  std::vector<int64_t> tower_tokens;
+  std::vector<int64_t> modality_tokens;
+  std::vector<int64_t> modality_labels;
+};
+
+// What is known per position in sequence order, before slots are assigned.
+struct Positions {
+  std::vector<int64_t> tower;
+  std::vector<int64_t> label;
+  std::vector<int64_t> label_modality;
+};
+
+Counts read_positions(const Shape& shape, const Inputs& in, Positions& out, int64_t* positions) {
+  Counts counts{std::vector<int64_t>(shape.towers), std::vector<int64_t>(shape.modalities),
+                std::vector<int64_t>(shape.modalities)};
+  for (int64_t i = 0; i < shape.tokens(); ++i) {
+    if (in.token_ids[i] < 0 || in.token_ids[i] >= shape.vocab_size) {
+      throw std::out_of_range("token id");
+    }
+  }
+  for (int64_t i = 0; i < shape.tokens(); ++i) {
+    const int64_t column = i % shape.seq_length;
+    const int64_t filled = in.filled[i / shape.seq_length];
+    const int64_t modality = in.modality_of_id[in.token_ids[i]];
+    const bool continues = column > 0 && in.document_ids[i] == in.document_ids[i - 1];
+    positions[i] = continues ? positions[i - 1] + 1 : 0;
+    out.tower[i] = in.tower_of_modality[modality];
+    out.label[i] = kNoLabel;
+    out.label_modality[i] = 0;
+    ++counts.tower_tokens[out.tower[i]];
+    if (column < filled) ++counts.modality_tokens[modality];
+    if (column + 1 < filled && in.document_ids[i] == in.document_ids[i + 1]) {
+      out.label[i] = in.token_ids[i + 1];
+      out.label_modality[i] = in.modality_of_id[out.label[i]];
+      ++counts.modality_labels[out.label_modality[i]];
+    }
+  }
+  return counts;
+}
+
+void check(const Shape& shape, const Inputs& in, int64_t slot_multiple) {
+  if (shape.seq_length < 1 || slot_multiple < 1) throw std::invalid_argument("group: sizes");
+  for (int64_t i = 0; i < shape.modalities; ++i) {
+    if (in.tower_of_modality[i] < 0 || in.tower_of_modality[i] >= shape.towers) {
+      throw std::out_of_range("tower of a modality");
+    }
+  }
+  for (int64_t i = 0; i < shape.vocab_size; ++i) {
+    if (in.modality_of_id[i] < 0 || in.modality_of_id[i] >= shape.modalities) {
+      throw std::out_of_range("modality of an id");
+    }
+  }
+}
+
+py::dict group(const Array<int64_t>& token_ids, const Array<int32_t>& document_ids,
+               const Array<int64_t>& filled, const Array<int8_t>& modality_of_id,
+               const Array<int64_t>& tower_of_modality, int64_t towers, int64_t slot_multiple) {
+  if (token_ids.ndim() != 2 || document_ids.ndim() != 2 || filled.ndim() != 1 ||
+      modality_of_id.ndim() != 1 || tower_of_modality.ndim() != 1 ||
+      document_ids.shape(0) != token_ids.shape(0) || document_ids.shape(1) != token_ids.shape(1) ||
+      filled.shape(0) != token_ids.shape(0)) {
+    throw std::invalid_argument("group: shapes");
+  }
+  const Shape shape{token_ids.shape(0), token_ids.shape(1), tower_of_modality.shape(0), towers,
+                    modality_of_id.shape(0)};
+  const Inputs in{token_ids.data(), document_ids.data(), filled.data(), modality_of_id.data(),
+                  tower_of_modality.data()};
+  const int64_t tokens = shape.tokens();
+  Array<int64_t> positions(tokens);
+  int64_t* positions_out = positions.mutable_data();
+  Positions by_position{std::vector<int64_t>(tokens), std::vector<int64_t>(tokens),
+                        std::vector<int64_t>(tokens)};
+  Counts counts;
+  std::vector<int64_t> tower_slots(towers);
+  int64_t slots = 0;
+  {
+    py::gil_scoped_release release;
+    check(shape, in, slot_multiple);
+    counts = read_positions(shape, in, by_position, positions_out);
+    for (int64_t tower = 0; tower < towers; ++tower) {
+      const int64_t used = counts.tower_tokens[tower];
+      tower_slots[tower] = (used + slot_multiple - 1) / slot_multiple * slot_multiple;
+      slots += tower_slots[tower];
+    }
+  }
+  Array<int64_t> slot_ids(slots), labels(slots), label_modalities(slots), group_index(slots);
+  Array<int64_t> ungroup_index(tokens), padding_slots(slots - tokens);
+  int64_t* ids_out = slot_ids.mutable_data();
+  int64_t* labels_out = labels.mutable_data();
+  int64_t* label_modalities_out = label_modalities.mutable_data();
+  int64_t* group_out = group_index.mutable_data();
+  int64_t* ungroup_out = ungroup_index.mutable_data();
+  int64_t* padding_out = padding_slots.mutable_data();
+  {
+    py::gil_scoped_release release;
+    std::vector<int64_t> cursor(towers);
+    int64_t begin = 0;
+    for (int64_t tower = 0; tower < towers; ++tower) {
+      cursor[tower] = begin;
+      const int64_t end = begin + tower_slots[tower];
+      for (int64_t slot = begin + counts.tower_tokens[tower]; slot < end; ++slot) {
+        *padding_out++ = slot;
+        ids_out[slot] = 0;
+        labels_out[slot] = kNoLabel;
+        label_modalities_out[slot] = 0;
+        group_out[slot] = 0;
+      }
+      begin = end;
+    }
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t slot = cursor[by_position.tower[i]]++;
+      ids_out[slot] = in.token_ids[i];
+      labels_out[slot] = by_position.label[i];
+      label_modalities_out[slot] = by_position.label_modality[i];
+      group_out[slot] = i;
+      ungroup_out[i] = slot;
+    }
+  }
+  py::dict result;
+  result["token_ids"] = slot_ids;
+  result["labels"] = labels;
+  result["label_modalities"] = label_modalities;
+  result["positions"] = positions;
+  result["group_index"] = group_index;
+  result["ungroup_index"] = ungroup_index;
+  result["padding_slots"] = padding_slots;
+  result["tower_slots"] = py::tuple(py::cast(tower_slots));
+  result["tower_tokens"] = py::tuple(py::cast(counts.tower_tokens));
+  result["modality_tokens"] = py::tuple(py::cast(counts.modality_tokens));
+  result["modality_labels"] = py::tuple(py::cast(counts.modality_labels));
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Packing of documents and grouping of tokens; see packing.py and batches.py.";
+  module.def("pack", &pack, py::arg("lengths"), py::arg("capacity"));
+  module.def("group", &group, py::arg("token_ids"), py::arg("document_ids"), py::arg("filled"),
+             py::arg("modality_of_id"), py::arg("tower_of_modality"), py::arg("towers"),
+             py::arg("slot_multiple"));
+}

@@ -1,0 +1,71 @@
+"""From packed sequences to a MicroBatch: labels, positions, and the tokens sorted by tower.
+
+Sorting on the host, once per batch, is what makes every tower's tokens a contiguous slice of known
+size in the model. Letters as in model/micro_batch.py: b sequences, s positions each, t = b * s, g
+slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mot_megatron.data import _native
+from mot_megatron.errors import DataError
+from mot_megatron.model.micro_batch import MicroBatch
+
+
+def build_micro_batch(
+    token_ids: np.ndarray,
+    document_ids: np.ndarray,
+    modality_of_id: np.ndarray,
+    towers_of_modalities: Sequence[int],
+    *,
+    num_towers: int,
+    slot_multiple: int = 1,
+    filled_tokens: np.ndarray | None = None,
+) -> MicroBatch:
+    """Group one micro-batch; a pure function of its arguments, on the CPU.
+
+    Args:
+        token_ids: [b, s] integers, sequence order.
+        document_ids: [b, s] integers: equal inside a document, ascending along a sequence.
+        modality_of_id: [vocab_size] int8, modality index of every id.
+        towers_of_modalities: Tower index of every modality, M of them.
+        num_towers: K; a tower may have no modality.
+        slot_multiple: Every tower's slots are rounded up to a multiple of this; the
+            tensor-parallel size under sequence parallelism, else 1.
+        filled_tokens: [b] leading positions of each sequence that documents occupy; the positions
+            behind them get no label and are counted for no modality. Default: all.
+
+    Raises:
+        DataError: An id lies outside the vocabulary. Embeddings do not notice: under tensor
+            parallelism such an id silently becomes zeros.
+    """
+    sequences, seq_length = token_ids.shape
+    vocab_size = len(modality_of_id)
+    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        sequence, position = np.argwhere((token_ids < 0) | (token_ids >= vocab_size))[0]
+        raise DataError(
+            f"sequence {sequence}, position {position}: token id "
+            f"{token_ids[sequence, position]}, expected 0..{vocab_size - 1}"
+        )
+    everything = np.full(sequences, seq_length, dtype=np.int64)
+    grouped = _native.group(
+        token_ids,
+        document_ids,
+        everything if filled_tokens is None else filled_tokens,
+        modality_of_id,
+        np.asarray(towers_of_modalities, dtype=np.int64),
+        num_towers,
+        slot_multiple,
+    )
+    document_tensor = torch.from_numpy(document_ids.astype(np.int32))
+    return MicroBatch(document_ids=document_tensor, **{k: _tensor(v) for k, v in grouped.items()})
+
+
+def _tensor(value: np.ndarray | tuple[int, ...]) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
