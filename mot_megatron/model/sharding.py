@@ -1,6 +1,6 @@
 """How a rank's parameter lies inside the global one.
 
-Every parameter carries a ``layout`` attribute; initialisation, checkpoints and conversion read it
+Every parameter carries a ``shard_layout`` attribute; initialisation, checkpoints and conversion read it
 and nothing else, so none of them has to know what kind of layer a parameter belongs to.
 """
 
@@ -33,9 +33,9 @@ class ParameterLayout:
 
 def set_layout(parameter: torch.nn.Parameter, layout: ParameterLayout) -> None:
     """Attach ``layout`` to ``parameter``."""
-    parameter.layout = layout  # type: ignore[attr-defined]
+    parameter.shard_layout = layout  # type: ignore[attr-defined]
 
 
 def layout_of(parameter: torch.nn.Parameter) -> ParameterLayout:
     """The layout attached by ``set_layout``."""
-    return parameter.layout  # type: ignore[attr-defined]
+    return parameter.shard_layout  # type: ignore[attr-defined]

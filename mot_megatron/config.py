@@ -1,0 +1,435 @@
+"""The typed, immutable configuration: TOML in, overrides by dotted key, every cross-check here.
+
+A field's docstring gives its unit and whose view it is. Unknown keys are errors: a misspelt key
+must never train a different model silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mot_megatron.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+VOCABULARY_MULTIPLE = 128
+"""A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
+
+
+class Section(BaseModel):
+    """A table of the configuration file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """What the run is called and where it writes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder under ``directory``; letters, digits, dot, dash, underscore."""
+    directory: Path = Path("runs")
+    """Folder of all runs, relative to the working directory."""
+    seed: NonNegativeInt = 1234
+    """Seeds the initial weights and the order of the data."""
+
+
+class DataConfig(Section):
+    """Which corpus, in sequences of which length."""
+
+    corpus: Path
+    """Folder that holds corpus.toml."""
+    seq_length: PositiveInt = 4096
+    """Tokens per packed sequence; no document may be longer."""
+
+
+class ModalityConfig(Section):
+    """How one modality of the corpus is modelled."""
+
+    tower: str = Field(min_length=1)
+    """The set of untied weights its tokens use; modalities that name the same tower share it."""
+    loss_weight: NonNegativeFloat = 1.0
+    """Weight of its labels in the mean over the tokens of the global batch."""
+
+
+class UntiedConfig(Section):
+    """Which components have one set of weights per tower; the others are shared by all towers."""
+
+    feed_forward: bool = True
+    """Feed-forward network."""
+    qkv: bool = True
+    """Query, key and value projections."""
+    output_projection: bool = True
+    """Attention output projection."""
+    norms: bool = True
+    """The two norms of every layer."""
+    qk_norm: bool = True
+    """Norms of queries and keys."""
+    final_norm: bool = True
+    """Norm before the output head."""
+
+
+class ModelConfig(Section):
+    """Shape of the transformer; the dense baseline is the same with a single tower."""
+
+    num_layers: PositiveInt
+    """Transformer layers."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_query_groups: PositiveInt | None = None
+    """Key-value heads (grouped-query attention); absent: as many as query heads."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Width of SwiGLU; absent: 256 * ceil((8 * hidden_size / 3) / 256), the paper's rule."""
+    vocab_size: PositiveInt | None = None
+    """Rows of embedding and head; absent: the corpus's, rounded up to a multiple of 128."""
+    norm_placement: Literal["post", "pre"] = "post"
+    """post: h + norm(f(h)), the paper's; pre: h + f(norm(h)), LLaMA's."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+    qk_norm: bool = True
+    """RMSNorm over the head dimension of queries and keys, before RoPE."""
+    rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+    untie_embeddings_and_output_weights: bool = True
+    """A head of its own; false: the head is the embedding's transpose."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of every initial matrix; norms begin at one."""
+    z_loss_coefficient: NonNegativeFloat = 1e-5
+    """Coefficient of log(Z)^2, Z the softmax's denominator, which keeps the logits from drifting."""
+    attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
+    """Kernel of the global attention; auto: flex on CUDA, sdpa elsewhere."""
+    modalities: dict[str, ModalityConfig] = Field(min_length=1)
+    """Every modality of the corpus, by its name there."""
+    untied: UntiedConfig = UntiedConfig()
+    """Which components are untied."""
+
+    @property
+    def tower_names(self) -> tuple[str, ...]:
+        """Distinct towers in order of first mention."""
+        return tuple(dict.fromkeys(modality.tower for modality in self.modalities.values()))
+
+    @property
+    def num_towers(self) -> int:
+        """K."""
+        return len(self.tower_names)
+
+    @property
+    def towers_of_modalities(self) -> tuple[int, ...]:
+        """Tower index of every modality, in the order of ``modalities``."""
+        names = self.tower_names
+        return tuple(names.index(modality.tower) for modality in self.modalities.values())
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Loss weight of every modality, in the order of ``modalities``."""
+        return tuple(modality.loss_weight for modality in self.modalities.values())
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key-value heads, ``num_attention_heads`` without grouped-query attention."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Width of SwiGLU: ``ffn_hidden_size`` or the paper's rule."""
+        return self.ffn_hidden_size or 256 * -(-8 * self.hidden_size // (3 * 256))
+
+    @property
+    def num_vocabulary_rows(self) -> int:
+        """``vocab_size`` of a resolved configuration."""
+        if self.vocab_size is None:
+            raise ConfigError("model.vocab_size is absent and no corpus was given to take it from")
+        return self.vocab_size
+
+
+class ParallelConfig(Section):
+    """How the model and its optimizer are laid over the ranks; what is left is data parallel."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share every matrix."""
+    sequence_parallel: bool = False
+    """Split the residual stream over the tensor-parallel ranks too; needs a TP size above 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO over data parallel: 1 optimizer states, 2 + gradients, 3 + weights."""
+    offload: Literal["none", "optimizer"] = "none"
+    """Where optimizer states live: "optimizer" keeps and updates them in host memory."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 1.5e-5
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: NonNegativeInt = 4000
+    """Steps of linear rise from 0 to ``lr``."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay from ``lr`` to ``min_lr``."""
+    lr_decay_steps: PositiveInt | None = None
+    """Step at which ``min_lr`` is reached; absent: training.train_steps."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay; norm weights have none."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the squared gradient's running mean."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class TrainingConfig(Section):
+    """How long, in which batches and in which precision."""
+
+    train_steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per data-parallel rank in one forward pass."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step over all ranks; the rest is gradient accumulation."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of weights and activations; the optimizer keeps fp32 weights either way."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations to compute again in backward: none, the attention core, or whole layers."""
+
+
+class CheckpointConfig(Section):
+    """When training state is saved; the last step always is."""
+
+    interval_steps: PositiveInt = 1000
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+
+class EvaluationConfig(Section):
+    """Held-out loss per modality; the last step always evaluates."""
+
+    interval_steps: PositiveInt = 500
+    """Steps between evaluations."""
+    max_sequences: PositiveInt | None = None
+    """Packed sequences of the validation split to use; absent: all."""
+
+
+class LoggingConfig(Section):
+    """Console and TensorBoard."""
+
+    interval_steps: PositiveInt = 10
+    """Steps between console lines and scalars."""
+    sample_interval_steps: PositiveInt | None = None
+    """Steps between generated samples in TensorBoard; absent: only after the last step."""
+    peak_flops: PositiveFloat | None = None
+    """FLOP/s of one device for MFU; absent: the data sheet's, or a measured matmul on a CPU."""
+
+
+class Config(Section):
+    """The whole configuration file."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def run_directory(self) -> Path:
+        """Folder that everything of this run is written to."""
+        return self.run.directory / self.run.name
+
+    def with_vocabulary_of(self, corpus_vocab_size: int) -> Config:
+        """Resolve ``model.vocab_size`` against a corpus.
+
+        Raises:
+            ConfigError: the configured vocabulary is smaller than the corpus's.
+        """
+        vocab_size = self.model.vocab_size
+        if vocab_size is None:
+            rounded = -(-corpus_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            model = self.model.model_copy(update={"vocab_size": rounded})
+            return self.model_copy(update={"model": model})
+        if vocab_size < corpus_vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {vocab_size} is smaller than the {corpus_vocab_size} tokens"
+                f" of {self.data.corpus}; allowed: at least that many"
+            )
+        return self
+
+    def accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * data_parallel_size
+        )
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply ``section.key=value`` overrides and check what it says.
+
+    Raises:
+        ConfigError: one line that names the file, the key, its value and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, source: str, overrides: list[str] | None = None) -> Config:
+    """``load_config`` of a text; ``source`` names it in errors."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+    _check(config, source)
+    return config
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    path = key.strip().split(".")
+    if not separator or not all(path):
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A bare word is the string it spells, so that a shell needs no second pair of quotes.
+        parsed = value.strip()
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    tree[path[-1]] = parsed
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line; the count of the others."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(_section_at(first["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        message = f"{key}: unknown key{hint} allowed: {', '.join(allowed)}"
+    elif first["type"] == "missing":
+        message = f"{key}: required, but absent"
+    else:
+        message = f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return message + more
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+    section: type[Section] = Config
+    for part in location:
+        if section is ModelConfig and part == "modalities":
+            return ModalityConfig
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        section = annotation
+    return section
+
+
+def _check(config: Config, source: str) -> None:
+    """Rules between keys that hold for any number of ranks."""
+    model, parallel, optimizer = config.model, config.parallel, config.optimizer
+    tensor = parallel.tensor_model_parallel_size
+    _divides(source, "model.hidden_size", model.hidden_size, "model.num_attention_heads",
+             model.num_attention_heads)  # fmt: skip
+    _divides(source, "model.num_attention_heads", model.num_attention_heads,
+             "model.num_query_groups", model.num_key_value_heads)  # fmt: skip
+    if model.head_dim % 2:
+        raise ConfigError(
+            f"{source}: model.hidden_size / model.num_attention_heads = {model.head_dim}:"
+            " the rotary embedding needs an even head size"
+        )
+    split = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_key_value_heads,
+        "model.ffn_hidden_size": model.feed_forward_size,
+        "model.vocab_size": model.vocab_size or VOCABULARY_MULTIPLE,
+    }
+    for key, value in split.items():
+        _divides(source, key, value, "parallel.tensor_model_parallel_size", tensor)
+    if parallel.sequence_parallel and tensor == 1:
+        raise ConfigError(
+            f"{source}: parallel.sequence_parallel = true needs"
+            " parallel.tensor_model_parallel_size of 2 or more, not 1"
+        )
+    if parallel.offload != "none" and parallel.zero_stage == 0:
+        raise ConfigError(
+            f'{source}: parallel.offload = "{parallel.offload}" needs parallel.zero_stage 1, 2'
+            " or 3, not 0"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"{source}: optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr ="
+            f" {optimizer.lr}"
+        )
+    if not any(weight > 0 for weight in model.loss_weights):
+        raise ConfigError(f"{source}: every model.modalities.*.loss_weight is 0: nothing to learn")
+
+
+def _divides(source: str, key: str, value: int, by_key: str, by: int) -> None:
+    if value % by:
+        near = sorted(divisor for divisor in range(1, value + 1) if value % divisor == 0)
+        near.sort(key=lambda divisor: abs(divisor - by))
+        choices = ", ".join(str(divisor) for divisor in sorted(near[:4]))
+        raise ConfigError(
+            f"{source}: {key} = {value} is not divisible by {by_key} = {by};"
+            f" nearest legal {by_key}: {choices}"
+        )
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Rules that depend on the number of ranks; called before any process group is made.
+
+    Raises:
+        ConfigError: what does not divide, and the nearest legal value.
+    """
+    tensor = config.parallel.tensor_model_parallel_size
+    if world_size % tensor:
+        below, above = world_size // tensor * tensor, -(-world_size // tensor) * tensor
+        legal = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"the world size {world_size} is not divisible by"
+            f" parallel.tensor_model_parallel_size = {tensor}; nearest legal world size: {legal}"
+        )
+    data_parallel = world_size // tensor
+    per_step = config.training.micro_batch_size * data_parallel
+    if config.training.global_batch_size % per_step:
+        size = config.training.global_batch_size
+        below, above = size // per_step * per_step, -(-size // per_step) * per_step
+        legal = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"training.global_batch_size = {size} is not divisible by"
+            f" training.micro_batch_size * data-parallel size ="
+            f" {config.training.micro_batch_size} * {data_parallel}; nearest legal: {legal}"
+        )

@@ -1,0 +1,101 @@
+"""The one global attention, in sequence order, over whatever kernel the device offers.
+
+A core takes q [t, heads, d] and k, v [t, key-value heads, d] of all documents of a micro-batch and
+lets each token see itself and what precedes it in its document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from mot_megatron.model.micro_batch import MicroBatch
+
+AttentionCore = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer index, q, k, v) -> output [t, heads, d]; the index lets a cache keep layers apart."""
+
+
+def build_attention_core(
+    micro_batch: MicroBatch, backend: Literal["auto", "sdpa", "flex"]
+) -> AttentionCore:
+    """The core for a micro-batch on its device.
+
+    Under "auto" that is FlexAttention on CUDA and torch's scaled dot product attention elsewhere:
+    FlexAttention has no backward on a CPU.
+    """
+    on_cuda = micro_batch.token_ids.is_cuda
+    if backend == "flex" or (backend == "auto" and on_cuda):
+        return FlexDocumentAttention(micro_batch.document_ids, compiled=on_cuda)
+    return DocumentAttention(micro_batch.document_ids)
+
+
+class DocumentAttention:
+    """Causal scaled dot product attention, one call per document.
+
+    Without a kernel that skips masked blocks this does a fraction of the work of one call with a
+    [t, t] mask: packed documents are much shorter than the sequence.
+    """
+
+    def __init__(self, document_ids: torch.Tensor) -> None:
+        sequence_length = document_ids.shape[1]
+        rows = torch.arange(document_ids.shape[0], device=document_ids.device)
+        flat = (document_ids + rows[:, None] * sequence_length).flatten()
+        self.lengths: list[int] = torch.unique_consecutive(flat, return_counts=True)[1].tolist()
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend within each document; shapes as the module says."""
+        del layer
+        parts = (tensor.split(self.lengths) for tensor in (q, k, v))
+        return torch.cat([causal_attention(*part) for part in zip(*parts, strict=True)])
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of one document, [n, heads, d] with grouped key-value heads allowed."""
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    output = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return output[0].transpose(0, 1)
+
+
+class FlexDocumentAttention:
+    """FlexAttention with a block mask: all documents in one kernel, empty blocks skipped."""
+
+    def __init__(self, document_ids: torch.Tensor, compiled: bool) -> None:
+        self.mask = document_block_mask(document_ids)
+        self.attend = _compiled_flex_attention if compiled else flex_attention
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend within each document; shapes as the module says."""
+        del layer
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        output = self.attend(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        assert isinstance(output, torch.Tensor)
+        return output[0].transpose(0, 1)
+
+
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
+    """Causal mask within documents over the flattened micro-batch, [t, t] in sparse blocks."""
+    num_rows, sequence_length = document_ids.shape
+    rows = torch.arange(num_rows, device=document_ids.device)
+    documents = (document_ids + rows[:, None] * sequence_length).flatten()
+
+    def visible(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        del batch, head
+        return (query >= key) & (documents[query] == documents[key])
+
+    size = num_rows * sequence_length
+    return create_block_mask(visible, None, None, size, size, device=str(document_ids.device))

@@ -1,0 +1,100 @@
+"""Moves rows between grouped order, where towers work, and sequence order, where attention works.
+
+The residual stream is a tuple of K tensors, one contiguous slice per tower, so that a tower's
+matrix multiplication needs no mask, no gather and no copy. Only attention needs sequence order:
+one pass takes q, k and v there and one brings the output back. Each of the two autograd functions
+is the other's backward, and every size is a Python int known before the step.
+
+Letters: t tokens of the micro-batch, t_k tokens and g_k >= t_k slots of tower k, c columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mot_megatron.model.micro_batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which sequence positions belong to which tower, in the order of the tower's slots."""
+
+    indices: tuple[torch.Tensor, ...]
+    """K tensors [t_k] int64: sequence position of each of tower k's tokens."""
+    slots: tuple[int, ...]
+    """g_k: rows of tower k's slice; those after the first t_k are padding."""
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> Grouping:
+        """The grouping of a micro-batch, on the batch's device."""
+        starts = micro_batch.group_index.split(micro_batch.tower_slots)
+        indices = tuple(
+            index[:tokens] for index, tokens in zip(starts, micro_batch.tower_tokens, strict=True)
+        )
+        return cls(indices, micro_batch.tower_slots)
+
+    def to_sequence(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K slices [g_k, ...] in grouped order -> [t, ...] in sequence order; padding is dropped."""
+        return _ToSequence.apply(self, *slices)
+
+    def to_towers(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[t, ...] in sequence order -> K slices [g_k, ...]; padding slots become zero rows."""
+        return _ToTowers.apply(self, rows)
+
+
+class _ToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grouping: Grouping, *slices: torch.Tensor) -> torch.Tensor:
+        ctx.grouping = grouping
+        return _scatter(grouping, slices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, *_gather(ctx.grouping, gradients[0]))
+
+
+class _ToTowers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grouping: Grouping, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.grouping = grouping
+        return _gather(grouping, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, _scatter(ctx.grouping, gradients)
+
+
+def _scatter(grouping: Grouping, slices: Sequence[torch.Tensor]) -> torch.Tensor:
+    num_tokens = sum(index.numel() for index in grouping.indices)
+    rows = slices[0].new_empty(num_tokens, *slices[0].shape[1:])
+    for index, part in zip(grouping.indices, slices, strict=True):
+        rows.index_copy_(0, index, part[: index.numel()])
+    return rows
+
+
+def _gather(grouping: Grouping, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    slices = []
+    for index, slots in zip(grouping.indices, grouping.slots, strict=True):
+        if slots == index.numel():
+            slices.append(rows.index_select(0, index))
+        else:
+            part = rows.new_zeros(slots, *rows.shape[1:])
+            torch.index_select(rows, 0, index, out=part[: index.numel()])
+            slices.append(part)
+    return tuple(slices)
+
+
+def rank_major(values: torch.Tensor, slots: Sequence[int], num_ranks: int) -> torch.Tensor:
+    """Reorder [g, ...] from tower-major to the order a sequence-parallel gather produces.
+
+    Rank r's local stream is its r-th part of every tower's slice; gathering the local streams of
+    all ranks puts rank 0's parts of all towers first, then rank 1's. Identity for one rank.
+    """
+    if num_ranks == 1:
+        return values
+    parts = [part.chunk(num_ranks) for part in values.split(tuple(slots)) if part.numel()]
+    return torch.cat([tower[rank] for rank in range(num_ranks) for tower in parts])

@@ -1,0 +1,34 @@
+"""Initial weights that depend on the seed and a parameter's global name, and on nothing else.
+
+Each rank draws the whole tensor from a generator of its own and keeps its part, so every layout
+starts from the same model, whatever the order in which modules are built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from mot_megatron.model.sharding import layout_of
+
+
+def initialise_parameters(
+    model: nn.Module, seed: int, std: float, tensor_rank: int, tensor_size: int
+) -> None:
+    """Fill every matrix with normal(0, std) in fp32, cut to this rank; leave vectors as they are.
+
+    Norm weights, the only vectors, are made as ones.
+    """
+    for name, parameter in model.named_parameters():
+        layout = layout_of(parameter)
+        if len(layout.global_shape) == 1:
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        whole = torch.empty(layout.global_shape).normal_(0.0, std, generator=generator)
+        if layout.shard_dim is not None:
+            whole = whole.chunk(tensor_size, layout.shard_dim)[tensor_rank]
+        with torch.no_grad():
+            parameter.copy_(whole.reshape(parameter.shape))

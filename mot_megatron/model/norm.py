@@ -1,0 +1,38 @@
+"""RMSNorm whose weight's gradient is whole on every tensor-parallel rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import nn
+
+from mot_megatron.model.sharding import ParameterLayout, set_layout
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight over the last dimension.
+
+    Args:
+        size: width of the last dimension.
+        eps: added to the mean square.
+        partial_rows: the group over which each rank norms only a part of the rows or heads, as
+            under sequence parallelism and for heads split over tensor-parallel ranks. The
+            weight's gradient is then all-reduced over it in backward; None if every rank norms all.
+    """
+
+    def __init__(self, size: int, eps: float, partial_rows: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        set_layout(self.weight, ParameterLayout((size,)))
+        self.size = size
+        self.eps = eps
+        self.partial_rows = partial_rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
+        weight = self.weight
+        if self.partial_rows is not None:
+            weight = copy_to_tensor_model_parallel_region(weight, group=self.partial_rows)
+        return F.rms_norm(x, (self.size,), weight, self.eps)
