@@ -100,7 +100,7 @@ class ParallelLinears:
 
 
 def _no_initialisation(_: torch.Tensor) -> None:
-    """megatron wants a method; weights are filled by ``initialise_parameters``."""
+    """Megatron wants a method; weights are filled by ``initialise_parameters``."""
 
 
 class ColumnLinear(nn.Module):
