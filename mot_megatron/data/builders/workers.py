@@ -1,0 +1,71 @@
+"""Worker processes of a builder: results come in the order of the tasks, under a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """``workers`` processes; on an error or Ctrl-C tasks not yet begun are dropped."""
+    # Forked, and at the first submit: before this process has any threads. A spawned worker would
+    # import the entry point, and with it torch and megatron, which no worker needs.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    # Ctrl-C reaches the whole process group; the parent shuts the pool down.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threadpool_limits(1)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Result]):
+    """Tasks under way; ``results`` waits for them."""
+
+    futures: Sequence[Future[list[Result]]]
+    items: int
+    description: str
+
+    def results(self) -> list[Result]:
+        """All results, in the order of the items, whatever order workers finished in."""
+        collected: list[Result] = []
+        with tqdm(total=self.items, desc=self.description, ncols=100) as bar:
+            for future in self.futures:
+                part = future.result()
+                collected += part
+                bar.update(len(part))
+        return collected
+
+
+def start_stage(
+    pool: ProcessPoolExecutor,
+    function: Callable[[list[Task]], list[Result]],
+    tasks: Sequence[Task],
+    chunk: int,
+    description: str,
+) -> Stage[Result]:
+    """Give ``function`` slices of ``chunk`` tasks; it returns one result per task.
+
+    The slices do not depend on the number of workers.
+    """
+    starts = range(0, len(tasks), chunk)
+    futures = [pool.submit(function, list(tasks[start : start + chunk])) for start in starts]
+    return Stage(futures, len(tasks), description)

@@ -1,0 +1,76 @@
+"""k-means codebooks: vectors become the index of their nearest centroid.
+
+Both halves run on one BLAS thread and in fixed slices: the order of floating-point sums, and so
+the codebook and every token made with it, must not depend on how many cores a machine has.
+
+Shapes: n vectors of width d, k centroids.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from mot_megatron.errors import DataError
+
+EPOCHS = 8
+"""Passes over the training vectors; more gained less than 0.05 dB on pictures."""
+_BATCH = 8192
+_SLICE = 16384
+
+
+def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str) -> np.ndarray:
+    """Centroids of ``vectors`` by mini-batch k-means.
+
+    Args:
+        vectors: [n, d] float32.
+        count: k, how many centroids.
+        seed: Fixes the initial centroids and the order of the vectors.
+        description: What the progress bar and the error call this codebook.
+
+    Returns:
+        [k, d] float32.
+
+    Raises:
+        DataError: Fewer vectors than centroids.
+    """
+    if len(vectors) < count:
+        raise DataError(
+            f"{description}: {len(vectors)} vectors to train on, expected at least {count}, one "
+            "per code; add documents"
+        )
+    random = np.random.default_rng(seed)
+    kmeans = MiniBatchKMeans(count, n_init=1, random_state=seed, reassignment_ratio=0.0)
+    starts = [start for _ in range(EPOCHS) for start in range(0, len(vectors), _BATCH)]
+    with threadpool_limits(1):
+        for start in tqdm(starts, desc=description, unit="batch", ncols=100):
+            if start == 0:
+                order = random.permutation(len(vectors))
+            batch = order[start : start + _BATCH]
+            # The first batch seeds the centroids and a last, short one may hold fewer than k.
+            if len(batch) < count:
+                batch = order[-max(count, _BATCH) :]
+            kmeans.partial_fit(vectors[batch])
+    return kmeans.cluster_centers_.astype(np.float32)
+
+
+def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Index of the centroid nearest to each vector.
+
+    Args:
+        vectors: [n, d] float32.
+        centroids: [k, d] float32.
+
+    Returns:
+        [n] int64.
+    """
+    codes = np.empty(len(vectors), dtype=np.int64)
+    # |v - c|^2 = |v|^2 + |c|^2 - 2 v.c, and |v|^2 is the same for every c
+    squares = (centroids**2).sum(axis=1)
+    with threadpool_limits(1):
+        for start in range(0, len(vectors), _SLICE):
+            part = vectors[start : start + _SLICE]
+            codes[start : start + _SLICE] = np.argmin(squares - 2 * part @ centroids.T, axis=1)
+    return codes

@@ -1,0 +1,117 @@
+"""Log-mel spectra of 16 kHz sound, and sound back from them (Griffin and Lim, 1984).
+
+Shapes: n samples, f frames of 10 ms, 40 mel bins.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import gcd
+
+import numpy as np
+from scipy.signal import firwin, resample_poly
+
+SAMPLE_RATE = 16_000
+FRAME_SAMPLES = 160
+"""From one frame to the next: 100 frames per second."""
+MEL_BINS = 40
+_WINDOW_SAMPLES = 400
+_TRANSFORM_SAMPLES = 512
+_LOWEST_HZ, _HIGHEST_HZ = 60.0, 7600.0
+_FLOOR = 1e-6
+_QUIET_DB = 35.0
+"""Sound this far below the loudest frame counts as silence at the ends."""
+_MARGIN_FRAMES = 5
+_GRIFFIN_LIM_STEPS = 60
+
+
+@cache
+def _window() -> np.ndarray:
+    return np.hanning(_WINDOW_SAMPLES).astype(np.float32)
+
+
+@cache
+def _mel_filters() -> np.ndarray:
+    """Triangles on the mel scale 2595 log10(1 + hz / 700), [40, 257] float32."""
+    lowest, highest = (2595 * np.log10(1 + hz / 700) for hz in (_LOWEST_HZ, _HIGHEST_HZ))
+    corners = 700 * (10 ** (np.linspace(lowest, highest, MEL_BINS + 2) / 2595) - 1)
+    frequencies = np.fft.rfftfreq(_TRANSFORM_SAMPLES, 1 / SAMPLE_RATE)
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising = (frequencies - left) / (middle - left)
+    falling = (right - frequencies) / (right - middle)
+    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+
+
+@cache
+def _low_pass(larger: int) -> np.ndarray:
+    return firwin(20 * larger + 1, 1 / larger, window=("kaiser", 5.0)).astype(np.float32)
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """``samples`` [n] float32 taken at ``rate`` Hz, at 16 kHz."""
+    if rate == SAMPLE_RATE:
+        return samples
+    divisor = gcd(rate, SAMPLE_RATE)
+    up, down = SAMPLE_RATE // divisor, rate // divisor
+    return resample_poly(samples, up, down, window=_low_pass(max(up, down))).astype(np.float32)
+
+
+def trim_silence(samples: np.ndarray) -> np.ndarray:
+    """Cut quiet ends of ``samples`` [n], leaving 50 ms; nothing is left of silence."""
+    frames = len(samples) // FRAME_SAMPLES
+    energy = (samples[: frames * FRAME_SAMPLES].reshape(frames, -1) ** 2).mean(axis=1)
+    loud = np.flatnonzero(energy > energy.max(initial=0.0) * 10 ** (-_QUIET_DB / 10))
+    if loud.size == 0:
+        return samples[:0]
+    first, last = max(0, loud[0] - _MARGIN_FRAMES), loud[-1] + 1 + _MARGIN_FRAMES
+    return samples[first * FRAME_SAMPLES : last * FRAME_SAMPLES]
+
+
+def log_mel(samples: np.ndarray) -> np.ndarray:
+    """Log-mel energies of ``samples`` [n] float32 at 16 kHz: [f, 40] float32, f = n // 160 + 1."""
+    power = np.abs(_transform(samples)) ** 2
+    return np.log(power @ _mel_filters().T + _FLOOR).astype(np.float32)
+
+
+def sound_of_log_mel(spectrum: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Samples at 16 kHz whose log-mel energies approach ``spectrum``.
+
+    Args:
+        spectrum: [f, 40].
+        seed: Of the first phases.
+
+    Returns:
+        [(f - 1) * 160] float32, the loudest sample at 0.8.
+    """
+    power = np.exp(spectrum) @ np.linalg.pinv(_mel_filters()).T
+    amplitude = np.sqrt(np.maximum(power, _FLOOR))
+    random = np.random.default_rng(seed)
+    phase = np.exp(2j * np.pi * random.random(amplitude.shape))
+    samples = _inverse(amplitude * phase)
+    for _ in range(_GRIFFIN_LIM_STEPS):
+        transformed = _transform(samples)
+        phase = transformed / np.maximum(np.abs(transformed), 1e-9)
+        samples = _inverse(amplitude * phase)
+    return (0.8 * samples / max(float(np.abs(samples).max(initial=0.0)), 1e-9)).astype(np.float32)
+
+
+def _transform(samples: np.ndarray) -> np.ndarray:
+    """Short-time Fourier transform, [f, 257]; frame i is centred on sample 160 i."""
+    half = _WINDOW_SAMPLES // 2
+    padded = np.pad(samples, (half, half))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW_SAMPLES)[::FRAME_SAMPLES]
+    return np.fft.rfft(frames * _window(), _TRANSFORM_SAMPLES)
+
+
+def _inverse(transformed: np.ndarray) -> np.ndarray:
+    """Least-squares inverse of ``_transform`` by overlap and add, [(f - 1) * 160]."""
+    window = _window()
+    frames = np.fft.irfft(transformed, _TRANSFORM_SAMPLES)[:, :_WINDOW_SAMPLES] * window
+    length = (len(frames) - 1) * FRAME_SAMPLES + _WINDOW_SAMPLES
+    total, weight = np.zeros(length), np.zeros(length)
+    for index, frame in enumerate(frames):
+        start = index * FRAME_SAMPLES
+        total[start : start + _WINDOW_SAMPLES] += frame
+        weight[start : start + _WINDOW_SAMPLES] += window**2
+    half = _WINDOW_SAMPLES // 2
+    return (total / np.maximum(weight, 1e-3))[half : length - half]

@@ -1,0 +1,93 @@
+"""Text as byte-level BPE: any string has ids, and special tokens delimit the segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mot_megatron.data.codebooks.codec import Codec, TokenIds
+from mot_megatron.data.corpus import Modality
+from mot_megatron.errors import DataError
+
+
+def train_text_codebook(texts: Iterable[str], size: int, special_tokens: Sequence[str]) -> bytes:
+    """Train a tokenizer.
+
+    Args:
+        texts: Of the training split only.
+        size: Ids at most, special tokens included; a small corpus may give fewer.
+        special_tokens: They get the ids 0, 1, ... in this order. Blanks around one in a prompt
+            belong to it, so that ``<en> red heart <boi>`` gives the ids of the corpus.
+
+    Returns:
+        Content of a tokenizer.json.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokens = [AddedToken(name, lstrip=True, rstrip=True, special=True) for name in special_tokens]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str().encode()
+
+
+class TextCodec(Codec):
+    """ids <-> text."""
+
+    suffix = ".txt"
+
+    def __init__(self, modality: Modality, tokenizer: Tokenizer) -> None:
+        super().__init__(modality)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: Path, modality: Modality) -> TextCodec:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        return cls.parse(content, modality, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, modality: Modality, source: str) -> TextCodec:
+        """Build the codec from the content of a tokenizer.json, which errors call ``source``.
+
+        Raises:
+            DataError: Not a tokenizer, or it has more ids than the modality.
+        """
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        # The library raises bare Exception for every malformed file.
+        except Exception as error:  # noqa: BLE001
+            raise DataError(f"{source}: not a tokenizer: {error}") from None
+        if tokenizer.get_vocab_size() > modality.size:
+            raise DataError(
+                f"{source}: {tokenizer.get_vocab_size()} ids, expected at most {modality.size}, "
+                f"the size of modality {modality.name}"
+            )
+        return cls(modality, tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; special tokens may stand in it, as in ``<bos><en>red heart<boi>``."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.modality.first_id + id_ for id_ in ids]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[self.modality.first_id + id_ for id_ in encoding.ids] for encoding in encodings]
+
+    def decode(self, token_ids: TokenIds, *, keep_special: bool = False) -> str:
+        """The text of ids; special tokens are left out unless ``keep_special``."""
+        codes = self.codes(token_ids).tolist()
+        return self.tokenizer.decode(codes, skip_special_tokens=not keep_special)
+
+    def write(self, token_ids: TokenIds, path: Path) -> None:
+        path.write_text(self.decode(token_ids) + "\n", encoding="utf-8")
