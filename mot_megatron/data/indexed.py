@@ -118,7 +118,8 @@ def read_token_file(prefix: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarr
             f"{bin_path(prefix)}: {found_bytes} bytes, expected {expected_bytes} "
             f"({offsets[-1]} tokens according to {idx_path(prefix).name}); truncated or replaced?"
         )
-    return np.memmap(bin_path(prefix), dtype=dtype, mode="r"), offsets
+    # A plain array over the mapping, which it keeps alive: slicing a memmap object is slower.
+    return np.asarray(np.memmap(bin_path(prefix), dtype=dtype, mode="r")), offsets
 
 
 def _check_index(path: Path, dtype: type, vocab_size: int) -> None:
