@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mot_megatron.errors import ConfigError
@@ -256,23 +258,32 @@ class Config(Section):
         """Folder that everything of this run is written to."""
         return self.run.directory / self.run.name
 
-    def with_vocabulary_of(self, corpus_vocab_size: int) -> Config:
-        """Resolve ``model.vocab_size`` against a corpus.
+    def resolved_for(self, modality_names: Sequence[str], corpus_vocab_size: int) -> Config:
+        """Take from a corpus what the file left open, and put its modalities in its order.
 
         Raises:
-            ConfigError: the configured vocabulary is smaller than the corpus's.
+            ConfigError: the modalities are not the corpus's, or the vocabulary is too small.
         """
-        vocab_size = self.model.vocab_size
-        if vocab_size is None:
-            rounded = -(-corpus_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-            model = self.model.model_copy(update={"vocab_size": rounded})
-            return self.model_copy(update={"model": model})
+        model = self.model
+        if set(model.modalities) != set(modality_names):
+            raise ConfigError(
+                f"model.modalities has {', '.join(sorted(model.modalities))}; {self.data.corpus}"
+                f" has, and needs, {', '.join(modality_names)}"
+            )
+        rounded = -(-corpus_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        vocab_size = model.vocab_size or rounded
         if vocab_size < corpus_vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {vocab_size} is smaller than the {corpus_vocab_size} tokens"
                 f" of {self.data.corpus}; allowed: at least that many"
             )
-        return self
+        modalities = {name: model.modalities[name] for name in modality_names}
+        resolved = model.model_copy(update={"modalities": modalities, "vocab_size": vocab_size})
+        return self.model_copy(update={"model": resolved})
+
+    def to_toml(self) -> str:
+        """The configuration as a file that ``load_config`` reads back to an equal one."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
