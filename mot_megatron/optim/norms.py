@@ -1,0 +1,66 @@
+"""Gradient norms, in total and per tower, from whatever part of the gradients a rank holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+SHARED_TOWER = -1
+"""``parameter.tower`` of a parameter that all towers share."""
+
+
+@dataclass(frozen=True)
+class StepNorms:
+    """L2 norms of the gradients of one optimizer step before clipping; equal on all ranks."""
+
+    total: float
+    shared: float
+    """Of the parameters that all towers share."""
+    per_tower: tuple[float, ...]
+    """Of each tower's untied parameters, by tower index."""
+
+    @property
+    def finite(self) -> bool:
+        """False if any gradient on any rank was NaN or infinite: the step was not taken."""
+        return math.isfinite(self.total)
+
+
+def tower_of(parameter: nn.Parameter) -> int:
+    """The tower that owns ``parameter``, or SHARED_TOWER."""
+    return parameter.tower  # type: ignore[attr-defined]
+
+
+def step_norms(
+    gradients: Iterable[tuple[nn.Parameter, torch.Tensor]],
+    num_towers: int,
+    device: torch.device,
+) -> StepNorms:
+    """Norms of a gradient whose parts are spread over all ranks.
+
+    One all-reduce of num_towers + 1 squared sums over the world.
+
+    Args:
+        gradients: (parameter, part of its gradient) pairs. Over all ranks of the world together
+            each element of each parameter's gradient must appear exactly once.
+        num_towers: K, the same on all ranks.
+        device: Where the process group of the world communicates.
+    """
+    parts: list[list[torch.Tensor]] = [[] for _ in range(num_towers + 1)]
+    for parameter, gradient in gradients:
+        parts[tower_of(parameter) - SHARED_TOWER].append(gradient)
+    squares = torch.stack([_squared_norm(tensors).to(device) for tensors in parts])
+    dist.all_reduce(squares)
+    total = math.sqrt(float(squares.sum()))
+    shared, *per_tower = (math.sqrt(value) for value in squares.tolist())
+    return StepNorms(total=total, shared=shared, per_tower=tuple(per_tower))
+
+
+def _squared_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    return nn.utils.get_total_norm(tensors, norm_type=2.0).double().square()

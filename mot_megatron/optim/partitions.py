@@ -1,0 +1,203 @@
+"""Where each ZeRO stage keeps gradients, fp32 weights and AdamW state: one face for all stages.
+
+This file alone reaches into DeepSpeed's optimizers. "Local" means this rank's part under ZeRO of
+this rank's tensor-parallel shard; "full" means the whole tensor-parallel shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_grad,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from mot_megatron.optim.adamw import GatedAdamW
+
+WEIGHT = "weight"
+"""Name of the fp32 weight beside AdamW's state."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state per element, by torch's names."""
+
+
+class Partition(Protocol):
+    """One ZeRO stage's layout."""
+
+    def optimized(self) -> list[torch.Tensor]:
+        """The fp32 tensors on this rank that AdamW steps."""
+        ...
+
+    def link(self) -> None:
+        """Make AdamW's state, which exists by now, readable by parameter."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Local gradients, between the last backward and the step.
+
+        Over the data-parallel ranks each element appears exactly once; padding is zero.
+        """
+        ...
+
+    def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Full fp32 weight and moments. Collective over the data-parallel group."""
+        ...
+
+    def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
+        """Set fp32 weight and moments from full tensors, equal on all data-parallel ranks."""
+        ...
+
+    def publish(self) -> None:
+        """Bring the weights of forward up to date with the fp32 ones. Collective."""
+        ...
+
+
+class Replicated:
+    """Stage 0: every data-parallel rank holds everything."""
+
+    def __init__(self, parameters: list[nn.Parameter], adamw: GatedAdamW, data_rank: int):
+        self._parameters = parameters
+        self._adamw = adamw
+        self._data_rank = data_rank
+
+    def optimized(self) -> list[torch.Tensor]:
+        """The parameters themselves."""
+        return list(self._parameters)
+
+    def link(self) -> None:
+        """AdamW's state is by parameter already."""
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Whole gradients, from the first data-parallel rank only: all hold the same."""
+        if self._data_rank == 0:
+            for parameter in self._parameters:
+                assert parameter.grad is not None
+                yield parameter, parameter.grad
+
+    def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Copies; no collective."""
+        state = self._adamw.state[parameter]
+        return {WEIGHT: parameter.detach().clone()} | {k: state[k].clone() for k in MOMENTS}
+
+    @torch.no_grad()
+    def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
+        """Set in place."""
+        parameter.copy_(values[WEIGHT])
+        for key in MOMENTS:
+            self._adamw.state[parameter][key].copy_(values[key])
+
+    def publish(self) -> None:
+        """The fp32 weights are those of forward."""
+
+
+class Flat:
+    """Stages 1 and 2: flat buffers, cut into one piece per data-parallel rank.
+
+    DeepSpeed uses two optimizer classes here, which both link each parameter to its piece.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], optimizer: Any):
+        self._parameters = parameters
+        self._optimizer = optimizer
+
+    def optimized(self) -> list[torch.Tensor]:
+        """This rank's piece of the buffer of each parameter group."""
+        return [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
+
+    def link(self) -> None:
+        """DeepSpeed links after the first step, and then only the first parameter group."""
+        self._optimizer._hp_optimizer_states_linked = False
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Pieces of the reduced gradients; parameters that lie elsewhere are left out."""
+        for parameter in self._parameters:
+            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue
+            index: int = parameter._index_in_param_group  # type: ignore[attr-defined]
+            gradient = mapping.get_lp_grad_fragment(index).flatten()
+            address = mapping.lp_fragment_address
+            if gradient.numel() == parameter.numel():  # the bf16 optimizer keeps whole gradients
+                gradient = gradient.narrow(0, address.start, address.numel)
+            yield parameter, gradient
+
+    def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """A sum over the data-parallel group of pieces that do not overlap."""
+        return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
+            key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
+        }
+
+    def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
+        """Set this rank's pieces; no collective."""
+        safe_set_full_fp32_param(parameter, values[WEIGHT])
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, values[key], key)
+
+    def publish(self) -> None:
+        """All-gather over the data-parallel group."""
+        self._optimizer.update_lp_params()
+
+
+class Scattered:
+    """Stage 3: each parameter is cut into one padded piece per data-parallel rank."""
+
+    def __init__(self, parameters: list[nn.Parameter], optimizer: Any, data_rank: int):
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._data_rank = data_rank
+
+    def optimized(self) -> list[torch.Tensor]:
+        """Flat buffers of pieces."""
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def link(self) -> None:
+        """DeepSpeed finds the state by the parameter's position in the flat buffer."""
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Pieces, padded with zeros."""
+        for parameter in self._parameters:
+            yield parameter, _present(safe_get_local_grad(parameter))
+
+    def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """An all-gather over the data-parallel group."""
+        return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
+            key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
+        }
+
+    def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
+        """Set this rank's pieces; no collective.
+
+        DeepSpeed's setter of full tensors reads past the end where a piece is padded.
+        """
+        safe_set_local_fp32_param(parameter, self._piece(parameter, values[WEIGHT]))
+        for key in MOMENTS:
+            safe_set_local_optimizer_state(parameter, self._piece(parameter, values[key]), key)
+
+    def publish(self) -> None:
+        """Copy to the pieces of forward, then gather the parameters that ZeRO-3 keeps whole."""
+        optimizer = self._optimizer
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _piece(self, parameter: nn.Parameter, full: torch.Tensor) -> torch.Tensor:
+        size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        start = self._data_rank * size
+        values = full.flatten()[start : start + size]
+        return nn.functional.pad(values, (0, size - values.numel()))
+
+
+def _present(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None, "DeepSpeed does not manage this parameter"
+    return tensor

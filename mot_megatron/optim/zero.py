@@ -1,0 +1,164 @@
+"""The training engine: a model under DeepSpeed's ZeRO, with gradients that are plain sums.
+
+What DeepSpeed does on the side (dividing by ranks and by micro-batches, clipping, its norms, its
+checkpoints) is undone or unused, so that every ZeRO stage computes the same thing: AdamW on the sum
+of all gradients that backward was called for, clipped by the global norm.
+
+bf16 means bf16 weights and gradients in forward and backward, fp32 weights in the optimizer.
+Gradients are summed over micro-batches and over ranks in fp32: a sum in bf16 loses small
+micro-batches' gradients. For ZeRO-1 that makes DeepSpeed use its BF16_Optimizer, which keeps a
+whole fp32 gradient on each rank; ZeRO-2 and 3 keep this rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from mot_megatron.optim.adamw import GatedAdamW
+from mot_megatron.optim.deepspeed_setup import Topology, deepspeed_config, prepare_deepspeed
+from mot_megatron.optim.norms import StepNorms, step_norms, tower_of
+from mot_megatron.optim.parameter_groups import parameter_groups
+from mot_megatron.optim.partitions import Flat, Partition, Replicated, Scattered
+from mot_megatron.optim.settings import OptimizerSettings
+
+if TYPE_CHECKING:
+    from mot_megatron.parallel.groups import ProcessGroups
+
+
+class ZeroEngine:
+    """Forward, backward and step of a model whose optimizer, at least, is sharded by ZeRO."""
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, groups: ProcessGroups):
+        """Take over ``model``, on its device; with ZeRO-3 its parameters are cut up in place.
+
+        Every parameter needs ``tower``, and ``tensor_model_parallel`` set to True where tensor
+        parallelism splits it. Replicated parameters' gradients must be complete on every
+        tensor-parallel rank. Collective over the world: the weights of each data-parallel group's
+        first rank are sent to the others.
+        """
+        prepare_deepspeed()
+        self._model = model
+        self._settings = settings
+        self._groups = groups
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._num_towers = 1 + max(tower_of(p) for p in self._parameters.values())
+        self._micro_batches = 0
+        self._adamw = GatedAdamW(
+            parameter_groups(self._parameters.values(), settings.weight_decay),
+            lr=0.0,  # given to every step
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        config = deepspeed_config(settings, model, groups)
+        self._engine, optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=self._adamw, config=config, mpu=Topology(groups)
+        )
+        self._partition = self._make_partition(optimizer)
+        for tensor in self._partition.optimized():
+            self._adamw.make_state(tensor)
+        self._partition.link()
+
+    def _make_partition(self, optimizer: Any) -> Partition:
+        parameters = list(self._parameters.values())
+        if self._settings.zero_stage == 0:
+            return Replicated(parameters, self._adamw, self._groups.data_rank)
+        if self._settings.zero_stage == 3:
+            return Scattered(parameters, optimizer, self._groups.data_rank)
+        return Flat(parameters, optimizer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; call ``forward`` instead of it, which ZeRO-3 needs to gather weights."""
+        return self._model
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's forward.
+
+        To be followed by backward, it must return a tensor, or a tuple, list or dict of them:
+        DeepSpeed does not find tensors in anything else, and its hooks would silently not run.
+        """
+        outputs = self._engine(*inputs)
+        assert isinstance(outputs, torch.Tensor | tuple | list | dict), type(outputs)
+        return outputs
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of ``loss`` to those of the step.
+
+        The gradient that the step uses is the plain sum over the micro-batches and the
+        data-parallel ranks: the loss must be scaled already, for example as (local sum of token
+        losses) / (tokens of the whole step). Every parameter must take part, be it with zeros.
+        The last micro-batch of a step reduces over the data-parallel group; ZeRO-2 and 3 reduce
+        in each.
+        """
+        self._micro_batches += 1
+        last = self._micro_batches == self._settings.gradient_accumulation_steps
+        assert self._micro_batches <= self._settings.gradient_accumulation_steps
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over the ranks; exact for sizes that are powers of two.
+        self._engine.backward(loss * self._groups.data_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepNorms:
+        """Clip, step, forget the gradients; return the norms from before the clipping.
+
+        With a NaN or infinite gradient anywhere no rank changes a weight or any optimizer state,
+        and the result's ``finite`` is False, on all ranks. Collective over the world.
+        """
+        assert self._micro_batches == self._settings.gradient_accumulation_steps
+        self._micro_batches = 0
+        if self._groups.device.type == "cuda" and self._settings.offload == "optimizer":
+            torch.cuda.synchronize()  # gradients are on their way to the host
+        norms = step_norms(self._counted_gradients(), self._num_towers, self._groups.device)
+        self._adamw.open = norms.finite
+        self._adamw.gradient_scale = self._clip_coefficient(norms.total) if norms.finite else 1.0
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return norms
+
+    def _counted_gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Of a parameter that all tensor-parallel ranks hold alike, the first rank's counts."""
+        first = self._groups.tensor_rank == 0
+        for parameter, gradient in self._partition.gradients():
+            if first or getattr(parameter, "tensor_model_parallel", False):
+                yield parameter, gradient
+
+    def _clip_coefficient(self, norm: float) -> float:
+        """As ``torch.nn.utils.clip_grad_norm_``."""
+        if self._settings.clip_grad == 0:
+            return 1.0
+        return min(1.0, self._settings.clip_grad / (norm + 1e-6))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """AdamW's step counter: steps taken since the start, over all resumptions."""
+        return int(self._adamw.state[self._partition.optimized()[0]]["step"])
+
+    def export_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield (parameter name, state) one by one, in the model's order.
+
+        The state holds this tensor-parallel rank's whole fp32 "weight", "exp_avg" and
+        "exp_avg_sq", as new tensors on the device, equal on all data-parallel ranks whatever the
+        ZeRO stage. Collective over the data-parallel group: all its ranks must exhaust it.
+        """
+        for name, parameter in self._parameters.items():
+            yield name, self._partition.read(parameter)
+
+    def import_state(
+        self, state: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int
+    ) -> None:
+        """Continue from what ``export_state`` gave, under any ZeRO stage and data-parallel size.
+
+        ``state`` is looked up once per parameter, so it may load lazily. Collective over the
+        data-parallel group.
+        """
+        for name, parameter in self._parameters.items():
+            self._partition.write(parameter, dict(state[name]))
+        for tensor in self._partition.optimized():
+            self._adamw.state[tensor]["step"].fill_(optimizer_steps)
+        self._partition.publish()

@@ -1,0 +1,190 @@
+"""A small net with everything that can go wrong under ZeRO and tensor parallelism.
+
+It has two towers (residual feed-forwards over the tokens of "their" half of the vocabulary), odd
+sizes, norm weights, biases, split and replicated parameters, and an embedding used a second time
+as the head, outside the module that owns it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mot_megatron.optim.norms import SHARED_TOWER
+from mot_megatron.optim.settings import OptimizerSettings
+
+VOCABULARY, WIDTH = 13, 10
+HIDDEN = (22, 6)
+"""Of the towers' feed-forwards; even, so that two ranks can split them."""
+SEQUENCES, LENGTH = 8, 7
+"""Sequences per optimizer step over all ranks and micro-batches, tokens in each."""
+NUM_TOWERS = len(HIDDEN)
+
+
+class Losses(NamedTuple):
+    """What the net returns: DeepSpeed finds tensors in tuples."""
+
+    total: torch.Tensor
+    """Sum of the token losses, times the batch's loss factor."""
+
+
+def initial_weights() -> dict[str, torch.Tensor]:
+    """The whole net's weights by name."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    weights = {"embedding.weight": normal(VOCABULARY, WIDTH), "norm": 1.0 + normal(WIDTH)}
+    for tower, hidden in enumerate(HIDDEN):
+        weights |= {
+            f"towers.{tower}.scale": 1.0 + normal(1),
+            f"towers.{tower}.up.weight": normal(hidden, WIDTH),
+            f"towers.{tower}.up.bias": normal(hidden),
+            f"towers.{tower}.down.weight": normal(WIDTH, hidden),
+            f"towers.{tower}.down.bias": normal(WIDTH),
+        }
+    return weights
+
+
+def shard(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """A tensor-parallel rank's part of a weight or of anything shaped like it."""
+    if ".up." in name:
+        return full.chunk(size, 0)[rank]
+    if name.endswith("down.weight"):
+        return full.chunk(size, 1)[rank]
+    return full
+
+
+def tower_of_name(name: str) -> int:
+    """The tower that owns the parameter ``name``."""
+    return int(name.split(".")[1]) if name.startswith("towers.") else SHARED_TOWER
+
+
+class ReferenceTower(nn.Module):
+    """Unsharded feed-forward in plain torch."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.up = nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.down(torch.tanh(self.up(inputs)))
+
+
+class ParallelTower(nn.Module):
+    """The same over megatron's layers."""
+
+    def __init__(self, hidden: int, tensor_size: int):
+        super().__init__()
+        config = ModelParallelConfig(
+            tensor_model_parallel_size=tensor_size, use_cpu_initialization=True
+        )
+        shared: dict[str, Any] = {
+            "config": config,
+            "init_method": nn.init.zeros_,
+            "bias": True,
+            "skip_bias_add": False,
+        }
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.up = ColumnParallelLinear(WIDTH, hidden, gather_output=False, **shared)
+        self.down = RowParallelLinear(hidden, WIDTH, input_is_parallel=True, **shared)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.up(inputs)
+        outputs, _ = self.down(torch.tanh(hidden))
+        return self.scale * outputs
+
+
+class Net(nn.Module):
+    """Predicts the next token; each tower sees only its half of the vocabulary."""
+
+    def __init__(self, towers: list[nn.Module], recompute: bool = False):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.norm = nn.Parameter(torch.zeros(WIDTH))
+        self.towers = nn.ModuleList(towers)
+        self.recompute = recompute
+
+    def forward(self, batch: Batch) -> Losses:
+        """[b, s] tokens to a summed loss. A tower without tokens runs on zero rows."""
+        inputs, labels = batch.tokens[:, :-1].flatten(), batch.tokens[:, 1:].flatten()
+        embedded = self.embedding(inputs)
+        hidden = F.rms_norm(embedded, (WIDTH,), self.norm, eps=1e-5)
+        tower_of_token = inputs * NUM_TOWERS // VOCABULARY
+        for index, tower in enumerate(self.towers):
+            rows = (tower_of_token == index).nonzero().flatten()
+            part = hidden[rows]
+            if self.recompute:
+                part = checkpoint(tower, part, use_reentrant=False)
+            else:
+                part = tower(part)
+            embedded = embedded.index_add(0, rows, part.to(embedded.dtype))
+        logits = F.linear(embedded, self.embedding.weight).float()
+        return Losses(batch.factor * F.cross_entropy(logits, labels, reduction="sum"))
+
+
+@dataclass
+class Batch:
+    """Tokens, and what to multiply the summed loss with."""
+
+    tokens: torch.Tensor
+    factor: float
+
+
+def build(weights: dict[str, torch.Tensor], groups: Any = None, recompute: bool = False) -> Net:
+    """The reference (without ``groups``) or this rank's shard of the net."""
+    if groups is None:
+        groups = SimpleNamespace(tensor_rank=0, tensor_size=1)
+        towers: list[nn.Module] = [ReferenceTower(hidden) for hidden in HIDDEN]
+    else:
+        towers = [ParallelTower(hidden, groups.tensor_size) for hidden in HIDDEN]
+    net = Net(towers, recompute)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            full = weights[name]
+            parameter.copy_(shard(name, full, groups.tensor_rank, groups.tensor_size))
+            parameter.tower = tower_of_name(name)  # type: ignore[attr-defined]
+    return net
+
+
+def step_tokens(step: int) -> torch.Tensor:
+    """[SEQUENCES, LENGTH] of one optimizer step. The first half holds no token of tower 1."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
+    first_of_tower_1 = -(-VOCABULARY // NUM_TOWERS)
+    tokens[: SEQUENCES // 2] %= first_of_tower_1
+    return tokens
+
+
+def micro_batches(step: int, count: int, data_rank: int, data_size: int) -> list[Batch]:
+    """This rank's micro-batches; with two ranks, the first never sees a token of tower 1."""
+    factor = 1.0 / (SEQUENCES * (LENGTH - 1))
+    mine = step_tokens(step).chunk(data_size)[data_rank]
+    return [Batch(tokens, factor) for tokens in mine.chunk(count)]
+
+
+def settings(**changes: Any) -> OptimizerSettings:
+    """Ordinary settings, with some changed."""
+    values: dict[str, Any] = {
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "clip_grad": 0.3,
+        "zero_stage": 1,
+        "offload": "none",
+        "precision": "fp32",
+        "gradient_accumulation_steps": 1,
+        "micro_batch_size": 1,
+    }
+    return OptimizerSettings(**(values | changes))
