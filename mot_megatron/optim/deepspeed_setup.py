@@ -80,6 +80,11 @@ def prepare_deepspeed() -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
+def sums_gradients(settings: OptimizerSettings) -> bool:
+    """Whether DeepSpeed can sum gradients over ranks; ZeRO-3 can only average them."""
+    return settings.zero_stage < 3
+
+
 def deepspeed_config(
     settings: OptimizerSettings, model: nn.Module, groups: ProcessGroups
 ) -> dict[str, Any]:
@@ -107,6 +112,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_clipping": 0.0,  # the engine clips, see GatedAdamW
+        "gradient_allreduce_op": "sum" if sums_gradients(settings) else "mean",
         "steps_per_print": NEVER,
         "zero_optimization": zero,
         # GatedAdamW is not in DeepSpeed's list of exact types, and it runs on the CPU as well.

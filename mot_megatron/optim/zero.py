@@ -12,6 +12,8 @@ whole fp32 gradient on each rank; ZeRO-2 and 3 keep this rank's part.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,12 @@ import torch
 from torch import nn
 
 from mot_megatron.optim.adamw import GatedAdamW
-from mot_megatron.optim.deepspeed_setup import Topology, deepspeed_config, prepare_deepspeed
+from mot_megatron.optim.deepspeed_setup import (
+    Topology,
+    deepspeed_config,
+    prepare_deepspeed,
+    sums_gradients,
+)
 from mot_megatron.optim.norms import StepNorms, step_norms, tower_of
 from mot_megatron.optim.parameter_groups import parameter_groups
 from mot_megatron.optim.partitions import Flat, Partition, Replicated, Scattered
@@ -56,9 +63,10 @@ class ZeroEngine:
             fused=True,
         )
         config = deepspeed_config(settings, model, groups)
-        self._engine, optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=self._adamw, config=config, mpu=Topology(groups)
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # memory reports that cannot be switched off
+            self._engine, optimizer, *_ = deepspeed.initialize(
+                model=model, optimizer=self._adamw, config=config, mpu=Topology(groups)
+            )
         self._partition = self._make_partition(optimizer)
         for tensor in self._partition.optimized():
             self._adamw.make_state(tensor)
@@ -100,8 +108,11 @@ class ZeroEngine:
         last = self._micro_batches == self._settings.gradient_accumulation_steps
         assert self._micro_batches <= self._settings.gradient_accumulation_steps
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over the ranks; exact for sizes that are powers of two.
-        self._engine.backward(loss * self._groups.data_size, scale_wrt_gas=False)
+        # ZeRO-3 divides by the ranks, which the factor undoes. The product is needed even with 1:
+        # DeepSpeed divides by the micro-batches wherever backward starts at a tensor that forward
+        # returned, whatever scale_wrt_gas says.
+        factor = 1 if sums_gradients(self._settings) else self._groups.data_size
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepNorms:
         """Clip, step, forget the gradients; return the norms from before the clipping.

@@ -107,14 +107,17 @@ class ParallelTower(nn.Module):
 
 
 class Net(nn.Module):
-    """Predicts the next token; each tower sees only its half of the vocabulary."""
+    """Predicts the next token; each tower sees only its half of the vocabulary.
 
-    def __init__(self, towers: list[nn.Module], recompute: bool = False):
+    ``reentrant`` (not None) recomputes the towers in backward, with that kind of checkpoint.
+    """
+
+    def __init__(self, towers: list[nn.Module], reentrant: bool | None = None):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.norm = nn.Parameter(torch.zeros(WIDTH))
         self.towers = nn.ModuleList(towers)
-        self.recompute = recompute
+        self.reentrant = reentrant
 
     def forward(self, batch: Batch) -> Losses:
         """[b, s] tokens to a summed loss. A tower without tokens runs on zero rows."""
@@ -124,14 +127,15 @@ class Net(nn.Module):
         tower_of_token = inputs * NUM_TOWERS // VOCABULARY
         for index, tower in enumerate(self.towers):
             rows = (tower_of_token == index).nonzero().flatten()
-            part = hidden[rows]
-            if self.recompute:
-                part = checkpoint(tower, part, use_reentrant=False)
-            else:
-                part = tower(part)
+            part = self._run(tower, hidden[rows])
             embedded = embedded.index_add(0, rows, part.to(embedded.dtype))
         logits = F.linear(embedded, self.embedding.weight).float()
         return Losses(batch.factor * F.cross_entropy(logits, labels, reduction="sum"))
+
+    def _run(self, tower: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        if self.reentrant is None:
+            return tower(rows)
+        return checkpoint(tower, rows, use_reentrant=self.reentrant)
 
 
 @dataclass
@@ -142,14 +146,14 @@ class Batch:
     factor: float
 
 
-def build(weights: dict[str, torch.Tensor], groups: Any = None, recompute: bool = False) -> Net:
+def build(weights: dict[str, torch.Tensor], groups: Any = None, reentrant: bool | None = None) -> Net:
     """The reference (without ``groups``) or this rank's shard of the net."""
     if groups is None:
         groups = SimpleNamespace(tensor_rank=0, tensor_size=1)
         towers: list[nn.Module] = [ReferenceTower(hidden) for hidden in HIDDEN]
     else:
         towers = [ParallelTower(hidden, groups.tensor_size) for hidden in HIDDEN]
-    net = Net(towers, recompute)
+    net = Net(towers, reentrant)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             full = weights[name]
