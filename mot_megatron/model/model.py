@@ -142,6 +142,16 @@ class MixtureOfTransformers(nn.Module):
             weight = self.embedding.lookup.weight
         return self.head(stream, weight)
 
+    def sequence_logits(
+        self, micro_batch: MicroBatch, attend: AttentionCore | None = None
+    ) -> torch.Tensor:
+        """Logits [t, V / tp] in sequence order, padding slots left out."""
+        slots = torch.arange(sum(micro_batch.tower_slots), device=self.groups.device)
+        slot_of_row = self._stream_order(slots, micro_batch)
+        row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
+        rows = row_of_slot[micro_batch.ungroup_index]
+        return self.logits(micro_batch, attend).index_select(0, rows)
+
     def hidden_states(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Stream:
         """The stream after the last layer, before the final norm: K x [g_k, h]."""
         token_ids = self._stream_order(micro_batch.token_ids, micro_batch)
