@@ -58,22 +58,20 @@ def assert_same_bits(got: State, want: State) -> None:
             assert torch.equal(got[name][key], want[name][key]), (name, key)
 
 
-def reference(
-    clip_grad: float, dtype: torch.dtype, parts: int
-) -> tuple[Weights, list[StepNorms]]:
-    """STEPS steps in one process: fp32 AdamW on gradients of ``dtype`` weights, summed in fp32.
+def reference(net: toy.Net, clip_grad: float, parts: int) -> tuple[Weights, list[StepNorms]]:
+    """STEPS steps in one process: fp32 AdamW on the gradients of ``net``, summed in fp32.
 
     Args:
+        net: Unsharded, with the initial weights in the precision of forward and backward; the
+            fp32 weights start from these as well.
         clip_grad: Largest norm; 0 for none.
-        dtype: Of the weights in forward and backward.
         parts: How many equal parts a step's sequences are cut into before backward; in bf16 the
             rounding depends on it.
 
     Returns:
         The final fp32 weights, and the norms of every step.
     """
-    master = dict(toy.build(toy.initial_weights()).named_parameters())
-    net = toy.build(toy.initial_weights()).to(dtype)
+    master = {n: nn.Parameter(p.detach().clone().float()) for n, p in net.named_parameters()}
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in master.values() if p.ndim > 1], "weight_decay": 0.1},
@@ -117,8 +115,11 @@ def parity_error(groups: ProcessGroups, case: dict[str, Any]) -> tuple[float, fl
     """Largest deviation from the reference: of a norm (relative), of a weight (absolute)."""
     engine, count = make_engine(groups, **case)
     norms = train(engine, groups, range(STEPS), count)
-    dtype = torch.bfloat16 if case.get("precision") == "bf16" else torch.float32
-    weights, expected = reference(case.get("clip_grad", 0.3), dtype, groups.data_size * count)
+    if case.get("precision") == "bf16":  # megatron's layers round the bias addition differently
+        net = toy.build(toy.initial_weights(), groups).bfloat16()
+    else:
+        net = toy.build(toy.initial_weights())
+    weights, expected = reference(net, case.get("clip_grad", 0.3), groups.data_size * count)
     norm_error = 0.0
     for got, want in zip(norms, expected, strict=True):
         assert got.finite
@@ -216,3 +217,116 @@ def test_three_ranks_share_what_three_does_not_divide():
         [{"zero_stage": stage} for stage in (0, 1, 2, 3)],
         tolerance=2e-6,
     )
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"zero_stage": 0},
+    {"zero_stage": 1},
+    {"zero_stage": 2, "gradient_accumulation_steps": 2},
+    {"zero_stage": 3},
+    {"zero_stage": 1, "offload": "optimizer"},
+    {"zero_stage": 2, "offload": "optimizer"},
+    {"zero_stage": 3, "offload": "optimizer"},
+    {"zero_stage": 1, "precision": "bf16"},
+    {"zero_stage": 2, "precision": "bf16"},
+    {"zero_stage": 3, "precision": "bf16"},
+    {"zero_stage": 3, "precision": "bf16", "offload": "optimizer"},
+]
+
+
+def _resume_in_place() -> None:
+    """Two steps, export, two more; a second engine imports and takes the same two more."""
+    groups = build_process_groups(1, CPU)
+    for layout in LAYOUTS:
+        engine, count = make_engine(groups, **layout)
+        train(engine, groups, [0, 1], count)
+        halfway = copy_state(engine)
+        expected = train(engine, groups, [2, 3], count)
+
+        resumed, count = make_engine(groups, **layout)
+        train(resumed, groups, [7], count)  # so that nothing holds initial values
+        resumed.import_state(halfway, optimizer_steps=2)
+        assert_same_bits(copy_state(resumed), halfway)
+        assert train(resumed, groups, [2, 3], count) == expected, layout
+        assert_same_bits(copy_state(resumed), copy_state(engine))
+        assert resumed.optimizer_steps == 4
+
+
+def test_resumption_is_bitwise_in_every_layout():
+    run_ranks(_resume_in_place, 2, timeout=120.0)
+
+
+def _first_steps() -> State:
+    groups = build_process_groups(1, CPU)
+    engine, count = make_engine(groups, zero_stage=2)
+    train(engine, groups, [0, 1], count)
+    return copy_state(engine)
+
+
+def _resume_elsewhere(state: State, layouts: list[dict[str, Any]]) -> list[State]:
+    groups = build_process_groups(1, CPU)
+    finals = []
+    for layout in layouts:
+        engine, count = make_engine(groups, **layout)
+        engine.import_state(state, optimizer_steps=2)
+        assert_same_bits(copy_state(engine), state)
+        train(engine, groups, [2, 3], count)
+        finals.append(copy_state(engine))
+    return finals
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_state_moves_between_stages_and_data_parallel_sizes(world: int):
+    state, _ = run_ranks(_first_steps, 2)
+    weights, _ = reference(toy.build(toy.initial_weights()), 0.3, 1)
+    layouts = [layout for layout in LAYOUTS if layout.get("precision") != "bf16"]
+    for finals in run_ranks(_resume_elsewhere, world, state, layouts):
+        for layout, final in zip(layouts, finals, strict=True):
+            for name, weight in weights.items():
+                error = float((final[name]["weight"] - weight).abs().max())
+                assert error < 2e-6, (layout, name)
+
+
+def _not_a_number() -> None:
+    """A step with NaN on one rank, between good ones."""
+    groups = build_process_groups(1, CPU)
+    probe = toy.Batch(toy.step_tokens(9), 1.0)
+    for layout in LAYOUTS:
+        undisturbed, count = make_engine(groups, **layout)
+        train(undisturbed, groups, [0, 1], count)
+
+        engine, count = make_engine(groups, **layout)
+        train(engine, groups, [0], count)
+        before = copy_state(engine)
+        with torch.no_grad():
+            loss = engine.forward(probe).total
+        for index, batch in enumerate(
+            toy.micro_batches(5, count, groups.data_rank, groups.data_size)
+        ):
+            if groups.data_rank == 1 and index == 0:
+                batch.factor = math.nan
+            engine.backward(engine.forward(batch).total)
+        assert not engine.step(1e-2).finite, layout
+        assert_same_bits(copy_state(engine), before)
+        with torch.no_grad():
+            assert torch.equal(engine.forward(probe).total, loss), layout
+        train(engine, groups, [1], count)
+        assert_same_bits(copy_state(engine), copy_state(undisturbed))
+        assert engine.optimizer_steps == 2
+
+
+def test_a_step_with_nan_on_one_rank_changes_nothing_on_any():
+    run_ranks(_not_a_number, 2, timeout=120.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"zero_stage": 4}, "zero_stage = 4"),
+        ({"zero_stage": 0, "offload": "optimizer"}, "offload"),
+        ({"zero_stage": 0, "precision": "bf16"}, "bf16"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], named: str):
+    with pytest.raises(ConfigError, match=named):
+        toy.settings(**changes)

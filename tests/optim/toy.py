@@ -146,7 +146,9 @@ class Batch:
     factor: float
 
 
-def build(weights: dict[str, torch.Tensor], groups: Any = None, reentrant: bool | None = None) -> Net:
+def build(
+    weights: dict[str, torch.Tensor], groups: Any = None, reentrant: bool | None = None
+) -> Net:
     """The reference (without ``groups``) or this rank's shard of the net."""
     if groups is None:
         groups = SimpleNamespace(tensor_rank=0, tensor_size=1)
