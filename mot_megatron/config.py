@@ -399,6 +399,11 @@ def _check(config: Config, source: str) -> None:
             f'{source}: parallel.offload = "{parallel.offload}" needs parallel.zero_stage 1, 2'
             " or 3, not 0"
         )
+    if config.training.precision == "bf16" and parallel.zero_stage == 0:
+        raise ConfigError(
+            f'{source}: training.precision = "bf16" with parallel.zero_stage = 0 would sum'
+            " gradients in bf16; allowed: zero_stage 1, 2 or 3, or precision fp32"
+        )
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(
             f"{source}: optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr ="

@@ -1,0 +1,69 @@
+"""What the global batch of a step holds, summed over data parallelism before the first forward.
+
+The loss is a mean over the global batch's tokens, so its divisor must be known first; everything
+else that has to be agreed on once per step travels in the same small all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Counts over all micro-batches of all data-parallel ranks; M modalities, K towers."""
+
+    modality_labels: tuple[int, ...]
+    """Labels per modality, M of them."""
+    modality_tokens: tuple[int, ...]
+    """Document tokens per modality, M of them."""
+    tower_tokens: tuple[int, ...]
+    """Tokens per tower with the unfilled positions, K of them."""
+    attended_pairs: int
+    """(query, key) pairs that attention looks at."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+    @classmethod
+    def gather(
+        cls, batches: Sequence[MicroBatch], groups: ProcessGroups, stop: bool = False
+    ) -> GlobalCounts:
+        """Sum over this rank's ``batches`` and over data parallelism (one all-reduce).
+
+        The batches' tensors are on the host.
+        """
+        columns = [
+            (
+                *batch.modality_labels,
+                *batch.modality_tokens,
+                *batch.tower_tokens,
+                # Position p of a document sees p + 1 tokens.
+                int(batch.positions.sum()) + batch.positions.numel(),
+            )
+            for batch in batches
+        ]
+        local = [sum(column) for column in zip(*columns, strict=True)]
+        total = torch.tensor([*local, int(stop)], dtype=torch.int64, device=groups.device)
+        dist.all_reduce(total, group=groups.data)
+        values = total.tolist()
+        modalities, towers = len(batches[0].modality_labels), len(batches[0].tower_tokens)
+        labels, tokens = values[:modalities], values[modalities : 2 * modalities]
+        tower_tokens = values[2 * modalities : 2 * modalities + towers]
+        return cls(
+            tuple(labels), tuple(tokens), tuple(tower_tokens), values[-2], stop=values[-1] > 0
+        )
+
+    def loss_weight(self, loss_weights: Sequence[float]) -> float:
+        """Sum of the weights of all labels: what the sum of token losses is divided by.
+
+        One where no label counts, since the sum is zero then.
+        """
+        pairs = zip(self.modality_labels, loss_weights, strict=True)
+        return sum(labels * weight for labels, weight in pairs) or 1.0

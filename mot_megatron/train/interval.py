@@ -1,0 +1,70 @@
+"""Several steps seen as one: what a console line and a TensorBoard point report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mot_megatron.optim.norms import StepNorms
+from mot_megatron.train.step import StepResult, StepSeconds
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Means over the steps since the last report."""
+
+    modality_bits: tuple[float, ...]
+    """Mean cross entropy over all labels of the interval, bits per token; NaN without labels."""
+    modality_rates: tuple[float, ...]
+    """Document tokens per second and modality, over all ranks."""
+    norms: StepNorms
+    """Of the last step: a mean would hide spikes and invent values no step had."""
+    learning_rate: float
+    """Of the last step."""
+    seconds: StepSeconds
+    """Per step, on this rank."""
+    flops_per_second: float
+    """Of the model over all ranks, without recomputation."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Document tokens of all modalities per second, over all ranks."""
+        return sum(self.modality_rates)
+
+    @classmethod
+    def of(
+        cls, results: Sequence[StepResult], step_flops: Callable[[StepResult], float]
+    ) -> Interval:
+        """Summarise consecutive steps; ``step_flops`` gives the FLOPs of one, over all ranks."""
+        seconds = sum(result.seconds.total for result in results)
+        last = results[-1]
+        modalities = range(len(last.modality_bits))
+        return cls(
+            modality_bits=tuple(_mean_bits(results, modality) for modality in modalities),
+            modality_rates=tuple(
+                sum(result.counts.modality_tokens[modality] for result in results) / seconds
+                for modality in modalities
+            ),
+            norms=last.norms,
+            learning_rate=last.learning_rate,
+            seconds=StepSeconds(
+                data=_mean([result.seconds.data for result in results]),
+                forward_backward=_mean([result.seconds.forward_backward for result in results]),
+                optimizer=_mean([result.seconds.optimizer for result in results]),
+            ),
+            flops_per_second=sum(step_flops(result) for result in results) / seconds,
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_bits(results: Sequence[StepResult], modality: int) -> float:
+    labels = [result.counts.modality_labels[modality] for result in results]
+    if not any(labels):
+        return math.nan
+    pairs = zip(results, labels, strict=True)
+    total = sum(result.modality_bits[modality] * count for result, count in pairs if count)
+    return total / sum(labels)

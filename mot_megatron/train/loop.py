@@ -1,0 +1,218 @@
+"""The book-keeping around training steps: resume, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mot_megatron.checkpoint.find import resolve_resume
+from mot_megatron.config import Config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import TrainingError
+from mot_megatron.model.flops import count_parameters, step_flops
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.train.console import Console
+from mot_megatron.train.hardware import peak_flops, peak_memory_bytes
+from mot_megatron.train.interval import Interval
+from mot_megatron.train.metrics import TensorBoardLog
+from mot_megatron.train.samples import log_samples
+from mot_megatron.train.session import Session, build_session
+from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
+from mot_megatron.train.step import StepResult, evaluate, train_step
+from mot_megatron.train.stop import StopRequest
+from mot_megatron.train.summary import write_summary
+
+
+@dataclass
+class _Run:
+    """A run in progress on this rank."""
+
+    session: Session
+    console: Console
+    log: TensorBoardLog | None
+    progress: Progress
+    peak_flops: float
+    """Of all ranks together."""
+    saved_steps: int | None = None
+    recent: list[StepResult] = field(default_factory=list)
+    """Steps since the last report."""
+
+    @property
+    def config(self) -> Config:
+        return self.session.config
+
+
+def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
+    """Train a resolved configuration to its last step, or until asked to stop.
+
+    Continues from the newest verified checkpoint of the run's folder. Collective over the world.
+
+    Raises:
+        UserError: something the user can mend; what was saved stays.
+    """
+    search = resolve_resume(checkpoint_directory(config.run_directory))
+    session = build_session(config, corpus, groups)
+    first = session.is_first_rank
+    progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
+    log = None
+    if first:
+        config.run_directory.mkdir(parents=True, exist_ok=True)
+        (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        log = _open_log(session, progress)
+    modalities = list(config.model.modalities)
+    with (
+        StopRequest() as stop,
+        Console(modalities, progress.steps, config.training.train_steps, first) as console,
+    ):
+        for line in search.skipped:
+            console.say(f"skipped {line}")
+        run = _Run(session, console, log, progress, _peak_flops(session))
+        _announce(run, search.checkpoint.path if search.checkpoint else None)
+        _train_steps(run, stop)
+    if log:
+        log.close()
+
+
+def _train_steps(run: _Run, stop: StopRequest) -> None:
+    last = run.config.training.train_steps
+    while run.progress.steps < last:
+        result = _one_step(run, stop.requested)
+        done = run.progress.steps
+        if done % run.config.logging.interval_steps == 0 or done == last:
+            _report(run)
+        if result.counts.stop and done < last:
+            _save(run)
+            run.console.say(
+                f"asked to stop: saved after step {done}/{last}; the same command goes on from here"
+            )
+            return
+        if done % run.config.evaluation.interval_steps == 0 and done < last:
+            _evaluate(run)
+        if done % run.config.checkpoint.interval_steps == 0 and done < last:
+            _save(run)
+        if _due(done, run.config.logging.sample_interval_steps) and done < last:
+            _sample(run)
+    _finish(run)
+
+
+def _one_step(run: _Run, stop: bool) -> StepResult:
+    session, progress = run.session, run.progress
+    try:
+        result = train_step(
+            session.engine,
+            session.loader,
+            session.config,
+            session.groups,
+            step=progress.steps + 1,
+            learning_rate=session.schedule.at(progress.steps),
+            stop=stop,
+        )
+    except TrainingError as error:
+        kept = "none was saved yet"
+        if run.saved_steps is not None:
+            kept = f"step {run.saved_steps}"
+        raise TrainingError(f"{error}; last good checkpoint: {kept}") from error
+    progress.steps += 1
+    progress.seconds += result.seconds.total
+    progress.tokens += sum(result.counts.modality_tokens)
+    run.recent.append(result)
+    run.console.advance()
+    return result
+
+
+def _report(run: _Run) -> None:
+    config, progress = run.config, run.progress
+
+    def flops(result: StepResult) -> float:
+        counts = result.counts
+        return step_flops(config.model, counts.tower_tokens, counts.attended_pairs).total
+
+    interval = Interval.of(run.recent, flops)
+    run.recent.clear()
+    mfu = interval.flops_per_second / run.peak_flops
+    left = interval.seconds.total * (config.training.train_steps - progress.steps)
+    run.console.interval(progress.steps, interval, mfu, left)
+    if run.log:
+        memory = peak_memory_bytes(run.session.groups.device)
+        run.log.log_interval(progress.steps, interval, mfu, memory)
+
+
+def _evaluate(run: _Run) -> tuple[float, ...]:
+    session = run.session
+    bits = evaluate(session.engine, session.held_out_batches(), session.groups)
+    run.console.held_out(run.progress.steps, bits)
+    if run.log:
+        run.log.log_held_out(run.progress.steps, bits)
+    return bits
+
+
+def _save(run: _Run) -> None:
+    if run.saved_steps != run.progress.steps:
+        save(run.session, run.progress)
+        run.saved_steps = run.progress.steps
+
+
+def _sample(run: _Run) -> None:
+    log_samples(run.session, run.log, run.progress.steps)
+
+
+def _finish(run: _Run) -> None:
+    _save(run)
+    bits = _evaluate(run)
+    _sample(run)
+    if run.session.is_first_rank:
+        parameters = count_parameters(run.config.model).total
+        path = write_summary(run.session, run.progress, bits, parameters)
+        run.console.say(f"done: {path}")
+    dist.barrier()
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
+    model = session.config.model
+    return TensorBoardLog(
+        session.config.run_directory / "tensorboard",
+        list(model.modalities),
+        model.tower_names,
+        # Points of steps that will be done again must not stand twice.
+        start_step=progress.steps + 1,
+    )
+
+
+def _peak_flops(session: Session) -> float:
+    config = session.config
+    device = session.groups.device
+    of_one = config.logging.peak_flops or peak_flops(device, config.training.precision)
+    return of_one * session.groups.mesh.world_size
+
+
+def _announce(run: _Run, resumed: Path | None) -> None:
+    session, config = run.session, run.config
+    groups = session.groups
+    count = count_parameters(config.model)
+    towers = ", ".join(
+        f"{name} {tower / 1e6:.2f} M"
+        for name, tower in zip(config.model.tower_names, count.per_tower, strict=True)
+    )
+    run.console.say(
+        f"{config.run.name}: {count.total / 1e6:.2f} M parameters"
+        f" (shared {count.shared / 1e6:.2f} M, {towers})"
+    )
+    run.console.say(
+        f"{groups.mesh.world_size} x {groups.device.type}: tensor parallel {groups.tensor_size},"
+        f" data parallel {groups.data_size}, ZeRO-{config.parallel.zero_stage},"
+        f" {config.accumulation_steps(groups.data_size)} micro-batches of"
+        f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and rank"
+    )
+    run.console.say(
+        f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
+        " slots filled"
+    )
+    if resumed:
+        run.saved_steps = run.progress.steps
+        run.console.say(f"continuing from {resumed}")

@@ -1,0 +1,113 @@
+"""TensorBoard: scalars per step, held-out losses, and a layout so that the page opens in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from mot_megatron.train.interval import Interval
+
+GIB = 2**30
+
+
+class TensorBoardLog:
+    """Writes one run's event files; made on the first rank only."""
+
+    def __init__(
+        self, directory: Path, modalities: Sequence[str], towers: Sequence[str], start_step: int
+    ) -> None:
+        """Open ``directory``; what an earlier part of the run wrote after ``start_step`` is hidden.
+
+        Args:
+            directory: Folder of the event files.
+            modalities: Names, by modality index.
+            towers: Names, by tower index.
+            start_step: First step that will be written: the resumed one, or 0.
+        """
+        self.modalities = tuple(modalities)
+        self.towers = tuple(towers)
+        self.writer = SummaryWriter(str(directory), purge_step=start_step)
+        self.writer.add_custom_scalars(_layout(self.modalities, self.towers))
+
+    def log_interval(self, step: int, interval: Interval, mfu: float, memory_bytes: int) -> None:
+        """Write what the steps up to ``step`` did; ``step`` counts steps done."""
+        seconds = interval.seconds
+        scalars: dict[str, float] = {
+            "gradient_norm/total": interval.norms.total,
+            "gradient_norm/shared": interval.norms.shared,
+            "learning_rate": interval.learning_rate,
+            "tokens_per_second/total": interval.tokens_per_second,
+            "step_seconds/data": seconds.data,
+            "step_seconds/forward_backward": seconds.forward_backward,
+            "step_seconds/optimizer": seconds.optimizer,
+            "utilisation/mfu_percent": 100 * mfu,
+            "memory/peak_gib": memory_bytes / GIB,
+        }
+        for tower, norm in zip(self.towers, interval.norms.per_tower, strict=True):
+            scalars[f"gradient_norm/tower_{tower}"] = norm
+        for name, rate in zip(self.modalities, interval.modality_rates, strict=True):
+            scalars[f"tokens_per_second/{name}"] = rate
+        for name, bits in zip(self.modalities, interval.modality_bits, strict=True):
+            scalars[f"loss_train/{name}"] = bits
+        for tag, value in scalars.items():
+            # A modality without labels in these steps has no loss: no point, not a NaN point.
+            if not math.isnan(value):
+                self.writer.add_scalar(tag, value, step)
+
+    def log_held_out(self, step: int, modality_bits: Sequence[float]) -> None:
+        """Write the held-out loss of every modality, in bits per token."""
+        for name, bits in zip(self.modalities, modality_bits, strict=True):
+            if not math.isnan(bits):
+                self.writer.add_scalar(f"loss_held_out/{name}", bits, step)
+        self.writer.flush()
+
+    def log_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text as a block that keeps its lines."""
+        self.writer.add_text(tag, "```\n" + text + "\n```", step)
+
+    def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Write an image, [height, width, 3] uint8."""
+        self.writer.add_image(tag, image, step, dataformats="HWC")
+
+    def log_audio(self, tag: str, waveform: np.ndarray, sample_rate: int, step: int) -> None:
+        """Write a sound, [samples] float in -1..1."""
+        self.writer.add_audio(tag, waveform[None], step, sample_rate=sample_rate)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.writer.close()
+
+
+def _layout(
+    modalities: Sequence[str], towers: Sequence[str]
+) -> dict[str, dict[str, list[str | list[str]]]]:
+    """The "Custom Scalars" page: what a person asks first stands first."""
+
+    def chart(prefix: str, names: Sequence[str]) -> list[str | list[str]]:
+        return ["Multiline", [f"{prefix}/{name}" for name in names]]
+
+    losses: dict[str, list[str | list[str]]] = {
+        f"{name}: train and held out, bits per token": [
+            "Multiline",
+            [f"loss_train/{name}", f"loss_held_out/{name}"],
+        ]
+        for name in modalities
+    }
+    gradient_names = ("total", "shared", *(f"tower_{tower}" for tower in towers))
+    return {
+        "1 Loss": losses,
+        "2 Optimization": {
+            "gradient norm per tower": chart("gradient_norm", gradient_names),
+            "learning rate": ["Multiline", ["learning_rate"]],
+        },
+        "3 Speed": {
+            "tokens per second": chart("tokens_per_second", ("total", *modalities)),
+            "seconds per step": chart("step_seconds", ("data", "forward_backward", "optimizer")),
+            "model FLOPs utilisation, percent": chart("utilisation", ("mfu_percent",)),
+            "peak memory, GiB": chart("memory", ("peak_gib",)),
+        },
+    }

@@ -1,0 +1,122 @@
+"""Composition: from a configuration to everything a training run consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mot_megatron.config import Config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.optim.schedule import LearningRateSchedule
+from mot_megatron.optim.settings import OptimizerSettings
+from mot_megatron.optim.zero import ZeroEngine
+from mot_megatron.parallel.groups import ProcessGroups
+
+TRAIN_SPLIT = "train"
+HELD_OUT_SPLIT = "validation"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's part of a run."""
+
+    config: Config
+    """Resolved: it says everything that the model depends on."""
+    groups: ProcessGroups
+    corpus: Corpus
+    engine: ZeroEngine
+    loader: PackedLoader
+    schedule: LearningRateSchedule
+
+    @property
+    def model(self) -> MixtureOfTransformers:
+        """The model inside the engine."""
+        assert isinstance(self.engine.model, MixtureOfTransformers)
+        return self.engine.model
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank prints and writes logs."""
+        return self.groups.rank == 0
+
+    def held_out_batches(self) -> Iterator[MicroBatch]:
+        """This rank's share of the validation split, as evaluation.max_sequences limits it."""
+        return evaluation_batches(
+            self.corpus,
+            HELD_OUT_SPLIT,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            grouping=grouping_plan(self.config),
+            shard=DataShard(self.groups.data_rank, self.groups.data_size),
+            limit_sequences=self.config.evaluation.max_sequences,
+        )
+
+
+def resolve_config(config: Config, corpus: Corpus) -> Config:
+    """Fill in what a configuration takes from its corpus."""
+    names = [modality.name for modality in corpus.description.modalities]
+    return config.resolved_for(names, corpus.description.vocab_size)
+
+
+def grouping_plan(config: Config) -> GroupingPlan:
+    """How batches are grouped for the model of a resolved configuration."""
+    parallel = config.parallel
+    return GroupingPlan(
+        towers_of_modalities=config.model.towers_of_modalities,
+        num_towers=config.model.num_towers,
+        slot_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+    )
+
+
+def build_session(config: Config, corpus: Corpus, groups: ProcessGroups) -> Session:
+    """Build model, optimizer and data of a resolved configuration on this rank.
+
+    Collective over the world.
+    """
+    training = config.training
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    loader = PackedLoader(
+        corpus,
+        TRAIN_SPLIT,
+        seq_length=config.data.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        grouping=grouping_plan(config),
+        shard=DataShard(groups.data_rank, groups.data_size),
+        seed=config.run.seed,
+    )
+    # Before the model: a document too long for the sequence should not cost a model's building.
+    model = MixtureOfTransformers(config, groups, dtype)
+    engine = ZeroEngine(model, _optimizer_settings(config, groups), groups)
+    return Session(config, groups, corpus, engine, loader, _schedule(config))
+
+
+def _optimizer_settings(config: Config, groups: ProcessGroups) -> OptimizerSettings:
+    optimizer, training = config.optimizer, config.training
+    return OptimizerSettings(
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        eps=optimizer.adam_eps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        zero_stage=config.parallel.zero_stage,
+        offload=config.parallel.offload,
+        precision=training.precision,
+        gradient_accumulation_steps=config.accumulation_steps(groups.data_size),
+        micro_batch_size=training.micro_batch_size,
+    )
+
+
+def _schedule(config: Config) -> LearningRateSchedule:
+    optimizer = config.optimizer
+    last = optimizer.lr_decay_steps or config.training.train_steps
+    return LearningRateSchedule(
+        peak=optimizer.lr,
+        minimum=optimizer.min_lr,
+        warmup_steps=optimizer.lr_warmup_steps,
+        decay_steps=max(0, last - optimizer.lr_warmup_steps),
+        style=optimizer.lr_decay_style,
+    )

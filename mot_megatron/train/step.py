@@ -1,0 +1,160 @@
+"""The mathematics of one training step and of one evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mot_megatron.config import Config
+from mot_megatron.data.loader import PackedLoader
+from mot_megatron.errors import TrainingError
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.optim.norms import StepNorms
+from mot_megatron.optim.zero import ZeroEngine
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.train.counts import GlobalCounts
+from mot_megatron.train.hardware import synchronize
+
+BITS_PER_NAT = 1 / math.log(2)
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Where the time of a step went, on this rank."""
+
+    data: float
+    forward_backward: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return self.data + self.forward_backward + self.optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step did; equal on all ranks but for the seconds."""
+
+    modality_bits: tuple[float, ...]
+    """Mean cross entropy per modality in bits per token; NaN where there was no label."""
+    counts: GlobalCounts
+    norms: StepNorms
+    learning_rate: float
+    seconds: StepSeconds
+
+
+def train_step(
+    engine: ZeroEngine,
+    loader: PackedLoader,
+    config: Config,
+    groups: ProcessGroups,
+    *,
+    step: int,
+    learning_rate: float,
+    stop: bool = False,
+) -> StepResult:
+    """One optimizer step on one global batch.
+
+    Collectives: one all-reduce of counts and one of loss sums over data parallelism, besides the
+    model's and the engine's.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; no weight has been changed.
+    """
+    clock = _Clock(groups.device)
+    accumulation = config.accumulation_steps(groups.data_size)
+    batches = [loader.next_micro_batch() for _ in range(accumulation)]
+    counts = GlobalCounts.gather(batches, groups, stop)
+    divisor = counts.loss_weight(config.model.loss_weights)
+    data_seconds = clock.lap()
+
+    sums = torch.zeros(len(counts.modality_labels), device=groups.device)
+    for batch in batches:
+        loss, modality_sums = engine.forward(batch.to(groups.device))
+        engine.backward(loss / divisor)
+        sums += modality_sums
+    bits = mean_bits(sums, counts.modality_labels, groups)
+    _check_loss(bits, counts.modality_labels, list(config.model.modalities), step)
+    forward_backward_seconds = clock.lap()
+
+    norms = engine.step(learning_rate)
+    _check_norms(norms, config.model.tower_names, step)
+    seconds = StepSeconds(data_seconds, forward_backward_seconds, clock.lap())
+    return StepResult(bits, counts, norms, learning_rate, seconds)
+
+
+def evaluate(
+    engine: ZeroEngine, batches: Iterable[MicroBatch], groups: ProcessGroups
+) -> tuple[float, ...]:
+    """Mean cross entropy per modality over ``batches`` of all ranks, in bits per token.
+
+    Every rank must have the same number of batches. NaN for a modality without labels.
+    """
+    sums: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    with torch.no_grad():
+        for batch in batches:
+            _, modality_sums = engine.forward(batch.to(groups.device))
+            counted = torch.tensor(batch.modality_labels)
+            sums = modality_sums if sums is None else sums + modality_sums
+            labels = counted if labels is None else labels + counted
+    assert sums is not None
+    assert labels is not None
+    labels = labels.to(groups.device)
+    dist.all_reduce(labels, group=groups.data)
+    return mean_bits(sums, labels.tolist(), groups)
+
+
+def mean_bits(
+    sums: torch.Tensor, labels: Sequence[int], groups: ProcessGroups
+) -> tuple[float, ...]:
+    """Sum nats over data parallelism, divide by the global number of labels, turn into bits."""
+    dist.all_reduce(sums, group=groups.data)
+    return tuple(
+        nats / count * BITS_PER_NAT if count else math.nan
+        for nats, count in zip(sums.tolist(), labels, strict=True)
+    )
+
+
+class _Clock:
+    """Seconds between laps; waits for the device, so that each phase pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        synchronize(self.device)
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed
+
+
+def _check_loss(
+    bits: Sequence[float], labels: Sequence[int], names: Sequence[str], step: int
+) -> None:
+    broken = [
+        f"{name} ({value})"
+        for name, value, count in zip(names, bits, labels, strict=True)
+        if count and not math.isfinite(value)
+    ]
+    if broken:
+        raise TrainingError(
+            f"step {step}: the loss of {', '.join(broken)} is not finite; no weight was changed"
+        )
+
+
+def _check_norms(norms: StepNorms, towers: Sequence[str], step: int) -> None:
+    if norms.finite:
+        return
+    named = zip(("shared weights", *towers), (norms.shared, *norms.per_tower), strict=True)
+    broken = [name for name, value in named if not math.isfinite(value)]
+    raise TrainingError(
+        f"step {step}: the gradient of {', '.join(broken)} is not finite; no weight was changed"
+    )
