@@ -1,1 +1,31 @@
-"""Saving and loading of training state, verified before use."""
+"""Saving and loading of training state, verified before use.
+
+``save_checkpoint`` and ``load_checkpoint`` move tensors under global names; ``resolve_resume`` and
+``open_checkpoint`` say which checkpoint to take. Nothing here knows of optimizers.
+"""
+
+from mot_megatron.checkpoint.find import (
+    CheckpointInfo,
+    Search,
+    find_checkpoint,
+    open_checkpoint,
+    read_config_text,
+    read_metadata,
+    resolve_resume,
+)
+from mot_megatron.checkpoint.load import load_checkpoint
+from mot_megatron.checkpoint.save import save_checkpoint
+from mot_megatron.checkpoint.tensors import NamedTensor
+
+__all__ = [
+    "CheckpointInfo",
+    "NamedTensor",
+    "Search",
+    "find_checkpoint",
+    "load_checkpoint",
+    "open_checkpoint",
+    "read_config_text",
+    "read_metadata",
+    "resolve_resume",
+    "save_checkpoint",
+]

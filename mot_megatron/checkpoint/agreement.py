@@ -1,0 +1,84 @@
+"""Work whose failure on one rank must be known on all of them.
+
+A rank that raises alone leaves the others waiting in their next collective until it times out. The
+two functions here exchange the outcome first, so that every rank raises the same CheckpointError.
+They run over the default process group, or alone where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from mot_megatron.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank in the default group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Ranks in the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_every_rank(work: Callable[[], T]) -> list[T]:
+    """Call ``work`` on every rank and return what it returned on each, on every rank.
+
+    Collectives: one all-gather of objects over the default group. ``work`` may hold collectives of
+    its own only if they cannot fail on some of the ranks.
+
+    Raises:
+        CheckpointError: ``work`` raised an OSError or a CheckpointError on some rank; carries the
+            message of the first such rank, on every rank.
+    """
+    outcome = _attempt(work)
+    if not dist.is_initialized():
+        return _values([outcome])
+    outcomes: list[tuple[T | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    return _values(outcomes)
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Call ``work`` on rank 0 alone and return what it returned, on every rank.
+
+    Collectives: one broadcast of an object over the default group.
+
+    Raises:
+        CheckpointError: ``work`` raised an OSError or a CheckpointError; on every rank.
+    """
+    outcome = _attempt(work) if rank() == 0 else (None, None)
+    if dist.is_initialized():
+        box = [outcome]
+        dist.broadcast_object_list(box, src=0)
+        outcome = box[0]
+    return _values([outcome])[0]
+
+
+def describe_os_error(error: OSError) -> str:
+    """The path, if known, and the reason, in one line."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return work(), None
+    except OSError as error:
+        return None, describe_os_error(error)
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _values(outcomes: list[tuple[T | None, str | None]]) -> list[T]:
+    for failed_rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            where = f" (rank {failed_rank})" if len(outcomes) > 1 else ""
+            raise CheckpointError(problem + where)
+    return [value for value, _ in outcomes]  # type: ignore[misc]  # None only beside a problem

@@ -1,0 +1,94 @@
+"""Loading into tensors that exist already, whatever layout wrote the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from mot_megatron.checkpoint.agreement import on_every_rank
+from mot_megatron.checkpoint.find import CheckpointInfo
+from mot_megatron.checkpoint.storage import read_index, read_tensors, stored_tensors
+from mot_megatron.checkpoint.tensors import NamedTensor, describe
+from mot_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mot_megatron.parallel.groups import ProcessGroups
+
+_NAMES_SHOWN = 3
+
+
+def load_checkpoint(
+    checkpoint: CheckpointInfo,
+    tensors: Sequence[NamedTensor],
+    groups: ProcessGroups | None,
+    *,
+    prefix: str = "",
+) -> None:
+    """Fill this rank's tensors, in place, from a verified checkpoint.
+
+    Every rank calls this. Two all-gathers of objects over the default group; each rank reads its
+    own parts. Where it raises, no tensor has changed unless a file broke after verification.
+
+    Args:
+        checkpoint: From find_checkpoint, resolve_resume or open_checkpoint.
+        tensors: All tensors to fill, this rank's parts; names, global shapes and dtypes must be
+            the checkpoint's.
+        groups: The process groups; None for a single process, which holds everything whole.
+        prefix: Tensors of the checkpoint whose names begin otherwise are left alone. With "" every
+            tensor must be asked for, by some rank.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model, hostile, or cannot be read; on every
+            rank.
+    """
+    described = describe(tensors, groups)
+    try:
+        names = on_every_rank(lambda: _compare(read_index(checkpoint.path), tensors))
+        on_every_rank(lambda: _read(checkpoint, described, set().union(*names), prefix))
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load checkpoint {checkpoint.path}: {error}") from error
+
+
+def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
+    """Check this rank's tensors against the index; return their names."""
+    stored = stored_tensors(index)
+    missing = sorted(named.name for named in tensors if named.name not in stored)
+    if missing:
+        raise _of_another_model(f"it lacks {_shorten(missing)}")
+    differing = [
+        f"{named.name} is {kept} there and {wanted} here"
+        for named in tensors
+        if (kept := _kind(stored[named.name].size, stored[named.name].properties.dtype))
+        != (wanted := _kind(named.layout.global_shape, named.tensor.dtype))
+    ]
+    if differing:
+        raise _of_another_model(_shorten(differing))
+    return {named.name for named in tensors}
+
+
+def _read(
+    checkpoint: CheckpointInfo, described: dict[str, torch.Tensor], names: set[str], prefix: str
+) -> None:
+    index = read_index(checkpoint.path)
+    stored = stored_tensors(index)
+    unexpected = sorted(name for name in stored if name.startswith(prefix) and name not in names)
+    if unexpected:
+        raise _of_another_model(f"this model has no {_shorten(unexpected)}")
+    read_tensors(checkpoint.path, index, described)
+
+
+def _of_another_model(difference: str) -> CheckpointError:
+    return CheckpointError(f"it is a checkpoint of another model: {difference}")
+
+
+def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    rest = len(names) - _NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown

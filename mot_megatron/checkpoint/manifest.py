@@ -1,0 +1,170 @@
+"""The list of a checkpoint's files with their sizes and SHA-256 sums, itself summed.
+
+A flipped bit in a tensor file loads without complaint and trains on wrongly; only this catches it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from tqdm import tqdm
+
+from mot_megatron.checkpoint import agreement
+from mot_megatron.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+
+_CHUNK_BYTES = 1 << 22
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# A plain name: nothing that could lead out of the checkpoint's directory.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*[A-Za-z0-9_]$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileRecord(_Strict):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Manifest(_Strict):
+    """What a complete checkpoint consists of; every rank's files, not only this rank's."""
+
+    format: Literal[1] = 1
+    step: Annotated[int, Field(ge=0)]
+    num_tensors: Annotated[int, Field(ge=0)]
+    files: dict[FileName, FileRecord]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files, the manifest left out."""
+        return sum(record.size for record in self.files.values())
+
+
+class _SealedManifest(_Strict):
+    manifest: Manifest
+    sha256: Sha256
+
+
+def write_durably(path: Path, content: str) -> None:
+    """Write a text file and see it onto the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """See the names in ``directory`` onto the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and sum of a file as it is now."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest`` into ``directory``, with a sum over itself."""
+    sealed = _SealedManifest(manifest=manifest, sha256=_own_sum(manifest))
+    write_durably(directory / MANIFEST_NAME, sealed.model_dump_json(indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest itself; the files it lists are not opened, only measured.
+
+    Raises:
+        CheckpointError: It is missing, unreadable or damaged, or a file it lists is missing or has
+            another size. The message does not repeat ``directory``.
+    """
+    try:
+        content = (directory / MANIFEST_NAME).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST_NAME} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST_NAME} cannot be read: {error.strerror}") from None
+    try:
+        sealed = _SealedManifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{MANIFEST_NAME} is damaged: {where + ': ' if where else ''}{first['msg']}"
+        ) from None
+    if sealed.sha256 != _own_sum(sealed.manifest):
+        raise CheckpointError(f"{MANIFEST_NAME} is damaged: it does not match its own SHA-256")
+    for name, record in sealed.manifest.files.items():
+        _check_size(directory / name, record)
+    return sealed.manifest
+
+
+def verify_files(directory: Path, manifest: Manifest) -> str | None:
+    """Compare every file's SHA-256 with ``manifest``, the files shared out over all ranks.
+
+    Collectives: one all-gather of objects over the default group; every rank calls this with the
+    same arguments and a file system that all of them see.
+
+    Returns:
+        What is wrong with the first bad file, the same on every rank; None if nothing is.
+    """
+    by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
+    own = by_size[agreement.rank() :: agreement.world_size()]
+    problems = agreement.on_every_rank(lambda: _first_bad_file(directory, own))
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _first_bad_file(directory: Path, records: list[tuple[str, FileRecord]]) -> str | None:
+    total = sum(record.size for _, record in records)
+    with tqdm(
+        total=total,
+        desc=f"verifying {directory.name}",
+        unit="B",
+        unit_scale=True,
+        delay=5,
+        ncols=100,
+        leave=False,
+        disable=agreement.rank() != 0,
+    ) as progress:
+        for name, record in records:
+            try:
+                if record_of(directory / name) != record:
+                    return f"{name} does not match its SHA-256"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
+            progress.update(record.size)
+    return None
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
+    if size != record.size:
+        raise CheckpointError(f"{path.name} has {size} bytes, not {record.size}")
+
+
+def _own_sum(manifest: Manifest) -> str:
+    canonical = json.dumps(manifest.model_dump(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

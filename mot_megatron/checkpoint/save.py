@@ -1,0 +1,162 @@
+"""Saving: a fresh folder under a temporary name, checked, listed, and then renamed once.
+
+At every moment a kill leaves either the old checkpoints or the old ones and a complete new one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mot_megatron.checkpoint import agreement
+from mot_megatron.checkpoint.agreement import on_every_rank, on_first_rank
+from mot_megatron.checkpoint.find import (
+    CONFIG_NAME,
+    METADATA_NAME,
+    UNFINISHED_SUFFIX,
+    CheckpointInfo,
+    finished_checkpoints,
+    step_name,
+)
+from mot_megatron.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    record_of,
+    sync_directory,
+    write_durably,
+    write_manifest,
+)
+from mot_megatron.checkpoint.storage import (
+    INDEX_NAME,
+    check_complete,
+    own_file_pattern,
+    write_tensors,
+)
+from mot_megatron.checkpoint.tensors import NamedTensor, describe
+from mot_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mot_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save on its way: where it is written and where it will stand."""
+
+    directory: Path
+    step: int
+
+    @property
+    def final(self) -> Path:
+        return self.directory / step_name(self.step)
+
+    @property
+    def temporary(self) -> Path:
+        return self.directory / (step_name(self.step) + UNFINISHED_SUFFIX)
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: Sequence[NamedTensor],
+    *,
+    metadata: dict[str, Any],
+    config_text: str,
+    groups: ProcessGroups | None,
+    keep: int,
+) -> CheckpointInfo:
+    """Save all ranks' tensors as the checkpoint of ``step`` and remove old checkpoints.
+
+    Every rank calls this. Collectives over the default group only; ``directory`` must be on a file
+    system that all ranks share.
+
+    Args:
+        directory: Holds all checkpoints of a run; made if it is missing.
+        step: Optimizer steps done. An older save of the same step is replaced.
+        tensors: This rank's parts; see NamedTensor.
+        metadata: Whatever else resuming needs, as JSON can hold it; rank 0's is stored.
+        config_text: The resolved configuration, as TOML; rank 0's is stored.
+        groups: The process groups; None for a single process without any.
+        keep: How many checkpoints to keep, this one included (at least 1). Older ones go only
+            after this one is complete; a damaged one neither counts nor goes.
+
+    Raises:
+        CheckpointError: It could not be written (full disk, permission), on every rank; nothing of
+            it stays and older checkpoints are untouched. Or an older one could not be removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, must be at least 1")
+    save = _Save(directory, step)
+    described = describe(tensors, groups)
+    documents = {METADATA_NAME: json.dumps(metadata, indent=1) + "\n", CONFIG_NAME: config_text}
+    try:
+        on_first_rank(lambda: _make_room(save))
+        write_tensors(save.temporary, described)
+        written = on_every_rank(lambda: (list(described), _records_of_own_files(save.temporary)))
+        names = {name for own_names, _ in written for name in own_names}
+        records = {name: record for _, own in written for name, record in own.items()}
+        info = on_first_rank(lambda: _complete(save, names, records, documents))
+    except CheckpointError as error:
+        # All ranks have stopped writing: each step above ends with their agreement.
+        on_first_rank(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        raise CheckpointError(
+            f"cannot save checkpoint {save.final}: {error}; older checkpoints are untouched"
+        ) from error
+    on_first_rank(lambda: _remove_old(save, keep))
+    return info
+
+
+def _make_room(save: _Save) -> None:
+    save.directory.mkdir(parents=True, exist_ok=True)
+    for leftover in save.directory.glob(f"step_*{UNFINISHED_SUFFIX}"):
+        shutil.rmtree(leftover)
+    save.temporary.mkdir()
+
+
+def _records_of_own_files(directory: Path) -> dict[str, FileRecord]:
+    own = directory.glob(own_file_pattern(agreement.rank()))
+    return {path.name: record_of(path) for path in own}
+
+
+def _complete(
+    save: _Save, names: set[str], records: dict[str, FileRecord], documents: dict[str, str]
+) -> CheckpointInfo:
+    """Check what was written, add the documents and the manifest, and give it its name."""
+    temporary = save.temporary
+    num_tensors = check_complete(temporary, names)
+    for name, text in documents.items():
+        write_durably(temporary / name, text)
+    small = {name: record_of(temporary / name) for name in (INDEX_NAME, *documents)}
+    manifest = Manifest(
+        step=save.step, num_tensors=num_tensors, files=dict(sorted({**records, **small}.items()))
+    )
+    write_manifest(temporary, manifest)
+    sync_directory(temporary)
+    replaced = save.final.with_name(f"{save.final.name}.replaced{UNFINISHED_SUFFIX}")
+    if save.final.exists():
+        save.final.rename(replaced)
+    temporary.rename(save.final)
+    sync_directory(save.directory)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return CheckpointInfo(save.final, save.step, num_tensors, manifest.num_bytes)
+
+
+def _remove_old(save: _Save, keep: int) -> None:
+    up_to_now = [path for step, path in finished_checkpoints(save.directory) if step <= save.step]
+    for path in up_to_now[keep:]:
+        # Under a name that is no checkpoint's first, so that a kill half-way leaves none half gone.
+        doomed = path.with_name(path.name + UNFINISHED_SUFFIX)
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            reason = agreement.describe_os_error(error)
+            raise CheckpointError(
+                f"checkpoint {save.final} is complete, but the old {path} cannot be removed: "
+                f"{reason}"
+            ) from error

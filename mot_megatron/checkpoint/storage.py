@@ -1,0 +1,294 @@
+"""torch.distributed.checkpoint's files, written with care and read with suspicion.
+
+Its index, ``.metadata``, is a pickle. Here it is unpickled with the few classes that an index is
+made of and nothing else, so that a checkpoint from a stranger cannot run code; and no Python
+objects are ever stored beside the tensors, because those would be pickles as well.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from tqdm import tqdm
+
+from mot_megatron.checkpoint import agreement
+from mot_megatron.errors import CheckpointError
+
+INDEX_NAME = ".metadata"
+
+_INDEX_GLOBALS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+# What unpickling damaged or hostile bytes may raise, by the pickle module's documentation and ours.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def own_file_pattern(rank: int) -> str:
+    """Glob of the tensor files that ``rank`` writes."""
+    return f"__{rank}_*.distcp"
+
+
+def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
+    """Write all ranks' tensors and the index into ``directory``, each file seen onto the disk.
+
+    Every rank calls this; a tensor that several hold is written once. One writing thread per rank:
+    with more, a failed write can go unreported.
+
+    Raises:
+        CheckpointError: A file could not be written; on every rank.
+    """
+    with _progress(f"saving {directory.name}") as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            save(
+                described,
+                storage_writer=_Writer(directory, thread_count=1, sync_files=True),
+                planner=_SavePlanner(progress),
+            )
+        except CheckpointException as error:
+            raise _translate(error) from error
+
+
+def read_index(directory: Path) -> Metadata:
+    """Read ``.metadata`` and check that it describes tensors in files of this directory only.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or holds something else than an index of tensors.
+    """
+    try:
+        content = (directory / INDEX_NAME).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{INDEX_NAME} cannot be read: {error.strerror}") from None
+    try:
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+        _check_index(index)
+    except _UNPICKLING_ERRORS as error:
+        raise CheckpointError(f"{INDEX_NAME} is no index of tensors: {error}") from None
+    return index
+
+
+def stored_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Name, shape, dtype and pieces of every tensor in an index."""
+    return {
+        name: entry
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def check_complete(directory: Path, names: Iterable[str]) -> int:
+    """Check that the files hold every one of ``names``, whole; return the number of tensors.
+
+    Raises:
+        CheckpointError: A tensor, a part of one, or a file is missing.
+    """
+    index = read_index(directory)
+    stored = stored_tensors(index)
+    missing = sorted(set(names) - set(stored))
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors were not written, the first: {missing[0]}")
+    sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
+    for name, tensor in stored.items():
+        if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+            raise CheckpointError(f"only a part of {name} was written")
+        for chunk in tensor.chunks:
+            place = index.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if place is None or sizes.get(place.relative_path, -1) < place.offset + place.length:
+                raise CheckpointError(
+                    f"a part of {name} is missing from the files; every rank must write to the "
+                    "same directory, on a file system that all of them share"
+                )
+    return len(stored)
+
+
+def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Tensor]) -> None:
+    """Read into the memory of ``described`` the part of each tensor that this rank holds.
+
+    No collectives: every rank reads on its own.
+
+    Raises:
+        CheckpointError: A file is damaged or cannot be read.
+    """
+    with _progress(f"loading {directory.name}") as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            load(
+                described,
+                storage_reader=_Reader(directory, index),
+                planner=_LoadPlanner(progress),
+                no_dist=True,
+            )
+        except CheckpointException as error:
+            raise _translate(error, reading=True) from error
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows the classes of an index, and refuses the rest before anything of it is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_GLOBALS:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
+
+
+def _check_index(index: Any) -> None:
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        raise TypeError(f"it holds a {type(index).__name__}")
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise TypeError(f"{name} is a {type(entry).__name__}, not a tensor")
+    for place in index.storage_data.values():
+        file_name = place.relative_path
+        if Path(file_name).name != file_name or not file_name.endswith(".distcp"):
+            raise ValueError(f"it points to {file_name}, outside its own files")
+
+
+class _Writer(FileSystemWriter):
+    """Says what the disk said, and leaves the machine's path and a random number out of the index.
+
+    When a write fails, torch.save stumbles over the half-written archive and raises a RuntimeError
+    about positions in it; the OSError is only that error's context, which no other rank would see.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            context = error.__context__
+            while context is not None and not isinstance(context, OSError):
+                context = context.__context__
+            if context is None:
+                raise
+            raise OSError(context.errno, context.strerror) from error
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
+class _Reader(FileSystemReader):
+    """Serves an index that was read already.
+
+    The base class would unpickle ``.metadata`` freely and, should that fail, other files; the
+    caller of ``read_metadata`` asks for those only when its signature has ``kwargs``.
+    """
+
+    def __init__(self, directory: Path, index: Metadata) -> None:
+        super().__init__(directory)
+        self.index = index
+
+    def read_metadata(self) -> Metadata:  # type: ignore[override]
+        return self.index
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """The default, reporting the bytes written."""
+
+    def __init__(self, progress: tqdm) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.progress = progress
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        self.progress.total = sum(item.tensor_storage_size() or 0 for item in new_plan.items)
+        return super().finish_plan(new_plan)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        data = super().resolve_data(write_item)
+        if not isinstance(data, torch.Tensor):
+            raise TypeError(f"{write_item.index.fqn}: only tensors are stored, never pickles")
+        self.progress.update(data.numel() * data.element_size())
+        return data
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """The default, reporting the elements read, and without its unpickling of objects."""
+
+    def __init__(self, progress: tqdm) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.progress = progress
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        self.progress.total = sum(item.lengths.numel() for item in new_plan.items)
+        return super().finish_plan(new_plan)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise TypeError(f"{read_item.storage_index.fqn} is stored as a pickle, {len(value.read())}")
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        self.progress.update(read_item.lengths.numel())
+
+
+def _progress(description: str) -> tqdm:
+    return tqdm(
+        desc=description,
+        unit_scale=True,
+        delay=5,
+        ncols=100,
+        leave=False,
+        disable=agreement.rank() != 0,
+    )
+
+
+def _translate(error: CheckpointException, reading: bool = False) -> Exception:
+    """A CheckpointError for what a disk or a file can do; else a defect, as a RuntimeError."""
+    foreseen = (OSError, *_UNPICKLING_ERRORS) if reading else (OSError,)
+    for failed_rank, (cause, _) in sorted(error.failures.items()):
+        if not isinstance(cause, foreseen):
+            continue
+        reason = agreement.describe_os_error(cause) if isinstance(cause, OSError) else str(cause)
+        where = f" (rank {failed_rank})" if agreement.world_size() > 1 and not reading else ""
+        return CheckpointError(reason.splitlines()[0] + where)
+    return RuntimeError("torch.distributed.checkpoint failed")

@@ -1,0 +1,85 @@
+"""A small state with every kind of tensor a checkpoint meets, and the folder games tests play."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mot_megatron.checkpoint import CheckpointInfo, NamedTensor, load_checkpoint, save_checkpoint
+from mot_megatron.checkpoint.manifest import Manifest, read_manifest, record_of, write_manifest
+from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.parallel.groups import ProcessGroups
+
+LAYOUTS = {
+    "model/norm": (ParameterLayout((5,)), torch.float32),
+    "model/column": (ParameterLayout((4, 6), 0), torch.float32),
+    "model/row": (ParameterLayout((6, 4), 1), torch.bfloat16),
+    "model/swiglu": (ParameterLayout((2, 4, 3), 1), torch.float64),
+    "exp_avg/column": (ParameterLayout((4, 6), 0), torch.float32),
+    "count": (ParameterLayout(()), torch.int64),
+}
+
+
+def global_values(seed: int) -> dict[str, torch.Tensor]:
+    """The whole tensors, a function of ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(layout.global_shape, generator=generator) * 100).to(dtype)
+        for name, (layout, dtype) in LAYOUTS.items()
+    }
+
+
+def local_part(name: str, value: torch.Tensor, groups: ProcessGroups | None) -> torch.Tensor:
+    """What this rank holds of ``value``; SwiGLU's in the flat shape of its parameter."""
+    dim = LAYOUTS[name][0].shard_dim
+    if groups is not None and dim is not None:
+        value = value.chunk(groups.tensor_size, dim)[groups.tensor_rank]
+    if name == "model/swiglu":
+        value = value.flatten(0, 1)
+    return value.contiguous().clone()
+
+
+def state(seed: int, groups: ProcessGroups | None = None) -> list[NamedTensor]:
+    """This rank's tensors."""
+    return [
+        NamedTensor(name, local_part(name, value, groups), LAYOUTS[name][0])
+        for name, value in global_values(seed).items()
+    ]
+
+
+def save(directory: Path, step: int, keep: int = 10, seed: int | None = None) -> CheckpointInfo:
+    """Save, from this process alone, the state whose seed is ``step`` unless given."""
+    return save_checkpoint(
+        directory,
+        step,
+        state(step if seed is None else seed),
+        metadata={"step": step},
+        config_text="[run]\n",
+        groups=None,
+        keep=keep,
+    )
+
+
+def differing_after_load(
+    checkpoint: CheckpointInfo, seed: int, groups: ProcessGroups | None = None
+) -> list[str]:
+    """Load into other values; the names of tensors that are not then those of ``seed``."""
+    tensors = state(seed + 1000, groups)
+    load_checkpoint(checkpoint, tensors, groups)
+    wanted = {named.name: named.tensor for named in state(seed, groups)}
+    return [named.name for named in tensors if not torch.equal(named.tensor, wanted[named.name])]
+
+
+def reseal(path: Path) -> None:
+    """Rewrite the manifest so that tampered files pass verification, as an attacker would."""
+    old = read_manifest_unmeasured(path)
+    files = {name: record_of(path / name) for name in old}
+    step = int(path.name.removeprefix("step_"))
+    write_manifest(path, Manifest(step=step, num_tensors=len(LAYOUTS), files=files))
+    read_manifest(path)
+
+
+def read_manifest_unmeasured(path: Path) -> list[str]:
+    """Names of the files of a checkpoint but for the manifest."""
+    return sorted(file.name for file in path.iterdir() if file.name != "manifest.json")

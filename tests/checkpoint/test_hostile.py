@@ -1,0 +1,95 @@
+"""A checkpoint from a stranger, sealed with a matching manifest, must not run code."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from mot_megatron.checkpoint import CheckpointInfo, find_checkpoint, load_checkpoint
+from mot_megatron.checkpoint.storage import read_index
+from mot_megatron.errors import CheckpointError
+from tests.checkpoint.states import reseal, save, state
+
+
+class Poison:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def _resealed(tmp_path: Path, files: dict[str, bytes]) -> CheckpointInfo:
+    path = save(tmp_path, 1).path
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    reseal(path)
+    checkpoint = find_checkpoint(tmp_path).checkpoint
+    assert checkpoint is not None  # the manifest is no protection against intent
+    return checkpoint
+
+
+def test_the_poison_works(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Poison(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
+
+
+def test_poisoned_index(tmp_path: Path) -> None:
+    poison = pickle.dumps(Poison(tmp_path / "marker"))
+    # torch.distributed.checkpoint would turn to __0.metadata when .metadata cannot be read.
+    checkpoint = _resealed(tmp_path, {".metadata": poison, "__0.metadata": poison})
+    with pytest.raises(CheckpointError, match=r"asks for posix.mkdir, which no index needs"):
+        load_checkpoint(checkpoint, state(1), None)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("what", ["torch.load", "torch.hub.load", "builtins.eval", "os.system"])
+def test_index_may_not_name_other_functions(tmp_path: Path, what: str) -> None:
+    module, name = what.rsplit(".", 1)
+    content = f"c{module}\n{name}\n(S'x'\ntR.".encode()
+    checkpoint = _resealed(tmp_path, {".metadata": content})
+    with pytest.raises(CheckpointError, match=f"asks for {what}"):
+        load_checkpoint(checkpoint, state(1), None)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"no pickle", pickle.dumps({"a": 1})])
+def test_index_that_is_none(tmp_path: Path, content: bytes) -> None:
+    checkpoint = _resealed(tmp_path, {".metadata": content})
+    with pytest.raises(CheckpointError, match="no index of tensors"):
+        load_checkpoint(checkpoint, state(1), None)
+
+
+def test_poisoned_tensor(tmp_path: Path) -> None:
+    path = save(tmp_path, 1).path
+    stream = io.BytesIO()
+    torch.save(Poison(tmp_path / "marker"), stream)
+    index = read_index(path)
+    for place in index.storage_data.values():
+        place.offset, place.length = 0, len(stream.getvalue())
+    files = {".metadata": pickle.dumps(index), "__0_0.distcp": stream.getvalue()}
+    with pytest.raises(CheckpointError, match="cannot load checkpoint"):
+        load_checkpoint(_resealed(tmp_path, files), state(1), None)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_pickled_objects_beside_the_tensors(tmp_path: Path) -> None:
+    index = read_index(save(tmp_path, 1).path)
+    index.state_dict_metadata["count"] = BytesStorageMetadata()
+    with pytest.raises(CheckpointError, match=r"asks for .*BytesStorageMetadata"):
+        load_checkpoint(_resealed(tmp_path, {".metadata": pickle.dumps(index)}), state(1), None)
+
+
+def test_index_that_points_outside(tmp_path: Path) -> None:
+    index = read_index(save(tmp_path, 1).path)
+    next(iter(index.storage_data.values())).relative_path = "../../other.distcp"
+    with pytest.raises(CheckpointError, match=r"points to ../../other.distcp"):
+        load_checkpoint(_resealed(tmp_path, {".metadata": pickle.dumps(index)}), state(1), None)
