@@ -89,7 +89,11 @@ class IntegerSet {
 class Documents {
  public:
   Documents(const int64_t* lengths, int64_t count, int64_t capacity)
-      : lengths_(lengths), count_(count), used_(count), heads_(capacity + 2), lengths_left_(capacity + 1) {
+      : lengths_(lengths),
+        count_(count),
+        used_(count),
+        heads_(capacity + 2),
+        lengths_left_(capacity + 1) {
     for (int64_t i = 0; i < count; ++i) {
       if (lengths[i] < 1 || lengths[i] > capacity) throw std::out_of_range("document length");
       ++heads_[lengths[i] + 1];
@@ -118,15 +122,18 @@ class Documents {
     return document;
   }
 
-  // The two lengths whose sum comes nearest to room without exceeding it, the more equal pair first;
-  // {longest that fits, 0} where only one document fits, {0, 0} where none does.
+  // The two lengths whose sum comes nearest to room without exceeding it, the most equal ones of
+  // several such pairs; {longest that fits, 0} where one alone comes nearest, {0, 0} where none fits.
   std::pair<int64_t, int64_t> best_pair(int64_t room) const {
-    std::pair<int64_t, int64_t> best{std::max<int64_t>(0, lengths_left_.at_most(room)), 0};
-    int64_t longer = lengths_left_.at_least(std::max<int64_t>(1, (room + 1) / 2));
+    std::pair<int64_t, int64_t> best{0, 0};
+    // A pair below half the room is at its best with the longest such length as its longer one.
+    int64_t longer = lengths_left_.at_most(room / 2);
+    if (longer == kNone) longer = lengths_left_.at_least(room / 2);
     while (longer != kNone && longer <= room && best.first + best.second < room) {
-      int64_t shorter = lengths_left_.at_most(room - longer);
+      int64_t shorter = lengths_left_.at_most(std::min(longer, room - longer));
       if (shorter == longer && left(longer) < 2) shorter = lengths_left_.at_most(longer - 1);
-      if (shorter != kNone && longer + shorter > best.first + best.second) best = {longer, shorter};
+      shorter = std::max<int64_t>(shorter, 0);
+      if (longer + shorter > best.first + best.second) best = {longer, shorter};
       longer = lengths_left_.at_least(longer + 1);
     }
     return best;

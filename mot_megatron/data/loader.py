@@ -164,14 +164,15 @@ class PackedLoader:
                     f"data position was saved with {key} = {state[key]!r}, but this run has "
                     f"{value!r} ({self._source})"
                 )
-        self._epoch = _count(state, "epoch")
-        self._next_sequence = _count(state, "next_sequence")
-        self._packings.clear()
-        if self._next_sequence >= len(self._packing(self._epoch)):
+        epoch, next_sequence = _count(state, "epoch"), _count(state, "next_sequence")
+        packing = self._reader.pack(self._seed, epoch)
+        if next_sequence >= len(packing):
             raise CheckpointError(
-                f"data position has next_sequence = {self._next_sequence}, expected "
-                f"0..{len(self._packing(self._epoch)) - 1} ({self._source})"
+                f"data position has next_sequence = {next_sequence}, expected "
+                f"0..{len(packing) - 1} ({self._source})"
             )
+        self._epoch, self._next_sequence = epoch, next_sequence
+        self._packings = {epoch: packing}
 
     def _packing(self, epoch: int) -> Packing:
         if epoch not in self._packings:
