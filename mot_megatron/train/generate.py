@@ -1,0 +1,288 @@
+"""Continues a prompt into any modality, token by token, with a key-value cache.
+
+The same function serves the command line and the samples that training shows. A token runs
+through its own modality's tower only, as in training: a step of n samples is a micro-batch of n
+sequences of one token.
+
+Letters: n samples, p prompt tokens, s new tokens, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from tqdm import tqdm
+
+from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.codebooks import Codec, load_codec
+from mot_megatron.data.corpus import Corpus, Modality
+from mot_megatron.errors import DataError
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.train.kv_cache import KeyValueCache
+from mot_megatron.train.sampling import SamplingSettings, choose_tokens, draw_uniforms
+from mot_megatron.train.segments import PromptWriter, SegmentRules, held_out_prompt
+
+
+class Decoder:
+    """Feeds tokens to a model and returns the logits of what follows."""
+
+    def __init__(
+        self,
+        model: MixtureOfTransformers,
+        modality_of_id: np.ndarray,
+        num_samples: int,
+        capacity: int,
+    ) -> None:
+        self.model = model
+        self.modality_of_id = modality_of_id
+        self.cache = KeyValueCache(num_samples, capacity)
+
+    def feed(self, token_ids: np.ndarray) -> torch.Tensor:
+        """Take [1, p] ids of the prompt at first, then [n, 1] ids each time.
+
+        Collectives: those of the model's forward pass, then an all-gather over tensor
+        parallelism.
+
+        Returns:
+            Logits [1 or n, V] after the last token, equal on all tensor-parallel ranks.
+        """
+        model = self.model
+        micro_batch = build_micro_batch(
+            token_ids,
+            np.zeros_like(token_ids),
+            self.modality_of_id,
+            model.config.towers_of_modalities,
+            num_towers=model.config.num_towers,
+            slot_multiple=model.groups.tensor_size if model.sequence_parallel else 1,
+        )
+        positions = micro_batch.positions + self.cache.length
+        micro_batch = dataclasses.replace(micro_batch, positions=positions)
+        logits = model.sequence_logits(micro_batch.to(model.groups.device), self.cache)
+        self.cache.advance(token_ids.shape[1])
+        last = logits.view(*token_ids.shape, -1)[:, -1].contiguous()
+        return gather_from_tensor_model_parallel_region(last, group=model.groups.tensor)
+
+
+@torch.no_grad()
+def generate(
+    model: MixtureOfTransformers,
+    modality_of_id: np.ndarray,
+    prompt: np.ndarray,
+    rules: SegmentRules,
+    settings: SamplingSettings,
+    seq_length: int,
+) -> list[np.ndarray]:
+    """Fill the segment that ``prompt`` has opened, once per sample.
+
+    Every rank of the model's groups calls this with equal arguments and returns the same. Ids
+    come from the data-parallel rank 0, since ranks that stopped at different tokens would wait
+    for each other under ZeRO-3.
+
+    Args:
+        model: The bare module, not DeepSpeed's engine.
+        modality_of_id: [vocab_size] of the corpus; rows of the vocabulary behind it are padding.
+        prompt: [p] ids.
+        rules: Of the modality to generate.
+        settings: How to sample, and how many.
+        seq_length: Tokens of prompt and continuation at most.
+
+    Returns:
+        Ids of each sample, without the prompt and without the token that ends the segment. At
+        least one, unless the prompt's own last item is complete already.
+
+    Raises:
+        DataError: The prompt is empty, or leaves too little room.
+        TrainingError: The model's logits are not finite.
+    """
+    begun = len(rules.open_item(prompt))
+    num_tokens = _room(prompt, begun, rules, settings, seq_length)
+    if num_tokens == 0:
+        return [prompt[:0]] * settings.num_samples
+    decoder = Decoder(model, modality_of_id, settings.num_samples, len(prompt) + num_tokens)
+    chooser = _Chooser(rules, settings, num_tokens, model.groups)
+    chosen = np.zeros((settings.num_samples, num_tokens), dtype=np.int64)
+    lengths = np.full(settings.num_samples, num_tokens)
+    logits = decoder.feed(prompt[None]).expand(settings.num_samples, -1)
+    name = rules.modality.name
+    for step in tqdm(range(num_tokens), desc=name, delay=5, ncols=100, leave=False):
+        chosen[:, step] = chooser(logits, step, may_end=begun + step > 0)
+        ended = np.isin(chosen[:, step], rules.ends)
+        lengths[ended] = np.minimum(lengths[ended], step)
+        if step + 1 == num_tokens or (lengths <= step).all():
+            break
+        # Samples that have ended go on unheard: dropping rows would cost a copy of the cache.
+        logits = decoder.feed(chosen[:, step, None])
+    return [ids[:length] for ids, length in zip(chosen, lengths, strict=True)]
+
+
+def _room(
+    prompt: np.ndarray,
+    begun: int,
+    rules: SegmentRules,
+    settings: SamplingSettings,
+    seq_length: int,
+) -> int:
+    """How many tokens to generate at most."""
+    if not prompt.size:
+        raise DataError("the prompt is empty, expected at least one token")
+    fixed = rules.num_tokens
+    wanted = settings.max_tokens if fixed is None else max(0, fixed - begun)
+    needed = 1 if fixed is None else wanted
+    room = seq_length - len(prompt)
+    if room < needed:
+        raise DataError(
+            f"the prompt has {len(prompt)} tokens, expected at most {seq_length - needed}:"
+            f" the model's data.seq_length is {seq_length}, and {rules.modality.name} needs"
+            f" {needed} of it"
+        )
+    return min(wanted, room)
+
+
+class _Chooser:
+    """Chooses each sample's next token, the same on all ranks."""
+
+    def __init__(
+        self,
+        rules: SegmentRules,
+        settings: SamplingSettings,
+        num_tokens: int,
+        groups: ProcessGroups,
+    ) -> None:
+        self.settings = settings
+        self.groups = groups
+        self.content = torch.from_numpy(rules.content).to(groups.device)
+        ends = torch.from_numpy(rules.ends).to(groups.device)
+        # An item of fixed length ends by its length, any other not before its first token.
+        self.with_ends = (
+            torch.cat((self.content, ends)) if rules.num_tokens is None else self.content
+        )
+        self.uniforms = draw_uniforms(settings.seed, settings.num_samples, num_tokens)
+
+    def __call__(self, logits: torch.Tensor, step: int, may_end: bool) -> np.ndarray:
+        """[n, V] -> ids [n]; a broadcast over data parallelism."""
+        legal = self.with_ends if may_end else self.content
+        ids = choose_tokens(logits, legal, self.settings, self.uniforms[:, step])
+        if self.groups.data_size > 1:
+            ids = ids.to(self.groups.device)
+            dist.broadcast(ids, group=self.groups.data, group_src=0)
+        return ids.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of media, as ids and as what they stand for."""
+
+    modality: Modality
+    token_ids: np.ndarray
+    media: Any
+    """What the modality's codec decodes to: a string, pixels uint8 [h, w, 3] or sound float32."""
+
+
+@dataclass(frozen=True)
+class HeldOutSample:
+    """What the model makes of a document it has not seen."""
+
+    prompt: str
+    """The text of the document's other segments; empty if they have none."""
+    truth: Item
+    generated: Item
+
+
+class Generator:
+    """A model together with the corpus that says what its ids mean.
+
+    Codecs are loaded once, here.
+
+    Raises:
+        DataError: The corpus has no text, or a codebook cannot be read.
+    """
+
+    def __init__(self, model: MixtureOfTransformers, corpus: Corpus, seq_length: int) -> None:
+        self.model = model
+        self.corpus = corpus
+        self.seq_length = seq_length
+        self.prompts = PromptWriter.of(corpus.directory, corpus.description)
+        self.codecs: dict[str, Codec] = {
+            modality.name: load_codec(corpus.directory, modality)
+            for modality in corpus.description.modalities
+            if modality.codebook is not None
+        }
+
+    def rules(self, name: str) -> SegmentRules:
+        """Rules of the modality called ``name``.
+
+        Raises:
+            DataError: There is none that could be decoded.
+        """
+        if name not in self.codecs:
+            raise DataError(f"modality {name!r}, expected one of: {', '.join(self.codecs)}")
+        return SegmentRules.of(self.corpus.description, self.codecs[name].modality)
+
+    def continue_text(
+        self, text: str, into: str, settings: SamplingSettings, language: str | None = None
+    ) -> list[Item]:
+        """Continue a user's prompt into the modality called ``into``.
+
+        An item that the prompt has begun is returned with its beginning.
+
+        Raises:
+            DataError: Unknown modality or language, or a prompt too long.
+            TrainingError: The model's logits are not finite.
+        """
+        rules = self.rules(into)
+        prompt = rules.opened(self.prompts.encode(text, language))
+        begun = rules.open_item(prompt)
+        continued = self._generate(prompt, rules, settings)
+        return [self._item(rules, np.append(begun, ids)) for ids in continued]
+
+    def continue_held_out(
+        self, split: str, into: str, settings: SamplingSettings, num_documents: int
+    ) -> list[HeldOutSample]:
+        """Generate the ``into`` segment of the split's first documents that have one.
+
+        Prompts are all other segments of each document; one sample each, whatever
+        ``settings.num_samples`` is. Every rank calls this, as ``generate``.
+
+        Raises:
+            DataError: Unknown split or modality.
+            TrainingError: The model's logits are not finite.
+        """
+        rules = self.rules(into)
+        settings = dataclasses.replace(settings, num_samples=1)
+        samples: list[HeldOutSample] = []
+        for document in self.corpus.split(split):
+            if len(samples) == num_documents:
+                break
+            held_out = held_out_prompt(self.corpus.description, rules, document)
+            if held_out is None:
+                continue
+            ids = self._generate(held_out.prompt, rules, settings)[0]
+            samples.append(
+                HeldOutSample(
+                    self._text(held_out.prompt),
+                    self._item(rules, held_out.truth),
+                    self._item(rules, ids),
+                )
+            )
+        return samples
+
+    def _generate(
+        self, prompt: np.ndarray, rules: SegmentRules, settings: SamplingSettings
+    ) -> list[np.ndarray]:
+        table = self.corpus.description.modality_of_id
+        return generate(self.model, table, prompt, rules, settings, self.seq_length)
+
+    def _item(self, rules: SegmentRules, token_ids: np.ndarray) -> Item:
+        media = self.codecs[rules.modality.name].decode(token_ids)
+        return Item(rules.modality, token_ids, media)
+
+    def _text(self, prompt: np.ndarray) -> str:
+        rules = self.rules(self.prompts.codec.modality.name)
+        return self.prompts.codec.decode(prompt[np.isin(prompt, rules.content)])

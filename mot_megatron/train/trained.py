@@ -1,0 +1,64 @@
+"""A trained model out of its checkpoint alone, in one process and without an optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mot_megatron.checkpoint import CheckpointInfo, open_checkpoint, read_config_text, read_metadata
+from mot_megatron.config import Config, ParallelConfig, parse_config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import CheckpointError
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.train.state import checkpoint_directory, load_weights
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a checkpoint holds, ready for use."""
+
+    model: MixtureOfTransformers
+    config: Config
+    corpus: Corpus
+    checkpoint: CheckpointInfo
+    skipped: tuple[str, ...]
+    """A line for each checkpoint that was passed over, with the reason."""
+
+
+def load_trained_model(
+    path: Path, device: torch.device, corpus_directory: Path | None = None
+) -> TrainedModel:
+    """Load the weights of a checkpoint, whatever layout it was trained under.
+
+    On a CPU they stay in fp32, which is as exact as the checkpoint and no slower there.
+
+    Args:
+        path: A run's folder, its folder of checkpoints, or one checkpoint.
+        device: Where the model goes.
+        corpus_directory: Where the corpus lies now; None if it still is where training found it.
+
+    Raises:
+        CheckpointError: No usable checkpoint, or the corpus is not the one it was trained on.
+        DataError: The corpus cannot be opened.
+    """
+    inside = checkpoint_directory(path)
+    search = open_checkpoint(inside if inside.is_dir() else path)
+    checkpoint = search.checkpoint
+    assert checkpoint is not None  # open_checkpoint raises instead
+    config = parse_config(read_config_text(checkpoint), f"{checkpoint.path}: its configuration")
+    corpus = Corpus.open(corpus_directory or config.data.corpus)
+    trained_on = read_metadata(checkpoint).get("data", {}).get("corpus")
+    if trained_on != corpus.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on another corpus than {corpus.directory}, whose ids"
+            " mean something else; name the right one with --corpus"
+        )
+    config = config.model_copy(update={"parallel": ParallelConfig()})
+    groups = build_single_process_groups(device)
+    narrow = config.training.precision == "bf16" and device.type != "cpu"
+    model = MixtureOfTransformers(config, groups, torch.bfloat16 if narrow else torch.float32)
+    load_weights(model, checkpoint, groups)
+    return TrainedModel(model, config, corpus, checkpoint, search.skipped)

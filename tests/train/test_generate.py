@@ -1,0 +1,297 @@
+"""Generation with a cache equals the full forward pass, and keeps to what a document may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import DataError
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.parallel.groups import build_process_groups, build_single_process_groups
+from mot_megatron.train.generate import Decoder, Generator
+from mot_megatron.train.sampling import SamplingSettings
+from mot_megatron.train.segments import SegmentRules, held_out_prompt
+from tests.model.algorithm_one import AlgorithmOne
+from tests.model.small_models import modality_of_id, random_tokens, single_rank_model, small_config
+from tests.ranks import run_ranks
+from tests.train.small_corpus import (
+    BOA,
+    BOI,
+    BOS,
+    DE,
+    EN,
+    EOS,
+    FIRST_IMAGE,
+    FIRST_SPEECH,
+    TEXT_SIZE,
+    VOCAB_SIZE,
+    make_config,
+    make_corpus,
+)
+
+CPU = torch.device("cpu")
+TOWERS = {
+    1: {"text": "all", "image": "all", "speech": "all"},
+    2: {"text": "text", "image": "other", "speech": "other"},
+    3: {"text": "text", "image": "image", "speech": "speech"},
+}
+SHAPES = [
+    (),
+    ("model.num_query_groups=2", "model.norm_placement=pre"),
+    ("model.num_query_groups=1", "model.untie_embeddings_and_output_weights=false"),
+    ("model.untied.qkv=false", "model.untied.norms=false", "model.qk_norm=false"),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("generate") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def generator(corpus: Corpus) -> Generator:
+    config = make_config(corpus)
+    model = MixtureOfTransformers(config, build_single_process_groups(CPU))
+    return Generator(model, corpus, config.data.seq_length)
+
+
+def one_document(model: MixtureOfTransformers, ids: np.ndarray, table: np.ndarray) -> torch.Tensor:
+    """Logits [b, s, V] of sequences that are one document each, in one pass without a cache."""
+    micro_batch = build_micro_batch(
+        ids,
+        np.zeros_like(ids),
+        table,
+        model.config.towers_of_modalities,
+        num_towers=model.config.num_towers,
+    )
+    return model.sequence_logits(micro_batch).view(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("num_towers", TOWERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_cached_logits_equal_the_full_forward(
+    num_towers: int, shape: tuple[str, ...], dtype: torch.dtype, tolerance: float
+):
+    towers = TOWERS[num_towers]
+    model = single_rank_model(small_config(towers, "model.init_std=0.1", *shape), dtype)
+    table = modality_of_id(list(towers))
+    for seed, prompt_tokens in ((0, 1), (1, 9)):
+        # Samples share the prompt and differ after it, in ids and in modalities.
+        ids = random_tokens(seed, list(towers), (1, 1, 1), (3, prompt_tokens + 12)).token_ids
+        ids[:, :prompt_tokens] = ids[0, :prompt_tokens]
+        with torch.no_grad():
+            full = one_document(model, ids, table)
+            decoder = Decoder(model, table, num_samples=3, capacity=ids.shape[1])
+            after_prompt = decoder.feed(ids[:1, :prompt_tokens])
+            cached = [after_prompt.expand(3, -1)]
+            for position in range(prompt_tokens, ids.shape[1]):
+                cached.append(decoder.feed(ids[:, position, None]))
+        torch.testing.assert_close(
+            torch.stack(cached, dim=1), full[:, prompt_tokens - 1 :], rtol=tolerance, atol=tolerance
+        )
+
+
+def test_sequence_logits_stand_in_sequence_order():
+    towers = TOWERS[3]
+    model = single_rank_model(small_config(towers), torch.float64)
+    tokens = random_tokens(4, list(towers), (1, 1, 1))
+    micro_batch = tokens.micro_batch(small_config(towers))
+    expected = AlgorithmOne(model).logits(tokens)[1]
+    torch.testing.assert_close(
+        model.sequence_logits(micro_batch), expected, rtol=1e-10, atol=1e-10
+    )
+
+
+def test_greedy_decoding_follows_the_full_forward(generator: Generator):
+    settings = SamplingSettings(temperature=0, max_tokens=8)
+    rules = generator.rules("speech")
+    prompt = rules.opened(generator.prompts.encode("red heart"))
+    item = generator.continue_text("red heart", "speech", settings)[0]
+    table = generator.corpus.description.modality_of_id
+    sequence = np.append(prompt, item.token_ids)
+    with torch.no_grad():
+        logits = one_document(generator.model, sequence[None], table)[0, len(prompt) - 1 :]
+    for step, chosen in enumerate(item.token_ids):
+        legal = rules.content if step == 0 else np.append(rules.content, rules.ends)
+        assert chosen == legal[logits[step, legal].argmax()]
+    again = generator.continue_text("red heart", "speech", settings)[0]
+    assert np.array_equal(item.token_ids, again.token_ids)
+
+
+def test_same_seed_same_samples_whatever_their_number(generator: Generator):
+    def drawn(into: str, **settings: int) -> list[list[int]]:
+        items = generator.continue_text("tree", into, SamplingSettings(**settings))
+        return [item.token_ids.tolist() for item in items]
+
+    for into in ("image", "speech", "text"):
+        three = drawn(into, seed=7, num_samples=3, max_tokens=40)
+        assert three == drawn(into, seed=7, num_samples=3, max_tokens=40)
+        assert three[:1] == drawn(into, seed=7, num_samples=1, max_tokens=40)
+        assert three != drawn(into, seed=8, num_samples=3, max_tokens=40)
+        assert three[0] != three[1]
+
+
+def test_only_legal_ids_are_generated(corpus: Corpus):
+    config = make_config(corpus)
+    model = MixtureOfTransformers(config, build_single_process_groups(CPU))
+    weight = dict(model.named_parameters())["head.linear.weight"]
+    assert weight.shape[0] > VOCAB_SIZE
+    with torch.no_grad():
+        weight[VOCAB_SIZE:] *= 50  # padded rows would win nearly always, if they were legal
+        weight[EOS] *= 50
+    generator = Generator(model, corpus, config.data.seq_length)
+    settings = SamplingSettings(num_samples=8, max_tokens=20, temperature=2.0)
+    ranges = {
+        "text": (9, TEXT_SIZE),
+        "image": (FIRST_IMAGE, FIRST_SPEECH),
+        "speech": (FIRST_SPEECH, VOCAB_SIZE),
+    }
+    lengths = {}
+    for into, (first, end) in ranges.items():
+        items = generator.continue_text("", into, settings)
+        ids = np.concatenate([item.token_ids for item in items])
+        assert ids.min() >= first
+        assert ids.max() < end
+        lengths[into] = {len(item.token_ids) for item in items}
+    assert lengths["image"] == {64}
+    assert min(lengths["speech"]) >= 1
+    # The boosted end of the document ends text, and cannot end speech, whose end token is <eoa>.
+    assert min(lengths["text"]) < 20
+
+
+def test_rules_come_from_the_description(corpus: Corpus):
+    by_name = {
+        modality.name: SegmentRules.of(corpus.description, modality)
+        for modality in corpus.description.modalities
+    }
+    assert by_name["text"].content.tolist() == list(range(9, TEXT_SIZE))
+    assert by_name["text"].ends.tolist() == [EOS, BOI, BOA, EN, DE]
+    assert by_name["image"].ends.tolist() == [4]
+    assert [rules.num_tokens for rules in by_name.values()] == [None, 64, None]
+
+
+def test_prompts_stand_as_documents_do(generator: Generator):
+    encode = generator.prompts.encode
+    name = generator.prompts.codec.encode("red heart")
+    assert encode("red heart").tolist() == [BOS, EN, *name]
+    assert encode("red heart", "de").tolist() == [BOS, DE, *name]
+    assert encode("<de> red heart <boi>").tolist() == [BOS, DE, *name, BOI]
+    assert encode("<bos>").tolist() == [BOS]
+    assert encode("").tolist() == [BOS, EN]
+    image = generator.rules("image")
+    assert image.opened(encode("red heart"))[-1] == BOI
+    assert image.opened(encode("<bos><boi>")).tolist() == [BOS, BOI]
+    assert generator.rules("text").opened(encode("")).tolist() == [BOS, EN]
+    with pytest.raises(DataError, match="language 'xx', expected one of: de, en"):
+        encode("red heart", "xx")
+
+
+def test_text_is_returned_with_its_beginning(generator: Generator):
+    item = generator.continue_text("red hea", "text", SamplingSettings(max_tokens=3))[0]
+    assert item.media.startswith("red hea")
+    assert 0 <= len(item.token_ids) - len(generator.prompts.codec.encode("red hea")) <= 3
+
+
+def test_held_out_prompts_hold_everything_but_the_segment(corpus: Corpus, generator: Generator):
+    delimiters = {"text": EN, "image": BOI, "speech": BOA}
+    for document in corpus.split("validation"):
+        for into, begin in delimiters.items():
+            rules = generator.rules(into)
+            held_out = held_out_prompt(corpus.description, rules, document)
+            assert held_out is not None
+            assert held_out.prompt[0] == BOS
+            assert held_out.prompt[-1] == begin
+            assert not np.isin(held_out.prompt, rules.content).any()
+            rest = [*held_out.prompt, *held_out.truth, *rules.ends[: into != "text"], EOS]
+            assert sorted(rest) == sorted(document.tolist())
+    lonely = np.array([BOI, *[FIRST_IMAGE] * 64])
+    assert held_out_prompt(corpus.description, generator.rules("speech"), lonely) is None
+
+
+def test_held_out_samples_are_decoded(generator: Generator):
+    shapes = {}
+    for into in generator.codecs:
+        samples = generator.continue_held_out(
+            "validation", into, SamplingSettings(max_tokens=5), num_documents=2
+        )
+        assert len(samples) == 2
+        truth = samples[1].truth.media
+        shapes[into] = truth if isinstance(truth, str) else (truth.shape, truth.dtype)
+        assert type(samples[1].generated.media) is type(truth)
+        assert samples[1].prompt == ("" if into == "text" else "blue heart")
+    # 7 units of 40 ms at 16 kHz
+    sound = shapes.pop("speech")
+    assert shapes == {"text": "blue heart", "image": ((32, 32, 3), np.uint8)}
+    assert sound[1] == np.float32
+    assert sound[0][0] == pytest.approx(7 * 640, abs=640)
+
+
+@pytest.mark.parametrize(
+    ("text", "into", "message"),
+    [
+        ("red heart", "video", "modality 'video', expected one of: text, image, speech"),
+        ("a b c d e f " * 30, "speech", "expected at most 159: the model's data.seq_length is 160"),
+        ("a b c d e f " * 9, "image", "expected at most 96: .* image needs 64 of it"),
+    ],
+)
+def test_bad_requests_are_named(generator: Generator, text: str, into: str, message: str):
+    with pytest.raises(DataError, match=message):
+        generator.continue_text(text, into, SamplingSettings())
+
+
+def test_length_stays_within_the_sequence(generator: Generator):
+    text = "a b c d e f " * 12
+    prompt = len(generator.prompts.encode(text)) + 1
+    room = 160 - prompt
+    items = generator.continue_text(text, "speech", SamplingSettings(num_samples=4))
+    assert max(len(item.token_ids) for item in items) <= room
+
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tensor": (2, ("parallel.tensor_model_parallel_size=2",)),
+    "sequence": (
+        2,
+        ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
+    ),
+    "data": (1, ()),
+}
+
+
+def generated_ids(generator: Generator) -> Mapping[str, list[list[int]]]:
+    settings = SamplingSettings(num_samples=3, seed=2, max_tokens=12)
+    return {
+        into: [item.token_ids.tolist() for item in generator.continue_text("ab", into, settings)]
+        for into in generator.codecs
+    }
+
+
+def generate_on_ranks(directory: Path) -> dict[str, Mapping[str, list[list[int]]]]:
+    corpus = Corpus.open(directory)
+    results = {}
+    for name, (tensor, overrides) in LAYOUTS.items():
+        groups = build_process_groups(tensor, CPU)
+        # Data-parallel ranks that are not quite equal still have to stop at the same token; here
+        # they are as unequal as can be.
+        seed = f"run.seed={1234 + groups.data_rank}"
+        config = make_config(corpus, seed, *overrides)
+        model = MixtureOfTransformers(config, groups, torch.float64)
+        results[name] = generated_ids(Generator(model, corpus, config.data.seq_length))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def test_every_layout_generates_the_same(corpus: Corpus):
+    config = make_config(corpus)
+    model = MixtureOfTransformers(config, build_single_process_groups(CPU), torch.float64)
+    expected = generated_ids(Generator(model, corpus, config.data.seq_length))
+    for results in run_ranks(generate_on_ranks, 2, corpus.directory):
+        for name in LAYOUTS:
+            assert results[name] == expected, name
