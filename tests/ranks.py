@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import start_processes
 
 PRELOAD = [
     "torch",
@@ -55,9 +56,9 @@ def run_ranks(
         TimeoutError: The ranks did not end in time; names the function.
     """
     os.environ.update(ENVIRONMENT)
-    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    get_context("forkserver").set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.start_processes(
+        ranks = start_processes(
             _rank,
             (world_size, folder, timeout, function, args),
             nprocs=world_size,
@@ -74,7 +75,7 @@ def run_ranks(
                         f"after {timeout} s"
                     )
         finally:
-            for process in ranks.processes:
+            for process in filter(None, ranks.processes):
                 process.kill()
         return [pickle.loads(_result_file(folder, rank).read_bytes()) for rank in range(world_size)]
 

@@ -13,6 +13,7 @@ whole fp32 gradient on each rank; ZeRO-2 and 3 keep this rank's part.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,9 @@ class ZeroEngine:
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._num_towers = 1 + max(tower_of(p) for p in self._parameters.values())
         self._micro_batches = 0
+        self._reached: set[str] = set()
+        for name, parameter in self._parameters.items():
+            parameter.register_hook(functools.partial(self._mark_reached, name))
         self._adamw = GatedAdamW(
             parameter_groups(self._parameters.values(), settings.weight_decay),
             lr=0.0,  # given to every step
@@ -63,7 +67,9 @@ class ZeroEngine:
             fused=True,
         )
         config = deepspeed_config(settings, model, groups)
-        with contextlib.redirect_stdout(io.StringIO()):  # memory reports that cannot be switched off
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # memory reports that cannot be switched off
             self._engine, optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=self._adamw, config=config, mpu=Topology(groups)
             )
@@ -71,6 +77,9 @@ class ZeroEngine:
         for tensor in self._partition.optimized():
             self._adamw.make_state(tensor)
         self._partition.link()
+
+    def _mark_reached(self, name: str, _gradient: torch.Tensor) -> None:
+        self._reached.add(name)
 
     def _make_partition(self, optimizer: Any) -> Partition:
         parameters = list(self._parameters.values())
@@ -100,9 +109,13 @@ class ZeroEngine:
 
         The gradient that the step uses is the plain sum over the micro-batches and the
         data-parallel ranks: the loss must be scaled already, for example as (local sum of token
-        losses) / (tokens of the whole step). Every parameter must take part, be it with zeros.
-        The last micro-batch of a step reduces over the data-parallel group; ZeRO-2 and 3 reduce
-        in each.
+        losses) / (tokens of the whole step). The last micro-batch of a step reduces over the
+        data-parallel group; ZeRO-2 and 3 reduce in each.
+
+        Raises:
+            RuntimeError: A parameter got no gradient. All must take part, be it with zeros: ZeRO-3
+                and offloading would silently use what they hold of the step before, and ranks that
+                disagree would hang.
         """
         self._micro_batches += 1
         last = self._micro_batches == self._settings.gradient_accumulation_steps
@@ -112,7 +125,11 @@ class ZeroEngine:
         # DeepSpeed divides by the micro-batches wherever backward starts at a tensor that forward
         # returned, whatever scale_wrt_gas says.
         factor = 1 if sums_gradients(self._settings) else self._groups.data_size
+        self._reached.clear()
         self._engine.backward(loss * factor, scale_wrt_gas=False)
+        if len(self._reached) < len(self._parameters):
+            missing = sorted(self._parameters.keys() - self._reached)
+            raise RuntimeError(f"no gradient reached {len(missing)} parameters: {missing[:5]}")
 
     def step(self, learning_rate: float) -> StepNorms:
         """Clip, step, forget the gradients; return the norms from before the clipping.

@@ -82,14 +82,15 @@ def reference(net: toy.Net, clip_grad: float, parts: int) -> tuple[Weights, list
     )
     history = []
     for step in range(STEPS):
-        for parameter in master.values():
-            parameter.grad = torch.zeros_like(parameter)
+        sums = {name: torch.zeros_like(p) for name, p in master.items()}
+        for name, parameter in master.items():
+            parameter.grad = sums[name]
         for batch in toy.micro_batches(step, parts, 0, 1):
             net.zero_grad()
             net(batch).total.backward()
             for name, parameter in net.named_parameters():
                 assert parameter.grad is not None
-                master[name].grad += parameter.grad.float()
+                sums[name] += parameter.grad.float()
         history.append(reference_norms(master))
         if clip_grad:
             nn.utils.clip_grad_norm_(master.values(), clip_grad)
@@ -278,8 +279,9 @@ def _resume_elsewhere(state: State, layouts: list[dict[str, Any]]) -> list[State
 @pytest.mark.parametrize("world", [1, 3])
 def test_state_moves_between_stages_and_data_parallel_sizes(world: int):
     state, _ = run_ranks(_first_steps, 2)
+    layouts: list[dict[str, Any]] = [{"zero_stage": stage} for stage in (0, 1, 2, 3)]
+    layouts.append({"zero_stage": 3, "offload": "optimizer", "gradient_accumulation_steps": 2})
     weights, _ = reference(toy.build(toy.initial_weights()), 0.3, 1)
-    layouts = [layout for layout in LAYOUTS if layout.get("precision") != "bf16"]
     for finals in run_ranks(_resume_elsewhere, world, state, layouts):
         for layout, final in zip(layouts, finals, strict=True):
             for name, weight in weights.items():
@@ -317,6 +319,22 @@ def _not_a_number() -> None:
 
 def test_a_step_with_nan_on_one_rank_changes_nothing_on_any():
     run_ranks(_not_a_number, 2, timeout=120.0)
+
+
+def _leave_a_tower_out() -> str:
+    groups = build_process_groups(1, CPU)
+    engine, _ = make_engine(groups, zero_stage=3)
+    train(engine, groups, [0], 1)
+    engine.model.towers[1].forward = torch.zeros_like  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError) as error:
+        train(engine, groups, [1], 1)
+    return str(error.value)
+
+
+def test_a_parameter_without_gradient_is_an_error_not_a_stale_gradient():
+    for message in run_ranks(_leave_a_tower_out, 2):
+        assert "towers.1.up.weight" in message
+        assert "towers.0" not in message
 
 
 @pytest.mark.parametrize(
