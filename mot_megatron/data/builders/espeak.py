@@ -28,8 +28,8 @@ _UTF8 = 1  # espeakCHARS_UTF8
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
-VARIANTS = ("", "+f2", "+m3", "+f4", "+m5", "+f1", "+m1", "+f5")
-"""Speakers that every language has."""
+VARIANTS = ("", "+f1", "+f4", "+m1", "+m2", "+m3", "+m4", "+m5")
+"""Speakers that every language has; none with breath, whose noise differs from run to run."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ class Speaker:
             # Another file is another library to the linker; once loaded it needs no name.
             copy = Path(shutil.copy(loader.get_library_path(), directory))
             self._library = ctypes.CDLL(str(copy))
-        # Breathy voices draw noise from the C library's own generator.
-        ctypes.CDLL(None).srand(1)
         data = Path(loader.get_data_path()).parent
         self.sample_rate = int(
             self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), 0)

@@ -35,7 +35,7 @@ VOICES = {
     "tr": "tr",
 }
 """Languages that the emoji package names in and espeak-ng speaks well, and their voices."""
-_LANGUAGES_PER_TONE = 3
+_LANGUAGES_PER_TONE = 4
 """Names per skin tone: five tones in all languages would crowd out everything else."""
 _VARIATION_SELECTOR = "\ufe0f"
 _TONE = re.compile(r"_(medium-)?(light|dark|medium)_skin_tone")

@@ -8,7 +8,7 @@ from typing import Any
 from mot_megatron.errors import DataError
 
 
-def optional_package(module: str, distribution: str) -> Any:  # noqa: ANN401 - a module
+def optional_package(module: str, distribution: str) -> Any:
     """Import ``module``.
 
     Raises:

@@ -49,7 +49,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, token_ids: TokenIds) -> Any:  # noqa: ANN401 - text, pixels or samples
+    def decode(self, token_ids: TokenIds) -> Any:
         """One item back from its ids.
 
         Raises:

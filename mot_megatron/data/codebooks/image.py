@@ -94,6 +94,7 @@ class PatchCodec(Codec):
 
     @classmethod
     def load(cls, path: Path, modality: Modality) -> PatchCodec:
+        """As ``Codec.load``."""
         arrays = read_arrays(path, {"centroids": (modality.size, _WIDTH)})
         return cls(modality, arrays["centroids"])
 
@@ -107,6 +108,7 @@ class PatchCodec(Codec):
         return codes.reshape(-1, TOKENS_PER_PICTURE) + self.modality.first_id
 
     def decode(self, token_ids: TokenIds) -> np.ndarray:
+        """The picture of exactly 64 ids, uint8 [32, 32, 3]."""
         codes = self.codes(token_ids)
         if len(codes) != TOKENS_PER_PICTURE:
             raise DataError(
@@ -116,4 +118,5 @@ class PatchCodec(Codec):
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
     def write(self, token_ids: TokenIds, path: Path) -> None:
+        """Write the picture as a .png."""
         Image.fromarray(self.decode(token_ids)).save(path)

@@ -42,7 +42,9 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
             "per code; add documents"
         )
     random = np.random.default_rng(seed)
-    kmeans = MiniBatchKMeans(count, n_init=1, random_state=seed, reassignment_ratio=0.0)
+    order = np.empty(0, np.int64)
+    # partial_fit seeds the centroids once, whatever n_init says.
+    kmeans = MiniBatchKMeans(count, random_state=seed, reassignment_ratio=0.0)
     starts = [start for _ in range(EPOCHS) for start in range(0, len(vectors), _BATCH)]
     with threadpool_limits(1):
         for start in tqdm(starts, desc=description, unit="batch", ncols=100):
@@ -53,7 +55,7 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
             if len(batch) < count:
                 batch = order[-max(count, _BATCH) :]
             kmeans.partial_fit(vectors[batch])
-    return kmeans.cluster_centers_.astype(np.float32)
+    return np.asarray(kmeans.cluster_centers_, dtype=np.float32)
 
 
 def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:

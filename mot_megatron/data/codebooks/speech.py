@@ -82,6 +82,7 @@ class UnitCodec(Codec):
 
     @classmethod
     def load(cls, path: Path, modality: Modality) -> UnitCodec:
+        """As ``Codec.load``."""
         shapes = {"centroids": (modality.size, _WIDTH), "mean": (MEL_BINS,)}
         arrays = read_arrays(path, shapes)
         return cls(modality, arrays["centroids"], arrays["mean"])
@@ -100,12 +101,14 @@ class UnitCodec(Codec):
         return self.encode(speech_features(samples).units)
 
     def decode(self, token_ids: TokenIds) -> np.ndarray:
+        """The sound of at least one id, float32 [640 u - 160] at 16 kHz."""
         codes = self.codes(token_ids)
         if not len(codes):
             raise DataError("speech of 0 tokens, expected at least 1")
         return sound_of_log_mel(self.centroids[codes].reshape(-1, MEL_BINS) + self.mean)
 
     def write(self, token_ids: TokenIds, path: Path) -> None:
+        """Write the sound as a .wav."""
         write_sound(self.decode(token_ids), path)
 
 

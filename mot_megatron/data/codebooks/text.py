@@ -49,6 +49,7 @@ class TextCodec(Codec):
 
     @classmethod
     def load(cls, path: Path, modality: Modality) -> TextCodec:
+        """As ``Codec.load``."""
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -90,4 +91,5 @@ class TextCodec(Codec):
         return self.tokenizer.decode(codes, skip_special_tokens=not keep_special)
 
     def write(self, token_ids: TokenIds, path: Path) -> None:
+        """Write the text and a line end."""
         path.write_text(self.decode(token_ids) + "\n", encoding="utf-8")

@@ -1,0 +1,182 @@
+"""How predictable a corpus is without a model: held-out entropies of n-gram tables.
+
+A model that learns anything ends below the unigram entropy of each modality; one that uses more
+than its nearest neighbours ends below the entropy given two tokens of context. Tables are counted
+on the train split and scored on validation.
+
+Shapes: n tokens of one modality; V ids in its range. The first token of a document has no context
+and no model predicts it, so it counts neither way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mot_megatron.data.codebooks import CODECS
+from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
+from mot_megatron.errors import DataError
+
+_UNIGRAM_COUNT = 0.1
+"""Added to every id's count, so that an unseen one is possible."""
+
+
+@dataclass(frozen=True)
+class Entropies:
+    """Held-out entropies of some tokens, in bits per token."""
+
+    unigram: float
+    one_token: float
+    """Given the token before."""
+    two_tokens: float
+    """Given the better of the pairs in ``ModalityStatistics.pairs``."""
+
+
+@dataclass(frozen=True)
+class ModalityStatistics:
+    """What n-gram tables make of one modality."""
+
+    train_tokens: int
+    validation_tokens: int
+    all_tokens: Entropies
+    without_most_common: Entropies
+    """Over the validation tokens other than ``most_common``: for pictures, without background."""
+    most_common: int
+    """The id that occurs most often in the train split."""
+    most_common_share: float
+    """Its share of the validation tokens."""
+    pairs: dict[int, float]
+    """Distance d of the second context token -> entropy given the tokens 1 and d before."""
+
+    @property
+    def pair(self) -> int:
+        """The distance whose pair predicts best."""
+        return min(self.pairs, key=lambda distance: self.pairs[distance])
+
+
+def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
+    """Statistics of every modality, by its name.
+
+    The two-token context is the two tokens before; of a modality that is a raster of codes the
+    token before and the one above, where that pair predicts better.
+
+    Raises:
+        DataError: A split is missing, or holds no token of a modality.
+    """
+    train, validation = corpus.split("train"), corpus.split("validation")
+    vocab_size = corpus.description.vocab_size
+    return {
+        modality.name: _measure(modality, train, validation, vocab_size)
+        for modality in corpus.description.modalities
+    }
+
+
+def _second_distances(modality: Modality) -> list[int]:
+    codec = CODECS.get(modality.codec)
+    return sorted({2} if codec is None else {2, codec.row_length})
+
+
+def _measure(
+    modality: Modality, train: TokenSplit, validation: TokenSplit, vocab_size: int
+) -> ModalityStatistics:
+    distances = [1, *_second_distances(modality)]
+    seen, seen_context = _with_context(train, modality, distances, vocab_size)
+    held, held_context = _with_context(validation, modality, distances, vocab_size)
+    for split, tokens in ((train, seen), (validation, held)):
+        if not len(tokens):
+            raise DataError(
+                f"split {split.name} has no token of modality {modality.name} after the first of "
+                "a document, so it has no entropy"
+            )
+    counts = np.bincount(seen, minlength=modality.size)
+    smoothed = counts + _UNIGRAM_COUNT
+    unigram = (smoothed / smoothed.sum())[held]
+    one = _witten_bell(seen_context[1], seen, held_context[1], held, unigram)
+    # A pair of context ids is one number.
+    pairs = {
+        distance: _witten_bell(
+            seen_context[1] * (vocab_size + 1) + seen_context[distance],
+            seen,
+            held_context[1] * (vocab_size + 1) + held_context[distance],
+            held,
+            one,
+        )
+        for distance in distances[1:]
+    }
+    bits = {distance: _bits(probability) for distance, probability in pairs.items()}
+    two = pairs[min(bits, key=lambda distance: bits[distance])]
+    common = int(counts.argmax())
+    other = held != common
+    return ModalityStatistics(
+        train_tokens=len(seen),
+        validation_tokens=len(held),
+        all_tokens=Entropies(_bits(unigram), _bits(one), _bits(two)),
+        without_most_common=Entropies(_bits(unigram[other]), _bits(one[other]), _bits(two[other])),
+        most_common=modality.first_id + common,
+        most_common_share=1.0 - float(other.mean()),
+        pairs=bits,
+    )
+
+
+def _with_context(
+    split: TokenSplit, modality: Modality, distances: list[int], vocab_size: int
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Codes [n] of a modality, and for each distance the id that many tokens before, [n].
+
+    ``vocab_size`` stands for what lies before the document's beginning.
+    """
+    tokens = np.asarray(split.tokens, dtype=np.int64)
+    position = np.arange(len(tokens)) - np.repeat(split.offsets[:-1], split.lengths)
+    inside = (tokens >= modality.first_id) & (tokens < modality.end_id) & (position > 0)
+    places = np.flatnonzero(inside)
+    context = {
+        distance: np.where(
+            position[places] >= distance, tokens[np.maximum(places - distance, 0)], vocab_size
+        )
+        for distance in distances
+    }
+    return tokens[places] - modality.first_id, context
+
+
+def _witten_bell(
+    contexts: np.ndarray,
+    tokens: np.ndarray,
+    held_contexts: np.ndarray,
+    held_tokens: np.ndarray,
+    shorter: np.ndarray,
+) -> np.ndarray:
+    """Probability of each held-out token given its context, backing off to ``shorter``.
+
+    P(y | c) = (count(c, y) + types(c) * shorter(y)) / (count(c) + types(c)), where types(c) is the
+    number of different tokens seen after c (Witten and Bell, 1991); shorter(y) for an unseen c.
+
+    Args:
+        contexts: [n] int64, one number for each context.
+        tokens: [n] int64, what followed.
+        held_contexts: [m], of the held-out tokens.
+        held_tokens: [m].
+        shorter: [m], their probabilities given less context.
+
+    Returns:
+        [m] float64.
+    """
+    known, index = np.unique(contexts, return_inverse=True)
+    width = int(max(tokens.max(), held_tokens.max())) + 1
+    bigrams, bigram_counts = np.unique(index * width + tokens, return_counts=True)
+    context_counts = np.bincount(index, minlength=len(known))
+    types = np.bincount(bigrams // width, minlength=len(known))
+
+    place = np.minimum(np.searchsorted(known, held_contexts), len(known) - 1)
+    found = known[place] == held_contexts
+    key = place * width + held_tokens
+    slot = np.minimum(np.searchsorted(bigrams, key), len(bigrams) - 1)
+    count = np.where(found & (bigrams[slot] == key), bigram_counts[slot], 0)
+    total = np.where(found, context_counts[place], 0)
+    kinds = np.where(found, types[place], 1)
+    return (count + kinds * shorter) / (total + kinds)
+
+
+def _bits(probability: np.ndarray) -> float:
+    """Mean information in bits; 0 of no tokens."""
+    return float(-np.log2(probability).mean()) if len(probability) else 0.0
