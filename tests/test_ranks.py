@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from tests.ranks import run_ranks
 
@@ -32,7 +32,7 @@ def test_values_come_back_in_the_order_of_the_ranks():
 
 
 def test_an_error_on_one_rank_reaches_the_test():
-    with pytest.raises(mp.ProcessRaisedException, match="rank fell over"):
+    with pytest.raises(ProcessRaisedException, match="rank fell over"):
         run_ranks(_fail_on_last_rank, 2)
 
 

@@ -55,9 +55,9 @@ def step_norms(
         parts[tower_of(parameter) - SHARED_TOWER].append(gradient)
     squares = torch.stack([_squared_norm(tensors).to(device) for tensors in parts])
     dist.all_reduce(squares)
-    total = math.sqrt(float(squares.sum()))
-    shared, *per_tower = (math.sqrt(value) for value in squares.tolist())
-    return StepNorms(total=total, shared=shared, per_tower=tuple(per_tower))
+    values: list[float] = squares.tolist()
+    shared, *per_tower = map(math.sqrt, values)
+    return StepNorms(total=math.sqrt(sum(values)), shared=shared, per_tower=tuple(per_tower))
 
 
 def _squared_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
