@@ -1,0 +1,171 @@
+"""Small configurations, packed token batches and comparisons that the tests of the model share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mot_megatron.config import Config, parse_config
+from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.parallel.groups import build_single_process_groups
+
+VOCABULARY_RANGES = {"text": (0, 40), "image": (40, 100), "speech": (100, 128)}
+"""First id and end of every modality's range."""
+
+SMALL = """
+[run]
+name = "small"
+[data]
+corpus = "none"
+[model]
+num_layers = 2
+hidden_size = 32
+num_attention_heads = 4
+ffn_hidden_size = 40
+vocab_size = 128
+init_std = 0.2
+[training]
+train_steps = 1
+global_batch_size = 1
+precision = "fp32"
+[model.modalities]
+"""
+
+
+def small_config(towers: Mapping[str, str], *overrides: str) -> Config:
+    """A two-layer model; ``towers`` maps modality to tower, overrides are ``section.key=value``."""
+    modalities = "".join(f'{name} = {{ tower = "{tower}" }}\n' for name, tower in towers.items())
+    return parse_config(SMALL + modalities, "small", list(overrides))
+
+
+def single_rank_model(config: Config, dtype: torch.dtype = torch.float32) -> MixtureOfTransformers:
+    """The model in a world of one, with norm weights that are not all ones."""
+    model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")), dtype)
+    vary_norm_weights(model)
+    return model
+
+
+def vary_norm_weights(model: torch.nn.Module) -> None:
+    """Add noise to every vector: at one, two swapped norms would look the same."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            with torch.no_grad():
+                parameter.add_(0.1 * noise)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A packed batch in sequence order, as the data path would hand it to grouping."""
+
+    token_ids: np.ndarray
+    """[b, s] int64."""
+    document_ids: np.ndarray
+    """[b, s] int32."""
+    modality_of_id: np.ndarray
+    """[vocabulary] int8."""
+
+    @property
+    def modalities(self) -> torch.Tensor:
+        """[t] modality index of every token, sequence order."""
+        return torch.from_numpy(self.modality_of_id[self.token_ids].astype(np.int64)).flatten()
+
+    @property
+    def documents(self) -> torch.Tensor:
+        """[t] a number that differs between any two documents of the batch."""
+        rows = np.arange(self.token_ids.shape[0])[:, None] * self.token_ids.shape[1]
+        return torch.from_numpy(self.document_ids.astype(np.int64) + rows).flatten()
+
+    def micro_batch(self, config: Config) -> MicroBatch:
+        """Grouped for ``config``'s towers, padded for its sequence parallelism."""
+        parallel = config.parallel
+        return build_micro_batch(
+            self.token_ids,
+            self.document_ids,
+            self.modality_of_id,
+            config.model.towers_of_modalities,
+            num_towers=config.model.num_towers,
+            slot_multiple=(
+                parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+            ),
+        )
+
+
+def modality_of_id(names: Sequence[str]) -> np.ndarray:
+    """Lookup of the modality index for the modalities of a configuration, in its order."""
+    lookup = np.zeros(VOCABULARY_RANGES["speech"][1], dtype=np.int8)
+    for index, name in enumerate(names):
+        first, end = VOCABULARY_RANGES[name]
+        lookup[first:end] = index
+    return lookup
+
+
+def random_tokens(
+    seed: int, names: Sequence[str], mix: Sequence[float], shape: tuple[int, int] = (2, 24)
+) -> Tokens:
+    """Runs of random modalities in random documents.
+
+    Args:
+        seed: Of everything.
+        names: Modalities of the configuration.
+        mix: Probability of each; 0 leaves the modality absent.
+        shape: [b, s].
+    """
+    random = np.random.default_rng(seed)
+    size = shape[0] * shape[1]
+    runs = random.choice(len(names), size=size, p=np.asarray(mix) / np.sum(mix))
+    modality = np.repeat(runs, random.integers(1, 5, size))[:size]
+    bounds = np.array([VOCABULARY_RANGES[name] for name in names])
+    token_ids = random.integers(bounds[modality, 0], bounds[modality, 1]).reshape(shape)
+    document_ids = np.cumsum(random.random(shape) < 0.15, axis=1)
+    return Tokens(token_ids, document_ids.astype(np.int32), modality_of_id(names))
+
+
+def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient by name; the model is left without any."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        gradients[name] = parameter.grad
+        parameter.grad = None
+    return gradients
+
+
+def assert_all_close(
+    actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
+) -> None:
+    """Same names, and every tensor close in absolute and in relative terms."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name],
+            value,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def assert_all_equal(
+    actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Same names, and every tensor equal bit for bit."""
+    assert actual.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
+    assert not different
+
+
+def cut(whole: torch.Tensor, layout: ParameterLayout, rank: int, size: int) -> torch.Tensor:
+    """What tensor rank ``rank`` of ``size`` holds of a whole parameter or its gradient."""
+    if layout.shard_dim is None:
+        return whole
+    part = whole.reshape(layout.global_shape).chunk(size, layout.shard_dim)[rank]
+    return part.flatten(0, -2)
