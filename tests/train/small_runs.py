@@ -1,0 +1,102 @@
+"""A small corpus and a small configuration that the tests of training share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mot_megatron.config import Config, parse_config
+from mot_megatron.data.corpus import Modality
+from mot_megatron.data.writer import CorpusWriter
+
+SEQ_LENGTH = 64
+MODALITIES = (
+    Modality(name="text", first_id=0, size=100),
+    Modality(name="image", first_id=100, size=60),
+    Modality(name="speech", first_id=160, size=32),
+)
+
+# adam_eps: with the usual 1e-8, an element whose true gradient is 0 moves by the sign of its rounding
+# noise, a whole learning rate per step; no two orders of summation would then agree.
+CONFIG = """
+[run]
+name = "small"
+seed = 3
+[data]
+corpus = "{corpus}"
+seq_length = 64
+[model]
+num_layers = 2
+hidden_size = 32
+num_attention_heads = 4
+num_query_groups = 2
+ffn_hidden_size = 48
+init_std = 0.1
+[model.modalities]
+text = {{ tower = "text" }}
+image = {{ tower = "image", loss_weight = 0.5 }}
+speech = {{ tower = "speech" }}
+[optimizer]
+lr = 1e-2
+lr_warmup_steps = 2
+adam_eps = 1e-4
+clip_grad = 0.5
+[training]
+train_steps = 20
+micro_batch_size = 1
+global_batch_size = 8
+precision = "fp32"
+[checkpoint]
+interval_steps = 7
+[evaluation]
+interval_steps = 10
+[logging]
+interval_steps = 5
+peak_flops = 1e9
+"""
+
+
+def write_corpus(
+    directory: Path, single_modality: bool = False, without: str | None = None
+) -> Path:
+    """Write a random corpus and return its folder.
+
+    Args:
+        directory: Where to.
+        single_modality: Documents that fill a sequence with one modality, so that most
+            micro-batches of one sequence lack two of the three.
+        without: A modality that occurs nowhere.
+    """
+    rng = np.random.default_rng(7)
+    present = [modality for modality in MODALITIES if modality.name != without]
+
+    def segment(modality: Modality, tokens: int) -> tuple[str, list[int]]:
+        # Squared uniform numbers: low ids are likelier, so there is something to learn.
+        ids = modality.first_id + (rng.random(tokens) ** 2 * modality.size).astype(int)
+        return modality.name, ids.tolist()
+
+    with CorpusWriter(
+        directory=directory,
+        name="small",
+        builder="tests 1",
+        seed=7,
+        modalities=MODALITIES,
+        pad_token=0,
+    ) as writer:
+        for split, documents in (("train", 60), ("validation", 12)):
+            for number in range(documents):
+                if single_modality:
+                    chosen = [present[number % len(present)]]
+                    lengths = [SEQ_LENGTH]
+                else:
+                    chosen = [present[i] for i in rng.permutation(len(present))]
+                    lengths = [int(rng.integers(3, 20)) for _ in chosen]
+                pairs = zip(chosen, lengths, strict=True)
+                writer.add(split, [segment(modality, length) for modality, length in pairs])
+    return directory
+
+
+def small_config(corpus: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration with its corpus and ``overrides``."""
+    return parse_config(CONFIG.format(corpus=corpus), "small.toml", overrides)

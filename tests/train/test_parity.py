@@ -1,0 +1,173 @@
+"""Every layout trains exactly as one process does: losses, norms and weights over five steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.model.sharding import ParameterLayout, layout_of
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.train.session import build_session, resolve_config
+from mot_megatron.train.step import evaluate, train_step
+from tests.ranks import run_ranks
+from tests.train.small_runs import small_config, write_corpus
+
+STEPS = 5
+# fp32 sums in another order: about 1e-7 relative per step, amplified by Adam over five steps.
+TOLERANCE = 1e-5
+
+DP1, TP2 = "parallel.zero_stage=1", "parallel.tensor_model_parallel_size=2"
+SP = "parallel.sequence_parallel=true"
+ZERO2, ZERO3 = "parallel.zero_stage=2", "parallel.zero_stage=3"
+OFFLOAD = "parallel.offload=optimizer"
+TIED = "model.untie_embeddings_and_output_weights=false"
+DENSE = ["model.modalities.image.tower=text", "model.modalities.speech.tower=text"]
+TWO_TOWERS = ["model.modalities.speech.tower=text"]
+SHARED_PARTS = ["model.untied.qkv=false", "model.untied.norms=false", "model.untied.qk_norm=false"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw."""
+
+    tensor_rank: int
+    tensor_size: int
+    losses: list[tuple[float, ...]]
+    norms: list[tuple[float, ...]]
+    held_out: tuple[float, ...]
+    weights: dict[str, torch.Tensor]
+    layouts: dict[str, ParameterLayout]
+    lacking: int
+    """Micro-batches of this rank without some modality."""
+
+
+def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
+    config = small_config(corpus_directory, overrides)
+    corpus = Corpus.open(corpus_directory)
+    config = resolve_config(config, corpus)
+    groups = build_process_groups(config.parallel.tensor_model_parallel_size, torch.device("cpu"))
+    session = build_session(config, corpus, groups)
+    lacking = 0
+    original = session.loader.next_micro_batch
+
+    def counted():  # noqa: ANN202
+        nonlocal lacking
+        batch = original()
+        lacking += 0 in batch.modality_tokens
+        return batch
+
+    session.loader.next_micro_batch = counted  # type: ignore[method-assign]
+    losses, norms = [], []
+    for step in range(STEPS):
+        result = train_step(
+            session.engine,
+            session.loader,
+            config,
+            groups,
+            step=step + 1,
+            learning_rate=session.schedule.at(step),
+        )
+        losses.append(result.modality_bits)
+        norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
+    held_out = evaluate(session.engine, session.held_out_batches(), groups)
+    return Outcome(
+        groups.tensor_rank,
+        groups.tensor_size,
+        losses,
+        norms,
+        held_out,
+        {name: state["weight"].clone() for name, state in session.engine.export_state()},
+        {name: layout_of(parameter) for name, parameter in session.model.named_parameters()},
+        lacking,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("corpora")
+    return {
+        "mixed": write_corpus(root / "mixed"),
+        "lacking": write_corpus(root / "lacking", single_modality=True),
+        "absent": write_corpus(root / "absent", without="speech"),
+    }
+
+
+_references: dict[tuple[str, tuple[str, ...]], Outcome] = {}
+
+
+def reference(corpus: Path, overrides: tuple[str, ...]) -> Outcome:
+    """One process on the same model; each is run once."""
+    key = (str(corpus), overrides)
+    if key not in _references:
+        _references[key] = run_ranks(run_steps, 1, corpus, list(overrides), timeout=120)[0]
+    return _references[key]
+
+
+def assert_equal(outcome: Outcome, expected: Outcome) -> None:
+    for mine, theirs in zip(
+        [*outcome.losses, *outcome.norms, outcome.held_out],
+        [*expected.losses, *expected.norms, expected.held_out],
+        strict=True,
+    ):
+        assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE, nan_ok=True)
+    for name, whole in expected.weights.items():
+        layout = outcome.layouts[name]
+        part = whole.view(layout.global_shape)
+        if layout.shard_dim is not None:
+            part = part.chunk(outcome.tensor_size, layout.shard_dim)[outcome.tensor_rank]
+        mine = outcome.weights[name].view(part.shape)
+        torch.testing.assert_close(mine, part, rtol=0, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "model"),
+    [
+        (2, [DP1], []),
+        (2, [ZERO2, "training.micro_batch_size=2"], []),
+        (2, [ZERO3], []),
+        (2, [ZERO3, OFFLOAD], []),
+        (2, ["parallel.zero_stage=0"], DENSE),
+        (2, [TP2], []),
+        (2, [TP2, SP], []),
+        (2, [TP2, SP, ZERO3, "training.recompute=full"], SHARED_PARTS),
+        (2, [TP2, "training.recompute=selective", OFFLOAD], TWO_TOWERS),
+        (4, [TP2], []),
+        (4, [TP2, SP, ZERO2], [TIED]),
+        (4, [TP2, SP, ZERO3], [TIED, "model.norm_placement=pre"]),
+    ],
+    ids=lambda value: "+".join(value).replace("parallel.", "") if isinstance(value, list) else None,
+)
+def test_layout_equals_one_process(
+    corpora: dict[str, Path], world_size: int, layout: list[str], model: list[str]
+) -> None:
+    expected = reference(corpora["mixed"], tuple(model))
+    assert expected.losses[-1][0] < expected.losses[0][0]  # something is learnt at all
+    for outcome in run_ranks(run_steps, world_size, corpora["mixed"], layout + model, timeout=120):
+        assert_equal(outcome, expected)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(2, [ZERO2]), (2, [ZERO3]), (2, [TP2, SP]), (4, [TP2, SP])]
+)
+def test_batches_that_lack_a_modality(
+    corpora: dict[str, Path], world_size: int, layout: list[str]
+) -> None:
+    expected = reference(corpora["lacking"], ())
+    outcomes = run_ranks(run_steps, world_size, corpora["lacking"], layout, timeout=120)
+    assert all(outcome.lacking > STEPS for outcome in outcomes)
+    for outcome in outcomes:
+        assert_equal(outcome, expected)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, [DP1]), (2, [TP2, SP]), (2, [ZERO3])])
+def test_modality_that_occurs_nowhere(
+    corpora: dict[str, Path], world_size: int, layout: list[str]
+) -> None:
+    expected = reference(corpora["absent"], ())
+    outcomes = run_ranks(run_steps, world_size, corpora["absent"], layout, timeout=120)
+    for outcome in outcomes:
+        assert_equal(outcome, expected)
