@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -23,8 +24,8 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 constexpr int64_t kNoLabel = -100;  // model/micro_batch.py: NO_LABEL
 constexpr int64_t kNone = -1;
 
-// A set of integers below a bound that finds the member nearest to x by walking up and down a tree of
-// 64-way bitmaps: three levels reach 262,144.
+// A set of integers below a bound that finds the member nearest to x by walking up and down a tree
+// of 64-way bitmaps: three levels reach 262,144.
 class IntegerSet {
  public:
   explicit IntegerSet(int64_t bound) {
@@ -123,7 +124,8 @@ class Documents {
   }
 
   // The two lengths whose sum comes nearest to room without exceeding it, the most equal ones of
-  // several such pairs; {longest that fits, 0} where one alone comes nearest, {0, 0} where none fits.
+  // several such pairs; {longest that fits, 0} where one alone comes nearest, {0, 0} where none
+  // fits.
   std::pair<int64_t, int64_t> best_pair(int64_t room) const {
     std::pair<int64_t, int64_t> best{0, 0};
     // A pair below half the room is at its best with the longest such length as its longer one.
@@ -159,8 +161,8 @@ struct Bins {
 
 // Fills one bin after the other: with the first documents left while there is room for more than
 // about two, then with the pairs that come nearest to filling the rest exactly. The first part keeps
-// the bins as mixed as the order that the documents come in; best fit leaves 4% of 512 slots empty
-// where this leaves less than 1%, and sorting by length would put equals together.
+// the bins as mixed as the order that the documents come in, where sorting by length would put
+// equals together. Best fit left 4% of bins of 512 empty at a median length of 130; this leaves 0.2%.
 Bins fill_bins(const int64_t* lengths, int64_t count, int64_t capacity) {
   Documents documents(lengths, count, capacity);
   Bins bins;
@@ -174,7 +176,7 @@ Bins fill_bins(const int64_t* lengths, int64_t count, int64_t capacity) {
       room -= length;
     };
     take(documents.first_length());
-    // Room for 2.5 mean documents leaves room for 1.5 to 2.5 after the next: a pair of typical ones.
+    // Room for 2.5 mean documents leaves room for at least 1.5 after the next: a typical pair.
     while (2 * room * count >= 5 * tokens) {
       const int64_t length = documents.first_length();
       if (length == kNone || length > room) break;
@@ -225,12 +227,17 @@ struct Counts {
 
 // What is known per position in sequence order, before slots are assigned.
 struct Positions {
+  explicit Positions(int64_t tokens) : tower(tokens), label(tokens), label_modality(tokens) {}
+
   std::vector<int64_t> tower;
   std::vector<int64_t> label;
   std::vector<int64_t> label_modality;
 };
 
-Counts read_positions(const Shape& shape, const Inputs& in, Positions& out, int64_t* positions) {
+Counts read_positions(const Shape& shape, const Inputs& in, Positions& out,
+                      Array<int64_t>& position_array) {
+  int64_t* positions = position_array.mutable_data();
+  py::gil_scoped_release release;
   Counts counts{std::vector<int64_t>(shape.towers), std::vector<int64_t>(shape.modalities),
                 std::vector<int64_t>(shape.modalities)};
   for (int64_t i = 0; i < shape.tokens(); ++i) {
@@ -259,7 +266,11 @@ Counts read_positions(const Shape& shape, const Inputs& in, Positions& out, int6
 }
 
 void check(const Shape& shape, const Inputs& in, int64_t slot_multiple) {
+  py::gil_scoped_release release;
   if (shape.seq_length < 1 || slot_multiple < 1) throw std::invalid_argument("group: sizes");
+  for (int64_t i = 0; i < shape.sequences; ++i) {
+    if (in.filled[i] < 0 || in.filled[i] > shape.seq_length) throw std::out_of_range("filled");
+  }
   for (int64_t i = 0; i < shape.modalities; ++i) {
     if (in.tower_of_modality[i] < 0 || in.tower_of_modality[i] >= shape.towers) {
       throw std::out_of_range("tower of a modality");
@@ -271,6 +282,63 @@ void check(const Shape& shape, const Inputs& in, int64_t slot_multiple) {
     }
   }
 }
+
+// What MicroBatch holds per slot and, for ungroup, per position.
+struct Slots {
+  Slots(int64_t slots, int64_t tokens)
+      : token_ids(slots),
+        labels(slots),
+        label_modalities(slots),
+        group_index(slots),
+        ungroup_index(tokens),
+        padding_slots(slots - tokens) {}
+
+  Array<int64_t> token_ids, labels, label_modalities, group_index, ungroup_index, padding_slots;
+};
+
+std::vector<int64_t> round_up(const std::vector<int64_t>& counts, int64_t multiple) {
+  std::vector<int64_t> rounded;
+  for (const int64_t count : counts) {
+    rounded.push_back((count + multiple - 1) / multiple * multiple);
+  }
+  return rounded;
+}
+
+// Tower after tower: its tokens in sequence order, then its padding slots.
+void fill_slots(const Inputs& in, const Positions& by_position, const Counts& counts,
+                const std::vector<int64_t>& tower_slots, Slots& out) {
+  int64_t* token_ids = out.token_ids.mutable_data();
+  int64_t* labels = out.labels.mutable_data();
+  int64_t* label_modalities = out.label_modalities.mutable_data();
+  int64_t* group_index = out.group_index.mutable_data();
+  int64_t* ungroup_index = out.ungroup_index.mutable_data();
+  int64_t* padding_slots = out.padding_slots.mutable_data();
+  py::gil_scoped_release release;
+  std::vector<int64_t> cursor;
+  int64_t begin = 0;
+  for (size_t tower = 0; tower < tower_slots.size(); ++tower) {
+    cursor.push_back(begin);
+    const int64_t end = begin + tower_slots[tower];
+    for (int64_t slot = begin + counts.tower_tokens[tower]; slot < end; ++slot) {
+      *padding_slots++ = slot;
+      token_ids[slot] = 0;
+      labels[slot] = kNoLabel;
+      label_modalities[slot] = 0;
+      group_index[slot] = 0;
+    }
+    begin = end;
+  }
+  for (size_t i = 0; i < by_position.tower.size(); ++i) {
+    const int64_t slot = cursor[by_position.tower[i]]++;
+    token_ids[slot] = in.token_ids[i];
+    labels[slot] = by_position.label[i];
+    label_modalities[slot] = by_position.label_modality[i];
+    group_index[slot] = i;
+    ungroup_index[i] = slot;
+  }
+}
+
+py::tuple to_tuple(const std::vector<int64_t>& values) { return py::tuple(py::cast(values)); }
 
 py::dict group(const Array<int64_t>& token_ids, const Array<int32_t>& document_ids,
                const Array<int64_t>& filled, const Array<int8_t>& modality_of_id,
@@ -285,69 +353,26 @@ py::dict group(const Array<int64_t>& token_ids, const Array<int32_t>& document_i
                     modality_of_id.shape(0)};
   const Inputs in{token_ids.data(), document_ids.data(), filled.data(), modality_of_id.data(),
                   tower_of_modality.data()};
-  const int64_t tokens = shape.tokens();
-  Array<int64_t> positions(tokens);
-  int64_t* positions_out = positions.mutable_data();
-  Positions by_position{std::vector<int64_t>(tokens), std::vector<int64_t>(tokens),
-                        std::vector<int64_t>(tokens)};
-  Counts counts;
-  std::vector<int64_t> tower_slots(towers);
-  int64_t slots = 0;
-  {
-    py::gil_scoped_release release;
-    check(shape, in, slot_multiple);
-    counts = read_positions(shape, in, by_position, positions_out);
-    for (int64_t tower = 0; tower < towers; ++tower) {
-      const int64_t used = counts.tower_tokens[tower];
-      tower_slots[tower] = (used + slot_multiple - 1) / slot_multiple * slot_multiple;
-      slots += tower_slots[tower];
-    }
-  }
-  Array<int64_t> slot_ids(slots), labels(slots), label_modalities(slots), group_index(slots);
-  Array<int64_t> ungroup_index(tokens), padding_slots(slots - tokens);
-  int64_t* ids_out = slot_ids.mutable_data();
-  int64_t* labels_out = labels.mutable_data();
-  int64_t* label_modalities_out = label_modalities.mutable_data();
-  int64_t* group_out = group_index.mutable_data();
-  int64_t* ungroup_out = ungroup_index.mutable_data();
-  int64_t* padding_out = padding_slots.mutable_data();
-  {
-    py::gil_scoped_release release;
-    std::vector<int64_t> cursor(towers);
-    int64_t begin = 0;
-    for (int64_t tower = 0; tower < towers; ++tower) {
-      cursor[tower] = begin;
-      const int64_t end = begin + tower_slots[tower];
-      for (int64_t slot = begin + counts.tower_tokens[tower]; slot < end; ++slot) {
-        *padding_out++ = slot;
-        ids_out[slot] = 0;
-        labels_out[slot] = kNoLabel;
-        label_modalities_out[slot] = 0;
-        group_out[slot] = 0;
-      }
-      begin = end;
-    }
-    for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t slot = cursor[by_position.tower[i]]++;
-      ids_out[slot] = in.token_ids[i];
-      labels_out[slot] = by_position.label[i];
-      label_modalities_out[slot] = by_position.label_modality[i];
-      group_out[slot] = i;
-      ungroup_out[i] = slot;
-    }
-  }
+  check(shape, in, slot_multiple);
+  Array<int64_t> positions(shape.tokens());
+  Positions by_position(shape.tokens());
+  const Counts counts = read_positions(shape, in, by_position, positions);
+  const std::vector<int64_t> tower_slots = round_up(counts.tower_tokens, slot_multiple);
+  Slots slots(std::accumulate(tower_slots.begin(), tower_slots.end(), int64_t{0}), shape.tokens());
+  fill_slots(in, by_position, counts, tower_slots, slots);
+
   py::dict result;
-  result["token_ids"] = slot_ids;
-  result["labels"] = labels;
-  result["label_modalities"] = label_modalities;
+  result["token_ids"] = slots.token_ids;
+  result["labels"] = slots.labels;
+  result["label_modalities"] = slots.label_modalities;
   result["positions"] = positions;
-  result["group_index"] = group_index;
-  result["ungroup_index"] = ungroup_index;
-  result["padding_slots"] = padding_slots;
-  result["tower_slots"] = py::tuple(py::cast(tower_slots));
-  result["tower_tokens"] = py::tuple(py::cast(counts.tower_tokens));
-  result["modality_tokens"] = py::tuple(py::cast(counts.modality_tokens));
-  result["modality_labels"] = py::tuple(py::cast(counts.modality_labels));
+  result["group_index"] = slots.group_index;
+  result["ungroup_index"] = slots.ungroup_index;
+  result["padding_slots"] = slots.padding_slots;
+  result["tower_slots"] = to_tuple(tower_slots);
+  result["tower_tokens"] = to_tuple(counts.tower_tokens);
+  result["modality_tokens"] = to_tuple(counts.modality_tokens);
+  result["modality_labels"] = to_tuple(counts.modality_labels);
   return result;
 }
 

@@ -211,6 +211,7 @@ def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
         ({"modality_of_id": np.array([1, 0], np.int8)}, IndexError),
         ({"document_ids": np.zeros((2, 1), np.int32)}, ValueError),
         ({"filled": np.array([1, 1])}, ValueError),
+        ({"filled": np.array([3])}, IndexError),
         ({"slot_multiple": 0}, ValueError),
     ],
 )
