@@ -274,7 +274,12 @@ class Corpus:
                     f"{directory / modality.codebook}: no such file, but modality {modality.name} "
                     f"of {path} names it as its codebook"
                 )
-        splits = {name: _open_split(directory, name, description) for name in description.splits}
+        try:
+            splits = {
+                name: _open_split(directory, name, description) for name in description.splits
+            }
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}") from None
         return cls(directory, description, splits, hashlib.sha256(content).hexdigest())
 
     def split(self, name: str) -> TokenSplit:

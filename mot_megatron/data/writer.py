@@ -76,9 +76,9 @@ class CorpusWriter:
 
     def __enter__(self) -> CorpusWriter:
         directory = self.directory
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise DataError(f"{directory}: exists already, expected a new or an empty directory")
         with self._errors():
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise DataError(f"{directory}: exists already, expected a new or empty directory")
             directory.parent.mkdir(parents=True, exist_ok=True)
             prefix = f".{directory.name}.partial-"
             self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))

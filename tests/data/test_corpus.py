@@ -1,10 +1,13 @@
 """Opening a corpus: every file and every key is checked, each fault gives its own line."""
 
+import errno
 import gc
 import hashlib
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +161,19 @@ def test_damaged_files(
     del caught
     gc.collect()
     assert capfd.readouterr().err == ""  # Megatron's destructors complain after some failures
+
+
+def test_a_file_that_cannot_be_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> object:
+        if path.name == "train.idx":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"train\.idx: Permission denied"):
+        Corpus.open(directory)
 
 
 def test_changed_tokens_are_noticed(directory: Path) -> None:
