@@ -197,7 +197,7 @@ def _announce(run: _Run, resumed: Path | None) -> None:
     count = count_parameters(config.model)
     towers = ", ".join(
         f"{name} {tower / 1e6:.2f} M"
-        for name, tower in zip(config.model.tower_names, count.per_tower, strict=True)
+        for name, tower in zip(config.model.tower_names, count.towers, strict=True)
     )
     run.console.say(
         f"{config.run.name}: {count.total / 1e6:.2f} M parameters"

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.train.interval import Interval
 
 GIB = 2**30
+PIXELS_PER_PIXEL = 4
+"""Enlargement of pictures: TensorBoard shows 32 pixels as a smudge."""
 
 
 class TensorBoardLog:
@@ -69,13 +72,15 @@ class TensorBoardLog:
         """Write a text as a block that keeps its lines."""
         self.writer.add_text(tag, "```\n" + text + "\n```", step)
 
-    def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Write an image, [height, width, 3] uint8."""
-        self.writer.add_image(tag, image, step, dataformats="HWC")
-
-    def log_audio(self, tag: str, waveform: np.ndarray, sample_rate: int, step: int) -> None:
-        """Write a sound, [samples] float in -1..1."""
-        self.writer.add_audio(tag, waveform[None], step, sample_rate=sample_rate)
+    def log_media(self, tag: str, media: str | np.ndarray, step: int) -> None:
+        """Write what a codec decoded: a text, a picture [h, w, 3] uint8, or a sound [n] float32."""
+        if isinstance(media, str):
+            self.log_text(tag, media, step)
+        elif media.ndim == 3:
+            enlarged = media.repeat(PIXELS_PER_PIXEL, axis=0).repeat(PIXELS_PER_PIXEL, axis=1)
+            self.writer.add_image(tag, enlarged, step, dataformats="HWC")
+        else:
+            self.writer.add_audio(tag, media[None], step, sample_rate=SAMPLE_RATE)
 
     def close(self) -> None:
         """Flush and close the event file."""

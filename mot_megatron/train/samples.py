@@ -1,0 +1,27 @@
+"""Samples for TensorBoard: what the model makes of held-out documents, beside the truth."""
+
+from __future__ import annotations
+
+from mot_megatron.train.generate import Generator
+from mot_megatron.train.metrics import TensorBoardLog
+from mot_megatron.train.sampling import SamplingSettings
+from mot_megatron.train.session import HELD_OUT_SPLIT, Session
+
+_DOCUMENTS = 3
+_SETTINGS = SamplingSettings(temperature=0.9, top_p=0.95, max_tokens=100)
+
+
+def log_samples(session: Session, log: TensorBoardLog | None, step: int) -> None:
+    """Generate every decodable modality of a few held-out documents from their other segments.
+
+    Every rank calls this, for the model's collectives; the one with a ``log`` writes.
+    """
+    generator = Generator(session.model, session.corpus, session.config.data.seq_length)
+    for name in generator.codecs:
+        samples = generator.continue_held_out(HELD_OUT_SPLIT, name, _SETTINGS, _DOCUMENTS)
+        for number, sample in enumerate(samples):
+            if log:
+                tag = f"samples_{name}/{number}"
+                log.log_media(f"{tag}_generated", sample.generated.media, step)
+                log.log_media(f"{tag}_truth", sample.truth.media, step)
+                log.log_text(f"{tag}_prompt", sample.prompt or "(no text)", step)
