@@ -1,29 +1,49 @@
 #!/usr/bin/env bash
 # From nothing to a trained three-modality model: environment, corpus, training through the
 # deepspeed launcher, samples, and a closing table. Run again, it reuses what is there.
+# Arguments go to launch/train.py: bash launch/quickstart.sh --set training.train_steps=400
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 CORPUS=corpora/openmoji
+CONFIG=configs/quickstart.toml
 RUN=runs/quickstart
+SEQUENCES_PER_STEP=8
+
+say() {
+    printf '[quickstart, %d s] %s\n' "$SECONDS" "$*"
+}
 
 if [ -f "$CORPUS/corpus.toml" ]; then
-    echo "[quickstart] corpus: $CORPUS is there"
+    say "the corpus is there: $CORPUS"
 else
-    echo "[quickstart] corpus: building $CORPUS"
+    say "building the corpus in $CORPUS"
     "$PYTHON" tools/prepare_corpus.py openmoji --output "$CORPUS"
 fi
 
-ranks="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')"
-echo "[quickstart] training on $ranks ranks"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$ranks" \
-    launch/train.py --config configs/quickstart.toml "$@"
+# Every GPU; without one, two ranks on the CPU. A power of two, so that it divides the batch.
+gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+devices="$gpus"
+if [ "$gpus" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    devices="$(nproc)"
+    [ "$devices" -le 2 ] || devices=2
+fi
+ranks=1
+while [ $((ranks * 2)) -le "$devices" ] && [ "$ranks" -lt "$SEQUENCES_PER_STEP" ]; do
+    ranks=$((ranks * 2))
+done
 
-echo "[quickstart] samples"
-"$PYTHON" tools/generate.py --checkpoint "$RUN/checkpoints" --prompt "a red apple" \
-    --output "$RUN/samples"
+say "training on $ranks ranks (${gpus} GPUs)"
+"$PYTHON" -m deepspeed.launcher.runner --quiet --num_accelerators "$ranks" \
+    launch/train.py --config "$CONFIG" \
+    --set "training.micro_batch_size=$((SEQUENCES_PER_STEP / ranks))" "$@"
 
-"$PYTHON" -m json.tool "$RUN/summary.json"
-echo "TensorBoard: $PYTHON -m tensorboard.main --logdir $ROOT/runs"
+say "continuing a prompt"
+"$PYTHON" tools/generate.py --checkpoint "$RUN" --prompt "red heart" --output "$RUN/samples"
+
+say "held out, against what counting tokens achieves"
+"$PYTHON" tools/show_run.py "$RUN" --require unigram
+say "done; samples in $RUN/samples. To watch the curves, pictures and sounds:"
+printf '  %s -m tensorboard.main --logdir %s\n' "$PYTHON" "$ROOT/runs"
