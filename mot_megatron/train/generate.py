@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.codebooks import Codec, load_codec
+from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import Corpus, Modality
 from mot_megatron.errors import DataError
 from mot_megatron.model.model import MixtureOfTransformers
@@ -110,8 +112,15 @@ def generate(
     chosen = np.zeros((settings.num_samples, num_tokens), dtype=np.int64)
     lengths = np.full(settings.num_samples, num_tokens)
     logits = decoder.feed(prompt[None]).expand(settings.num_samples, -1)
-    name = rules.modality.name
-    for step in tqdm(range(num_tokens), desc=name, delay=5, ncols=100, leave=False):
+    steps = tqdm(
+        range(num_tokens),
+        desc=rules.modality.name,
+        disable=model.groups.rank != 0,
+        delay=5,
+        ncols=100,
+        leave=False,
+    )
+    for step in steps:
         chosen[:, step] = chooser(logits, step, may_end=begun + step > 0)
         ended = np.isin(chosen[:, step], rules.ends)
         lengths[ended] = np.minimum(lengths[ended], step)
@@ -198,22 +207,30 @@ class HeldOutSample:
 class Generator:
     """A model together with the corpus that says what its ids mean.
 
-    Codecs are loaded once, here.
+    Codecs are loaded once, here; a modality without one is never generated.
 
     Raises:
-        DataError: The corpus has no text, or a codebook cannot be read.
+        DataError: A codebook cannot be read.
     """
 
     def __init__(self, model: MixtureOfTransformers, corpus: Corpus, seq_length: int) -> None:
         self.model = model
         self.corpus = corpus
         self.seq_length = seq_length
-        self.prompts = PromptWriter.of(corpus.directory, corpus.description)
         self.codecs: dict[str, Codec] = {
             modality.name: load_codec(corpus.directory, modality)
             for modality in corpus.description.modalities
             if modality.codebook is not None
         }
+
+    @cached_property
+    def prompts(self) -> PromptWriter:
+        """Encodes users' prompts.
+
+        Raises:
+            DataError: None of the corpus's modalities is text.
+        """
+        return PromptWriter.of(self.corpus.directory, self.codecs.values(), self.corpus.description)
 
     def rules(self, name: str) -> SegmentRules:
         """Rules of the modality called ``name``.
@@ -233,7 +250,7 @@ class Generator:
         An item that the prompt has begun is returned with its beginning.
 
         Raises:
-            DataError: Unknown modality or language, or a prompt too long.
+            DataError: Unknown modality or language, a prompt too long, or a corpus without text.
             TrainingError: The model's logits are not finite.
         """
         rules = self.rules(into)
@@ -284,5 +301,9 @@ class Generator:
         return Item(rules.modality, token_ids, media)
 
     def _text(self, prompt: np.ndarray) -> str:
-        rules = self.rules(self.prompts.codec.modality.name)
-        return self.prompts.codec.decode(prompt[np.isin(prompt, rules.content)])
+        parts = []
+        for codec in self.codecs.values():
+            if isinstance(codec, TextCodec):
+                content = self.rules(codec.modality.name).content
+                parts.append(codec.decode(prompt[np.isin(prompt, content)]))
+        return "\n".join(parts)

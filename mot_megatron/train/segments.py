@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mot_megatron.data.codebooks import CODECS, load_codec
+from mot_megatron.data.codebooks import CODECS, Codec
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import CorpusDescription, Modality
 from mot_megatron.errors import DataError
@@ -72,7 +72,8 @@ class SegmentRules:
 def _delimiters(description: CorpusDescription) -> set[int]:
     tokens = set(description.special_tokens.values())
     for modality in description.modalities:
-        tokens |= {modality.begin_token, modality.end_token} - {None}
+        pair = (modality.begin_token, modality.end_token)
+        tokens |= {token for token in pair if token is not None}
     return tokens
 
 
@@ -88,16 +89,16 @@ class PromptWriter:
     codec: TextCodec
 
     @classmethod
-    def of(cls, directory: Path, description: CorpusDescription) -> PromptWriter:
-        """The writer for a corpus.
+    def of(
+        cls, directory: Path, codecs: Iterable[Codec], description: CorpusDescription
+    ) -> PromptWriter:
+        """The writer for the corpus in ``directory``.
 
         Raises:
-            DataError: None of the modalities is text.
+            DataError: None of ``codecs`` is for text.
         """
-        for modality in description.modalities:
-            if CODECS.get(modality.codec) is TextCodec:
-                codec = load_codec(directory, modality)
-                assert isinstance(codec, TextCodec)
+        for codec in codecs:
+            if isinstance(codec, TextCodec):
                 return cls(description, codec)
         raise DataError(f"{directory}: no modality has codec 'bpe', which prompts are encoded with")
 

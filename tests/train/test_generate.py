@@ -91,9 +91,8 @@ def test_cached_logits_equal_the_full_forward(
             full = one_document(model, ids, table)
             decoder = Decoder(model, table, num_samples=3, capacity=ids.shape[1])
             after_prompt = decoder.feed(ids[:1, :prompt_tokens])
-            cached = [after_prompt.expand(3, -1)]
-            for position in range(prompt_tokens, ids.shape[1]):
-                cached.append(decoder.feed(ids[:, position, None]))
+            columns = ids[:, prompt_tokens:].T
+            cached = [after_prompt.expand(3, -1), *(decoder.feed(ids[:, None]) for ids in columns)]
         torch.testing.assert_close(
             torch.stack(cached, dim=1), full[:, prompt_tokens - 1 :], rtol=tolerance, atol=tolerance
         )
@@ -105,9 +104,7 @@ def test_sequence_logits_stand_in_sequence_order():
     tokens = random_tokens(4, list(towers), (1, 1, 1))
     micro_batch = tokens.micro_batch(small_config(towers))
     expected = AlgorithmOne(model).logits(tokens)[1]
-    torch.testing.assert_close(
-        model.sequence_logits(micro_batch), expected, rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(model.sequence_logits(micro_batch), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_greedy_decoding_follows_the_full_forward(generator: Generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,6 @@ def test_a_samples_numbers_do_not_depend_on_the_others():
         ("max_tokens", 0),
     ],
 )
-def test_illegal_settings_are_named(field: str, value: float):
+def test_illegal_settings_are_named(field: str, value: Any):
     with pytest.raises(ConfigError, match=f"{field} = {value}, expected "):
         SamplingSettings(**{field: value})

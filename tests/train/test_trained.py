@@ -1,0 +1,162 @@
+"""From a checkpoint on the disk to files of every modality, and one clear line where that fails."""
+
+from __future__ import annotations
+
+import shutil
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mot_megatron.checkpoint import NamedTensor, save_checkpoint
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.sharding import layout_of
+from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.train.state import checkpoint_directory
+from mot_megatron.train.trained import load_trained_model
+from tests.train.small_corpus import make_config, make_corpus
+from tools.generate import main
+
+CPU = torch.device("cpu")
+
+
+def save_step(run: Path, corpus: Corpus, step: int) -> MixtureOfTransformers:
+    """A checkpoint as training writes it, of a model seeded with its step."""
+    layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    config = make_config(corpus, f"run.seed={step}")
+    groups = build_single_process_groups(CPU)
+    model = MixtureOfTransformers(config, groups)
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    save_checkpoint(
+        checkpoint_directory(run),
+        step,
+        [
+            NamedTensor(f"{kind}/{name}", parameter.detach(), layout_of(parameter))
+            for kind in kinds
+            for name, parameter in model.named_parameters()
+        ],
+        metadata={"data": {"corpus": corpus.fingerprint}},
+        config_text=make_config(corpus, *layout).to_toml(),
+        groups=groups,
+        keep=5,
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("trained") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "small"
+    for step in (1, 2):
+        save_step(directory, corpus, step)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("path", "step"), [(".", 2), ("checkpoints", 2), ("checkpoints/step_00000001", 1)]
+)
+def test_any_folder_of_a_run_gives_its_model(run: Path, corpus: Corpus, path: str, step: int):
+    trained = load_trained_model(run / path, CPU)
+    assert trained.checkpoint.step == step
+    config = make_config(corpus, f"run.seed={step}")
+    model = MixtureOfTransformers(config, build_single_process_groups(CPU))
+    expected = dict(model.named_parameters())
+    found = dict(trained.model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_files_of_every_modality(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "made" / "samples"
+    arguments = ["--checkpoint", str(run), "--prompt", "red heart", "--output", str(output)]
+    assert main([*arguments, "--samples", "2", "--max-tokens", "9", "--seed", "4"]) == 0
+    names = {path.name for path in output.iterdir()}
+    kinds = (("text", "txt"), ("image", "png"), ("speech", "wav"))
+    assert names == {f"{name}-{number}.{suffix}" for name, suffix in kinds for number in (1, 2)}
+    text = (output / "text-1.txt").read_text(encoding="utf-8")
+    assert text.startswith("red heart")
+    assert text.rstrip("\n") in capsys.readouterr().out
+    with Image.open(output / "image-1.png") as image:
+        assert image.mode == "RGB"
+        assert image.size[0] == image.size[1]
+        assert image.size[0] % 32 == 0
+    with wave.open(str(output / "speech-2.wav")) as sound:
+        assert sound.getframerate() == 16000
+        assert sound.getnframes() >= 640
+    again = tmp_path / "again"
+    arguments[-1] = str(again)
+    assert main([*arguments, "--samples", "1", "--max-tokens", "9", "--seed", "4"]) == 0
+    for name in ("text-1.txt", "image-1.png", "speech-1.wav"):
+        assert (again / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_only_what_is_asked_for(run: Path, tmp_path: Path):
+    arguments = ["--checkpoint", str(run), "--prompt", "tree", "--output", str(tmp_path)]
+    assert main([*arguments, "--into", "speech", "--language", "de", "--max-tokens", "4"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["speech-1.wav"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--checkpoint": "nowhere"}, "no such directory of checkpoints"),
+        ({"--into": "video"}, "modality 'video', expected one of: text, image, speech"),
+        ({"--language": "xx"}, "language 'xx', expected one of: de, en"),
+        ({"--prompt": "a b c d " * 60}, "the model's data.seq_length is 160"),
+        ({"--temperature": "-1"}, "temperature = -1.0, expected 0 (greedy) or more"),
+        ({"--output": "/dev/null/samples"}, "/dev/null/samples: cannot be written: "),
+        ({"--corpus": "nowhere"}, "not a corpus directory?"),
+    ],
+)
+def test_bad_requests_give_one_line(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    message: str,
+):
+    output = tmp_path / "samples"
+    options = {"--checkpoint": str(run), "--prompt": "tree", "--output": str(output)} | changes
+    assert main([part for pair in options.items() for part in pair]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(output.glob("*")) if output.exists() else True
+
+
+def test_another_corpus_is_refused(
+    run: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    for directory in (moved, other):
+        shutil.copytree(corpus.directory, directory)
+    description = other / "corpus.toml"
+    description.write_text(description.read_text().replace('"small"', '"else"'))
+    arguments = ["--checkpoint", str(run), "--prompt", "a", "--output", str(tmp_path / "samples")]
+    arguments += ["--into", "text", "--max-tokens", "2"]
+    assert main([*arguments, "--corpus", str(moved)]) == 0
+    assert main([*arguments, "--corpus", str(other)]) == 2
+    assert "was trained on another corpus than" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_skipped_by_name(run: Path, corpus: Corpus, tmp_path: Path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_00000002"
+    damaged = next(path for path in newest.iterdir() if path.suffix == ".distcp")
+    content = np.frombuffer(damaged.read_bytes(), dtype=np.uint8).copy()
+    content[-1] ^= 1
+    damaged.write_bytes(content.tobytes())
+    trained = load_trained_model(copy, CPU, corpus.directory)
+    assert trained.checkpoint.step == 1
+    assert len(trained.skipped) == 1
+    assert "step_00000002" in trained.skipped[0]
