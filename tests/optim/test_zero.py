@@ -226,11 +226,9 @@ LAYOUTS: list[dict[str, Any]] = [
     {"zero_stage": 2, "gradient_accumulation_steps": 2},
     {"zero_stage": 3},
     {"zero_stage": 1, "offload": "optimizer"},
-    {"zero_stage": 2, "offload": "optimizer"},
     {"zero_stage": 3, "offload": "optimizer"},
     {"zero_stage": 1, "precision": "bf16"},
-    {"zero_stage": 2, "precision": "bf16"},
-    {"zero_stage": 3, "precision": "bf16"},
+    {"zero_stage": 2, "precision": "bf16", "offload": "optimizer"},
     {"zero_stage": 3, "precision": "bf16", "offload": "optimizer"},
 ]
 
