@@ -1,0 +1,261 @@
+"""Configuration: what is read, what is refused, and the one line that says why."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from mot_megatron.config import Config, check_world_size, load_config, parse_config
+from mot_megatron.errors import ConfigError
+
+GOOD = """
+[run]
+name = "test"
+[data]
+corpus = "corpora/test"
+[model]
+num_layers = 2
+hidden_size = 64
+num_attention_heads = 8
+[model.modalities]
+text = { tower = "text" }
+image = { tower = "vision", loss_weight = 0.5 }
+speech = { tower = "text" }
+[training]
+train_steps = 10
+global_batch_size = 8
+precision = "fp32"
+"""
+
+
+def parse(*overrides: str) -> Config:
+    return parse_config(GOOD, "test.toml", list(overrides))
+
+
+def refusal(*overrides: str, text: str = GOOD) -> str:
+    """The one line with which a configuration is refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "test.toml", list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_towers_in_order_of_first_mention() -> None:
+    model = parse().model
+    assert model.tower_names == ("text", "vision")
+    assert model.num_towers == 2
+    assert model.towers_of_modalities == (0, 1, 0)
+    assert model.loss_weights == (1.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "expected"),
+    # 256 * ceil((8 * hidden / 3) / 256): the paper's rule
+    [(256, 768), (512, 1536), (1024, 2816), (1536, 4096), (2048, 5632), (4096, 11008)],
+)
+def test_feed_forward_size_follows_the_papers_rule(hidden: int, expected: int) -> None:
+    assert parse(f"model.hidden_size={hidden}").model.feed_forward_size == expected
+    assert parse("model.ffn_hidden_size=96").model.feed_forward_size == 96
+
+
+def test_what_is_read_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        parse().model.hidden_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("model.hiden_size", "hidden_size"),
+        ("model.num_layer", "num_layers"),
+        ("model.untied.feedforward", "feed_forward"),
+        ("model.modalities.text.los_weight", "loss_weight"),
+        ("optimizer.lr_warmup", "lr_warmup_steps"),
+        ("training.train_step", "train_steps"),
+        ("paralel.zero_stage", "parallel"),
+    ],
+)
+def test_misspelt_key_is_named_with_a_suggestion(key: str, suggestion: str) -> None:
+    message = refusal(f"{key}=1")
+    named = key if not key.startswith("paralel") else "paralel"
+    assert message.startswith(f"test.toml: {named}: unknown key")
+    assert f"did you mean {suggestion}?" in message
+
+
+def test_unknown_key_far_from_any_lists_what_is_allowed() -> None:
+    message = refusal("checkpoint.zzz=1")
+    assert "did you mean" not in message
+    assert "allowed: interval_steps, keep" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.hidden_size=big", "model.hidden_size = 'big'"),
+        ("model.hidden_size=0", "model.hidden_size = 0"),
+        ("model.hidden_size=64.5", "model.hidden_size = 64.5"),
+        ("model.num_layers=-1", "model.num_layers = -1"),
+        ("model.norm_placement=middle", "model.norm_placement = 'middle'"),
+        ("model.untied.qkv=[1]", "model.untied.qkv = [1]"),
+        ("parallel.zero_stage=4", "parallel.zero_stage = 4"),
+        ("optimizer.adam_beta2=1.0", "optimizer.adam_beta2 = 1.0"),
+        ("optimizer.lr=nan", "optimizer.lr = nan"),
+        ("optimizer.lr=inf", "optimizer.lr = inf"),
+        ("training.precision=fp8", "training.precision = 'fp8'"),
+        ("training.recompute=some", "training.recompute = 'some'"),
+        ("run.name=../elsewhere", "run.name = '../elsewhere'"),
+        ("model.modalities.image.loss_weight=-1", "model.modalities.image.loss_weight = -1"),
+    ],
+)
+def test_wrong_value_is_named(override: str, key: str) -> None:
+    assert refusal(override).startswith(f"test.toml: {key}: ")
+
+
+def test_allowed_values_are_listed() -> None:
+    message = refusal("training.recompute=some")
+    assert all(f"'{value}'" in message for value in ("none", "selective", "full"))
+
+
+def test_missing_key_is_named() -> None:
+    message = refusal(text=GOOD.replace("num_layers = 2\n", ""))
+    assert message == "test.toml: model.num_layers: required, but absent"
+
+
+def test_further_problems_are_counted() -> None:
+    assert refusal("model.num_layers=0", "training.train_steps=0").endswith("(and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.hidden_size=60"], ["model.hidden_size = 60", "model.num_attention_heads = 8"]),
+        (["model.hidden_size=24"], ["head size"]),
+        (["model.num_query_groups=3"], ["model.num_attention_heads = 8", "legal", "2, 4"]),
+        (
+            ["parallel.tensor_model_parallel_size=3"],
+            ["model.num_attention_heads = 8", "parallel.tensor_model_parallel_size = 3", "2, 4"],
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=4", "model.num_query_groups=2"],
+            ["model.num_query_groups = 2", "parallel.tensor_model_parallel_size = 4", "1, 2"],
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=4", "model.ffn_hidden_size=90"],
+            ["model.ffn_hidden_size = 90", "parallel.tensor_model_parallel_size = 4"],
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=4", "model.vocab_size=1022"],
+            ["model.vocab_size = 1022", "parallel.tensor_model_parallel_size = 4"],
+        ),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "2 or more"]),
+        (
+            ["parallel.offload=optimizer", "parallel.zero_stage=0"],
+            ["parallel.offload", "parallel.zero_stage 1, 2 or 3"],
+        ),
+        (["training.precision=bf16", "parallel.zero_stage=0"], ["training.precision", "fp32"]),
+        (["optimizer.min_lr=1.0"], ["optimizer.min_lr = 1.0", "optimizer.lr"]),
+        (
+            [f"model.modalities.{name}.loss_weight=0" for name in ("text", "image", "speech")],
+            ["loss_weight is 0"],
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(overrides: list[str], parts: list[str]) -> None:
+    message = refusal(*overrides)
+    assert message.startswith("test.toml: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "parts"),
+    [
+        ("parallel.tensor_model_parallel_size=4", 6, ["world size 6", "4 or 8"]),
+        ("parallel.tensor_model_parallel_size=4", 2, ["world size 2", "legal world size: 4"]),
+        ("training.micro_batch_size=1", 3, ["training.global_batch_size = 8", "6 or 9"]),
+        ("training.micro_batch_size=8", 2, ["training.global_batch_size = 8", "legal: 16"]),
+    ],
+)
+def test_world_size_that_does_not_divide(override: str, world_size: int, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world_size(parse(override), world_size)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_world_sizes_that_divide() -> None:
+    config = parse("parallel.tensor_model_parallel_size=2", "training.micro_batch_size=2")
+    for world_size in (2, 4, 8):
+        check_world_size(config, world_size)
+    assert config.accumulation_steps(data_parallel_size=2) == 2  # 8 / (2 * 2)
+
+
+def test_overrides_replace_what_the_file_says() -> None:
+    config = parse(
+        "model.num_layers=5",
+        "optimizer.lr = 0.5",
+        "run.name=other",
+        'data.corpus="with spaces/and = sign"',
+        "model.untied.qkv=false",
+        "model.modalities.video.tower=vision",
+    )
+    assert config.model.num_layers == 5
+    assert config.optimizer.lr == 0.5
+    assert config.run.name == "other"
+    assert config.data.corpus == Path("with spaces/and = sign")
+    assert not config.model.untied.qkv
+    assert config.model.towers_of_modalities == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("override", ["model.num_layers", "=3", "model..x=3", ".=1"])
+def test_override_without_key_or_value(override: str) -> None:
+    assert refusal(override) == f"--set {override}: expected section.key=value"
+
+
+def test_override_below_a_value() -> None:
+    message = refusal("model.num_layers.x=3")
+    assert "num_layers is a value, not a section" in message
+
+
+def test_file_that_is_not_toml(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[run\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: not valid TOML")) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "config.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: cannot be read")):
+        load_config(path)
+
+
+def test_vocabulary_is_rounded_up_from_the_corpus() -> None:
+    resolved = parse().resolved_for(["image", "text", "speech"], 5620)
+    assert resolved.model.num_vocabulary_rows == 5632  # 44 * 128
+    # Towers keep their meaning when the corpus lists its modalities in another order.
+    assert list(resolved.model.modalities) == ["image", "text", "speech"]
+    assert resolved.model.tower_names == ("vision", "text")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+        _ = parse().model.num_vocabulary_rows
+
+
+def test_corpus_that_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 128 .* 5620 tokens"):
+        parse("model.vocab_size=128").resolved_for(["text", "image", "speech"], 5620)
+    with pytest.raises(ConfigError, match=r"model\.modalities has image, speech, text"):
+        parse().resolved_for(["text", "image"], 5620)
+
+
+def test_written_configuration_reads_back_equal() -> None:
+    config = parse("model.num_query_groups=2", "optimizer.lr=1e-4", "run.directory=a b")
+    assert parse_config(config.to_toml(), "written") == config

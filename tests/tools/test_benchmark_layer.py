@@ -1,0 +1,75 @@
+"""The layer benchmark compares like with like, and what it prints can be read by a machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mot_megatron.parallel.groups import build_single_process_groups
+from tools import benchmark_layer
+
+SMALL = ["--tokens", "64", "--hidden", "32", "--heads", "4", "--repeats", "2"]
+NAMES = ["dense"] + [f"{way}-{k}" for k in (2, 3) for way in ("mot", "mask", "gather-scatter")]
+
+
+def small_variants() -> dict[str, benchmark_layer.Variant]:
+    device = torch.device("cpu")
+    groups = build_single_process_groups(device)
+    setting = benchmark_layer.Benchmark(300, 32, 4, device, torch.float32, groups)
+    return {variant.name: variant for variant in setting.variants()}
+
+
+@pytest.mark.parametrize("num_towers", [2, 3])
+@pytest.mark.parametrize("other", ["mask", "gather-scatter"])
+def test_variants_give_equal_outputs_and_gradients(other: str, num_towers: int) -> None:
+    variants = small_variants()
+    results = []
+    for name in (f"mot-{num_towers}", f"{other}-{num_towers}"):
+        variant = variants[name]
+        outputs = variant.step()
+        gradients = {n: p.grad for n, p in variant.layer.named_parameters()}
+        inputs = [part.grad for part in variant.inputs]
+        assert all(gradient is not None for gradient in (*gradients.values(), *inputs))
+        results.append(
+            {
+                "output": variant.to_sequence(outputs).detach(),
+                "input": variant.to_sequence(tuple(part for part in inputs if part is not None)),
+                **gradients,
+            }
+        )
+        variant.clear()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_every_tower_has_work() -> None:
+    for variant in small_variants().values():
+        assert all(len(part) > 0 for part in variant.inputs)
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert sorted(result["ratio_to_dense"]) == sorted(NAMES)
+    for ratio in result["ratio_to_dense"].values():
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert result["ratio_to_dense"]["dense"] == {"median": 1, "low": 1, "high": 1}
+    assert result["machine"]["cores"] >= 1
+
+
+def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main(SMALL) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in NAMES)
+    assert benchmark_layer.main([*SMALL, "--profile"]) == 0
+    assert "mot-3 minus dense" in capsys.readouterr().out
+
+
+def test_shapes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--heads", "5"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "model.num_attention_heads = 5" in error

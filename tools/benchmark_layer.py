@@ -1,0 +1,434 @@
+"""Time one layer, forward and backward, of ours and of other ways to untie weights, beside dense.
+
+``benchmark_layer.py [--tokens N] [--hidden N] [--device cuda] [--json] [--profile]``. Every variant
+has the same active FLOPs, the same kernels and the same attention (one causal document), and works
+on the same weights as ours with as many towers. Each round runs every variant once in random order;
+a ratio compares a variant with dense in the same round, so a busy machine slows both.
+
+- dense: one tower.
+- mot-K: ours, K towers on contiguous slices of the stream; two permutations around attention.
+- mask-K: the stream stays in sequence order and boolean masks pick each tower's rows around every
+  projection, which is how the code published with the paper works.
+- gather-scatter-K: the same with index select and index put by integer positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from mot_megatron.config import Config, parse_config
+from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.errors import UserError
+from mot_megatron.model.attention_core import build_attention_core
+from mot_megatron.model.grouping import Grouping
+from mot_megatron.model.initialization import initialise_parameters
+from mot_megatron.model.layer import Flow, Layer
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.rotary import RotaryAngles
+from mot_megatron.model.towers import ParallelLinears
+from mot_megatron.parallel.groups import ProcessGroups, build_single_process_groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_TOWERS = (2, 3)
+LONGEST_RUN = 256
+"""Tokens of one modality in a row, at most."""
+PROFILED_OPERATIONS = 15
+
+CONFIG = """
+[run]
+name = "benchmark"
+[data]
+corpus = "none"
+[model]
+num_layers = 1
+hidden_size = {hidden}
+num_attention_heads = {heads}
+vocab_size = 128
+[training]
+train_steps = 1
+global_batch_size = 1
+[model.modalities]
+"""
+
+
+class MaskedRows:
+    """Rows of each tower by boolean masks, as the published code picks and merges them."""
+
+    def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
+        self.selectors = [towers == tower for tower in range(num_towers)]
+
+    def pick(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """[t, c] -> K x [t_k, c]."""
+        return [x[mask] for mask in self.selectors]
+
+    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K x [t_k, ...] -> [t, ...]."""
+        merged = parts[0].new_empty(len(self.selectors[0]), *parts[0].shape[1:])
+        for mask, part in zip(self.selectors, parts, strict=True):
+            merged[mask] = part
+        return merged
+
+
+class IndexedRows:
+    """Rows of each tower by integer positions."""
+
+    def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
+        self.num_tokens = len(towers)
+        self.selectors = [torch.nonzero(towers == tower).flatten() for tower in range(num_towers)]
+
+    def pick(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """[t, c] -> K x [t_k, c]."""
+        return [x.index_select(0, index) for index in self.selectors]
+
+    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K x [t_k, ...] -> [t, ...]."""
+        merged = parts[0].new_empty(self.num_tokens, *parts[0].shape[1:])
+        for index, part in zip(self.selectors, parts, strict=True):
+            merged = merged.index_put((index,), part)
+        return merged
+
+
+def run_in_sequence_order(
+    layer: Layer, x: torch.Tensor, flow: Flow, rows: MaskedRows | IndexedRows
+) -> torch.Tensor:
+    """Our post-norm layer's weights with the stream [t, h] in sequence order throughout."""
+    attention = layer.attention
+    width = sum(attention.group_width)
+    qkv = attention.qkv(rows.pick(x))
+    split = [
+        part.view(len(part), attention.local_groups, width, attention.head_dim).split(
+            attention.group_width, dim=2
+        )
+        for part in qkv
+    ]
+    queries, keys, values = zip(*split, strict=True)
+    q = flow.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
+    k = flow.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
+    v = rows.merge(values).flatten(1, 2)
+    mixed = flow.attend(0, q, k, v).flatten(1)
+    x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
+    return x + rows.merge(layer.feed_forward_norm(layer.feed_forward(rows.pick(x))))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a layer; ``forward`` maps the stream's tensors to those of its output."""
+
+    name: str
+    layer: Layer
+    inputs: tuple[torch.Tensor, ...]
+    forward: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+    to_sequence: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
+    """Outputs, or gradients of the inputs, in sequence order [t, h]."""
+
+    def step(self) -> tuple[torch.Tensor, ...]:
+        """Forward and backward of ``sum(y * y) / 2``; gradients add up in inputs and weights."""
+        outputs = self.forward(self.inputs)
+        torch.autograd.backward(outputs, [output.detach() for output in outputs])
+        return outputs
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.layer.zero_grad(set_to_none=True)
+        for tensor in self.inputs:
+            tensor.grad = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to build variants for."""
+
+    tokens: int
+    hidden: int
+    heads: int
+    device: torch.device
+    dtype: torch.dtype
+    groups: ProcessGroups
+
+    def variants(self) -> list[Variant]:
+        """Dense first, then the three ways for every number of towers."""
+        variants = [self._ours(1, "dense")[0]]
+        for num_towers in NUM_TOWERS:
+            ours, flow, towers = self._ours(num_towers, f"mot-{num_towers}")
+            kinds = {"mask": MaskedRows, "gather-scatter": IndexedRows}
+            others = [
+                self._in_sequence_order(
+                    f"{name}-{num_towers}", ours, flow, kind(towers, num_towers)
+                )
+                for name, kind in kinds.items()
+            ]
+            variants += [ours, *others]
+        return variants
+
+    def _ours(self, num_towers: int, name: str) -> tuple[Variant, Flow, torch.Tensor]:
+        config = self._config(num_towers)
+        linears = ParallelLinears(self.groups, sequence_parallel=False, dtype=self.dtype)
+        layer = Layer(config.model, linears, 0, recompute_core=False)
+        initialise_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
+        layer.to(device=self.device, dtype=self.dtype)
+        towers, batch = self._batch(num_towers)
+        batch = batch.to(self.device)
+        flow = Flow(
+            Grouping.of(batch),
+            RotaryAngles.of(
+                batch.positions, config.model.head_dim, config.model.rotary_base, self.dtype
+            ),
+            build_attention_core(batch, "auto"),
+        )
+        inputs = tuple(
+            part.detach().requires_grad_() for part in flow.grouping.to_towers(self._stream())
+        )
+        variant = Variant(
+            name,
+            layer,
+            inputs,
+            forward=lambda stream: layer(stream, flow),
+            to_sequence=flow.grouping.to_sequence,
+        )
+        return variant, flow, towers.to(self.device)
+
+    def _in_sequence_order(
+        self, name: str, ours: Variant, flow: Flow, rows: MaskedRows | IndexedRows
+    ) -> Variant:
+        return Variant(
+            name,
+            ours.layer,
+            (self._stream().requires_grad_(),),
+            forward=lambda stream: (run_in_sequence_order(ours.layer, stream[0], flow, rows),),
+            to_sequence=lambda stream: stream[0],
+        )
+
+    def _config(self, num_towers: int) -> Config:
+        modalities = "".join(f'm{k} = {{ tower = "t{k}" }}\n' for k in range(num_towers))
+        text = CONFIG.format(hidden=self.hidden, heads=self.heads) + modalities
+        return parse_config(text, "benchmark_layer")
+
+    def _stream(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        stream = torch.randn(self.tokens, self.hidden, generator=generator)
+        return stream.to(device=self.device, dtype=self.dtype)
+
+    def _batch(self, num_towers: int) -> tuple[torch.Tensor, MicroBatch]:
+        """([t] tower of every token, the batch): one document of random runs."""
+        generator = np.random.default_rng(0)
+        longest = max(1, min(LONGEST_RUN, self.tokens // (8 * num_towers)))
+        runs = generator.integers(1, longest + 1, self.tokens)
+        towers = np.repeat(np.arange(self.tokens) % num_towers, runs)[: self.tokens]
+        batch = build_micro_batch(
+            towers[None],
+            np.zeros((1, self.tokens), dtype=np.int32),
+            np.arange(num_towers, dtype=np.int8),
+            range(num_towers),
+            num_towers=num_towers,
+        )
+        return torch.from_numpy(towers), batch
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(variants: list[Variant], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, after two rounds that are not counted."""
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    order = random.Random(0)
+    warm_up = 2
+    with tqdm(total=(warm_up + repeats) * len(variants), ncols=100, delay=5) as bar:
+        for number in range(warm_up + repeats):
+            for variant in order.sample(variants, len(variants)):
+                variant.clear()
+                synchronise(device)
+                began = time.perf_counter()
+                variant.step()
+                synchronise(device)
+                if number >= warm_up:
+                    seconds[variant.name].append(time.perf_counter() - began)
+                variant.clear()
+                bar.set_postfix_str(variant.name, refresh=False)
+                bar.update()
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on; the load tells whether others worked there too."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def profile_difference(dense: Variant, ours: Variant, device: torch.device) -> str:
+    """Table of the operations on which ``ours`` spends most beyond ``dense``."""
+    of_variants = [_operation_seconds(variant, device) for variant in (dense, ours)]
+    names = set(of_variants[0]) | set(of_variants[1])
+    rows = [(of_variants[1].get(n, 0.0) - of_variants[0].get(n, 0.0), n) for n in names]
+    rows.sort(reverse=True)
+    total = sum(of_variants[0].values())
+    lines = [f"{ours.name} minus dense, own time of operations (dense: {total * 1e3:.1f} ms)"]
+    lines += [
+        f"{difference * 1e3:+9.2f} ms {difference / total:+7.2%}  {name}"
+        for difference, name in rows[:PROFILED_OPERATIONS]
+    ]
+    lines.append(f"{sum(d for d, _ in rows) * 1e3:+9.2f} ms in all")
+    return "\n".join(lines)
+
+
+def _operation_seconds(variant: Variant, device: torch.device) -> dict[str, float]:
+    """Median own time of every operation over a few steps."""
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]
+    variant.step()
+    samples: dict[str, list[float]] = {}
+    steps = 5
+    for _ in range(steps):
+        variant.clear()
+        with profile(activities=activities) as recorded:
+            variant.step()
+            synchronise(device)
+        for event in recorded.key_averages():
+            time_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+            samples.setdefault(event.key, []).append(time_us * 1e-6)
+    variant.clear()
+    return {
+        name: statistics.median(values + [0.0] * (steps - len(values)))
+        for name, values in samples.items()
+    }
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=_positive, default=4096, help="default 4096")
+    parser.add_argument("--hidden", type=_positive, default=1024, help="default 1024")
+    parser.add_argument("--heads", type=_positive, default=16, help="default 16")
+    parser.add_argument("--repeats", type=_positive, default=10, help="rounds (default 10)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default fp32")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where ours spends more than dense instead"
+    )
+    options = parser.parse_args(arguments)
+    if options.repeats < 2:
+        parser.error("--repeats 1: a spread needs at least 2")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no GPU here; allowed: cpu")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}, expected a number above 0")
+    return value
+
+
+def benchmark(options: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
+    """Measure, and put the figures into the object that --json prints."""
+    device = torch.device(options.device)
+    seconds = measure(variants, options.repeats, device)
+    dense = seconds["dense"]
+    return {
+        "benchmark": "layer",
+        "tokens": options.tokens,
+        "hidden": options.hidden,
+        "heads": options.heads,
+        "dtype": options.dtype,
+        "device": options.device,
+        "repeats": options.repeats,
+        "spread": "quartiles of the rounds",
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratio_to_dense": {
+            name: spread([a / b for a, b in zip(values, dense, strict=True)])
+            for name, values in seconds.items()
+        },
+        "machine": machine(device),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print what --json prints as a table for people."""
+    print(
+        f"one layer, forward + backward: {result['tokens']} tokens, hidden {result['hidden']}, "
+        f"{result['dtype']} on {result['device']}, {result['repeats']} rounds"
+    )
+    print(f"{'variant':18} {'ms':>9} {'ratio to dense':>15}  (quartiles)")
+    for name, ratio in result["ratio_to_dense"].items():
+        milliseconds = 1e3 * result["seconds"][name]["median"]
+        print(
+            f"{name:18} {milliseconds:9.2f} {ratio['median']:15.3f}"
+            f"  ({ratio['low']:.3f}..{ratio['high']:.3f})"
+        )
+    print("machine: " + ", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; returns the exit status."""
+    options = parse_arguments(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    dtype, groups = DTYPES[options.dtype], build_single_process_groups(device)
+    setting = Benchmark(options.tokens, options.hidden, options.heads, device, dtype, groups)
+    try:
+        variants = setting.variants()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.profile:
+        by_name = {variant.name: variant for variant in variants}
+        for num_towers in NUM_TOWERS:
+            print(profile_difference(by_name["dense"], by_name[f"mot-{num_towers}"], device))
+        return 0
+    result = benchmark(options, variants)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
