@@ -9,6 +9,7 @@ up to a multiple of the tensor-parallel size, so g >= t; otherwise g = t.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -47,10 +48,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch with its tensors on ``device``; copies do not block the host."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MicroBatch(
-            **{
-                name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                for name, value in values.items()
-            }
-        )
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = (
+                value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            )
+        return MicroBatch(**moved)

@@ -110,6 +110,7 @@ class MixtureOfTransformers(nn.Module):
             sharded = layout_of(parameter).shard_dim is not None
             parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
         weights = torch.tensor(model.loss_weights, dtype=torch.float32)
+        self.loss_weights: torch.Tensor
         self.register_buffer("loss_weights", weights, persistent=False)
         initialise_parameters(
             self, config.run.seed, model.init_std, groups.tensor_rank, groups.tensor_size

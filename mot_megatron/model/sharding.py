@@ -31,8 +31,9 @@ class ParameterLayout:
         return tuple(shape)
 
 
-def set_layout(parameter: torch.nn.Parameter, layout: ParameterLayout) -> None:
-    """Attach ``layout`` to ``parameter``."""
+def set_layout(parameter: torch.nn.Parameter | None, layout: ParameterLayout) -> None:
+    """Attach ``layout`` to ``parameter``; megatron types its weights as possibly absent."""
+    assert parameter is not None
     parameter.shard_layout = layout  # type: ignore[attr-defined]
 
 

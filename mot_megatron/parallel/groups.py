@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch._C._distributed_c10d import HashStore
 
 from mot_megatron.parallel.cpu import adapt_megatron_to_cpu
 from mot_megatron.parallel.mesh import Mesh
@@ -59,8 +60,8 @@ def build_process_groups(tensor_model_parallel_size: int, device: torch.device) 
         create_gloo_process_groups=False,
     )
     return ProcessGroups(
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
+        tensor=_present(parallel_state.get_tensor_model_parallel_group()),
+        data=_present(parallel_state.get_data_parallel_group()),
         mesh=Mesh(dist.get_world_size(), tensor_model_parallel_size),
         rank=dist.get_rank(),
         device=device,
@@ -73,7 +74,13 @@ def build_single_process_groups(device: torch.device) -> ProcessGroups:
     A world of one that exists already is used as it is.
     """
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     return build_process_groups(1, device)
+
+
+def _present(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    """The group; torch gives a number or nothing to a process outside of it."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -53,7 +53,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(_MEASURED_REPEATS + 1):
         synchronize(device)
         start = time.perf_counter()
-        matrix @ matrix
+        torch.mm(matrix, matrix)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * _MEASURED_SIZE**3 / best

@@ -54,7 +54,7 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
     lacking = 0
     original = session.loader.next_micro_batch
 
-    def counted():  # noqa: ANN202
+    def counted():
         nonlocal lacking
         batch = original()
         lacking += 0 in batch.modality_tokens
