@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from mot_megatron.data.builders.openmoji import build_openmoji
+from mot_megatron.data.builders.stamps import build_stamps
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import UserError
 
@@ -19,7 +20,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     openmoji = builders.add_parser(
         "openmoji", help="emoji: pictures, names in eight languages, names spoken"
     )
-    for builder in (openmoji,):
+    stamps = builders.add_parser(
+        "stamps", help="stamps: pictures, captions in 40 languages, recorded speech in 14"
+    )
+    stamps.add_argument(
+        "--deb", type=Path, required=True, help="from apt-get download tuxpaint-stamps-default"
+    )
+    for builder in (openmoji, stamps):
         builder.add_argument("--output", type=Path, required=True, help="new or empty directory")
         builder.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
         builder.add_argument("--workers", type=_positive, default=2, help="processes (default 2)")
@@ -42,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     shared = {"seed": options.seed, "workers": options.workers, "limit": options.limit}
     try:
-        build_openmoji(options.output, **shared)
+        if options.builder == "stamps":
+            build_stamps(options.deb, options.output, **shared)
+        else:
+            build_openmoji(options.output, **shared)
         corpus = Corpus.open(options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -136,9 +136,9 @@ def write_documents(writer: CorpusWriter, drafts: Sequence[Draft]) -> None:
         _code_pictures(writer, drafts, training),
         _code_speech(writer, drafts, training),
     )
-    order = generator(writer.seed, "order of documents").permutation(len(drafts))
-    for index in tqdm(order, desc="documents", ncols=100):
-        draft = drafts[index]
+    shuffled = generator(writer.seed, "order of documents").permutation(len(drafts))
+    order = sorted((drafts[index] for index in shuffled), key=lambda draft: draft.split)
+    for draft in tqdm(order, desc="documents", ncols=100):
         writer.add(draft.split, _document(draft, coded, writer))
 
 
@@ -163,15 +163,19 @@ def _code_pictures(
     _add_codebook(writer, modality, codec.save())
     keys = [draft.key for draft in drafts if draft.picture is not None]
     pictures = np.stack([draft.picture for draft in drafts if draft.picture is not None])
-    held_out = [
-        index
-        for index, draft in enumerate(draft for draft in drafts if draft.picture is not None)
-        if draft.split == "validation"
-    ]
-    spread = np.linspace(0, len(held_out) - 1, min(NUM_SAMPLES, len(held_out))).astype(int)
-    samples = pictures[np.array(held_out, dtype=int)[spread]]
-    writer.add_file(SAMPLES_FILE, pack_arrays(pictures=samples))
+    writer.add_file(SAMPLES_FILE, pack_arrays(pictures=_samples(drafts)))
     return dict(zip(keys, codec.encode(pictures), strict=True))
+
+
+def _samples(drafts: Sequence[Draft]) -> np.ndarray:
+    """One held-out picture of each concept, spread over all of them, [n, 32, 32, 3]."""
+    by_concept: dict[str, np.ndarray] = {}
+    for draft in drafts:
+        if draft.split == "validation" and draft.picture is not None:
+            by_concept.setdefault(draft.concept, draft.picture)
+    pictures = list(by_concept.values())
+    count = min(NUM_SAMPLES, len(pictures))
+    return np.stack([pictures[int(at)] for at in np.linspace(0, len(pictures) - 1, count)])
 
 
 def _code_speech(

@@ -6,17 +6,22 @@ from emoji, voices from espeakng-loader. Emoji that differ only in skin tone are
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mot_megatron.data.builders.assembly import Draft, open_writer, write_documents
+from mot_megatron.data.builders.concepts import join_concepts
 from mot_megatron.data.builders.espeak import Utterance, random_utterance, speak
 from mot_megatron.data.builders.packages import optional_package
 from mot_megatron.data.builders.pictures import render_svg, vary_picture
 from mot_megatron.data.builders.randomness import generator
 from mot_megatron.data.builders.workers import start_stage, worker_pool
+from mot_megatron.data.codebooks.speech import SpeechFeatures
 
 BUILDER = "mot_megatron.data.builders.openmoji 1"
 LICENCES = {
@@ -48,7 +53,7 @@ class Emoji:
 
     characters: str
     svg: Path
-    concept: str
+    base_name: str
     """English name without skin tones."""
     names: Mapping[str, str]
     """Language -> name."""
@@ -80,7 +85,7 @@ def list_emoji() -> list[Emoji]:
             for language in VOICES
             if language in entry
         }
-        emoji.append(Emoji(characters, drawings[key], _concept(entry["en"]), names))
+        emoji.append(Emoji(characters, drawings[key], _base_name(entry["en"]), names))
     return emoji
 
 
@@ -88,11 +93,10 @@ def _code_points(stem: str) -> tuple[str, ...]:
     return tuple(part for part in stem.upper().split("-") if part != "FE0F")
 
 
-def _concept(english: str) -> str:
+def _base_name(english: str) -> str:
     """The name that all skin tones share.
 
-    >>> _concept(":kiss_person_person_light_skin_tone_dark_skin_tone:")
-    'kiss'
+    Where two people have tones of their own the package names them too: kiss_person_person.
     """
     return _TONE.sub("", english).strip(":").removesuffix("_person_person")
 
@@ -124,8 +128,21 @@ def _plan(emoji: list[Emoji], seed: int) -> list[_Plan]:
     return sorted(plans, key=lambda plan: plan.language)
 
 
-def _draw(paths: list[Path]) -> list:
+def _draw(paths: list[Path]) -> list[np.ndarray]:
     return [render_svg(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+
+
+def _concepts(emoji: Iterable[Emoji], masters: Mapping[Path, np.ndarray]) -> dict[str, str]:
+    """Characters of each emoji -> its concept: tones of one emoji, and equal drawings (flags)."""
+    return join_concepts(
+        {
+            each.characters: [
+                each.base_name,
+                hashlib.sha256(masters[each.svg].tobytes()).hexdigest(),
+            ]
+            for each in emoji
+        }
+    )
 
 
 def build_openmoji(
@@ -161,18 +178,20 @@ def build_openmoji(
         sentences = [plan.utterance for plan in plans]
         speaking = start_stage(pool, speak, sentences, _UTTERANCES_PER_TASK, "speaking")
         masters = dict(zip(paths, drawing.results(), strict=True))
-        spoken = speaking.results()
-        drafts = [
-            Draft(
-                plan.key,
-                plan.emoji.concept,
-                plan.language,
-                plan.emoji.names[plan.language],
-                vary_picture(
-                    masters[plan.emoji.svg], generator(seed, plan.key, "picture"), mirror=False
-                ),
-                speech,
-            )
-            for plan, speech in zip(plans, spoken, strict=True)
-        ]
-        write_documents(writer, drafts)
+        concepts = _concepts(emoji, masters)
+        spoken = zip(plans, speaking.results(), strict=True)
+        write_documents(
+            writer,
+            [
+                _draft(plan, concepts[plan.emoji.characters], masters[plan.emoji.svg], speech, seed)
+                for plan, speech in spoken
+            ],
+        )
+
+
+def _draft(
+    plan: _Plan, concept: str, master: np.ndarray, speech: SpeechFeatures, seed: int
+) -> Draft:
+    picture = vary_picture(master, generator(seed, plan.key, "picture"), mirror=False)
+    text = plan.emoji.names[plan.language]
+    return Draft(plan.key, concept, plan.language, text, picture, speech)

@@ -1,0 +1,209 @@
+"""The stamps corpus: pictures, captions in many languages and recorded speech in fourteen.
+
+From the Debian package tuxpaint-stamps-default (``apt-get download`` fetches it, no root needed),
+which is read where it lies. Many stamps share a caption, a drawing or a recording byte for byte;
+all that do are one concept, or validation would hold what training has seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import soundfile
+
+from mot_megatron.data.builders.assembly import Draft, open_writer, write_documents
+from mot_megatron.data.builders.concepts import join_concepts
+from mot_megatron.data.builders.deb import read_deb
+from mot_megatron.data.builders.pictures import read_picture, render_svg, vary_picture
+from mot_megatron.data.builders.randomness import generator
+from mot_megatron.data.builders.workers import start_stage, worker_pool
+from mot_megatron.data.codebooks.mel import resample, trim_silence
+from mot_megatron.data.codebooks.speech import SpeechFeatures, speech_features
+from mot_megatron.errors import DataError
+
+BUILDER = "mot_megatron.data.builders.stamps 1"
+LICENCES = {"tuxpaint-stamps-default": "GPL-2.0-or-later"}
+SPOKEN = ("en", "be", "bg", "ca", "da", "el", "es", "fr", "lt", "ml", "nl", "pt_BR", "ro", "ru")
+"""Languages with recordings."""
+# fmt: off
+WRITTEN = (
+    "an", "ast", "cs", "de", "eo", "eu", "fi", "ga", "gd", "gl", "hr", "hu", "id", "is",
+    "it", "lv", "nb", "nn", "pl", "pt", "sk", "sl", "sq", "sv", "tr", "uk",
+)
+# fmt: on
+"""Further languages with nearly all captions, in scripts that the spoken ones use too."""
+_FOLDER = "usr/share/tuxpaint/stamps/"
+_RECORDING = re.compile(r"(?P<stamp>.+?)_desc(?:_(?P<language>[a-z]{2,3}(?:_[A-Z]{2})?))?\.\w+")
+_CAPTION = re.compile(r"(?P<language>[a-z]{2,3}(?:_[A-Z]{2})?)\.utf8=(?P<text>.*)")
+_SUFFIXES = {".txt", ".png", ".svg", ".dat", ".ogg", ".wav"}
+_PICTURES_PER_TASK, _RECORDINGS_PER_TASK = 16, 128
+
+
+@dataclass
+class Stamp:
+    """One stamp."""
+
+    name: str
+    captions: dict[str, str]
+    """Language -> caption; English is there."""
+    picture: str
+    """Name of the file with its drawing."""
+    may_mirror: bool
+    recordings: dict[str, str] = field(default_factory=dict)
+    """Language -> name of the file with the caption spoken."""
+
+
+def list_stamps(files: Mapping[str, bytes]) -> list[Stamp]:
+    """Stamps that have a picture and an English caption, by name.
+
+    Args:
+        files: The package's files; names are relative to its folder of stamps.
+    """
+    stamps = {}
+    for name in sorted(files):
+        stem = name.removesuffix(".txt")
+        picture = next((stem + end for end in (".png", ".svg") if stem + end in files), None)
+        captions = _captions(files[name]) if stem != name else {}
+        if picture is not None and "en" in captions:
+            may_mirror = b"nomirror" not in files.get(stem + ".dat", b"")
+            stamps[stem] = Stamp(stem, captions, picture, may_mirror)
+    for name in sorted(files):
+        match = _RECORDING.fullmatch(name)
+        if match and match["stamp"] in stamps and PurePosixPath(name).suffix in {".ogg", ".wav"}:
+            stamps[match["stamp"]].recordings.setdefault(match["language"] or "en", name)
+    return list(stamps.values())
+
+
+def _captions(content: bytes) -> dict[str, str]:
+    """English stands in the first line, each other language in a line like ``fr.utf8=Un chat``."""
+    lines = content.decode("utf-8", "replace").splitlines()
+    captions = {"en": lines[0].strip()} if lines else {}
+    for line in lines[1:]:
+        match = _CAPTION.fullmatch(line.strip())
+        if match:
+            captions.setdefault(match["language"], match["text"].strip())
+    return {language: text for language, text in captions.items() if text}
+
+
+def concepts_of(stamps: Iterable[Stamp], files: Mapping[str, bytes]) -> dict[str, str]:
+    """Name of each stamp -> its concept.
+
+    Two stamps share content if their English captions have the same words, or if their picture or
+    any recording is the same byte for byte.
+    """
+    return join_concepts({stamp.name: _marks(stamp, files) for stamp in stamps})
+
+
+def _marks(stamp: Stamp, files: Mapping[str, bytes]) -> list[str]:
+    words = re.findall(r"\w+", stamp.captions["en"].lower())
+    contents = [files[name] for name in (stamp.picture, *stamp.recordings.values())]
+    return [" ".join(words), *(hashlib.sha256(content).hexdigest() for content in contents)]
+
+
+def _draw(tasks: list[tuple[str, bytes]]) -> list[np.ndarray]:
+    return [
+        render_svg(content.decode("utf-8", "replace"), name)
+        if name.endswith(".svg")
+        else read_picture(content, name)
+        for name, content in tasks
+    ]
+
+
+def _listen(tasks: list[tuple[str, bytes]]) -> list[SpeechFeatures]:
+    return [speech_features(_sound(name, content)) for name, content in tasks]
+
+
+def _sound(name: str, content: bytes) -> np.ndarray:
+    """A recording as [n] float32 at 16 kHz, channels mixed, ends trimmed."""
+    try:
+        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise DataError(f"{name}: not a recording: {error.error_string}") from None
+    return trim_silence(resample(samples.mean(axis=1), rate))
+
+
+def _read_package(path: Path) -> dict[str, bytes]:
+    def wanted(name: str) -> bool:
+        return name.startswith(_FOLDER) and PurePosixPath(name).suffix in _SUFFIXES
+
+    files = read_deb(path, wanted)
+    if not files:
+        raise DataError(f"{path}: has no {_FOLDER}, expected package tuxpaint-stamps-default")
+    return {name.removeprefix(_FOLDER): content for name, content in files.items()}
+
+
+def _drafts(
+    stamps: list[Stamp],
+    concepts: Mapping[str, str],
+    masters: Mapping[str, np.ndarray],
+    heard: Mapping[str, SpeechFeatures],
+    seed: int,
+) -> list[Draft]:
+    drafts = []
+    for stamp in stamps:
+        for language in (*SPOKEN, *WRITTEN):
+            if language not in stamp.captions:
+                continue
+            key = f"{stamp.name}/{language}"
+            random = generator(seed, key, "picture")
+            picture = vary_picture(masters[stamp.name], random, mirror=stamp.may_mirror)
+            speech = heard.get(stamp.recordings.get(language, ""))
+            concept, text = concepts[stamp.name], stamp.captions[language]
+            drafts.append(Draft(key, concept, language, text, picture, speech))
+    return drafts
+
+
+def build_stamps(
+    deb: Path, directory: Path, *, seed: int = 0, workers: int = 2, limit: int | None = None
+) -> None:
+    """Build the corpus.
+
+    Args:
+        deb: The downloaded package.
+        directory: Where; must not exist or be empty. It appears when the corpus is complete.
+        seed: The same seed gives the same bytes, whatever the number of workers.
+        workers: Processes that draw and decode recordings.
+        limit: Use only about this many stamps, evenly spread, for a quick look; None for all.
+
+    Raises:
+        DataError: The directory is taken, the file is not that package, the limit is too low to
+            train the codebooks, or the disk is full.
+    """
+    writer = open_writer(
+        directory,
+        name="stamps",
+        builder=BUILDER,
+        seed=seed,
+        languages=[*SPOKEN, *WRITTEN],
+        licences=LICENCES,
+    )
+    with writer, worker_pool(workers) as pool:
+        files = _read_package(deb)
+        stamps = list_stamps(files)
+        # Of all stamps, also those the limit leaves out: it must not change what is held out.
+        concepts = concepts_of(stamps, files)
+        if limit is not None:
+            stamps = stamps[:: max(1, len(stamps) // limit)]
+        pictures = [(stamp.picture, files[stamp.picture]) for stamp in stamps]
+        names = _recordings(stamps)
+        recordings = [(name, files[name]) for name in names]
+        drawing = start_stage(pool, _draw, pictures, _PICTURES_PER_TASK, "drawing")
+        hearing = start_stage(pool, _listen, recordings, _RECORDINGS_PER_TASK, "listening")
+        masters = dict(zip((stamp.name for stamp in stamps), drawing.results(), strict=True))
+        heard = dict(zip(names, hearing.results(), strict=True))
+        write_documents(writer, _drafts(stamps, concepts, masters, heard, seed))
+
+
+def _recordings(stamps: Iterable[Stamp]) -> list[str]:
+    """Names of all recordings in a language that documents are made of, sorted."""
+    return sorted(
+        stamp.recordings[language]
+        for stamp in stamps
+        for language in stamp.captions.keys() & stamp.recordings.keys() & set(SPOKEN)
+    )
