@@ -128,7 +128,13 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
     }
     if settings.precision == "bf16":
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        # A NaN is ours to notice: where DeepSpeed does, it forgets to clear the offloaded
+        # gradients of bf16 weights, which then stay NaN.
+        config["bf16"] = {
+            "enabled": True,
+            "immediate_grad_update": True,
+            "check_grad_overflow": False,
+        }
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config

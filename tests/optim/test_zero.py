@@ -228,6 +228,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"zero_stage": 1, "offload": "optimizer"},
     {"zero_stage": 3, "offload": "optimizer"},
     {"zero_stage": 1, "precision": "bf16"},
+    {"zero_stage": 1, "precision": "bf16", "offload": "optimizer"},
     {"zero_stage": 2, "precision": "bf16", "offload": "optimizer"},
     {"zero_stage": 3, "precision": "bf16", "offload": "optimizer"},
 ]
@@ -312,7 +313,7 @@ def _not_a_number() -> None:
             assert torch.equal(engine.forward(probe).total, loss), layout
         train(engine, groups, [1], count)
         assert_same_bits(copy_state(engine), copy_state(undisturbed))
-        assert engine.optimizer_steps == 2
+        assert engine.optimizer_steps == 2, layout
 
 
 def test_a_step_with_nan_on_one_rank_changes_nothing_on_any():
