@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.errors import DataError, UserError
 from mot_megatron.train.generate import Generator
 from mot_megatron.train.sampling import SamplingSettings
@@ -92,10 +93,9 @@ def generate_files(options: argparse.Namespace) -> None:
         for name in modalities:
             items = generator.continue_text(options.prompt, name, settings, options.language)
             for number, item in enumerate(items, start=1):
-                codec = generator.codecs[name]
-                path = options.output / f"{name}-{number}{codec.suffix}"
-                codec.write(item.token_ids, path)
-                shown = f"  {item.media}" if isinstance(item.media, str) else ""
+                path = options.output / f"{name}-{number}{item.codec.suffix}"
+                item.write(path)
+                shown = f"  {item.media}" if isinstance(item.codec, TextCodec) else ""
                 print(f"{path}: {len(item.token_ids)} tokens{shown}")
     except OSError as error:
         raise DataError(f"{options.output}: cannot be written: {error.strerror}") from error

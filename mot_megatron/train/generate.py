@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.codebooks import Codec, load_codec
 from mot_megatron.data.codebooks.text import TextCodec
-from mot_megatron.data.corpus import Corpus, Modality
+from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import ProcessGroups
@@ -188,10 +189,17 @@ class _Chooser:
 class Item:
     """One piece of media, as ids and as what they stand for."""
 
-    modality: Modality
+    codec: Codec
     token_ids: np.ndarray
-    media: Any
-    """What the modality's codec decodes to: a string, pixels uint8 [h, w, 3] or sound float32."""
+
+    @cached_property
+    def media(self) -> Any:
+        """What the codec decodes to: a string, pixels uint8 [h, w, 3] or sound float32 [n]."""
+        return self.codec.decode(self.token_ids)
+
+    def write(self, path: Path) -> None:
+        """Write it as a file with the codec's suffix."""
+        self.codec.write(self.token_ids, path)
 
 
 @dataclass(frozen=True)
@@ -297,8 +305,7 @@ class Generator:
         return generate(self.model, table, prompt, rules, settings, self.seq_length)
 
     def _item(self, rules: SegmentRules, token_ids: np.ndarray) -> Item:
-        media = self.codecs[rules.modality.name].decode(token_ids)
-        return Item(rules.modality, token_ids, media)
+        return Item(self.codecs[rules.modality.name], token_ids)
 
     def _text(self, prompt: np.ndarray) -> str:
         parts = []
