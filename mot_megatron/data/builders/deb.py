@@ -79,7 +79,11 @@ class _Member:
         self._stream, self._left, self._bar = stream, size, bar
 
     def read(self, size: int) -> bytes:
-        content = self._stream.read(min(size, self._left))
+        """At most ``size`` bytes; EOFError where the stream ends before the member does."""
+        expected = min(size, self._left)
+        content = self._stream.read(expected)
+        if len(content) < expected:
+            raise EOFError(f"ends {self._left - len(content)} bytes early")
         self._left -= len(content)
         self._bar.update(len(content))
         return content

@@ -1,0 +1,155 @@
+"""What corpora are built from: packages, splits, pictures and voices."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mot_megatron.data.builders.concepts import join_concepts
+from mot_megatron.data.builders.deb import read_deb
+from mot_megatron.data.builders.espeak import VARIANTS, Speaker, Utterance, speak
+from mot_megatron.data.builders.openmoji import VOICES, list_emoji
+from mot_megatron.data.builders.packages import optional_package
+from mot_megatron.data.builders.pictures import read_picture, render_svg, vary_picture
+from mot_megatron.data.builders.randomness import generator, split_of
+from mot_megatron.data.builders.stamps import concepts_of, list_stamps
+from mot_megatron.errors import DataError
+from tests.data.builders.packages import ar, deb, picture, recording
+
+
+def test_deb_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.deb"
+    path.write_bytes(deb({"usr/a": b"first", "etc/b": b"second", "usr/c": b""}))
+    found = read_deb(path, lambda name: name.startswith("usr/"))
+    assert found == {"usr/a": b"first", "usr/c": b""}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04", "not a .deb"),
+        (ar({"debian-binary": b"2.0\n"}), r"no data\.tar inside"),
+        (ar({"data.tar.zst": b""}), r"data\.tar\.zst is compressed in a way"),
+        (ar({"data.tar.xz": b"rubbish"}), "damaged or truncated"),
+        (deb({"usr/a": b"x" * 5000})[:-40], "damaged or truncated"),
+        (b"!<arch>\n" + b"data.tar.xz" + b" " * 49, "has size"),
+    ],
+)
+def test_bad_deb_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.deb"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"bad\.deb: .*{message}"):
+        read_deb(path, lambda _: True)
+
+
+def test_missing_deb_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.deb: No such file"):
+        read_deb(tmp_path / "none.deb", lambda _: True)
+
+
+def test_missing_package_is_named() -> None:
+    with pytest.raises(DataError, match="package no-such-thing is not installed; pip install"):
+        optional_package("no_such_thing", "no-such-thing")
+
+
+def test_split_hangs_on_the_concept_alone() -> None:
+    splits = [split_of(f"concept {number}") for number in range(5000)]
+    assert 0.05 < splits.count("validation") / 5000 < 0.07  # 6%, standard error 0.3%
+    assert splits == [split_of(f"concept {number}") for number in range(5000)]
+
+
+def test_generators_differ_by_key_and_seed() -> None:
+    draws = {
+        int(generator(seed, *key).integers(2**62))
+        for seed in (0, 1)
+        for key in (("a", "b"), ("a", "c"), ("a",))
+    }
+    assert len(draws) == 6
+
+
+def test_concepts_are_joined_through_others() -> None:
+    marks = {"d": ["1"], "b": ["2", "3"], "c": ["3"], "a": ["4"], "e": ["1", "2"]}
+    assert join_concepts(marks) == {"a": "a", "b": "b", "c": "b", "d": "b", "e": "b"}
+
+
+def test_emoji_tones_share_a_name() -> None:
+    emoji = list_emoji()
+    assert len(emoji) > 3900
+    assert all(set(each.names) == set(VOICES) for each in emoji)
+    by_characters = {each.characters: each for each in emoji}
+    thumb = by_characters["\U0001f44d"]
+    dark = by_characters["\U0001f44d\U0001f3ff"]
+    assert (thumb.base_name, thumb.has_tone) == ("thumbs_up", False)
+    assert (dark.base_name, dark.has_tone) == ("thumbs_up", True)
+    assert dark.names["fr"].startswith("pouce vers le haut")
+    # two people, two tones: the package names the people only then
+    plain = {each.base_name for each in emoji if not each.has_tone}
+    assert {each.base_name for each in emoji if each.has_tone} <= plain
+
+
+def test_stamps_are_listed_and_joined() -> None:
+    files = {
+        "a.png": picture(1),
+        "a.txt": b"A cat.\nfr.utf8=Un chat\nca@valencia.utf8=Un gat\nde.utf8=\n",
+        "a_desc.ogg": recording(1),
+        "a_desc_pt_BR.wav": recording(2),
+        "b.svg": b"<svg/>",
+        "b.txt": b"a CAT",
+        "c.png": picture(3),
+        "c.txt": b"A dog.",
+        "c_desc_fr.ogg": recording(2),
+        "c.dat": b"noflip\nnomirror\n",
+        "d.png": picture(4),
+        "e.txt": b"No picture.",
+        "f.png": picture(5),
+        "f.txt": b"\nfr.utf8=sans anglais",
+        "g.png": picture(6),
+        "g.txt": b"A hen.",
+        "g_desc.txt": b"no recording",
+    }
+    stamps = {stamp.name: stamp for stamp in list_stamps(files)}
+    assert sorted(stamps) == ["a", "b", "c", "g"]
+    assert stamps["a"].captions == {"en": "A cat.", "fr": "Un chat"}
+    assert stamps["a"].recordings == {"en": "a_desc.ogg", "pt_BR": "a_desc_pt_BR.wav"}
+    assert stamps["b"].picture == "b.svg"
+    assert stamps["g"].recordings == {}
+    assert [stamps[name].may_mirror for name in "ac"] == [True, False]
+    # a and b by their caption's words, a and c by a recording
+    assert concepts_of(stamps.values(), files) == {"a": "a", "b": "a", "c": "a", "g": "g"}
+
+
+def test_pictures() -> None:
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><rect x="4" width="4" height="8" fill="#f00"/></svg>'
+    master = render_svg(svg, "square")
+    assert master.shape == (64, 64, 3)
+    # cropped to the rectangle, which is twice as high as wide, and centred on white
+    assert master[32, 32].tolist() == [255, 0, 0]
+    assert master[32, 4].tolist() == [255, 255, 255]
+    varied = [vary_picture(master, generator(0, str(key)), mirror=False) for key in range(8)]
+    assert all(one.shape == (32, 32, 3) for one in varied)
+    assert len({one.tobytes() for one in varied}) > 4
+    assert np.array_equal(varied[3], vary_picture(master, generator(0, "3"), mirror=False))
+
+
+def test_bad_pictures_are_named() -> None:
+    with pytest.raises(DataError, match=r"x\.svg: cannot be drawn"):
+        render_svg("<svg", "x.svg")
+    with pytest.raises(DataError, match=r"x\.png: not an image"):
+        read_picture(b"no", "x.png")
+    with pytest.raises(DataError, match=r"x\.svg: nothing to see"):
+        render_svg('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>', "x.svg")
+
+
+def test_voices_repeat_themselves() -> None:
+    sentences = [Utterance("a red heart", "en-us" + variant, 170, 50) for variant in VARIANTS]
+    first, second = speak(sentences), speak(sentences)
+    for one, other in zip(first, second, strict=True):
+        assert len(one.units) > 10
+        assert np.array_equal(one.units, other.units)
+    # different speakers do sound different
+    assert len({one.units.tobytes() for one in first}) == len(VARIANTS)
+
+
+def test_unknown_voice_is_named() -> None:
+    with Speaker() as speaker, pytest.raises(DataError, match="no voice 'klingonese'"):
+        speaker.say(Utterance("x", "klingonese", 170, 50))
