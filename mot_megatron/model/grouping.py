@@ -37,12 +37,21 @@ class Grouping:
         )
         return cls(indices, micro_batch.tower_slots)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether both orders are the same: one tower without padding keeps sequence order."""
+        return len(self.slots) == 1 and self.slots[0] == self.indices[0].numel()
+
     def to_sequence(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
         """K slices [g_k, ...] in grouped order -> [t, ...] in sequence order; padding is dropped."""
+        if self.is_identity:
+            return slices[0]
         return _ToSequence.apply(self, *slices)
 
     def to_towers(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[t, ...] in sequence order -> K slices [g_k, ...]; padding slots become zero rows."""
+        if self.is_identity:
+            return (rows,)
         return _ToTowers.apply(self, rows)
 
 
