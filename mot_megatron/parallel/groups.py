@@ -59,25 +59,31 @@ def build_process_groups(tensor_model_parallel_size: int, device: torch.device) 
         tensor_model_parallel_size=tensor_model_parallel_size,
         create_gloo_process_groups=False,
     )
-    return ProcessGroups(
-        tensor=_present(parallel_state.get_tensor_model_parallel_group()),
-        data=_present(parallel_state.get_data_parallel_group()),
-        mesh=Mesh(dist.get_world_size(), tensor_model_parallel_size),
-        rank=dist.get_rank(),
-        device=device,
-    )
+    return _initialised_groups(Mesh(dist.get_world_size(), tensor_model_parallel_size), device)
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
     """A world of one, without a launcher: for tools and single-rank tests.
 
-    A world of one that exists already is used as it is.
+    Made once per process: torch never ends the threads of a group, dozens for megatron's groups.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    return build_process_groups(1, device)
+    if not parallel_state.model_parallel_is_initialized():
+        return build_process_groups(1, device)
+    if device.type == "cpu":
+        adapt_megatron_to_cpu()
+    return _initialised_groups(Mesh(1, 1), device)
+
+
+def _initialised_groups(mesh: Mesh, device: torch.device) -> ProcessGroups:
+    return ProcessGroups(
+        tensor=_present(parallel_state.get_tensor_model_parallel_group()),
+        data=_present(parallel_state.get_data_parallel_group()),
+        mesh=mesh,
+        rank=dist.get_rank(),
+        device=device,
+    )
 
 
 def _present(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
