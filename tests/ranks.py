@@ -38,7 +38,7 @@ ENVIRONMENT = {
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a fresh gloo world.
 

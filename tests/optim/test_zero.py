@@ -148,7 +148,7 @@ def _parity(tensor_parallel_size: int, cases: list[dict[str, Any]]) -> list[tupl
 def check_parity(
     world: int, tensor_parallel_size: int, cases: list[dict[str, Any]], tolerance: float
 ) -> None:
-    results = run_ranks(_parity, world, tensor_parallel_size, cases, timeout=120.0)
+    results = run_ranks(_parity, world, tensor_parallel_size, cases, timeout=300.0)
     for rank, errors in enumerate(results):
         for case, (norm_error, weight_error) in zip(cases, errors, strict=True):
             assert norm_error < tolerance, (rank, case)
@@ -253,7 +253,7 @@ def _resume_in_place() -> None:
 
 
 def test_resumption_is_bitwise_in_every_layout():
-    run_ranks(_resume_in_place, 2, timeout=120.0)
+    run_ranks(_resume_in_place, 2, timeout=300.0)
 
 
 def _first_steps() -> State:
@@ -317,7 +317,7 @@ def _not_a_number() -> None:
 
 
 def test_a_step_with_nan_on_one_rank_changes_nothing_on_any():
-    run_ranks(_not_a_number, 2, timeout=120.0)
+    run_ranks(_not_a_number, 2, timeout=300.0)
 
 
 def _leave_a_tower_out() -> str:
