@@ -117,14 +117,25 @@ class MixtureOfTransformers(nn.Module):
         )
         self.to(dtype=dtype, device=groups.device)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of a micro-batch that lies on the model's device.
+    def forward(
+        self, micro_batch: MicroBatch, cache: AttentionCore | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Losses of a micro-batch that lies on the model's device; with a cache, its logits.
+
+        Generation comes through here too because ZeRO-3 gathers weights during forward only.
+
+        Args:
+            micro_batch: The tokens.
+            cache: The attention core to use while generating.
 
         Returns:
             The weighted sum of token losses (divide by the global batch's weight before
             backward), and the detached sums of cross entropy in nats per modality, [M]. Both are
-            this data-parallel rank's and equal on its tensor-parallel ranks.
+            this data-parallel rank's and equal on its tensor-parallel ranks. With a cache only
+            ``sequence_logits``.
         """
+        if cache is not None:
+            return (self.sequence_logits(micro_batch, cache),)
         logits = self.logits(micro_batch)
         labels = self._stream_order(micro_batch.labels, micro_batch)
         modalities = self._stream_order(micro_batch.label_modalities, micro_batch)

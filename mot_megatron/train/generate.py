@@ -67,7 +67,8 @@ class Decoder:
         )
         positions = micro_batch.positions + self.cache.length
         micro_batch = dataclasses.replace(micro_batch, positions=positions)
-        logits = model.sequence_logits(micro_batch.to(model.groups.device), self.cache)
+        # Called, not model.sequence_logits: ZeRO-3 gathers weights during a module's call only.
+        (logits,) = model(micro_batch.to(model.groups.device), self.cache)
         self.cache.advance(token_ids.shape[1])
         last = logits.view(*token_ids.shape, -1)[:, -1].contiguous()
         return gather_from_tensor_model_parallel_region(last, group=model.groups.tensor)

@@ -12,12 +12,14 @@ from megatron.core import parallel_state
 
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.loader import DataShard, PackedLoader
 from mot_megatron.errors import DataError
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_process_groups, build_single_process_groups
 from mot_megatron.train.generate import Decoder, Generator
 from mot_megatron.train.sampling import SamplingSettings
 from mot_megatron.train.segments import SegmentRules, held_out_prompt
+from mot_megatron.train.session import build_session, grouping_plan
 from tests.model.algorithm_one import AlgorithmOne
 from tests.model.small_models import modality_of_id, random_tokens, single_rank_model, small_config
 from tests.ranks import run_ranks
@@ -262,11 +264,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def generated_ids(generator: Generator) -> Mapping[str, list[list[int]]]:
+def generated_ids(generator: Generator, *names: str) -> Mapping[str, list[list[int]]]:
     settings = SamplingSettings(num_samples=3, seed=2, max_tokens=12)
     return {
         into: [item.token_ids.tolist() for item in generator.continue_text("ab", into, settings)]
-        for into in generator.codecs
+        for into in names or generator.codecs
     }
 
 
@@ -283,6 +285,50 @@ def generate_on_ranks(directory: Path) -> dict[str, Mapping[str, list[list[int]]
         results[name] = generated_ids(Generator(model, corpus, config.data.seq_length))
         parallel_state.destroy_model_parallel()
     return results
+
+
+ZERO_3 = "parallel.zero_stage=3"
+TIED = "model.untie_embeddings_and_output_weights=false"
+
+
+def generate_under_zero_3(directory: Path) -> list[tuple[float, Mapping[str, list[list[int]]]]]:
+    """Samples before, and the loss after, a micro-batch; with and without an own head weight."""
+    corpus = Corpus.open(directory)
+    groups = build_process_groups(1, CPU)
+    results = []
+    for overrides in ((ZERO_3,), (ZERO_3, TIED)):
+        session = build_session(make_config(corpus, *overrides), corpus, groups)
+        generator = Generator(session.model, corpus, session.config.data.seq_length)
+        # Without the 64 tokens of a picture: every token gathers all weights.
+        ids = generated_ids(generator, "text", "speech")
+        loss = session.engine.forward(session.loader.next_micro_batch())[0]
+        session.engine.backward(loss / 1000)
+        results.append((loss.item(), ids))
+    return results
+
+
+def test_weights_cut_up_by_zero_3_generate_the_same(corpus: Corpus):
+    ranks = run_ranks(generate_under_zero_3, 2, corpus.directory, timeout=120)
+    for case, overrides in enumerate(((), (TIED,))):
+        groups = build_single_process_groups(CPU)
+        config = make_config(corpus, *overrides)
+        model = MixtureOfTransformers(config, groups)
+        generator = Generator(model, corpus, config.data.seq_length)
+        expected = generated_ids(generator, "text", "speech")
+        plan = grouping_plan(config)
+        for rank, results in enumerate(ranks):
+            loader = PackedLoader(
+                corpus,
+                "train",
+                seq_length=config.data.seq_length,
+                micro_batch_size=1,
+                grouping=plan,
+                shard=DataShard(rank, 2),
+                seed=config.run.seed,
+            )
+            loss, ids = results[case]
+            assert ids == expected
+            assert loss == pytest.approx(model(loader.next_micro_batch())[0].item(), rel=1e-6)
 
 
 def test_every_layout_generates_the_same(corpus: Corpus):
