@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tqdm import tqdm
+
 from mot_megatron.train.generate import Generator
 from mot_megatron.train.metrics import TensorBoardLog
 from mot_megatron.train.sampling import SamplingSettings
@@ -17,7 +19,10 @@ def log_samples(session: Session, log: TensorBoardLog | None, step: int) -> None
     Every rank calls this, for the model's collectives; the one with a ``log`` writes.
     """
     generator = Generator(session.model, session.corpus, session.config.data.seq_length)
-    for name in generator.codecs:
+    names = tqdm(
+        generator.codecs, "samples", delay=5, ncols=100, leave=False, disable=None if log else True
+    )
+    for name in names:
         samples = generator.continue_held_out(HELD_OUT_SPLIT, name, _SETTINGS, _DOCUMENTS)
         for number, sample in enumerate(samples):
             if log:
