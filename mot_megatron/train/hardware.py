@@ -19,7 +19,7 @@ _DATA_SHEET: dict[str, dict[str, float]] = {
     "V100": {"bf16": 125e12, "fp32": 15.7e12},
 }
 _MEASURED_SIZE = 1024
-_MEASURED_REPEATS = 3
+_MEASURED_REPEATS = 10
 
 
 def device_name(device: torch.device) -> str:
