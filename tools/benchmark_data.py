@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader
 from mot_megatron.data.packing import pack_epoch
 from mot_megatron.data.writer import CorpusWriter
 from mot_megatron.errors import UserError
+from mot_megatron.train.hardware import describe_machine
 
 GOAL_DOCUMENTS_PER_SECOND = 2e6
 GOAL_FRACTION_OF_STEP = 0.02
@@ -158,28 +157,6 @@ def benchmark_batches(corpus: Corpus, split: str, options: argparse.Namespace) -
     return {"corpus": corpus.description.name, "tokens": tokens, "seconds_per_micro_batch": seconds}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, as the object that --json prints.
 
@@ -203,7 +180,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         batches = benchmark_batches(corpus, options.split, options)
     result = {
         "benchmark": "data",
-        "machine": machine(),
+        "machine": describe_machine(torch.device("cpu")),
         "packing": packing,
         "batch_preparation": batches,
         "ratio_to_goal": {

@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +40,7 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import ProcessGroups, build_single_process_groups
+from mot_megatron.train.hardware import describe_machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -275,29 +273,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on; the load tells whether others worked there too."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def profile_difference(dense: Variant, ours: Variant, device: torch.device) -> str:
     """Table of the operations on which ``ours`` spends most beyond ``dense``."""
     of_variants = [_operation_seconds(variant, device) for variant in (dense, ours)]
@@ -395,7 +370,7 @@ def benchmark(options: argparse.Namespace, variants: list[Variant]) -> dict[str,
             name: spread([a / b for a, b in zip(values, dense, strict=True)])
             for name, values in seconds.items()
         },
-        "machine": machine(device),
+        "machine": describe_machine(device),
     }
 
 

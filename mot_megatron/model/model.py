@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from torch import nn
 
 from mot_megatron.config import Config
+from mot_megatron.errors import ConfigError
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
 from mot_megatron.model.grouping import Grouping, rank_major
 from mot_megatron.model.initialization import initialise_parameters
@@ -87,6 +88,11 @@ class MixtureOfTransformers(nn.Module):
     ) -> None:
         super().__init__()
         model, training = config.model, config.training
+        if model.attention_backend == "flex" and groups.device.type != "cuda":
+            raise ConfigError(
+                'model.attention_backend = "flex" has no backward on a CPU; allowed there: "auto"'
+                ' or "sdpa"'
+            )
         self.config = model
         self.groups = groups
         self.sequence_parallel = config.parallel.sequence_parallel

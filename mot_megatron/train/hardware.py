@@ -7,6 +7,7 @@ import platform
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,19 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What figures were measured on; the load tells whether others worked there too."""
+    return {
+        "cpu": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
