@@ -26,6 +26,13 @@ from mot_megatron.train.distributed import join_world  # noqa: E402
 from mot_megatron.train.loop import train  # noqa: E402
 from mot_megatron.train.session import resolve_config  # noqa: E402
 
+_ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 _SECONDS_FOR_FIRST_RANK = 5
 """How long other ranks hold back an error that the first rank most likely prints as well."""
 
@@ -42,26 +49,25 @@ def main() -> int:
         metavar="SECTION.KEY=VALUE",
         help="override a key of the configuration; may be repeated",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher, as LOCAL_RANK is")
     arguments = parser.parse_args()
     # A launcher sets these; a process started alone is a world of one.
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in defaults.items():
+    for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
     try:
-        run(arguments.config, arguments.overrides, arguments.local_rank)
+        run(arguments.config, arguments.overrides)
     except UserError as error:
         return report(error, int(os.environ["RANK"]))
     return 0
 
 
-def run(config_path: Path, overrides: list[str], local_rank: int) -> None:
+def run(config_path: Path, overrides: list[str]) -> None:
     """Check what can be checked alone, then join the other ranks and train."""
     config = load_config(config_path, overrides)
     check_world_size(config, int(os.environ["WORLD_SIZE"]))
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
-    device = join_world(local_rank)
+    device = join_world(int(os.environ["LOCAL_RANK"]))
     try:
         groups = build_process_groups(config.parallel.tensor_model_parallel_size, device)
         train(config, corpus, groups)

@@ -50,13 +50,18 @@ class Console:
 
     def interval(self, step: int, interval: Interval, mfu: float, seconds_left: float) -> None:
         """The line of one log interval; ``step`` counts steps done."""
-        self.say(
-            f"step {step:>{len(str(self.last_step))}}/{self.last_step}"
-            f" | {self._bits(interval.modality_bits)} bits"
-            f" | norm {interval.norms.total:.2f} | lr {interval.learning_rate:.1e}"
-            f" | {_thousands(interval.tokens_per_second)} tok/s | mfu {100 * mfu:.0f}%"
-            f" | left {duration(seconds_left)}"
+        parts = (
+            f"step {step:>{len(str(self.last_step))}}/{self.last_step}",
+            f"{self._bits(interval.modality_bits)} bits",
+            f"norm {interval.norms.total:.2f}",
+            f"lr {interval.learning_rate:.1e}",
+            f"{_thousands(interval.tokens_per_second)} tok/s",
+            f"mfu {100 * mfu:.0f}%",
+            f"left {duration(seconds_left)}",
         )
+        line = " | ".join(parts)
+        # Long runs of many modalities need the room of the spaces.
+        self.say(line if len(line) <= WIDTH else "|".join(parts).replace("  ", " "))
 
     def held_out(self, step: int, modality_bits: Sequence[float]) -> None:
         """The line of an evaluation."""

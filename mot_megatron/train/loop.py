@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
 from mot_megatron.train.step import StepResult, evaluate, train_step
 from mot_megatron.train.stop import StopRequest
-from mot_megatron.train.summary import write_summary
+from mot_megatron.train.summary import has_summary, write_summary
 
 
 @dataclass
@@ -56,13 +57,13 @@ def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
     session = build_session(config, corpus, groups)
     first = session.is_first_rank
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
-    log = None
-    if first:
-        config.run_directory.mkdir(parents=True, exist_ok=True)
-        (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-        log = _open_log(session, progress)
+    # A finished run that is started again evaluates again, but has logged its points already.
+    finished = has_summary(config.run_directory, progress.steps)
+    log = _open_log(session, progress) if first and not finished else None
     modalities = list(config.model.modalities)
     with (
+        # Closed after an error too: what led to it is on the way to the disk.
+        contextlib.closing(log) if log else contextlib.nullcontext(),
         StopRequest() as stop,
         Console(modalities, progress.steps, config.training.train_steps, first) as console,
     ):
@@ -71,8 +72,6 @@ def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
         run = _Run(session, console, log, progress, _peak_flops(session))
         _announce(run, search.checkpoint.path if search.checkpoint else None)
         _train_steps(run, stop)
-    if log:
-        log.close()
 
 
 def _train_steps(run: _Run, stop: StopRequest) -> None:
@@ -174,14 +173,23 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
-    model = session.config.model
-    return TensorBoardLog(
-        session.config.run_directory / "tensorboard",
-        list(model.modalities),
-        model.tower_names,
-        # Points of steps that will be done again must not stand twice.
-        start_step=progress.steps + 1,
-    )
+    """Make the run's folder with the resolved configuration and open its TensorBoard log."""
+    config = session.config
+    try:
+        config.run_directory.mkdir(parents=True, exist_ok=True)
+        (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        return TensorBoardLog(
+            config.run_directory / "tensorboard",
+            list(config.model.modalities),
+            config.model.tower_names,
+            # Points of steps that will be done again must not stand twice.
+            start_step=progress.steps + 1,
+        )
+    except OSError as error:
+        raise TrainingError(
+            f"{config.run_directory}: cannot be written to: {error.strerror}; run.directory and"
+            " run.name say where a run goes"
+        ) from error
 
 
 def _peak_flops(session: Session) -> float:

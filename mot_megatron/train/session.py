@@ -46,15 +46,7 @@ class Session:
 
     def held_out_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the validation split, as evaluation.max_sequences limits it."""
-        return evaluation_batches(
-            self.corpus,
-            HELD_OUT_SPLIT,
-            seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-            grouping=grouping_plan(self.config),
-            shard=DataShard(self.groups.data_rank, self.groups.data_size),
-            limit_sequences=self.config.evaluation.max_sequences,
-        )
+        return _held_out_batches(self.config, self.corpus, self.groups)
 
 
 def resolve_config(config: Config, corpus: Corpus) -> Config:
@@ -89,10 +81,26 @@ def build_session(config: Config, corpus: Corpus, groups: ProcessGroups) -> Sess
         shard=DataShard(groups.data_rank, groups.data_size),
         seed=config.run.seed,
     )
-    # Before the model: a document too long for the sequence should not cost a model's building.
+    # Before the model: a document too long for the sequence should not cost a model's building,
+    # nor one of the held-out split all steps up to the first evaluation.
+    _held_out_batches(config, corpus, groups)
     model = MixtureOfTransformers(config, groups, dtype)
     engine = ZeroEngine(model, _optimizer_settings(config, groups), groups)
     return Session(config, groups, corpus, engine, loader, _schedule(config))
+
+
+def _held_out_batches(
+    config: Config, corpus: Corpus, groups: ProcessGroups
+) -> Iterator[MicroBatch]:
+    return evaluation_batches(
+        corpus,
+        HELD_OUT_SPLIT,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        grouping=grouping_plan(config),
+        shard=DataShard(groups.data_rank, groups.data_size),
+        limit_sequences=config.evaluation.max_sequences,
+    )
 
 
 def _optimizer_settings(config: Config, groups: ProcessGroups) -> OptimizerSettings:

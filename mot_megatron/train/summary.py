@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
+from mot_megatron.errors import TrainingError
 from mot_megatron.train.hardware import device_name
 from mot_megatron.train.session import Session
 from mot_megatron.train.state import Progress
@@ -25,6 +26,9 @@ def write_summary(
         progress: How far it has come.
         held_out_bits: Held-out loss of every modality, bits per token; NaN without labels.
         parameters: Of the whole model.
+
+    Raises:
+        TrainingError: It cannot be written; an older one stays.
     """
     config, corpus = session.config, session.corpus
     statistics = measure_corpus(corpus)
@@ -49,8 +53,19 @@ def write_summary(
         },
     }
     path = config.run_directory / SUMMARY_FILE
-    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(SUMMARY_FILE + ".tmp")
+    try:
+        unfinished.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
     return path
+
+
+def has_summary(run_directory: Path, steps: int) -> bool:
+    """Whether the run there has been finished at ``steps`` steps."""
+    path = run_directory / SUMMARY_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == steps
 
 
 def _modality(bits: float, statistics: ModalityStatistics) -> dict[str, Any]:

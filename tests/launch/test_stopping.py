@@ -1,0 +1,189 @@
+"""Runs that are told to stop, or killed, and what the next start makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch.entry_points import ROOT, EntryPoint, wait_until
+from tests.ranks import ENVIRONMENT
+from tests.train.small_runs import CONFIG, write_corpus
+
+STEPS = 60
+SCRIPT = "launch/train.py"
+SECONDS_TO_NOTICE_A_DEATH = 60
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopping")
+    corpus = write_corpus(folder / "corpus")
+    file = folder / "small.toml"
+    file.write_text(CONFIG.format(corpus=corpus))
+    return file
+
+
+def arguments_of(config: Path, runs: Path) -> list[str]:
+    settings = [
+        f"run.directory={runs}",
+        f"training.train_steps={STEPS}",
+        "training.micro_batch_size=4",
+        "logging.interval_steps=1",
+    ]
+    return [f"--config={config}", *(f"--set={setting}" for setting in settings)]
+
+
+@contextmanager
+def started(folder: Path, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own; whatever is left of it is killed at the end."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+        )
+    family = psutil.Process(process.pid)
+    descendants: list[psutil.Process] = []
+    try:
+        yield process
+        if process.poll() is None:
+            descendants = family.children(recursive=True)
+    finally:
+        for one in [*descendants, *([family] if process.poll() is None else [])]:
+            if one.is_running():
+                one.kill()
+        process.wait()
+
+
+def steps_printed(output: Path) -> int:
+    """The last step on the console, 0 before the first."""
+    if not output.exists():
+        return 0
+    found = re.findall(rf"^step +(\d+)/{STEPS} ", output.read_text(), re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def saved_steps(runs: Path) -> list[int]:
+    """Steps of the finished checkpoints."""
+    names = [folder.name for folder in (runs / "small" / "checkpoints").glob("step_*")]
+    return sorted(int(name.removeprefix("step_")) for name in names if "." not in name)
+
+
+def finish(folder: Path, config: Path, runs: Path) -> dict[str, float]:
+    """Train to the end in one process and give the held-out losses."""
+    with EntryPoint(folder, SCRIPT, *arguments_of(config, runs)) as running:
+        finished = running.wait()
+    assert finished.status == 0, finished.errors
+    modalities = json.loads((runs / "small" / "summary.json").read_text())["modalities"]
+    return {name: values["held_out_bits_per_token"] for name, values in modalities.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return finish(folder / "console", config, folder / "runs")
+
+
+def assert_each_step_once(runs: Path) -> None:
+    events = EventAccumulator(str(runs / "small" / "tensorboard"), {"scalars": 0}).Reload()
+    steps = [point.step for point in events.Scalars("loss_train/text")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def assert_stopped(output: str, runs: Path) -> None:
+    match = re.search(rf"asked to stop: saved after step (\d+)/{STEPS}", output)
+    assert match, output
+    assert 0 < int(match[1]) < STEPS
+    assert saved_steps(runs)[-1] == int(match[1])
+
+
+def test_signals_save_and_the_next_start_goes_on(
+    config: Path, tmp_path: Path, uninterrupted: dict[str, float]
+) -> None:
+    runs, output = tmp_path / "runs", tmp_path / "stdout"
+    command = [sys.executable, SCRIPT, *arguments_of(config, runs)]
+    with started(tmp_path, command) as process:
+        wait_until(lambda: steps_printed(output) or process.poll() is not None, "first step")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (tmp_path / "stderr").read_text()
+    assert (tmp_path / "stderr").read_text() == ""
+    assert_stopped(output.read_text(), runs)
+
+    with EntryPoint(tmp_path / "second", SCRIPT, *arguments_of(config, runs)) as running:
+        wait_until(lambda: steps_printed(tmp_path / "second" / "stdout"), "a step")
+        os.kill(running.pid, signal.SIGINT)
+        finished = running.wait(60)
+    assert finished.status == 0
+    assert finished.errors == ""
+    assert f"continuing from {runs / 'small' / 'checkpoints'}" in finished.output
+    assert_stopped(finished.output, runs)
+
+    assert finish(tmp_path / "third", config, runs) == uninterrupted
+    assert_each_step_once(runs)
+
+
+def launcher(config: Path, runs: Path) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What the command ``deepspeed`` is.
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    options = ["--num_accelerators", "2", "--master_port", str(port)]
+    return [*runner, *options, SCRIPT, *arguments_of(config, runs)]
+
+
+def rank_process(job: subprocess.Popen[bytes], rank: int) -> psutil.Process:
+    (found,) = [
+        process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if f"--local_rank={rank}" in process.cmdline()
+    ]
+    return found
+
+
+def test_killed_rank_and_stopped_rank_under_the_launcher(
+    config: Path, tmp_path: Path, uninterrupted: dict[str, float]
+) -> None:
+    runs, output = tmp_path / "runs", tmp_path / "stdout"
+
+    with started(tmp_path, launcher(config, runs)) as job:
+        wait_until(lambda: saved_steps(runs) or job.poll() is not None, "first checkpoint")
+        ranks = [rank_process(job, rank) for rank in range(2)]
+        ranks[1].kill()
+        killed = time.monotonic()
+        assert job.wait(SECONDS_TO_NOTICE_A_DEATH) != 0
+        gone, alive = psutil.wait_procs(ranks, SECONDS_TO_NOTICE_A_DEATH)
+        assert time.monotonic() - killed < SECONDS_TO_NOTICE_A_DEATH
+        assert len(gone) == 2
+        assert not alive
+    assert not (runs / "small" / "summary.json").exists()
+
+    with started(tmp_path, launcher(config, runs)) as job:
+        wait_until(lambda: steps_printed(output) or job.poll() is not None, "a step")
+        # One rank only: all must agree on the step to stop after.
+        rank_process(job, 1).send_signal(signal.SIGTERM)
+        assert job.wait(60) == 0, (tmp_path / "stderr").read_text()
+    assert "continuing from" in output.read_text()
+    assert_stopped(output.read_text(), runs)
+
+    reached = finish(tmp_path / "third", config, runs)
+    # One process went on where two had begun: equal but for the order of sums.
+    assert reached == pytest.approx(uninterrupted, abs=2e-3)
+    assert_each_step_once(runs)

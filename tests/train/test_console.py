@@ -1,0 +1,64 @@
+"""Lines of the console: what they say, and that they fit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mot_megatron.optim.norms import StepNorms
+from mot_megatron.train.console import WIDTH, Console, duration
+from mot_megatron.train.interval import Interval
+from mot_megatron.train.step import StepSeconds
+
+MODALITIES = ("text", "image", "speech")
+
+
+def interval_of(bits: tuple[float, ...], rate: float, norm: float) -> Interval:
+    return Interval(
+        modality_bits=bits,
+        modality_rates=(rate, 0.0, 0.0),
+        norms=StepNorms(total=norm, per_tower=(1.0,), shared=1.0),
+        learning_rate=3e-4,
+        seconds=StepSeconds(0.1, 0.2, 0.3),
+        flops_per_second=1e9,
+    )
+
+
+def printed(capsys: pytest.CaptureFixture[str], on: bool = True) -> list[str]:
+    bits = (7.25, math.nan, 6.5)
+    with Console(MODALITIES, 0, 200, on) as console:
+        console.interval(20, interval_of(bits, 12_345.0, 1.5), 0.42, seconds_left=75)
+        console.held_out(20, bits)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_lines_say_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    interval, held_out = printed(capsys)
+    assert interval == (
+        "step  20/200 | text 7.250  image -  speech 6.500 bits | norm 1.50 | lr 3.0e-04"
+        " | 12.3k tok/s | mfu 42% | left 1:15"
+    )
+    assert held_out == "held out, step  20: text 7.250  image -  speech 6.500 bits per token"
+
+
+def test_lines_of_long_runs_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    interval = interval_of((12.25, 12.25, 12.25), rate=987_654.0, norm=12.34)
+    with Console(MODALITIES, 0, 200_000, on=True) as console:
+        console.interval(100_000, interval, 0.42, seconds_left=359_999)
+        console.held_out(100_000, (12.25, 12.25, 12.25))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[0].endswith("|mfu 42%|left 99:59:59")
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, on=False) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.9, "0:59"), (75, "1:15"), (3600, "1:00:00")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,54 @@
+"""Means over several steps weigh what they average."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mot_megatron.optim.norms import StepNorms
+from mot_megatron.train.counts import GlobalCounts
+from mot_megatron.train.interval import Interval
+from mot_megatron.train.step import StepResult, StepSeconds
+
+
+def step_of(
+    bits: tuple[float, float], labels: tuple[int, int], seconds: float, norm: float
+) -> StepResult:
+    tokens = (labels[0] + 1, labels[1] + 1)
+    return StepResult(
+        modality_bits=bits,
+        counts=GlobalCounts(labels, tokens, tower_tokens=tokens, attended_pairs=10, stop=False),
+        norms=StepNorms(total=norm, per_tower=(norm, norm), shared=norm),
+        learning_rate=norm / 100,
+        seconds=StepSeconds(0.0, seconds, 0.0),
+    )
+
+
+def test_means() -> None:
+    steps = [
+        step_of((8.0, math.nan), (30, 0), seconds=1.0, norm=1.0),
+        step_of((4.0, 6.0), (10, 5), seconds=3.0, norm=2.0),
+    ]
+    interval = Interval.of(steps, lambda result: 100.0 * result.counts.modality_labels[0])
+    # (8 * 30 + 4 * 10) / 40 = 7; the second modality has labels in the second step only.
+    assert interval.modality_bits == (7.0, 6.0)
+    # ((30 + 1) + (10 + 1)) / 4 s and ((0 + 1) + (5 + 1)) / 4 s
+    assert interval.modality_rates == (10.5, 1.75)
+    assert interval.tokens_per_second == 12.25
+    assert interval.seconds.total == 2.0  # (1 + 3) / 2
+    assert interval.flops_per_second == 1000.0  # 100 * (30 + 10) / 4 s
+    assert interval.norms.total == 2.0  # of the last step
+    assert interval.learning_rate == pytest.approx(0.02)
+
+
+def test_a_modality_without_any_label_has_no_loss() -> None:
+    interval = Interval.of([step_of((8.0, math.nan), (3, 0), 1.0, 1.0)], lambda _: 1.0)
+    assert interval.modality_bits[0] == 8.0
+    assert math.isnan(interval.modality_bits[1])
+
+
+def test_loss_weight_is_what_the_sum_is_divided_by() -> None:
+    counts = GlobalCounts((30, 10), (31, 11), (31, 11), attended_pairs=0, stop=False)
+    assert counts.loss_weight((1.0, 0.5)) == 35.0  # 30 * 1 + 10 * 0.5
+    assert counts.loss_weight((0.0, 0.0)) == 1.0

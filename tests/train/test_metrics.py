@@ -1,0 +1,136 @@
+"""What the event files hold, read back as TensorBoard reads them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mot_megatron.optim.norms import StepNorms
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.train.interval import Interval
+from mot_megatron.train.loop import train
+from mot_megatron.train.metrics import PIXELS_PER_PIXEL, TensorBoardLog
+from mot_megatron.train.step import StepSeconds
+from tests.ranks import run_ranks
+from tests.train.small_corpus import make_config, make_corpus
+
+MODALITIES, TOWERS = ("text", "image"), ("only",)
+EVERYTHING = {"scalars": 0, "images": 0, "audio": 0, "tensors": 0}
+
+
+def interval_with(bits: tuple[float, ...]) -> Interval:
+    return Interval(
+        modality_bits=bits,
+        modality_rates=(30.0, 12.0),
+        norms=StepNorms(total=5.0, per_tower=(4.0,), shared=3.0),
+        learning_rate=1e-3,
+        seconds=StepSeconds(data=0.1, forward_backward=0.2, optimizer=0.3),
+        flops_per_second=1e9,
+    )
+
+
+def read(directory: Path) -> EventAccumulator:
+    return EventAccumulator(str(directory), EVERYTHING).Reload()
+
+
+def value(events: EventAccumulator, tag: str) -> float:
+    (point,) = events.Scalars(tag)
+    return point.value
+
+
+def test_scalars_hold_the_interval(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log.log_interval(10, interval_with((7.5, 6.5)), mfu=0.25, memory_bytes=3 * 2**29)
+    log.log_held_out(10, (8.5, 9.5))
+    log.close()
+    events = read(tmp_path)
+    expected = {
+        "loss_train/text": 7.5,
+        "loss_train/image": 6.5,
+        "loss_held_out/image": 9.5,
+        "gradient_norm/tower_only": 4.0,
+        "gradient_norm/shared": 3.0,
+        "gradient_norm/total": 5.0,
+        "tokens_per_second/total": 42.0,  # 30 + 12
+        "tokens_per_second/image": 12.0,
+        "step_seconds/optimizer": 0.3,
+        "utilisation/mfu_percent": 25.0,
+        "memory/peak_gib": 1.5,  # 3 * 2**29 / 2**30
+        "learning_rate": 1e-3,
+    }
+    for tag, wanted in expected.items():
+        assert value(events, tag) == pytest.approx(wanted), tag
+
+
+def test_a_modality_without_labels_has_no_point(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log.log_interval(5, interval_with((7.5, math.nan)), mfu=0.2, memory_bytes=1)
+    log.log_held_out(5, (math.nan, 9.5))
+    log.close()
+    tags = read(tmp_path).Tags()["scalars"]
+    assert {"loss_train/text", "loss_held_out/image"} <= set(tags)
+    assert not {"loss_train/image", "loss_held_out/text"} & set(tags)
+
+
+def test_steps_done_again_are_shown_once(tmp_path: Path) -> None:
+    for start in (1, 8):
+        log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=start)
+        for step in range(start, 12):
+            bits = (100.0 * start + step, 1.0)
+            log.log_interval(step, interval_with(bits), mfu=0.2, memory_bytes=1)
+        log.close()
+    points = [(point.step, point.value) for point in read(tmp_path).Scalars("loss_train/text")]
+    before = [(step, 100.0 + step) for step in range(1, 8)]
+    assert points == before + [(step, 800.0 + step) for step in range(8, 12)]
+
+
+def test_media(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    picture = np.zeros((32, 32, 3), dtype=np.uint8)
+    log.log_media("a_text", "two\nlines", 3)
+    log.log_media("a_picture", picture, 3)
+    log.log_media("a_sound", np.zeros(1600, dtype=np.float32), 3)
+    log.close()
+    events = read(tmp_path)
+    (image,) = events.Images("a_picture")
+    assert (image.width, image.height) == (32 * PIXELS_PER_PIXEL, 32 * PIXELS_PER_PIXEL)
+    (sound,) = events.Audio("a_sound")
+    assert sound.length_frames == 1600
+    (text,) = events.Tensors("a_text/text_summary")
+    assert b"two\nlines" in text.tensor_proto.string_val[0]
+
+
+def train_on_every_codec(directory: Path) -> None:
+    corpus = make_corpus(directory / "corpus")
+    config = make_config(
+        corpus,
+        f"run.directory={directory / 'runs'}",
+        "training.train_steps=2",
+        "logging.sample_interval_steps=1",
+        "logging.peak_flops=1e9",
+    )
+    groups = build_process_groups(1, torch.device("cpu"))
+    train(config, corpus, groups)
+
+
+def test_training_shows_samples_beside_the_truth(tmp_path: Path) -> None:
+    run_ranks(train_on_every_codec, 1, tmp_path, timeout=180)
+    events = read(tmp_path / "runs" / "small" / "tensorboard")
+    numbers = range(3)
+    kinds = ("generated", "truth")
+    images = {f"samples_image/{number}_{kind}" for number in numbers for kind in kinds}
+    sounds = {f"samples_speech/{number}_{kind}" for number in numbers for kind in kinds}
+    assert set(events.Tags()["images"]) == images
+    assert set(events.Tags()["audio"]) == sounds
+    texts = set(events.Tags()["tensors"])
+    for number in numbers:
+        assert f"samples_text/{number}_generated/text_summary" in texts
+        for name in ("text", "image", "speech"):
+            assert f"samples_{name}/{number}_prompt/text_summary" in texts
+    for tag in images:
+        assert [image.step for image in events.Images(tag)] == [1, 2]
