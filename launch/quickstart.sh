@@ -47,3 +47,4 @@ say "held out, against what counting tokens achieves"
 "$PYTHON" tools/show_run.py "$RUN" --require unigram
 say "done; samples in $RUN/samples. To watch the curves, pictures and sounds:"
 printf '  %s -m tensorboard.main --logdir %s\n' "$PYTHON" "$ROOT/runs"
+printf '  and open http://localhost:6006/#custom_scalars\n'

@@ -346,8 +346,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         allowed = sorted(_section_at(first["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        message = f"{key}: unknown key{hint} allowed: {', '.join(allowed)}"
+        hint = f"; did you mean {close[0]}" if close else ""
+        message = f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
     elif first["type"] == "missing":
         message = f"{key}: required, but absent"
     else:

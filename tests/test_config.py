@@ -83,7 +83,7 @@ def test_misspelt_key_is_named_with_a_suggestion(key: str, suggestion: str) -> N
     message = refusal(f"{key}=1")
     named = key if not key.startswith("paralel") else "paralel"
     assert message.startswith(f"test.toml: {named}: unknown key")
-    assert f"did you mean {suggestion}?" in message
+    assert f"did you mean {suggestion};" in message
 
 
 def test_unknown_key_far_from_any_lists_what_is_allowed() -> None:

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mot_megatron.checkpoint.find import CheckpointInfo, read_metadata
 from mot_megatron.checkpoint.load import load_checkpoint
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
-from mot_megatron.errors import CheckpointError
+from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.model.sharding import layout_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
@@ -49,6 +50,7 @@ def save(session: Session, progress: Progress) -> CheckpointInfo:
     Each rank holds its tensor-parallel part of all weights and optimizer states in fp32 meanwhile.
 
     Raises:
+        TrainingError: a weight is not finite, so that this would be no good checkpoint.
         CheckpointError: it could not be written; older checkpoints are untouched.
     """
     parameters = dict(session.model.named_parameters())
@@ -57,6 +59,7 @@ def save(session: Session, progress: Progress) -> CheckpointInfo:
         for name, state in session.engine.export_state()
         for kind in _STATE_KINDS
     ]
+    _check_finite(tensors, progress.steps, session.groups)
     return save_checkpoint(
         checkpoint_directory(session.config.run_directory),
         progress.steps,
@@ -123,6 +126,19 @@ def load_weights(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parts[name])
+
+
+def _check_finite(tensors: list[NamedTensor], step: int, groups: ProcessGroups) -> None:
+    """Refuse to save a step that overflowed; one all-reduce, so that all ranks refuse."""
+    finite = torch.stack([torch.isfinite(named.tensor).all() for named in tensors])
+    broken = (~finite).to(groups.device, torch.int32)
+    dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+    names = [named.name for named, bad in zip(tensors, broken.tolist(), strict=True) if bad]
+    if names:
+        raise TrainingError(
+            f"step {step}: {names[0]} is not finite, nor are {len(names) - 1} other tensors; the"
+            " step is not saved, older checkpoints are untouched"
+        )
 
 
 def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:

@@ -1,0 +1,66 @@
+"""The closing table: figures as they are, and a failure where a baseline is missed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.show_run import main
+
+
+def write_run(folder: Path, text_bits: float) -> Path:
+    def modality(bits: float) -> dict[str, float]:
+        return {
+            "held_out_bits_per_token": bits,
+            "unigram_entropy": 7.0,
+            "two_token_context_entropy": 4.0,
+        }
+
+    folder.mkdir()
+    summary = {
+        "name": "mine",
+        "steps": 20,
+        "seconds": 10.0,
+        "tokens": 12345,
+        "tokens_per_second": 1234.5,
+        "parameters": 2_000_000,
+        "world_size": 2,
+        "device": "a machine",
+        "modalities": {"text": modality(text_bits), "image": modality(3.5)},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", 5.25)
+    assert main([str(run), "--require", "unigram"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    (text,) = [line for line in lines if line.startswith("text")]
+    assert text.split() == ["text", "5.250", "7.000", "4.000", "below", "unigram"]
+    (image,) = [line for line in lines if line.startswith("image")]
+    assert image.endswith("below unigram and context")
+
+
+def test_missed_baseline_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", 5.25)
+    assert main([str(run), "--require", "two-token"]) == 1
+    assert capsys.readouterr().err.strip() == "not below two-token: text"
+    # A loss that equals the baseline has not beaten it.
+    assert main([str(write_run(tmp_path / "equal", 7.0)), "--require", "unigram"]) == 1
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_bad_summary_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    assert main([str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "summary.json" in errors
