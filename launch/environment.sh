@@ -1,4 +1,5 @@
-# The Python environment of every command of this repository: source it, then use "$PYTHON".
+# The Python environment of every command of this repository. For scripts: source it under set -e,
+# then use "$PYTHON"; it exits on errors. (In a shell of your own: source .venv/bin/activate.)
 #
 # Makes .venv in the repository root, installs the pinned packages of requirements.txt and this
 # package with its C++ extension, and reuses whatever is already there and unchanged.
@@ -21,7 +22,7 @@ _say() {
 }
 
 _is_recent_python() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
 # One hash over the named files and folders (relative to ROOT) and the words on standard input.
@@ -40,7 +41,7 @@ _find_python() {
             return
         fi
     done
-    _stop "no Python 3.11 or newer found (looked for python3, python3.11, python3.12, python3.13);" \
+    _stop "no Python 3.11 to 3.13 found (looked for python3, python3.11, python3.12, python3.13);" \
         "  install one, for example: apt-get install python3.11 python3.11-venv python3.11-dev"
 }
 
@@ -58,7 +59,8 @@ _check_compiler() {
 
 _make_venv() {
     local base
-    if [ -e "$VENV" ] && _is_recent_python "$VENV/bin/python"; then
+    # pip too: a venv whose making was interrupted has a python and nothing else.
+    if _is_recent_python "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         return
     fi
     base="$(_find_python)"
@@ -81,9 +83,11 @@ _install_requirements() {
     # torch alone and first: it decides between its CPU and CUDA builds by what the index offers,
     # and DeepSpeed's build looks for it.
     "$PYTHON" -m pip install --disable-pip-version-check \
-        "$(grep '^setuptools==' "$ROOT/requirements.txt")" "$(grep '^torch==' "$ROOT/requirements.txt")"
+        "$(grep '^setuptools==' "$ROOT/requirements.txt")" "$(grep '^torch==' "$ROOT/requirements.txt")" ||
+        _stop "pip could not install torch; its messages above say why"
     "$PYTHON" -m pip install --disable-pip-version-check --no-build-isolation \
-        --requirement "$ROOT/requirements.txt"
+        --requirement "$ROOT/requirements.txt" ||
+        _stop "pip could not install requirements.txt; its messages above say why"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
@@ -100,15 +104,16 @@ _build_when_changed() {
     rm -f "$stamp"
     _check_compiler "$PYTHON"
     _say "building the C++ extension"
-    (cd "$ROOT" && "$@")
+    (cd "$ROOT" && "$@") || _stop "the C++ extension could not be built; the messages above say why"
     mkdir -p "$(dirname "$stamp")"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
 if [ -n "${MOT_PYTHON:-}" ]; then
-    _is_recent_python "$MOT_PYTHON" || _stop "MOT_PYTHON=$MOT_PYTHON is no Python 3.11 or newer"
-    PYTHON="$MOT_PYTHON"
-    for _module in torch megatron.core deepspeed pybind11 setuptools pydantic tokenizers; do
+    _is_recent_python "$MOT_PYTHON" || _stop "MOT_PYTHON=$MOT_PYTHON is no Python 3.11, 3.12 or 3.13"
+    PYTHON="$("$MOT_PYTHON" -c 'import sys; print(sys.executable)')"
+    for _module in torch megatron.core deepspeed pybind11 setuptools pydantic tokenizers tensorboard \
+        tqdm PIL scipy sklearn soundfile tomli_w threadpoolctl; do
         "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$_module') is None)" \
             2>/dev/null ||
             _stop "MOT_PYTHON=$MOT_PYTHON lacks the module $_module, and nothing is installed into it"

@@ -2,6 +2,7 @@
 # From nothing to a trained three-modality model: environment, corpus, training through the
 # deepspeed launcher, samples, and a closing table. Run again, it reuses what is there.
 # Arguments go to launch/train.py: bash launch/quickstart.sh --set training.train_steps=400
+# (but the run's name and folder are the quickstart's).
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -22,7 +23,7 @@ else
     "$PYTHON" tools/prepare_corpus.py openmoji --output "$CORPUS"
 fi
 
-# Every GPU; without one, two ranks on the CPU. A power of two, so that it divides the batch.
+# GPUs, as many as divide the batch; without one, two ranks on the CPU.
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 devices="$gpus"
 if [ "$gpus" -eq 0 ]; then
@@ -38,13 +39,14 @@ done
 say "training on $ranks ranks (${gpus} GPUs)"
 "$PYTHON" -m deepspeed.launcher.runner --quiet --num_accelerators "$ranks" \
     launch/train.py --config "$CONFIG" \
-    --set "training.micro_batch_size=$((SEQUENCES_PER_STEP / ranks))" "$@"
+    --set "training.micro_batch_size=$((SEQUENCES_PER_STEP / ranks))" "$@" \
+    --set run.directory=runs --set run.name=quickstart
 
 say "continuing a prompt"
 "$PYTHON" tools/generate.py --checkpoint "$RUN" --prompt "red heart" --output "$RUN/samples"
 
-say "held out, against what counting tokens achieves"
-"$PYTHON" tools/show_run.py "$RUN" --require unigram
-say "done; samples in $RUN/samples. To watch the curves, pictures and sounds:"
+say "samples are in $RUN/samples; to watch the curves, pictures and sounds:"
 printf '  %s -m tensorboard.main --logdir %s\n' "$PYTHON" "$ROOT/runs"
 printf '  and open http://localhost:6006/#custom_scalars\n'
+say "done; held out, against what counting tokens achieves:"
+"$PYTHON" tools/show_run.py "$RUN" --require unigram

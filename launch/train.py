@@ -9,22 +9,22 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
-# megatron-core warns, once per file and rank, that Transformer Engine and Apex are absent; they
-# change speed only.
-warnings.filterwarnings("ignore", r"Transformer Engine and Apex are not installed")
+# The launcher's CPU accelerator names "GPUs" 0 and 1 for its ranks; a real one would be taken.
+# Before the first import that looks for CUDA, which looks only once.
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch.distributed as dist  # noqa: E402
+import torch.distributed as dist
 
-from mot_megatron.config import check_world_size, load_config  # noqa: E402
-from mot_megatron.data.corpus import Corpus  # noqa: E402
-from mot_megatron.errors import UserError  # noqa: E402
-from mot_megatron.parallel.groups import build_process_groups  # noqa: E402
-from mot_megatron.train.distributed import join_world  # noqa: E402
-from mot_megatron.train.loop import train  # noqa: E402
-from mot_megatron.train.session import resolve_config  # noqa: E402
+from mot_megatron.config import check_world_size, load_config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import UserError
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.train.distributed import join_world
+from mot_megatron.train.loop import train
+from mot_megatron.train.session import resolve_config
 
 _ALONE = {
     "RANK": "0",

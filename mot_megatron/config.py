@@ -178,8 +178,8 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 1.5e-5
     """Learning rate at the end of the decay."""
-    lr_warmup_steps: NonNegativeInt = 4000
-    """Steps of linear rise from 0 to ``lr``."""
+    lr_warmup_steps: NonNegativeInt | None = None
+    """Steps of linear rise from 0 to ``lr``; absent: a fiftieth of training.train_steps."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from ``lr`` to ``min_lr``."""
     lr_decay_steps: PositiveInt | None = None
@@ -226,7 +226,7 @@ class EvaluationConfig(Section):
     interval_steps: PositiveInt = 500
     """Steps between evaluations."""
     max_sequences: PositiveInt | None = None
-    """Packed sequences of the validation split to use; absent: all."""
+    """Packed sequences of the validation split to use; absent: all. The last step uses all."""
 
 
 class LoggingConfig(Section):
@@ -257,6 +257,13 @@ class Config(Section):
     def run_directory(self) -> Path:
         """Folder that everything of this run is written to."""
         return self.run.directory / self.run.name
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """``optimizer.lr_warmup_steps``, or its default for this length of training."""
+        if self.optimizer.lr_warmup_steps is not None:
+            return self.optimizer.lr_warmup_steps
+        return self.training.train_steps // 50
 
     def resolved_for(self, modality_names: Sequence[str], corpus_vocab_size: int) -> Config:
         """Take from a corpus what the file left open, and put its modalities in its order.

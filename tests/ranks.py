@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "TORCH_COMPILE_DISABLE": "1",  # megatron's jit fusions cost 24-40 s of compilation on CPU
     "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
     "DEEPSPEED_LOG_LEVEL": "error",
 }
 

@@ -7,7 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 cd "$ROOT"
 # One thread per rank, so that results do not depend on the machine, and no compilation of
 # megatron-core's fused functions, which costs 24-40 s and changes nothing on a CPU.
-export OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
+# Tests run on the CPU: where there is a GPU, it stays hidden.
+export OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
 
 failed=()
 

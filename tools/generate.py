@@ -9,22 +9,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-# Notes that megatron-core and DeepSpeed write on import, about packages that are not needed and a
-# machine without a GPU, would bury the one line that a user has to read.
-warnings.filterwarnings("ignore", r"Transformer Engine and Apex are not installed")
+# DeepSpeed's note about a machine without a GPU would bury the one line a user has to read.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from mot_megatron.data.codebooks.text import TextCodec  # noqa: E402
-from mot_megatron.errors import DataError, UserError  # noqa: E402
-from mot_megatron.train.generate import Generator  # noqa: E402
-from mot_megatron.train.sampling import SamplingSettings  # noqa: E402
-from mot_megatron.train.trained import load_trained_model  # noqa: E402
+from mot_megatron.data.codebooks.text import TextCodec
+from mot_megatron.errors import DataError, UserError
+from mot_megatron.train.generate import Generator
+from mot_megatron.train.sampling import SamplingSettings
+from mot_megatron.train.trained import load_trained_model
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

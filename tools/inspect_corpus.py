@@ -34,6 +34,8 @@ _MAGNIFICATION = 2
 _PICTURES = 96
 _SOUNDS = 8
 _PAUSE_SECONDS = 0.4
+_BLANK = np.full((1, 32, 32, 3), 255, np.uint8)
+"""The sheet of a corpus without held-out pictures."""
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -115,7 +117,7 @@ def contact_sheet(corpus: Corpus, index: int, codec: PatchCodec) -> tuple[Image.
         kinds = [originals, decoded]
     else:
         chosen = held_out_segments(corpus, index, _PICTURES)
-        kinds = [np.stack([codec.decode(ids) for ids in chosen])]
+        kinds = [np.stack([codec.decode(ids) for ids in chosen])] if chosen else [_BLANK]
         ratio = float("nan")
     rows = [
         np.hstack(list(kind[start : start + _COLUMNS]))
@@ -142,7 +144,7 @@ def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[
                 pause = np.zeros(int(_PAUSE_SECONDS * codec.sample_rate), np.float32)
                 chosen = held_out_segments(corpus, index, _SOUNDS)
                 parts = [part for ids in chosen for part in (codec.decode(ids), pause)]
-                write_sound(np.concatenate(parts), output / "speech.wav")
+                write_sound(np.concatenate([*parts, pause]), output / "speech.wav")
                 report["speech"] = str(output / "speech.wav")
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror}") from None
@@ -199,8 +201,11 @@ def print_report(report: dict, modalities: tuple[Modality, ...]) -> None:
     print(
         "\nheld-out entropy in bits/token from counts on train, given 0, 1 and 2 tokens of context"
     )
-    for name, measured in report["entropies"].items():
-        _print_entropies(name, measured)
+    for modality in modalities:
+        if modality.name in report["entropies"]:
+            _print_entropies(modality.name, report["entropies"][modality.name])
+        else:
+            print(f"  {modality.name}: not in both splits, so it has none")
     print("\nlicences: " + ", ".join(f"{key} {value}" for key, value in report["licences"].items()))
     print("\nheld-out documents:")
     for example in report["examples"]:

@@ -30,7 +30,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a person reads it."""
-    rate = summary["tokens_per_second"]
+    rate = summary["tokens_per_second"] or 0.0
     lines = [
         f"{summary['name']}: {summary['steps']} steps, {summary['tokens']:,} tokens in"
         f" {summary['seconds']:.0f} s ({rate:,.0f} tokens/s), {summary['parameters'] / 1e6:.2f} M"
@@ -42,6 +42,9 @@ def table(summary: dict[str, Any]) -> str:
     for name, values in summary["modalities"].items():
         bits = values["held_out_bits_per_token"]
         unigram, context = (values[key] for key in BASELINES.values())
+        if bits is None or unigram is None:
+            lines.append(f"{name:26}{'-':>8}{'-':>10}{'-':>18}   no held-out tokens")
+            continue
         beaten = [
             label for label, value in (("unigram", unigram), ("context", context)) if bits < value
         ]
@@ -52,13 +55,13 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def missed(summary: dict[str, Any], baseline: str) -> list[str]:
-    """Modalities whose loss is not below the baseline."""
-    key = BASELINES[baseline]
-    return [
-        name
-        for name, values in summary["modalities"].items()
-        if not values["held_out_bits_per_token"] < values[key]
-    ]
+    """Modalities whose loss is not below the baseline, or that have none."""
+
+    def beaten(values: dict[str, float | None]) -> bool:
+        bits, entropy = values["held_out_bits_per_token"], values[BASELINES[baseline]]
+        return bits is not None and entropy is not None and bits < entropy
+
+    return [name for name, values in summary["modalities"].items() if not beaten(values)]
 
 
 def main(arguments: list[str] | None = None) -> int:

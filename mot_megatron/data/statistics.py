@@ -16,7 +16,6 @@ import numpy as np
 
 from mot_megatron.data.codebooks import CODECS
 from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
-from mot_megatron.errors import DataError
 
 _UNIGRAM_COUNT = 0.1
 """Added to every id's count, so that an unseen one is possible."""
@@ -56,20 +55,21 @@ class ModalityStatistics:
 
 
 def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
-    """Statistics of every modality, by its name.
+    """Statistics of every modality that both splits hold, by its name.
 
     The two-token context is the two tokens before; of a modality that is a raster of codes the
     token before and the one above, where that pair predicts better.
 
     Raises:
-        DataError: A split is missing, or holds no token of a modality.
+        DataError: A split is missing.
     """
     train, validation = corpus.split("train"), corpus.split("validation")
     vocab_size = corpus.description.vocab_size
-    return {
+    measured = {
         modality.name: _measure(modality, train, validation, vocab_size)
         for modality in corpus.description.modalities
     }
+    return {name: statistics for name, statistics in measured.items() if statistics is not None}
 
 
 def _second_distances(modality: Modality) -> list[int]:
@@ -79,16 +79,13 @@ def _second_distances(modality: Modality) -> list[int]:
 
 def _measure(
     modality: Modality, train: TokenSplit, validation: TokenSplit, vocab_size: int
-) -> ModalityStatistics:
+) -> ModalityStatistics | None:
+    """Statistics of one modality; None where a split has no token of it to predict."""
     distances = [1, *_second_distances(modality)]
     seen, seen_context = _with_context(train, modality, distances, vocab_size)
     held, held_context = _with_context(validation, modality, distances, vocab_size)
-    for split, tokens in ((train, seen), (validation, held)):
-        if not len(tokens):
-            raise DataError(
-                f"split {split.name} has no token of modality {modality.name} after the first of "
-                "a document, so it has no entropy"
-            )
+    if not len(seen) or not len(held):
+        return None
     counts = np.bincount(seen, minlength=modality.size)
     smoothed = counts + _UNIGRAM_COUNT
     unigram = (smoothed / smoothed.sum())[held]

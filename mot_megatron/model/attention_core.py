@@ -68,6 +68,7 @@ class FlexDocumentAttention:
     """FlexAttention with a block mask: all documents in one kernel, empty blocks skipped."""
 
     def __init__(self, document_ids: torch.Tensor, compiled: bool) -> None:
+        self.num_rows = document_ids.shape[0]
         self.mask = document_block_mask(document_ids)
         self.attend = _compiled_flex_attention if compiled else flex_attention
 
@@ -76,26 +77,27 @@ class FlexDocumentAttention:
     ) -> torch.Tensor:
         """Attend within each document; shapes as the module says."""
         del layer
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        # [b * s, heads, d] -> [b, heads, s, d]
+        q, k, v = (t.unflatten(0, (self.num_rows, -1)).transpose(1, 2) for t in (q, k, v))
         output = self.attend(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
         assert isinstance(output, torch.Tensor)
-        return output[0].transpose(0, 1)
+        return output.transpose(1, 2).flatten(0, 1)
 
 
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
-    """Causal mask within documents over the flattened micro-batch, [t, t] in sparse blocks."""
+    """Causal mask within documents, [b, s, s] in sparse blocks, of document ids [b, s]."""
     num_rows, sequence_length = document_ids.shape
-    rows = torch.arange(num_rows, device=document_ids.device)
-    documents = (document_ids + rows[:, None] * sequence_length).flatten()
 
     def visible(
-        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        del batch, head
-        return (query >= key) & (documents[query] == documents[key])
+        del head
+        same = document_ids[row, query] == document_ids[row, key]
+        return (query >= key) & same
 
-    size = num_rows * sequence_length
-    return create_block_mask(visible, None, None, size, size, device=str(document_ids.device))
+    return create_block_mask(
+        visible, num_rows, None, sequence_length, sequence_length, device=str(document_ids.device)
+    )

@@ -47,7 +47,7 @@ class MicroBatch:
     """Labels per modality, M of them: what a mean over tokens divides by."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch with its tensors on ``device``; copies do not block the host."""
+        """The same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)

@@ -115,13 +115,14 @@ class MixtureOfTransformers(nn.Module):
         for parameter in self.parameters():
             sharded = layout_of(parameter).shard_dim is not None
             parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
-        weights = torch.tensor(model.loss_weights, dtype=torch.float32)
-        self.loss_weights: torch.Tensor
-        self.register_buffer("loss_weights", weights, persistent=False)
         initialise_parameters(
             self, config.run.seed, model.init_std, groups.tensor_rank, groups.tensor_size
         )
         self.to(dtype=dtype, device=groups.device)
+        # No buffer: that would be rounded with the weights, while the loss's divisor is not.
+        self.loss_weights = torch.tensor(
+            model.loss_weights, dtype=torch.float32, device=groups.device
+        )
 
     def forward(
         self, micro_batch: MicroBatch, cache: AttentionCore | None = None
@@ -150,7 +151,7 @@ class MixtureOfTransformers(nn.Module):
         )
         # Chameleon, section 2.4.3.
         z_loss = self.config.z_loss_coefficient * log_z.square()
-        return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights.float())
+        return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights)
 
     def logits(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> torch.Tensor:
         """Logits [g, V / tp] in grouped order (sequence parallel: rank-major order)."""

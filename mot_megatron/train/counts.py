@@ -1,4 +1,4 @@
-"""What the global batch of a step holds, summed over data parallelism before the first forward.
+"""What the global batch of a step holds, summed over all ranks before the first forward.
 
 The loss is a mean over the global batch's tokens, so its divisor must be known first; everything
 else that has to be agreed on once per step travels in the same small all-reduce.
@@ -35,9 +35,10 @@ class GlobalCounts:
     def gather(
         cls, batches: Sequence[MicroBatch], groups: ProcessGroups, stop: bool = False
     ) -> GlobalCounts:
-        """Sum over this rank's ``batches`` and over data parallelism (one all-reduce).
+        """Sum over this rank's ``batches`` and over data parallelism.
 
-        The batches' tensors are on the host.
+        One all-reduce over the world, because a request to stop may have reached any rank, also
+        one of several tensor-parallel ranks. The batches' tensors are on the host.
         """
         columns = [
             (
@@ -51,14 +52,14 @@ class GlobalCounts:
         ]
         local = [sum(column) for column in zip(*columns, strict=True)]
         total = torch.tensor([*local, int(stop)], dtype=torch.int64, device=groups.device)
-        dist.all_reduce(total, group=groups.data)
-        values = total.tolist()
+        dist.all_reduce(total)
+        *values, stops = total.tolist()
+        # Tensor-parallel ranks hold the same batches.
+        values = [value // groups.tensor_size for value in values]
         modalities, towers = len(batches[0].modality_labels), len(batches[0].tower_tokens)
         labels, tokens = values[:modalities], values[modalities : 2 * modalities]
         tower_tokens = values[2 * modalities : 2 * modalities + towers]
-        return cls(
-            tuple(labels), tuple(tokens), tuple(tower_tokens), values[-2], stop=values[-1] > 0
-        )
+        return cls(tuple(labels), tuple(tokens), tuple(tower_tokens), values[-1], stop=stops > 0)
 
     def loss_weight(self, loss_weights: Sequence[float]) -> float:
         """Sum of the weights of all labels: what the sum of token losses is divided by.

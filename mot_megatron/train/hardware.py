@@ -17,7 +17,6 @@ _DATA_SHEET: dict[str, dict[str, float]] = {
     "H100": {"bf16": 989e12, "fp32": 67e12},
     "A100": {"bf16": 312e12, "fp32": 19.5e12},
     "L40S": {"bf16": 362e12, "fp32": 91.6e12},
-    "V100": {"bf16": 125e12, "fp32": 15.7e12},
 }
 _MEASURED_SIZE = 1024
 _MEASURED_REPEATS = 10

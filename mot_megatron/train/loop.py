@@ -6,8 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
-
+from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.checkpoint.find import resolve_resume
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
@@ -36,6 +35,8 @@ class _Run:
     progress: Progress
     peak_flops: float
     """Of all ranks together."""
+    logged: bool
+    """Whether the last step's points and samples are in the log already."""
     saved_steps: int | None = None
     recent: list[StepResult] = field(default_factory=list)
     """Steps since the last report."""
@@ -59,6 +60,7 @@ def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
     # A finished run that is started again evaluates again, but has logged its points already.
     finished = has_summary(config.run_directory, progress.steps)
+    on_first_rank(lambda: _make_run_directory(config))
     log = _open_log(session, progress) if first and not finished else None
     modalities = list(config.model.modalities)
     with (
@@ -69,7 +71,7 @@ def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
     ):
         for line in search.skipped:
             console.say(f"skipped {line}")
-        run = _Run(session, console, log, progress, _peak_flops(session))
+        run = _Run(session, console, log, progress, _peak_flops(session), logged=finished)
         _announce(run, search.checkpoint.path if search.checkpoint else None)
         _train_steps(run, stop)
 
@@ -138,9 +140,9 @@ def _report(run: _Run) -> None:
         run.log.log_interval(progress.steps, interval, mfu, memory)
 
 
-def _evaluate(run: _Run) -> tuple[float, ...]:
+def _evaluate(run: _Run, whole: bool = False) -> tuple[float, ...]:
     session = run.session
-    bits = evaluate(session.engine, session.held_out_batches(), session.groups)
+    bits = evaluate(session.engine, session.held_out_batches(whole), session.groups)
     run.console.held_out(run.progress.steps, bits)
     if run.log:
         run.log.log_held_out(run.progress.steps, bits)
@@ -159,13 +161,13 @@ def _sample(run: _Run) -> None:
 
 def _finish(run: _Run) -> None:
     _save(run)
-    bits = _evaluate(run)
-    _sample(run)
-    if run.session.is_first_rank:
-        parameters = count_parameters(run.config.model).total
-        path = write_summary(run.session, run.progress, bits, parameters)
-        run.console.say(f"done: {path}")
-    dist.barrier()
+    # What is reported stands beside entropies of the whole split.
+    bits = _evaluate(run, whole=True)
+    if not run.logged:
+        _sample(run)
+    parameters = count_parameters(run.config.model).total
+    path = on_first_rank(lambda: write_summary(run.session, run.progress, bits, parameters))
+    run.console.say(f"done: {path}")
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -173,23 +175,20 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
-    """Make the run's folder with the resolved configuration and open its TensorBoard log."""
     config = session.config
-    try:
-        config.run_directory.mkdir(parents=True, exist_ok=True)
-        (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-        return TensorBoardLog(
-            config.run_directory / "tensorboard",
-            list(config.model.modalities),
-            config.model.tower_names,
-            # Points of steps that will be done again must not stand twice.
-            start_step=progress.steps + 1,
-        )
-    except OSError as error:
-        raise TrainingError(
-            f"{config.run_directory}: cannot be written to: {error.strerror}; run.directory and"
-            " run.name say where a run goes"
-        ) from error
+    return TensorBoardLog(
+        config.run_directory / "tensorboard",
+        list(config.model.modalities),
+        config.model.tower_names,
+        # Points of steps that will be done again must not stand twice.
+        start_step=progress.steps + 1,
+    )
+
+
+def _make_run_directory(config: Config) -> None:
+    """Make the run's folder, with the resolved configuration in it."""
+    config.run_directory.mkdir(parents=True, exist_ok=True)
+    (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
 
 
 def _peak_flops(session: Session) -> float:

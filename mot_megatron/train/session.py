@@ -44,9 +44,13 @@ class Session:
         """Whether this rank prints and writes logs."""
         return self.groups.rank == 0
 
-    def held_out_batches(self) -> Iterator[MicroBatch]:
-        """This rank's share of the validation split, as evaluation.max_sequences limits it."""
-        return _held_out_batches(self.config, self.corpus, self.groups)
+    def held_out_batches(self, whole: bool = False) -> Iterator[MicroBatch]:
+        """This rank's share of the validation split.
+
+        As much as evaluation.max_sequences allows, or all of it.
+        """
+        limit = None if whole else self.config.evaluation.max_sequences
+        return _held_out_batches(self.config, self.corpus, self.groups, limit)
 
 
 def resolve_config(config: Config, corpus: Corpus) -> Config:
@@ -83,14 +87,14 @@ def build_session(config: Config, corpus: Corpus, groups: ProcessGroups) -> Sess
     )
     # Before the model: a document too long for the sequence should not cost a model's building,
     # nor one of the held-out split all steps up to the first evaluation.
-    _held_out_batches(config, corpus, groups)
+    _held_out_batches(config, corpus, groups, limit_sequences=None)
     model = MixtureOfTransformers(config, groups, dtype)
     engine = ZeroEngine(model, _optimizer_settings(config, groups), groups)
     return Session(config, groups, corpus, engine, loader, _schedule(config))
 
 
 def _held_out_batches(
-    config: Config, corpus: Corpus, groups: ProcessGroups
+    config: Config, corpus: Corpus, groups: ProcessGroups, limit_sequences: int | None
 ) -> Iterator[MicroBatch]:
     return evaluation_batches(
         corpus,
@@ -99,7 +103,7 @@ def _held_out_batches(
         micro_batch_size=config.training.micro_batch_size,
         grouping=grouping_plan(config),
         shard=DataShard(groups.data_rank, groups.data_size),
-        limit_sequences=config.evaluation.max_sequences,
+        limit_sequences=limit_sequences,
     )
 
 
@@ -121,10 +125,11 @@ def _optimizer_settings(config: Config, groups: ProcessGroups) -> OptimizerSetti
 def _schedule(config: Config) -> LearningRateSchedule:
     optimizer = config.optimizer
     last = optimizer.lr_decay_steps or config.training.train_steps
+    warmup = config.num_warmup_steps
     return LearningRateSchedule(
         peak=optimizer.lr,
         minimum=optimizer.min_lr,
-        warmup_steps=optimizer.lr_warmup_steps,
-        decay_steps=max(0, last - optimizer.lr_warmup_steps),
+        warmup_steps=warmup,
+        decay_steps=max(0, last - warmup),
         style=optimizer.lr_decay_style,
     )

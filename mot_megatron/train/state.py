@@ -7,6 +7,7 @@ so that whoever wants the weights alone asks for the prefix ``weight/``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mot_megatron.checkpoint.load import load_checkpoint
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
-from mot_megatron.model.sharding import layout_of
+from mot_megatron.model.sharding import ParameterLayout, layout_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
 
@@ -47,19 +48,14 @@ def checkpoint_directory(run_directory: Path) -> Path:
 def save(session: Session, progress: Progress) -> CheckpointInfo:
     """Save everything that resuming bitwise needs. Collective over the world.
 
-    Each rank holds its tensor-parallel part of all weights and optimizer states in fp32 meanwhile.
+    A rank's host holds 12 bytes per parameter of its tensor-parallel part, divided by the
+    data-parallel size, meanwhile; its device one parameter's states.
 
     Raises:
         TrainingError: a weight is not finite, so that this would be no good checkpoint.
         CheckpointError: it could not be written; older checkpoints are untouched.
     """
-    parameters = dict(session.model.named_parameters())
-    tensors = [
-        NamedTensor(f"{kind}/{name}", state[kind], layout_of(parameters[name]))
-        for name, state in session.engine.export_state()
-        for kind in _STATE_KINDS
-    ]
-    _check_finite(tensors, progress.steps, session.groups)
+    tensors = _tensors_to_write(session, progress.steps)
     return save_checkpoint(
         checkpoint_directory(session.config.run_directory),
         progress.steps,
@@ -78,6 +74,8 @@ def save(session: Session, progress: Progress) -> CheckpointInfo:
 def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     """Continue where ``checkpoint`` was saved, under any layout. Collective over the world.
 
+    Each rank's host holds 12 bytes per parameter of its tensor-parallel part meanwhile.
+
     Raises:
         CheckpointError: it is another model's, or its data position another corpus's.
     """
@@ -90,17 +88,19 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
             f"{checkpoint.path}/metadata.json: not written by a training run: {error}"
         ) from error
     session.loader.load_state_dict(data)
-    state = {
-        name: {kind: _empty_part(parameter, session.groups) for kind in _STATE_KINDS}
-        for name, parameter in session.model.named_parameters()
+    layouts = {name: layout_of(parameter) for name, parameter in session.model.named_parameters()}
+    parts = {
+        f"{kind}/{name}": _empty_part(layout, session.groups)
+        for name, layout in layouts.items()
+        for kind in _STATE_KINDS
     }
     tensors = [
-        NamedTensor(f"{kind}/{name}", state[name][kind], layout_of(parameter))
-        for name, parameter in session.model.named_parameters()
+        NamedTensor(f"{kind}/{name}", parts[f"{kind}/{name}"], layout)
+        for name, layout in layouts.items()
         for kind in _STATE_KINDS
     ]
     load_checkpoint(checkpoint, tensors, session.groups)
-    session.engine.import_state(state, optimizer_steps)
+    session.engine.import_state(_LoadedState(parts, session.groups.device), optimizer_steps)
     return progress
 
 
@@ -128,25 +128,62 @@ def load_weights(
             parameter.copy_(parts[name])
 
 
-def _check_finite(tensors: list[NamedTensor], step: int, groups: ProcessGroups) -> None:
-    """Refuse to save a step that overflowed; one all-reduce, so that all ranks refuse."""
-    finite = torch.stack([torch.isfinite(named.tensor).all() for named in tensors])
-    broken = (~finite).to(groups.device, torch.int32)
-    dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-    names = [named.name for named, bad in zip(tensors, broken.tolist(), strict=True) if bad]
-    if names:
+class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
+    """States on the host, by parameter; moved to the device as each is asked for."""
+
+    def __init__(self, parts: dict[str, torch.Tensor], device: torch.device) -> None:
+        self._parts = parts
+        self._device = device
+
+    def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
+        return {kind: self._parts[f"{kind}/{name}"].to(self._device) for kind in _STATE_KINDS}
+
+    def __iter__(self) -> Iterator[str]:
+        prefix = WEIGHT_PREFIX
+        return (name.removeprefix(prefix) for name in self._parts if name.startswith(prefix))
+
+    def __len__(self) -> int:
+        return len(self._parts) // len(_STATE_KINDS)
+
+
+def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
+    """This rank's share of the state, on the host: parameters go round the data-parallel ranks.
+
+    Raises:
+        TrainingError: a tensor is not finite; on all ranks, after one all-reduce.
+    """
+    groups = session.groups
+    parameters = dict(session.model.named_parameters())
+    tensors: list[NamedTensor] = []
+    names: list[str] = []
+    broken: list[torch.Tensor] = []
+    for index, (name, state) in enumerate(session.engine.export_state()):
+        names.append(name)
+        finite = torch.stack([torch.isfinite(state[kind]).all() for kind in _STATE_KINDS])
+        broken.append(~finite.all())
+        if index % groups.data_size == groups.data_rank:
+            layout = layout_of(parameters[name])
+            tensors += [
+                NamedTensor(f"{kind}/{name}", state[kind].cpu(), layout) for kind in _STATE_KINDS
+            ]
+    flags = torch.stack(broken).to(groups.device, torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    bad = [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
+    if bad:
+        others = f", nor {len(bad) - 1} others" if len(bad) > 1 else ""
         raise TrainingError(
-            f"step {step}: {names[0]} is not finite, nor are {len(names) - 1} other tensors; the"
-            " step is not saved, older checkpoints are untouched"
+            f"step {step}: {bad[0]} or its optimizer state is not finite{others}; the step is not"
+            " saved, older checkpoints are untouched"
         )
+    return tensors
 
 
-def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
-    """Room for this rank's whole part, in the parameter's own shape.
+def _empty_part(layout: ParameterLayout, groups: ProcessGroups) -> torch.Tensor:
+    """Room on the host for this rank's whole part, in the parameter's own shape.
 
     ZeRO-3 leaves the parameter itself without one. Parameters are matrices or vectors: leading
     dimensions of the layout are stacked rows.
     """
-    *rows, width = layout_of(parameter).local_shape(groups.tensor_size)
+    *rows, width = layout.local_shape(groups.tensor_size)
     shape = (math.prod(rows), width) if rows else (width,)
-    return torch.empty(shape, dtype=torch.float32, device=groups.device)
+    return torch.empty(shape, dtype=torch.float32)

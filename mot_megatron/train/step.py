@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from mot_megatron.config import Config
 from mot_megatron.data.loader import PackedLoader
@@ -61,8 +62,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on one global batch.
 
-    Collectives: one all-reduce of counts and one of loss sums over data parallelism, besides the
-    model's and the engine's.
+    Collectives: one all-reduce of counts over the world and one of loss sums over data
+    parallelism, besides the model's and the engine's.
 
     Raises:
         TrainingError: the loss or a gradient is not finite; no weight has been changed.
@@ -94,12 +95,16 @@ def evaluate(
 ) -> tuple[float, ...]:
     """Mean cross entropy per modality over ``batches`` of all ranks, in bits per token.
 
-    Every rank must have the same number of batches. NaN for a modality without labels.
+    Every rank must have the same number of batches. NaN for a modality without labels. The first
+    rank shows a progress bar where people watch and it takes longer than 5 s.
     """
+    # None: a bar on a terminal only.
+    silent = None if groups.rank == 0 else True
     sums: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     with torch.no_grad():
-        for batch in batches:
+        bar = tqdm(batches, "held out", delay=5, ncols=100, leave=False, disable=silent)
+        for batch in bar:
             _, modality_sums = engine.forward(batch.to(groups.device))
             counted = torch.tensor(batch.modality_labels)
             sums = modality_sums if sums is None else sums + modality_sums

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
-from mot_megatron.errors import TrainingError
 from mot_megatron.train.hardware import device_name
 from mot_megatron.train.session import Session
 from mot_megatron.train.state import Progress
@@ -28,7 +26,7 @@ def write_summary(
         parameters: Of the whole model.
 
     Raises:
-        TrainingError: It cannot be written; an older one stays.
+        OSError: It cannot be written; an older one stays.
     """
     config, corpus = session.config, session.corpus
     statistics = measure_corpus(corpus)
@@ -48,30 +46,36 @@ def write_summary(
         "precision": config.training.precision,
         "device": device_name(session.groups.device),
         "modalities": {
-            name: _modality(bits, statistics[name])
+            name: _modality(bits, statistics.get(name))
             for name, bits in zip(config.model.modalities, held_out_bits, strict=True)
         },
     }
     path = config.run_directory / SUMMARY_FILE
     unfinished = path.with_name(SUMMARY_FILE + ".tmp")
-    try:
-        unfinished.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
+    unfinished.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 
 def has_summary(run_directory: Path, steps: int) -> bool:
     """Whether the run there has been finished at ``steps`` steps."""
     path = run_directory / SUMMARY_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == steps
+    if not path.is_file():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["steps"] == steps
+    except (json.JSONDecodeError, KeyError, TypeError):  # damaged by hand: it is written anew
+        return False
 
 
-def _modality(bits: float, statistics: ModalityStatistics) -> dict[str, Any]:
-    """Bits per token of the held-out split: the model's beside those of counting tables."""
+def _modality(bits: float, statistics: ModalityStatistics | None) -> dict[str, float | None]:
+    """Bits per token of the held-out split: the model's beside those of counting tables.
+
+    None for what a modality without held-out tokens does not have.
+    """
+    entropies = statistics.all_tokens if statistics else None
     return {
         "held_out_bits_per_token": None if math.isnan(bits) else round(bits, 4),
-        "unigram_entropy": round(statistics.all_tokens.unigram, 4),
-        "two_token_context_entropy": round(statistics.all_tokens.two_tokens, 4),
+        "unigram_entropy": round(entropies.unigram, 4) if entropies else None,
+        "two_token_context_entropy": round(entropies.two_tokens, 4) if entropies else None,
     }

@@ -22,7 +22,7 @@ from tests.launch.entry_points import ROOT, EntryPoint, wait_until
 from tests.ranks import ENVIRONMENT
 from tests.train.small_runs import CONFIG, write_corpus
 
-STEPS = 60
+STEPS = 150
 SCRIPT = "launch/train.py"
 SECONDS_TO_NOTICE_A_DEATH = 60
 

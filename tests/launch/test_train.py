@@ -207,8 +207,8 @@ def test_a_finished_run_started_again_adds_nothing(trained: Workplace) -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["model.hiden_size=64"], ["model.hiden_size", "unknown key", "mean hidden_size?"]),
-        (["modle.hidden_size=64"], ["modle", "unknown key", "mean model?"]),
+        (["model.hiden_size=64"], ["model.hiden_size", "unknown key", "mean hidden_size;"]),
+        (["modle.hidden_size=64"], ["modle", "unknown key", "mean model;"]),
         (["training.train_steps=many"], ["training.train_steps = 'many'", "integer"]),
         (["optimizer.lr=-1.0"], ["optimizer.lr = -1.0", "greater than 0"]),
         (["model.norm_placement=sandwich"], ["model.norm_placement = 'sandwich'", "'post' or"]),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mot_megatron.model.micro_batch import NO_LABEL
 from mot_megatron.model.objectives import sum_losses, token_losses
 from mot_megatron.parallel.groups import build_single_process_groups
+from tests.model.small_models import single_rank_model, small_config
 from tests.ranks import run_ranks
 
 VOCABULARY, ROWS = 48, 20
@@ -120,3 +121,10 @@ def test_no_labels_at_all_give_zero_and_a_zero_gradient() -> None:
     total.backward()
     assert cross_entropy.grad is not None
     assert not cross_entropy.grad.any()
+
+
+def test_loss_weights_are_not_rounded_with_the_weights() -> None:
+    towers = {name: name for name in ("text", "image", "speech")}
+    config = small_config(towers, "model.modalities.image.loss_weight=0.3")
+    model = single_rank_model(config, torch.bfloat16).to(torch.bfloat16)
+    assert model.loss_weights.tolist() == torch.tensor([1.0, 0.3, 1.0]).tolist()

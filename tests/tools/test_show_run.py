@@ -53,6 +53,19 @@ def test_missed_baseline_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([str(write_run(tmp_path / "equal", 7.0)), "--require", "unigram"]) == 1
 
 
+def test_modality_without_held_out_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", 5.25)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["tokens_per_second"] = None
+    summary["modalities"]["text"] = dict.fromkeys(summary["modalities"]["text"])
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert main([str(run)]) == 0
+    assert "no held-out tokens" in capsys.readouterr().out
+    assert main([str(run), "--require", "unigram"]) == 1
+
+
 @pytest.mark.parametrize("content", [None, "{"])
 def test_bad_summary_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None

@@ -1,0 +1,97 @@
+"""The loop on several ranks: what one rank meets, all of them act on alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import UserError
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.train import loop
+from mot_megatron.train.session import resolve_config
+from mot_megatron.train.step import StepResult
+from tests.ranks import run_ranks
+from tests.train.small_runs import small_config, write_corpus
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+
+
+def train_on_ranks(
+    corpus_directory: Path, runs: Path, overrides: list[str], signalled_rank: int | None
+) -> str | None:
+    """Train; the rank to be signalled gets SIGTERM during its third step. The error, if any."""
+    config = small_config(corpus_directory, [f"run.directory={runs}", *overrides])
+    corpus = Corpus.open(corpus_directory)
+    groups = build_process_groups(config.parallel.tensor_model_parallel_size, torch.device("cpu"))
+    original = loop.train_step
+
+    def step_and_signal(*arguments: object, step: int, **keywords: object) -> StepResult:
+        result = original(*arguments, step=step, **keywords)  # type: ignore[arg-type]
+        if step == 3 and groups.rank == signalled_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    loop.train_step = step_and_signal  # type: ignore[assignment]
+    try:
+        loop.train(resolve_config(config, corpus), corpus, groups)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("loop") / "corpus")
+
+
+@pytest.mark.parametrize("layout", [[TP2], [TP2, "parallel.sequence_parallel=true"], []])
+def test_signal_to_one_rank_stops_all(corpus: Path, tmp_path: Path, layout: list[str]) -> None:
+    errors = run_ranks(train_on_ranks, 2, corpus, tmp_path, layout, 1)
+    assert errors == [None, None]
+    # Signalled in step 3, agreed on in step 4.
+    saved = sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir())
+    assert saved == ["step_00000004"]
+    assert not (tmp_path / "small" / "summary.json").exists()
+
+
+def test_folder_that_only_the_first_rank_fails_to_make(corpus: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.write_text("a file")
+    errors = run_ranks(train_on_ranks, 2, corpus, runs, [], None)
+    assert errors[0] == errors[1]
+    assert errors[0] is not None
+    assert str(runs) in errors[0]
+
+
+def test_summary_that_only_the_first_rank_fails_to_write(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "small" / "summary.json.tmp").mkdir(parents=True)
+    errors = run_ranks(train_on_ranks, 2, corpus, tmp_path, ["training.train_steps=1"], None)
+    assert errors[0] == errors[1]
+    assert errors[0] is not None
+    assert "summary.json.tmp" in errors[0]
+
+
+def test_last_evaluation_covers_the_whole_split(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    reached = []
+    for limit in ([], ["evaluation.max_sequences=1"]):
+        overrides = ["training.train_steps=1", f"run.name=limit{len(limit)}", *limit]
+        assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
+        summary = tmp_path / f"limit{len(limit)}" / "summary.json"
+        reached.append(json.loads(summary.read_text())["modalities"])
+    assert reached[0] == reached[1]
+
+
+def test_modality_without_held_out_tokens(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", without="speech")
+    overrides = ["training.train_steps=1"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
+    summary = json.loads((tmp_path / "small" / "summary.json").read_text())["modalities"]
+    assert set(summary["speech"].values()) == {None}
+    assert None not in summary["text"].values()
