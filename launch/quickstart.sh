@@ -27,9 +27,10 @@ fi
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 devices="$gpus"
 if [ "$gpus" -eq 0 ]; then
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    devices="$(nproc)"
+    # Before OMP_NUM_THREADS is set: nproc would take it for the number of processors.
+    devices="$(env -u OMP_NUM_THREADS nproc)"
     [ "$devices" -le 2 ] || devices=2
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 ranks=1
 while [ $((ranks * 2)) -le "$devices" ] && [ "$ranks" -lt "$SEQUENCES_PER_STEP" ]; do
