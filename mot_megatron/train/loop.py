@@ -58,8 +58,10 @@ def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
     session = build_session(config, corpus, groups)
     first = session.is_first_rank
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
-    # A finished run that is started again evaluates again, but has logged its points already.
-    finished = has_summary(config.run_directory, progress.steps)
+    # A finished run that is started again evaluates again, but has logged its points already;
+    # one that is given more steps goes on logging.
+    nothing_left = progress.steps >= config.training.train_steps
+    finished = nothing_left and has_summary(config.run_directory, progress.steps)
     on_first_rank(lambda: _make_run_directory(config))
     log = _open_log(session, progress) if first and not finished else None
     modalities = list(config.model.modalities)

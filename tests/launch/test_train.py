@@ -188,6 +188,14 @@ def test_tensorboard_page_shows_every_scalar_once(
     ]
 
 
+def test_a_finished_run_given_more_steps_goes_on_logging(trained: Workplace) -> None:
+    before = [point.step for point in events_of(trained.run).Scalars("loss_held_out/text")]
+    finished = trained.train(steps=6)
+    assert finished.status == 0, finished.errors
+    after = [point.step for point in events_of(trained.run).Scalars("loss_held_out/text")]
+    assert after == [*before, 6]
+
+
 def test_a_finished_run_started_again_adds_nothing(trained: Workplace) -> None:
     before = trained.saved()
     summary = (trained.run / "summary.json").read_text()
