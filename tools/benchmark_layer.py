@@ -40,7 +40,7 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import ProcessGroups, build_single_process_groups
-from mot_megatron.train.hardware import describe_machine
+from mot_megatron.train.hardware import describe_machine, synchronize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -239,12 +239,6 @@ class Benchmark:
         return torch.from_numpy(towers), batch
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(
     variants: list[Variant], repeats: int, device: torch.device, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
@@ -255,10 +249,10 @@ def measure(
         for number in range(1 + repeats):
             for variant in order.sample(variants, len(variants)):
                 variant.clear()
-                synchronise(device)
+                synchronize(device)
                 began = clock()
                 variant.step()
-                synchronise(device)
+                synchronize(device)
                 if number > 0:
                     seconds[variant.name].append(clock() - began)
                 variant.clear()
@@ -300,7 +294,7 @@ def _operation_seconds(variant: Variant, device: torch.device) -> dict[str, floa
         variant.clear()
         with profile(activities=activities) as recorded:
             variant.step()
-            synchronise(device)
+            synchronize(device)
         for event in recorded.key_averages():
             time_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
             samples.setdefault(event.key, []).append(time_us * 1e-6)

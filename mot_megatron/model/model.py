@@ -19,8 +19,8 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
 from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.sharding import ParameterLayout, layout_of, set_layout
-from mot_megatron.model.towers import SHARED, ParallelLinears, PerTower, mark_tower
+from mot_megatron.model.sharding import SHARED, ParameterLayout, layout_of, mark_tower, set_layout
+from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
 
 

@@ -1,4 +1,4 @@
-"""How a rank's parameter lies inside the global one.
+"""How a rank's parameter lies inside the global one, and which tower owns it.
 
 Every parameter carries a ``shard_layout`` attribute; initialisation, checkpoints and conversion read it
 and nothing else, so none of them has to know what kind of layer a parameter belongs to.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+SHARED = -1
+"""The tower of a parameter that belongs to none."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,14 @@ def set_layout(parameter: torch.nn.Parameter | None, layout: ParameterLayout) ->
 def layout_of(parameter: torch.nn.Parameter) -> ParameterLayout:
     """The layout attached by ``set_layout``."""
     return parameter.shard_layout  # type: ignore[attr-defined]
+
+
+def mark_tower(module: torch.nn.Module, tower: int) -> None:
+    """Attach the tower's index, or SHARED, to every parameter of ``module``."""
+    for parameter in module.parameters():
+        parameter.tower = tower  # type: ignore[attr-defined]
+
+
+def tower_of(parameter: torch.nn.Parameter) -> int:
+    """The tower attached by ``mark_tower``."""
+    return parameter.tower  # type: ignore[attr-defined]

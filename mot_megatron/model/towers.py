@@ -16,11 +16,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from mot_megatron.model.sharding import ParameterLayout, set_layout
+from mot_megatron.model.sharding import SHARED, ParameterLayout, mark_tower, set_layout
 from mot_megatron.parallel.groups import ProcessGroups
-
-SHARED = -1
-"""The tower of a parameter that belongs to none."""
 
 
 class PerTower(nn.Module):
@@ -49,12 +46,6 @@ class PerTower(nn.Module):
         """
         modules = self.towers if self.untied else [self.shared] * self.num_towers
         return tuple(module(part) for module, part in zip(modules, slices, strict=True))
-
-
-def mark_tower(module: nn.Module, tower: int) -> None:
-    """Attach the tower's index to every parameter of ``module``."""
-    for parameter in module.parameters():
-        parameter.tower = tower  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-SHARED_TOWER = -1
-"""``parameter.tower`` of a parameter that all towers share."""
+from mot_megatron.model.sharding import SHARED, tower_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,6 @@ class StepNorms:
     def finite(self) -> bool:
         """False if any gradient on any rank was NaN or infinite: the step was not taken."""
         return math.isfinite(self.total)
-
-
-def tower_of(parameter: nn.Parameter) -> int:
-    """The tower that owns ``parameter``, or SHARED_TOWER."""
-    return parameter.tower  # type: ignore[attr-defined]
 
 
 def step_norms(
@@ -52,7 +46,7 @@ def step_norms(
     """
     parts: list[list[torch.Tensor]] = [[] for _ in range(num_towers + 1)]
     for parameter, gradient in gradients:
-        parts[tower_of(parameter) - SHARED_TOWER].append(gradient)
+        parts[tower_of(parameter) - SHARED].append(gradient)
     squares = torch.stack([_squared_norm(tensors).to(device) for tensors in parts])
     dist.all_reduce(squares)
     values: list[float] = squares.tolist()

@@ -22,6 +22,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from mot_megatron.model.sharding import tower_of
 from mot_megatron.optim.adamw import GatedAdamW
 from mot_megatron.optim.deepspeed_setup import (
     Topology,
@@ -29,7 +30,7 @@ from mot_megatron.optim.deepspeed_setup import (
     prepare_deepspeed,
     sums_gradients,
 )
-from mot_megatron.optim.norms import StepNorms, step_norms, tower_of
+from mot_megatron.optim.norms import StepNorms, step_norms
 from mot_megatron.optim.parameter_groups import parameter_groups
 from mot_megatron.optim.partitions import Flat, Partition, Replicated, Scattered
 from mot_megatron.optim.settings import OptimizerSettings

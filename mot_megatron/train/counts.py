@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mot_megatron.model.flops import count_attended_pairs
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 
@@ -45,8 +46,7 @@ class GlobalCounts:
                 *batch.modality_labels,
                 *batch.modality_tokens,
                 *batch.tower_tokens,
-                # Position p of a document sees p + 1 tokens.
-                int(batch.positions.sum()) + batch.positions.numel(),
+                count_attended_pairs(batch),
             )
             for batch in batches
         ]

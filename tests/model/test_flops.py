@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mot_megatron.config import UntiedConfig, load_config
 from mot_megatron.model.flops import count_attended_pairs, count_parameters, step_flops
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.towers import SHARED
+from mot_megatron.model.sharding import SHARED
 from mot_megatron.parallel.groups import build_single_process_groups
 from tests.model.small_models import random_tokens, single_rank_model, small_config
 

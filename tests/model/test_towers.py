@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mot_megatron.config import Config
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.towers import SHARED
+from mot_megatron.model.sharding import SHARED
 from tests.model.algorithm_one import positions_of
 from tests.model.small_models import (
     Tokens,

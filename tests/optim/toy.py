@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mot_megatron.optim.norms import SHARED_TOWER
+from mot_megatron.model.sharding import SHARED
 from mot_megatron.optim.settings import OptimizerSettings
 
 VOCABULARY, WIDTH = 13, 10
@@ -66,7 +66,7 @@ def shard(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 def tower_of_name(name: str) -> int:
     """The tower that owns the parameter ``name``."""
-    return int(name.split(".")[1]) if name.startswith("towers.") else SHARED_TOWER
+    return int(name.split(".")[1]) if name.startswith("towers.") else SHARED
 
 
 class ReferenceTower(nn.Module):
