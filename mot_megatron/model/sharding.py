@@ -54,3 +54,18 @@ def mark_tower(module: torch.nn.Module, tower: int) -> None:
 def tower_of(parameter: torch.nn.Parameter) -> int:
     """The tower attached by ``mark_tower``."""
     return parameter.tower  # type: ignore[attr-defined]
+
+
+def mark_replica(module: torch.nn.Module) -> None:
+    """Say that this rank's parameters of ``module`` are copies of another pipeline stage's.
+
+    The other stage's count in norms and are saved; the copies follow them because both get the
+    sum of both stages' gradients.
+    """
+    for parameter in module.parameters():
+        parameter.replica = True  # type: ignore[attr-defined]
+
+
+def is_replica(parameter: torch.nn.Parameter) -> bool:
+    """Whether ``mark_replica`` was called for the parameter."""
+    return getattr(parameter, "replica", False)

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 
 from mot_megatron.parallel.cpu import adapt_megatron_to_cpu
 from mot_megatron.parallel.mesh import Mesh
+from mot_megatron.parallel.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,25 @@ class ProcessGroups:
     """The groups this rank belongs to, and where it works."""
 
     tensor: dist.ProcessGroup
+    """Ranks that share every matrix."""
     data: dist.ProcessGroup
+    """Ranks with the same shared weights and different sequences; modality groups lie inside."""
+    model: dist.ProcessGroup
+    """Tensor and pipeline parallelism together."""
+    pipeline: dist.ProcessGroup
+    """The stages of one pipeline, in order."""
+    embedding: dist.ProcessGroup | None
+    """First and last stage, which both hold a tied embedding; None elsewhere and without stages."""
+    modality: dist.ProcessGroup | None
+    """Ranks that hold the towers together; None without modality parallelism."""
+    holders: tuple[dist.ProcessGroup | None, ...]
+    """Per tower: the ranks over which its gradients are summed; None if this rank is not one.
+
+    Empty without modality parallelism, where every data-parallel rank holds every tower.
+    """
     mesh: Mesh
+    placement: Placement | None
+    """None without modality parallelism."""
     rank: int
     device: torch.device
 
@@ -47,19 +65,67 @@ class ProcessGroups:
         """Ranks in the data-parallel group."""
         return self.mesh.data
 
+    @property
+    def pipeline_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return self.mesh.pipeline_rank(self.rank)
 
-def build_process_groups(tensor_model_parallel_size: int, device: torch.device) -> ProcessGroups:
+    @property
+    def pipeline_size(self) -> int:
+        """Pipeline stages."""
+        return self.mesh.pipeline
+
+    @property
+    def modality_rank(self) -> int:
+        """This rank's position in its modality-parallel group."""
+        return self.mesh.modality_rank(self.rank)
+
+    @property
+    def modality_size(self) -> int:
+        """Ranks in the modality-parallel group."""
+        return self.mesh.modality
+
+    def towers_held(self, num_towers: int) -> tuple[int, ...]:
+        """The towers whose weights this rank holds, ascending."""
+        if self.placement is None:
+            return tuple(range(num_towers))
+        return self.placement.towers(self.modality_rank)
+
+    def reduction_group(self, tower: int) -> dist.ProcessGroup:
+        """The ranks over which gradients of a tower, or of SHARED (-1) weights, are summed."""
+        if tower < 0 or not self.holders:
+            return self.data
+        group = self.holders[tower]
+        assert group is not None, f"this rank holds no weights of tower {tower}"
+        return group
+
+
+def build_process_groups(
+    tensor_model_parallel_size: int,
+    device: torch.device,
+    *,
+    pipeline_model_parallel_size: int = 1,
+    placement: Placement | None = None,
+) -> ProcessGroups:
     """Make the groups of a world that ``torch.distributed`` has already set up.
 
-    Every rank calls this once, with the same size; world size divisible by it.
+    Every rank calls this once, with the same arguments; the world size must be divisible by the
+    product of the sizes, that of the modality-parallel groups being the placement's.
     """
     if device.type == "cpu":
         adapt_megatron_to_cpu()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
         create_gloo_process_groups=False,
     )
-    return _initialised_groups(Mesh(dist.get_world_size(), tensor_model_parallel_size), device)
+    mesh = Mesh(
+        dist.get_world_size(),
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        1 if placement is None else placement.num_ranks,
+    )
+    return _initialised_groups(mesh, placement, device)
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
@@ -73,20 +139,58 @@ def build_single_process_groups(device: torch.device) -> ProcessGroups:
         return build_process_groups(1, device)
     if device.type == "cpu":
         adapt_megatron_to_cpu()
-    return _initialised_groups(Mesh(1, 1), device)
+    return _initialised_groups(Mesh(1, 1), None, device)
 
 
-def _initialised_groups(mesh: Mesh, device: torch.device) -> ProcessGroups:
+def _initialised_groups(
+    mesh: Mesh, placement: Placement | None, device: torch.device
+) -> ProcessGroups:
+    rank, data = dist.get_rank(), _present(parallel_state.get_data_parallel_group())
+    modality, holders = None, ()
+    if placement is not None:
+        modality = _own_group(mesh.modality_groups(), rank)
+        holders = _holder_groups(mesh, placement, data, rank)
+    at_an_end = mesh.pipeline > 1 and mesh.pipeline_rank(rank) in (0, mesh.pipeline - 1)
     return ProcessGroups(
         tensor=_present(parallel_state.get_tensor_model_parallel_group()),
-        data=_present(parallel_state.get_data_parallel_group()),
+        data=data,
+        model=_present(parallel_state.get_model_parallel_group()),
+        pipeline=_present(parallel_state.get_pipeline_model_parallel_group()),
+        embedding=_present(parallel_state.get_embedding_group()) if at_an_end else None,
+        modality=modality,
+        holders=holders,
         mesh=mesh,
-        rank=dist.get_rank(),
+        placement=placement,
+        rank=rank,
         device=device,
     )
 
 
-def _present(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+def _holder_groups(
+    mesh: Mesh, placement: Placement, data: dist.ProcessGroup, rank: int
+) -> tuple[dist.ProcessGroup | None, ...]:
+    """One group per set of holders, not per tower: towers held together share theirs."""
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {
+        tuple(range(mesh.modality)): data  # held by all: the group is there already
+    }
+    for tower in range(placement.num_towers):
+        holders = placement.holders(tower)
+        if holders not in made:
+            made[holders] = _own_group(mesh.holder_groups(holders), rank)
+    return tuple(made[placement.holders(tower)] for tower in range(placement.num_towers))
+
+
+def _own_group(all_groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make every group, as torch asks of every rank; return the one that this rank is in."""
+    own = None
+    for ranks in all_groups:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = _present(group)
+    return own
+
+
+def _present(group: dist.ProcessGroup | list[dist.ProcessGroup] | int | None) -> dist.ProcessGroup:
     """The group; torch gives a number or nothing to a process outside of it."""
     assert isinstance(group, dist.ProcessGroup)
     return group
