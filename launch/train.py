@@ -18,10 +18,11 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
 
 import torch.distributed as dist
 
-from mot_megatron.config import check_world_size, load_config
+from mot_megatron.config import load_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import UserError
 from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.rules import check_world_size
 from mot_megatron.train.distributed import join_world
 from mot_megatron.train.loop import train
 from mot_megatron.train.session import resolve_config

@@ -16,14 +16,12 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mot_megatron.errors import ConfigError
+from mot_megatron.rules import VOCABULARY_MULTIPLE, check
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-VOCABULARY_MULTIPLE = 128
-"""A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
 
 
 class Section(BaseModel):
@@ -165,6 +163,18 @@ class ParallelConfig(Section):
     """Ranks that share every matrix."""
     sequence_parallel: bool = False
     """Split the residual stream over the tensor-parallel ranks too; needs a TP size above 1."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that each hold some of the layers."""
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    """Pieces of the model per stage, for the interleaved schedule; absent: one, plain 1F1B."""
+    pipeline_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of every piece in the model's order; absent: equally many."""
+    modality_parallel_size: PositiveInt = 1
+    """Neighbours inside data parallel that hold the towers together and exchange q, k and v."""
+    placement: Literal["auto"] | tuple[dict[str, PositiveFloat], ...] = "auto"
+    """Per rank of a modality group, the share of each tower's tokens: {text = 1.0, image = 0.5}."""
+    attention_exchange: Literal["sequence", "heads"] = "sequence"
+    """A rank of a modality group attends for its sequences, or for all of them in some heads."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO over data parallel: 1 optimizer states, 2 + gradients, 3 + weights."""
     offload: Literal["none", "optimizer"] = "none"
@@ -324,7 +334,7 @@ def parse_config(text: str, source: str, overrides: list[str] | None = None) -> 
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from error
-    _check(config, source)
+    check(config, source)
     return config
 
 
@@ -373,86 +383,3 @@ def _section_at(location: tuple[int | str, ...]) -> type[Section]:
         assert issubclass(annotation, Section)
         section = annotation
     return section
-
-
-def _check(config: Config, source: str) -> None:
-    """Rules between keys that hold for any number of ranks."""
-    model, parallel, optimizer = config.model, config.parallel, config.optimizer
-    tensor = parallel.tensor_model_parallel_size
-    _divides(source, "model.hidden_size", model.hidden_size, "model.num_attention_heads",
-             model.num_attention_heads)  # fmt: skip
-    _divides(source, "model.num_attention_heads", model.num_attention_heads,
-             "model.num_query_groups", model.num_key_value_heads)  # fmt: skip
-    if model.head_dim % 2:
-        raise ConfigError(
-            f"{source}: model.hidden_size / model.num_attention_heads = {model.head_dim}:"
-            " the rotary embedding needs an even head size"
-        )
-    split = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_key_value_heads,
-        "model.ffn_hidden_size": model.feed_forward_size,
-        "model.vocab_size": model.vocab_size or VOCABULARY_MULTIPLE,
-    }
-    for key, value in split.items():
-        _divides(source, key, value, "parallel.tensor_model_parallel_size", tensor)
-    if parallel.sequence_parallel and tensor == 1:
-        raise ConfigError(
-            f"{source}: parallel.sequence_parallel = true needs"
-            " parallel.tensor_model_parallel_size of 2 or more, not 1"
-        )
-    if parallel.offload != "none" and parallel.zero_stage == 0:
-        raise ConfigError(
-            f'{source}: parallel.offload = "{parallel.offload}" needs parallel.zero_stage 1, 2'
-            " or 3, not 0"
-        )
-    if config.training.precision == "bf16" and parallel.zero_stage == 0:
-        raise ConfigError(
-            f'{source}: training.precision = "bf16" with parallel.zero_stage = 0 would sum'
-            " gradients in bf16; allowed: zero_stage 1, 2 or 3, or precision fp32"
-        )
-    if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(
-            f"{source}: optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr ="
-            f" {optimizer.lr}"
-        )
-    if not any(weight > 0 for weight in model.loss_weights):
-        raise ConfigError(f"{source}: every model.modalities.*.loss_weight is 0: nothing to learn")
-
-
-def _divides(source: str, key: str, value: int, by_key: str, by: int) -> None:
-    if value % by:
-        near = sorted(divisor for divisor in range(1, value + 1) if value % divisor == 0)
-        near.sort(key=lambda divisor: abs(divisor - by))
-        choices = ", ".join(str(divisor) for divisor in sorted(near[:4]))
-        raise ConfigError(
-            f"{source}: {key} = {value} is not divisible by {by_key} = {by};"
-            f" nearest legal {by_key}: {choices}"
-        )
-
-
-def check_world_size(config: Config, world_size: int) -> None:
-    """Rules that depend on the number of ranks; called before any process group is made.
-
-    Raises:
-        ConfigError: what does not divide, and the nearest legal value.
-    """
-    tensor = config.parallel.tensor_model_parallel_size
-    if world_size % tensor:
-        below, above = world_size // tensor * tensor, -(-world_size // tensor) * tensor
-        legal = f"{below} or {above}" if below else str(above)
-        raise ConfigError(
-            f"the world size {world_size} is not divisible by"
-            f" parallel.tensor_model_parallel_size = {tensor}; nearest legal world size: {legal}"
-        )
-    data_parallel = world_size // tensor
-    per_step = config.training.micro_batch_size * data_parallel
-    if config.training.global_batch_size % per_step:
-        size = config.training.global_batch_size
-        below, above = size // per_step * per_step, -(-size // per_step) * per_step
-        legal = f"{below} or {above}" if below else str(above)
-        raise ConfigError(
-            f"training.global_batch_size = {size} is not divisible by"
-            f" training.micro_batch_size * data-parallel size ="
-            f" {config.training.micro_batch_size} * {data_parallel}; nearest legal: {legal}"
-        )

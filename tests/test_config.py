@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mot_megatron.config import Config, check_world_size, load_config, parse_config
+from mot_megatron.config import Config, load_config, parse_config
 from mot_megatron.errors import ConfigError
+from mot_megatron.rules import check_world_size
 
 GOOD = """
 [run]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.config import Config, check_world_size, load_config
+from mot_megatron.config import Config, load_config
 from mot_megatron.model.flops import count_parameters
+from mot_megatron.rules import check_world_size
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 

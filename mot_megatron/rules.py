@@ -1,0 +1,265 @@
+"""Rules between keys of the configuration: what does not fit together, and what would.
+
+Every violation is found before any process group is made and explained in one line.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mot_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+
+VOCABULARY_MULTIPLE = 128
+"""A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
+
+
+def check(config: Config, source: str) -> None:
+    """Rules that hold for any number of ranks.
+
+    Raises:
+        ConfigError: names ``source``, the keys and their values, and what is allowed.
+    """
+    _check_shapes(config, source)
+    _check_tensor_parallel(config, source)
+    _check_pipeline(config, source)
+    _check_modality_parallel(config, source)
+    _check_zero(config, source)
+    _check_training(config, source)
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Rules that depend on the number of ranks; called before any process group is made.
+
+    Raises:
+        ConfigError: what does not divide, and the nearest legal value.
+    """
+    parallel = config.parallel
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "modality_parallel_size": parallel.modality_parallel_size,
+    }
+    product = math.prod(sizes.values())
+    if world_size % product:
+        factors = {key: size for key, size in sizes.items() if size > 1}
+        names = " * ".join(f"parallel.{key}" for key in factors)
+        values = " * ".join(str(size) for size in factors.values())
+        raise ConfigError(
+            f"the world size {world_size} is not divisible by {names} = {values};"
+            f" nearest legal world size: {_nearest_multiples(world_size, product)}"
+        )
+    data_parallel = world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
+    per_step = config.training.micro_batch_size * data_parallel
+    size = config.training.global_batch_size
+    what = "training.micro_batch_size * data-parallel size"
+    factors = f"{config.training.micro_batch_size} * {data_parallel}"
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        # megatron's interleaved schedule works off micro-batches in rounds of one per stage.
+        per_step *= parallel.pipeline_model_parallel_size
+        what += " * parallel.pipeline_model_parallel_size (interleaved)"
+        factors += f" * {parallel.pipeline_model_parallel_size}"
+    if size % per_step:
+        raise ConfigError(
+            f"training.global_batch_size = {size} is not divisible by {what} = {factors};"
+            f" nearest legal: {_nearest_multiples(size, per_step)}"
+        )
+
+
+def _check_shapes(config: Config, source: str) -> None:
+    model = config.model
+    _divides(source, "model.hidden_size", model.hidden_size, "model.num_attention_heads",
+             model.num_attention_heads)  # fmt: skip
+    _divides(source, "model.num_attention_heads", model.num_attention_heads,
+             "model.num_query_groups", model.num_key_value_heads)  # fmt: skip
+    if model.head_dim % 2:
+        raise ConfigError(
+            f"{source}: model.hidden_size / model.num_attention_heads = {model.head_dim}:"
+            " the rotary embedding needs an even head size"
+        )
+
+
+def _check_tensor_parallel(config: Config, source: str) -> None:
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    split = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_key_value_heads,
+        "model.ffn_hidden_size": model.feed_forward_size,
+        "model.vocab_size": model.vocab_size or VOCABULARY_MULTIPLE,
+    }
+    for key, value in split.items():
+        _divides(source, key, value, "parallel.tensor_model_parallel_size", tensor)
+    if config.parallel.sequence_parallel and tensor == 1:
+        raise ConfigError(
+            f"{source}: parallel.sequence_parallel = true needs"
+            " parallel.tensor_model_parallel_size of 2 or more, not 1"
+        )
+
+
+def _check_pipeline(config: Config, source: str) -> None:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    stages = parallel.pipeline_model_parallel_size
+    per_stage = parallel.virtual_pipeline_model_parallel_size
+    if per_stage is not None and stages == 1:
+        raise ConfigError(
+            f"{source}: parallel.virtual_pipeline_model_parallel_size = {per_stage} needs"
+            " parallel.pipeline_model_parallel_size of 2 or more, not 1"
+        )
+    pieces = stages * (per_stage or 1)
+    key = "parallel.pipeline_model_parallel_size"
+    if per_stage is not None:
+        key += " * virtual_pipeline_model_parallel_size"
+    layers = parallel.pipeline_layers
+    if layers is None:
+        if num_layers % pieces:
+            raise ConfigError(
+                f"{source}: model.num_layers = {num_layers} is not divisible by {key} = {pieces};"
+                f" nearest legal: {_nearest_divisors(num_layers, pieces)}, or give"
+                f" parallel.pipeline_layers, {pieces} numbers that sum to {num_layers}"
+            )
+    elif len(layers) != pieces or sum(layers) != num_layers:
+        raise ConfigError(
+            f"{source}: parallel.pipeline_layers = {list(layers)} has {len(layers)} numbers that"
+            f" sum to {sum(layers)}; needed: {pieces} ({key}) that sum to {num_layers}"
+            " (model.num_layers)"
+        )
+
+
+def _check_modality_parallel(config: Config, source: str) -> None:
+    parallel = config.parallel
+    size = parallel.modality_parallel_size
+    if size == 1 and parallel.attention_exchange != "sequence":
+        raise ConfigError(
+            f'{source}: parallel.attention_exchange = "{parallel.attention_exchange}" needs'
+            " parallel.modality_parallel_size of 2 or more, not 1"
+        )
+    if parallel.attention_exchange == "heads":
+        _check_heads(config, source)
+    if parallel.placement != "auto":
+        _check_placement(config, source)
+
+
+def _check_heads(config: Config, source: str) -> None:
+    """Each rank of a modality group attends in its slice of a tensor-parallel rank's heads."""
+    model, parallel = config.model, config.parallel
+    size, tensor = parallel.modality_parallel_size, parallel.tensor_model_parallel_size
+    heads = model.num_attention_heads // tensor
+    if heads % size:
+        raise ConfigError(
+            f'{source}: parallel.attention_exchange = "heads" splits model.num_attention_heads /'
+            f" parallel.tensor_model_parallel_size = {heads} heads over"
+            f" parallel.modality_parallel_size = {size} ranks, which does not divide them;"
+            f" nearest legal: {_nearest_divisors(heads, size)}"
+        )
+    groups = model.num_key_value_heads // tensor
+    if groups % size and size % groups:
+        raise ConfigError(
+            f'{source}: parallel.attention_exchange = "heads" splits model.num_query_groups /'
+            f" parallel.tensor_model_parallel_size = {groups} key-value heads over"
+            f" parallel.modality_parallel_size = {size} ranks: one must divide the other;"
+            f" nearest legal parallel.modality_parallel_size: {_nearest_divisors(groups, size)}"
+        )
+
+
+def _check_placement(config: Config, source: str) -> None:
+    placement, towers = config.parallel.placement, config.model.tower_names
+    assert placement != "auto"
+    size = config.parallel.modality_parallel_size
+    if size == 1:
+        raise ConfigError(
+            f"{source}: parallel.placement needs parallel.modality_parallel_size of 2 or more,"
+            ' not 1; allowed there: "auto"'
+        )
+    if len(placement) != size:
+        raise ConfigError(
+            f"{source}: parallel.placement has {len(placement)} entries; needed: one per rank of"
+            f" a modality group, parallel.modality_parallel_size = {size}"
+        )
+    for rank, shares in enumerate(placement):
+        unknown = sorted(set(shares) - set(towers))
+        if unknown:
+            raise ConfigError(
+                f"{source}: parallel.placement[{rank}] names {unknown[0]}, which is no tower;"
+                f" allowed: {', '.join(towers)}"
+            )
+        if not shares:
+            raise ConfigError(
+                f"{source}: parallel.placement[{rank}] is empty: every rank needs a tower"
+            )
+    for tower in towers:
+        total = sum(shares.get(tower, 0.0) for shares in placement)
+        if not math.isclose(total, 1.0, abs_tol=1e-3):
+            raise ConfigError(
+                f"{source}: the shares of tower {tower} in parallel.placement sum to {total:g};"
+                " needed: 1"
+            )
+
+
+def _check_zero(config: Config, source: str) -> None:
+    parallel = config.parallel
+    stage = parallel.zero_stage
+    pipeline, modality = parallel.pipeline_model_parallel_size, parallel.modality_parallel_size
+    if pipeline > 1 and stage != 1:
+        raise ConfigError(
+            f"{source}: parallel.zero_stage = {stage} with"
+            f" parallel.pipeline_model_parallel_size = {pipeline}: legal with pipeline"
+            " parallelism is zero_stage 1 only"
+        )
+    if modality > 1 and stage not in (1, 2):
+        raise ConfigError(
+            f"{source}: parallel.zero_stage = {stage} with parallel.modality_parallel_size ="
+            f" {modality}: legal with modality parallelism are zero_stage 1 and 2"
+        )
+    if parallel.offload != "none" and stage == 0:
+        raise ConfigError(
+            f'{source}: parallel.offload = "{parallel.offload}" needs parallel.zero_stage 1, 2'
+            " or 3, not 0"
+        )
+    if config.training.precision == "bf16" and stage == 0:
+        raise ConfigError(
+            f'{source}: training.precision = "bf16" with parallel.zero_stage = 0 would sum'
+            " gradients in bf16; allowed: zero_stage 1, 2 or 3, or precision fp32"
+        )
+
+
+def _check_training(config: Config, source: str) -> None:
+    optimizer, parallel = config.optimizer, config.parallel
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"{source}: optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr ="
+            f" {optimizer.lr}"
+        )
+    if not any(weight > 0 for weight in config.model.loss_weights):
+        raise ConfigError(f"{source}: every model.modalities.*.loss_weight is 0: nothing to learn")
+    if config.logging.sample_interval_steps is not None and (
+        parallel.pipeline_model_parallel_size > 1 or parallel.modality_parallel_size > 1
+    ):
+        raise ConfigError(
+            f"{source}: logging.sample_interval_steps = {config.logging.sample_interval_steps}:"
+            " samples are drawn during training without pipeline and modality parallelism only;"
+            " tools/generate.py draws them from any checkpoint"
+        )
+
+
+def _divides(source: str, key: str, value: int, by_key: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(
+            f"{source}: {key} = {value} is not divisible by {by_key} = {by};"
+            f" nearest legal {by_key}: {_nearest_divisors(value, by)}"
+        )
+
+
+def _nearest_divisors(value: int, wanted: int) -> str:
+    near = sorted(divisor for divisor in range(1, value + 1) if value % divisor == 0)
+    near.sort(key=lambda divisor: abs(divisor - wanted))
+    return ", ".join(str(divisor) for divisor in sorted(near[:4]))
+
+
+def _nearest_multiples(value: int, factor: int) -> str:
+    below, above = value // factor * factor, -(-value // factor) * factor
+    return f"{below} or {above}" if below else str(above)
