@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mot_megatron.data import _native
+from mot_megatron.data.modality_shards import ModalityShard, take_shard
 from mot_megatron.errors import DataError
 from mot_megatron.model.micro_batch import MicroBatch
 
@@ -27,6 +28,7 @@ def build_micro_batch(
     num_towers: int,
     slot_multiple: int = 1,
     filled_tokens: np.ndarray | None = None,
+    shard: ModalityShard | None = None,
 ) -> MicroBatch:
     """Group one micro-batch; a pure function of its arguments, on the CPU.
 
@@ -40,6 +42,8 @@ def build_micro_batch(
             tensor-parallel size under sequence parallelism, else 1.
         filled_tokens: [b] leading positions of each sequence that documents occupy; the positions
             behind them get no label and are counted for no modality. Default: all.
+        shard: Under modality parallelism, whose part of the micro-batch to return; the sequences
+            are then those of the whole group, rank after rank, b a multiple of its size.
 
     Raises:
         DataError: An id lies outside the vocabulary. Embeddings do not notice: under tensor
@@ -53,19 +57,28 @@ def build_micro_batch(
             f"sequence {sequence}, position {position}: token id "
             f"{token_ids[sequence, position]}, expected 0..{vocab_size - 1}"
         )
-    everything = np.full(sequences, seq_length, dtype=np.int64)
+    if filled_tokens is None:
+        filled_tokens = np.full(sequences, seq_length, dtype=np.int64)
     grouped = _native.group(
         token_ids,
         document_ids,
-        everything if filled_tokens is None else filled_tokens,
+        filled_tokens,
         modality_of_id,
         np.asarray(towers_of_modalities, dtype=np.int64),
         num_towers,
-        slot_multiple,
+        slot_multiple if shard is None else 1,
     )
-    document_tensor = torch.from_numpy(document_ids.astype(np.int32))
-    return MicroBatch(document_ids=document_tensor, **{k: _tensor(v) for k, v in grouped.items()})
+    fields = {
+        "document_ids": document_ids.astype(np.int32),
+        "attended_pairs": int(grouped["positions"].sum()) + token_ids.size,
+        **grouped,
+    }
+    if shard is not None:
+        used = np.arange(seq_length) < filled_tokens[:, None]
+        modalities = np.where(used, modality_of_id[token_ids], -1)
+        fields = take_shard(fields, modalities, shard, slot_multiple)
+    return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})
 
 
-def _tensor(value: np.ndarray | tuple[int, ...]) -> Any:
+def _tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

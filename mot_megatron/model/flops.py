@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mot_megatron.config import ModelConfig
-from mot_megatron.model.micro_batch import MicroBatch
 
 FORWARD_AND_BACKWARD = 3
 """One matrix multiplication forward, two backward (gradients of input and weight)."""
@@ -92,14 +91,6 @@ def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: 
         attention=per_pair * attended_pairs,
         head=head * sum(tower_tokens),
     )
-
-
-def count_attended_pairs(micro_batch: MicroBatch) -> int:
-    """Pairs of a query and a key that it sees: a token at position p sees p + 1 keys.
-
-    Reads one number from the batch's device: call it on the host's copy.
-    """
-    return int(micro_batch.positions.sum()) + micro_batch.positions.numel()
 
 
 @dataclass(frozen=True)

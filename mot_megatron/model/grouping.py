@@ -37,6 +37,19 @@ class Grouping:
         )
         return cls(indices, micro_batch.tower_slots)
 
+    def to_attention(
+        self,
+        queries: Sequence[torch.Tensor],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K slices [g_k, heads, d] of each -> q [t, heads, d], k and v in sequence order."""
+        return self.to_sequence(queries), self.to_sequence(keys), self.to_sequence(values)
+
+    def from_attention(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[t, heads, d] in sequence order -> K slices [g_k, heads * d]."""
+        return self.to_towers(output.flatten(1))
+
     @property
     def is_identity(self) -> bool:
         """Whether both orders are the same: one tower without padding keeps sequence order."""

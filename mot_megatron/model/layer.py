@@ -16,20 +16,21 @@ from torch.utils.checkpoint import checkpoint
 
 from mot_megatron.config import ModelConfig
 from mot_megatron.model.attention_core import AttentionCore
+from mot_megatron.model.exchange import ModalityExchange
 from mot_megatron.model.grouping import Grouping
 from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.towers import ParallelLinears, PerTower
 
 Stream = tuple[torch.Tensor, ...]
-"""The residual stream: K tensors [g_k, h]."""
+"""The residual stream: a tensor [g_k, h] per tower that this rank holds."""
 
 
 @dataclass(frozen=True)
 class Flow:
     """What the layers need to know of a micro-batch besides the stream itself."""
 
-    grouping: Grouping
+    grouping: Grouping | ModalityExchange
     rotary: RotaryAngles
     attend: AttentionCore
 
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.recompute_core = recompute_core
-        num_towers, untied, d = config.num_towers, config.untied, config.head_dim
+        towers = linears.groups.towers_held(config.num_towers)
+        untied, d = config.untied, config.head_dim
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         self.group_width = (heads // groups, 1, 1)
         self.local_groups = groups // linears.groups.tensor_size
@@ -51,47 +53,46 @@ class Attention(nn.Module):
         # Rows lie group by group (its queries, its key, its value), so that any TP size that
         # divides the groups cuts between them.
         shape = (groups * sum(self.group_width) * d,)
-        self.qkv = PerTower(
-            lambda: linears.column(config.hidden_size, shape), num_towers, untied.qkv
-        )
+        self.qkv = PerTower(lambda: linears.column(config.hidden_size, shape), towers, untied.qkv)
 
         def qk_norm() -> nn.Module:
             if config.qk_norm:
                 return RMSNorm(d, config.norm_eps, linears.partial_heads)
             return nn.Identity()
 
-        self.q_norm = PerTower(qk_norm, num_towers, untied.qk_norm)
-        self.k_norm = PerTower(qk_norm, num_towers, untied.qk_norm)
+        self.q_norm = PerTower(qk_norm, towers, untied.qk_norm)
+        self.k_norm = PerTower(qk_norm, towers, untied.qk_norm)
         self.output_projection = PerTower(
             lambda: linears.row(heads * d, config.hidden_size),
-            num_towers,
+            towers,
             untied.output_projection,
         )
 
     def forward(self, stream: Stream, flow: Flow) -> Stream:
         """K x [g_k, h] -> K x [g_k, h]."""
-        qkv = self.qkv(stream)
-        if self.recompute_core and torch.is_grad_enabled():
-            mixed = _recomputed(lambda *slices: self._mix(slices, flow), qkv)
-        else:
-            mixed = self._mix(qkv, flow)
-        return self.output_projection(mixed)
+        queries, keys, values = zip(*map(self._split, self.qkv(stream)), strict=True)
+        parts = (self.q_norm(queries), self.k_norm(keys), values)
+        q, k, v = flow.grouping.to_attention(*(_merge_groups(slices) for slices in parts))
 
-    def _mix(self, qkv: Stream, flow: Flow) -> Stream:
-        """K x [g_k, groups / tp * width * d] -> K x [g_k, heads / tp * d]: attention itself."""
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor]:
+            rotate = flow.rotary.rotate
+            return (flow.attend(self.index, rotate(q), rotate(k), v),)
+
+        # The exchange stays outside: computed again, its collectives would run again.
+        recompute = self.recompute_core and torch.is_grad_enabled()
+        (mixed,) = _recomputed(attend, (q, k, v)) if recompute else attend(q, k, v)
+        return self.output_projection(flow.grouping.from_attention(mixed))
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[g_k, groups / tp * width * d] -> [g_k, groups / tp, width of q, k or v, d] of each."""
         width = sum(self.group_width)
-        split = [
-            part.view(part.shape[0], self.local_groups, width, self.head_dim).split(
-                self.group_width, dim=2
-            )
-            for part in qkv
-        ]
-        queries, keys, values = zip(*split, strict=True)
-        sequence = flow.grouping.to_sequence
-        q = flow.rotary.rotate(sequence(self.q_norm(queries)).flatten(1, 2))
-        k = flow.rotary.rotate(sequence(self.k_norm(keys)).flatten(1, 2))
-        v = sequence(values).flatten(1, 2)
-        return flow.grouping.to_towers(flow.attend(self.index, q, k, v).flatten(1))
+        by_group = qkv.view(qkv.shape[0], self.local_groups, width, self.head_dim)
+        return by_group.split(self.group_width, dim=2)
+
+
+def _merge_groups(slices: Stream) -> Stream:
+    """[g_k, groups / tp, heads per group, d] -> [g_k, heads / tp, d]; after the norm a view."""
+    return tuple(part.flatten(1, 2) for part in slices)
 
 
 class FeedForward(nn.Module):
@@ -119,17 +120,17 @@ class Layer(nn.Module):
         self, config: ModelConfig, linears: ParallelLinears, index: int, recompute_core: bool
     ) -> None:
         super().__init__()
-        num_towers, untied = config.num_towers, config.untied
+        towers, untied = linears.groups.towers_held(config.num_towers), config.untied
 
         def norm() -> nn.Module:
             return RMSNorm(config.hidden_size, config.norm_eps, linears.partial_rows)
 
         self.attention = Attention(config, linears, index, recompute_core)
-        self.attention_norm = PerTower(norm, num_towers, untied.norms)
+        self.attention_norm = PerTower(norm, towers, untied.norms)
         self.feed_forward = PerTower(
-            lambda: FeedForward(config, linears), num_towers, untied.feed_forward
+            lambda: FeedForward(config, linears), towers, untied.feed_forward
         )
-        self.feed_forward_norm = PerTower(norm, num_towers, untied.norms)
+        self.feed_forward_norm = PerTower(norm, towers, untied.norms)
         self.post_norm = config.norm_placement == "post"
 
     def forward(self, stream: Stream, flow: Flow) -> Stream:

@@ -18,8 +18,45 @@ NO_LABEL = -100
 
 
 @dataclass(frozen=True)
+class ExchangePlan:
+    """Where the rows of this rank's stream attend, and in which order the others' rows arrive.
+
+    P ranks of a modality-parallel group, a positions for which this rank runs attention. A rank's
+    rows arrive tower after tower, each tower's in sequence order, behind those of the ranks before
+    it.
+    """
+
+    send_rows: tuple[tuple[int, ...], ...]
+    """[K][P]: how many of the rows of tower k here attend on rank p.
+
+    Where each rank attends for its own sequences, a tower's rows for rank 0 come first, then those
+    for rank 1; where it attends in its slice of the heads, every row goes to every rank.
+    """
+    receive_rows: tuple[int, ...]
+    """[P]: rows that arrive from each rank, summing to a."""
+    arrival_index: torch.Tensor
+    """[a] int64: position, in the order of ``positions``, of each row as it arrives."""
+    position_index: torch.Tensor
+    """[a] int64: the inverse, the arrived row of each position."""
+
+    def to(self, device: torch.device) -> ExchangePlan:
+        """The same plan with its tensors on ``device``."""
+        return ExchangePlan(
+            self.send_rows,
+            self.receive_rows,
+            self.arrival_index.to(device, non_blocking=True),
+            self.position_index.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """The tokens of one micro-batch on one data-parallel rank; the same on all its tensor ranks."""
+    """One micro-batch as one data-parallel rank needs it; the same on all its tensor ranks.
+
+    Under modality parallelism the slots are those of the towers that the rank holds, filled from
+    all the group's sequences (t are the positions of the group then), while positions and
+    document_ids are those of the sequences that the rank attends for.
+    """
 
     token_ids: torch.Tensor
     """[g] int64, grouped order; padding slots hold a legal id."""
@@ -34,7 +71,10 @@ class MicroBatch:
     group_index: torch.Tensor
     """[g] int64: the sequence-order position that fills each slot; padding slots hold 0."""
     ungroup_index: torch.Tensor
-    """[t] int64: the slot of each sequence-order position; the inverse of group_index."""
+    """[t] int64: the slot of each sequence-order position; the inverse of group_index.
+
+    Empty under modality parallelism, where a sequence's tokens lie on several ranks.
+    """
     padding_slots: torch.Tensor
     """[g - t] int64: slots that hold no token."""
     tower_slots: tuple[int, ...]
@@ -45,13 +85,19 @@ class MicroBatch:
     """Document tokens per modality, M of them; unfilled positions are not counted."""
     modality_labels: tuple[int, ...]
     """Labels per modality, M of them: what a mean over tokens divides by."""
+    attended_pairs: int
+    """Pairs of a query and a key that it sees, in the sequences that the rank itself loads."""
+    exchange: ExchangePlan | None = None
+    """How q, k and v travel; None without modality parallelism."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = (
-                value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            )
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, non_blocking=True)
+            elif isinstance(value, ExchangePlan):
+                value = value.to(device)
+            moved[field.name] = value
         return MicroBatch(**moved)

@@ -12,14 +12,23 @@ from torch import nn
 from mot_megatron.config import Config
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
+from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping, rank_major
 from mot_megatron.model.initialization import initialise_parameters
 from mot_megatron.model.layer import Flow, Layer, Stream, run_layer
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
+from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.sharding import SHARED, ParameterLayout, layout_of, mark_tower, set_layout
+from mot_megatron.model.sharding import (
+    SHARED,
+    ParameterLayout,
+    layout_of,
+    mark_replica,
+    mark_tower,
+    set_layout,
+)
 from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
 
@@ -77,7 +86,7 @@ class Head(nn.Module):
 
 
 class MixtureOfTransformers(nn.Module):
-    """The model on one tensor-parallel rank.
+    """The part of the model that one rank holds: its towers, its stage, its share of matrices.
 
     Every parameter carries ``shard_layout`` (its place in the global tensor), ``tower`` (an index, or
     -1 for shared) and megatron's ``tensor_model_parallel``.
@@ -98,20 +107,22 @@ class MixtureOfTransformers(nn.Module):
         self.sequence_parallel = config.parallel.sequence_parallel
         self.recompute_layers = training.recompute == "full"
         linears = ParallelLinears(groups, self.sequence_parallel, dtype)
-        rows, hidden = model.num_vocabulary_rows, model.hidden_size
-        self.embedding = Embedding(rows, hidden, linears)
-        self.layers = nn.ModuleList(
-            Layer(model, linears, index, recompute_core=training.recompute == "selective")
-            for index in range(model.num_layers)
+        self.pieces = pieces_of_stage(config, groups.pipeline_rank)
+        self.towers = groups.towers_held(model.num_towers)
+        self.heads = self._head_slices(config.parallel.attention_exchange)
+        if self.pieces[0].first:
+            self._add_embedding(linears)
+        self.layers = nn.ModuleDict(
+            {
+                str(index): Layer(
+                    model, linears, index, recompute_core=training.recompute == "selective"
+                )
+                for piece in self.pieces
+                for index in piece.layers
+            }
         )
-        self.final_norm = PerTower(
-            lambda: RMSNorm(hidden, model.norm_eps, linears.partial_rows),
-            model.num_towers,
-            model.untied.final_norm,
-        )
-        self.head = Head(rows, hidden, linears, model.untie_embeddings_and_output_weights)
-        mark_tower(self.embedding, SHARED)
-        mark_tower(self.head, SHARED)
+        if self.pieces[-1].last:
+            self._add_end(linears)
         for parameter in self.parameters():
             sharded = layout_of(parameter).shard_dim is not None
             parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
@@ -123,6 +134,36 @@ class MixtureOfTransformers(nn.Module):
         self.loss_weights = torch.tensor(
             model.loss_weights, dtype=torch.float32, device=groups.device
         )
+
+    def _add_embedding(self, linears: ParallelLinears) -> None:
+        rows, hidden = self.config.num_vocabulary_rows, self.config.hidden_size
+        self.embedding = Embedding(rows, hidden, linears)
+        mark_tower(self.embedding, SHARED)
+        tied = not self.config.untie_embeddings_and_output_weights
+        if tied and self.groups.pipeline_size > 1:
+            self.embedding.lookup.weight.tied_across_stages = True  # type: ignore[attr-defined]
+
+    def _add_end(self, linears: ParallelLinears) -> None:
+        """The final norm and the head; where they are tied, the embedding that the head reads."""
+        model = self.config
+        rows, hidden, untied = model.num_vocabulary_rows, model.hidden_size, model.untied
+        self.final_norm = PerTower(
+            lambda: RMSNorm(hidden, model.norm_eps, linears.partial_rows),
+            self.towers,
+            untied.final_norm,
+        )
+        own_weight = model.untie_embeddings_and_output_weights
+        self.head = Head(rows, hidden, linears, own_weight)
+        mark_tower(self.head, SHARED)
+        if not own_weight and not self.pieces[0].first:
+            self._add_embedding(linears)
+            mark_replica(self.embedding)
+
+    def _head_slices(self, exchange: str) -> HeadSlices:
+        size = self.groups.tensor_size
+        counts = self.config.num_attention_heads // size, self.config.num_key_value_heads // size
+        make = HeadSlices.split if exchange == "heads" else HeadSlices.whole
+        return make(*counts, self.groups.modality_size)
 
     def forward(
         self, micro_batch: MicroBatch, cache: AttentionCore | None = None
@@ -143,23 +184,36 @@ class MixtureOfTransformers(nn.Module):
         """
         if cache is not None:
             return (self.sequence_logits(micro_batch, cache),)
-        logits = self.logits(micro_batch)
-        labels = self._stream_order(micro_batch.labels, micro_batch)
-        modalities = self._stream_order(micro_batch.label_modalities, micro_batch)
-        cross_entropy, log_z = token_losses(
-            logits, labels, self.groups.tensor, self.groups.tensor_rank
-        )
-        # Chameleon, section 2.4.3.
-        z_loss = self.config.z_loss_coefficient * log_z.square()
-        return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights)
+        return self._losses(self.hidden_states(micro_batch), micro_batch)
+
+    def run_piece(
+        self, piece: Piece, micro_batch: MicroBatch, arrived: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """One piece of the pipeline, on a micro-batch that lies on the model's device.
+
+        Args:
+            piece: Of ``pieces``.
+            micro_batch: The same on all stages.
+            arrived: [g, h] (sequence parallel: [g / tp, h]), what the piece before returned; None
+                for the first.
+
+        Returns:
+            The stream [g, h] for the next piece, or from the last what ``forward`` returns.
+        """
+        stream = self._embed(micro_batch) if arrived is None else self._cut(arrived, micro_batch)
+        stream = self._run_layers(piece.layers, stream, self._flow(micro_batch, stream[0].dtype))
+        return self._losses(stream, micro_batch) if piece.last else (torch.cat(stream),)
 
     def logits(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> torch.Tensor:
         """Logits [g, V / tp] in grouped order (sequence parallel: rank-major order)."""
-        stream = torch.cat(self.final_norm(self.hidden_states(micro_batch, attend)))
+        return self._logits(self.hidden_states(micro_batch, attend))
+
+    def _logits(self, stream: Stream) -> torch.Tensor:
+        rows = torch.cat(self.final_norm(stream))
         weight = None
         if not self.config.untie_embeddings_and_output_weights:
             weight = self.embedding.lookup.weight
-        return self.head(stream, weight)
+        return self.head(rows, weight)
 
     def sequence_logits(
         self, micro_batch: MicroBatch, attend: AttentionCore | None = None
@@ -173,23 +227,47 @@ class MixtureOfTransformers(nn.Module):
 
     def hidden_states(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Stream:
         """The stream after the last layer, before the final norm: K x [g_k, h]."""
+        stream = self._embed(micro_batch)
+        flow = self._flow(micro_batch, stream[0].dtype, attend)
+        return self._run_layers(range(self.config.num_layers), stream, flow)
+
+    def _embed(self, micro_batch: MicroBatch) -> Stream:
         token_ids = self._stream_order(micro_batch.token_ids, micro_batch)
-        embedded = self.embedding(token_ids)
+        return self._cut(self.embedding(token_ids), micro_batch)
+
+    def _cut(self, rows: torch.Tensor, micro_batch: MicroBatch) -> Stream:
+        """[g, h] -> the slices of the towers that this rank holds."""
         divisor = self.groups.tensor_size if self.sequence_parallel else 1
-        stream: Stream = embedded.split([slots // divisor for slots in micro_batch.tower_slots])
-        flow = Flow(
-            Grouping.of(micro_batch),
-            RotaryAngles.of(
-                micro_batch.positions,
-                self.config.head_dim,
-                self.config.rotary_base,
-                embedded.dtype,
-            ),
-            attend or build_attention_core(micro_batch, self.config.attention_backend),
+        return rows.split([micro_batch.tower_slots[tower] // divisor for tower in self.towers])
+
+    def _flow(
+        self, micro_batch: MicroBatch, dtype: torch.dtype, attend: AttentionCore | None = None
+    ) -> Flow:
+        model, group = self.config, self.groups.modality
+        if group is None:
+            grouping = Grouping.of(micro_batch)
+        else:
+            grouping = ModalityExchange.of(self.heads, self.towers, micro_batch, group)
+        return Flow(
+            grouping,
+            RotaryAngles.of(micro_batch.positions, model.head_dim, model.rotary_base, dtype),
+            attend or build_attention_core(micro_batch, model.attention_backend),
         )
-        for layer in self.layers:
-            stream = run_layer(layer, stream, flow, self.recompute_layers)
+
+    def _run_layers(self, layers: range, stream: Stream, flow: Flow) -> Stream:
+        for index in layers:
+            stream = run_layer(self.layers[str(index)], stream, flow, self.recompute_layers)
         return stream
+
+    def _losses(self, stream: Stream, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        labels = self._stream_order(micro_batch.labels, micro_batch)
+        modalities = self._stream_order(micro_batch.label_modalities, micro_batch)
+        cross_entropy, log_z = token_losses(
+            self._logits(stream), labels, self.groups.tensor, self.groups.tensor_rank
+        )
+        # Chameleon, section 2.4.3.
+        z_loss = self.config.z_loss_coefficient * log_z.square()
+        return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights)
 
     def _stream_order(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         ranks = self.groups.tensor_size if self.sequence_parallel else 1

@@ -21,30 +21,30 @@ from mot_megatron.parallel.groups import ProcessGroups
 
 
 class PerTower(nn.Module):
-    """K copies of a module, each with its own weights, or one that all towers share.
+    """A module per tower that this rank holds, with its own weights, or one that all share.
 
     Parameters are named ``towers.<k>...`` or ``shared...`` and carry an attribute ``tower``.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], num_towers: int, untied: bool) -> None:
+    def __init__(self, make: Callable[[], nn.Module], towers: Sequence[int], untied: bool) -> None:
         super().__init__()
-        self.num_towers = num_towers
+        self.num_held = len(towers)
         if untied:
-            self.towers = nn.ModuleList(make() for _ in range(num_towers))
-            for index, module in enumerate(self.towers):
-                mark_tower(module, index)
+            self.towers = nn.ModuleDict({str(tower): make() for tower in towers})
+            for tower, module in self.towers.items():
+                mark_tower(module, int(tower))
         else:
             self.shared = make()
             mark_tower(self.shared, SHARED)
         self.untied = untied
 
     def forward(self, slices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Tower k's module on tower k's slice, zero rows included.
+        """Each tower's module on that tower's slice, zero rows included; one slice per tower held.
 
         An absent modality must still run: its weights then get zero gradients, and every rank
         calls every collective in the same order.
         """
-        modules = self.towers if self.untied else [self.shared] * self.num_towers
+        modules = self.towers.values() if self.untied else [self.shared] * self.num_held
         return tuple(module(part) for module, part in zip(modules, slices, strict=True))
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mot_megatron.model.flops import count_attended_pairs
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 
@@ -46,7 +45,7 @@ class GlobalCounts:
                 *batch.modality_labels,
                 *batch.modality_tokens,
                 *batch.tower_tokens,
-                count_attended_pairs(batch),
+                batch.attended_pairs,
             )
             for batch in batches
         ]

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mot_megatron.config import UntiedConfig, load_config
-from mot_megatron.model.flops import count_attended_pairs, count_parameters, step_flops
+from mot_megatron.model.flops import count_parameters, step_flops
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.sharding import SHARED
 from mot_megatron.parallel.groups import build_single_process_groups
@@ -73,7 +73,7 @@ def test_attended_pairs_of_documents() -> None:
     tokens = random_tokens(4, list(THREE_TOWERS), (1, 1, 1))
     lengths = torch.unique_consecutive(tokens.documents, return_counts=True)[1].tolist()
     expected = sum(n * (n + 1) // 2 for n in lengths)
-    assert count_attended_pairs(tokens.micro_batch(config)) == expected
+    assert tokens.micro_batch(config).attended_pairs == expected
 
 
 def test_towers_pay_for_their_own_tokens() -> None:

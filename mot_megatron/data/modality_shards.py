@@ -1,0 +1,133 @@
+"""One rank's part of a modality-parallel group's micro-batch, and how its rows meet for attention.
+
+Every rank of the group reads all the group's sequences and cuts the same grouping, so nothing has
+to be agreed on: each knows what the others send. Letters: P ranks of the group, K towers, T
+positions of the group's sequences, T / P of them each rank's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mot_megatron.model.micro_batch import NO_LABEL, ExchangePlan
+from mot_megatron.parallel.placement import Placement
+
+
+@dataclass(frozen=True)
+class ModalityShard:
+    """Whose part of a group's micro-batch, and where attention runs."""
+
+    placement: Placement
+    rank: int
+    """The rank's place in its modality-parallel group."""
+    exchange: Literal["sequence", "heads"]
+    """Each rank attends for its own sequences, or for all of them in its slice of the heads."""
+
+
+def take_shard(
+    whole: Mapping[str, Any], modalities: np.ndarray, shard: ModalityShard, slot_multiple: int
+) -> dict[str, Any]:
+    """The fields of a rank's MicroBatch.
+
+    Args:
+        whole: Fields of the group's MicroBatch as NumPy arrays, without padding slots.
+        modalities: [sequences, s] modality index of every position, -1 where no document is.
+        shard: Whose part.
+        slot_multiple: The rank's slots per tower are rounded up to this.
+    """
+    slots_of = _slots_by_rank(whole["tower_tokens"], shard.placement)
+    tower_tokens = tuple(len(slots) for slots in slots_of[shard.rank])
+    tower_slots = tuple(-(-tokens // slot_multiple) * slot_multiple for tokens in tower_tokens)
+    source, padding = _sources(slots_of[shard.rank], tower_slots)
+    labels = np.where(padding, NO_LABEL, whole["labels"][source])
+    label_modalities = np.where(padding, 0, whole["label_modalities"][source])
+    held = modalities.ravel()[whole["group_index"][source[~padding]]]
+    num_modalities = len(whole["modality_tokens"])
+
+    sequences = len(whole["document_ids"]) // shard.placement.num_ranks
+    own = slice(shard.rank * sequences, (shard.rank + 1) * sequences)
+    positions = whole["positions"].reshape(whole["document_ids"].shape)
+    attended = own if shard.exchange == "sequence" else slice(None)
+    return {
+        "token_ids": np.where(padding, 0, whole["token_ids"][source]),
+        "labels": labels,
+        "label_modalities": label_modalities,
+        "positions": positions[attended].ravel(),
+        "document_ids": whole["document_ids"][attended],
+        "group_index": np.where(padding, 0, whole["group_index"][source]),
+        "ungroup_index": np.empty(0, dtype=np.int64),
+        "padding_slots": np.flatnonzero(padding),
+        "tower_slots": tower_slots,
+        "tower_tokens": tower_tokens,
+        "modality_tokens": _count(held[held >= 0], num_modalities),
+        "modality_labels": _count(label_modalities[labels != NO_LABEL], num_modalities),
+        "attended_pairs": int(positions[own].sum()) + positions[own].size,
+        "exchange": _plan(
+            [[whole["group_index"][slots] for slots in row] for row in slots_of],
+            shard,
+            modalities.size,
+        ),
+    }
+
+
+def _slots_by_rank(tower_tokens: Sequence[int], placement: Placement) -> list[list[range]]:
+    """[P][K] ranges of the group's slots: a tower's tokens are cut contiguously."""
+    rows: list[list[range]] = [[] for _ in range(placement.num_ranks)]
+    start = 0
+    for tower, tokens in enumerate(tower_tokens):
+        cuts = placement.cuts(tower, tokens)
+        for row, begin, end in zip(rows, cuts[:-1], cuts[1:], strict=True):
+            row.append(range(start + begin, start + end))
+        start += tokens
+    return rows
+
+
+def _sources(ranges: Sequence[range], tower_slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Slot of the group behind each slot of the rank, and whether it is padding instead."""
+    source = np.zeros(sum(tower_slots), dtype=np.int64)
+    padding = np.ones(sum(tower_slots), dtype=bool)
+    begin = 0
+    for slots, size in zip(ranges, tower_slots, strict=True):
+        source[begin : begin + len(slots)] = slots
+        padding[begin : begin + len(slots)] = False
+        begin += size
+    return source, padding
+
+
+def _plan(
+    positions: Sequence[Sequence[np.ndarray]], shard: ModalityShard, num_positions: int
+) -> ExchangePlan:
+    """The exchange of a rank from the positions [P][K] of every rank's rows."""
+    ranks = shard.placement.num_ranks
+    own = positions[shard.rank]
+    if shard.exchange == "heads":
+        first = 0
+        arriving = positions
+        send_rows = tuple((len(rows),) * ranks for rows in own)
+    else:
+        size = num_positions // ranks
+        bounds = np.arange(ranks + 1) * size
+        first = int(bounds[shard.rank])
+        arriving = [
+            [rows[slice(*np.searchsorted(rows, (first, first + size)))] for rows in row]
+            for row in positions
+        ]
+        send_rows = tuple(tuple(np.diff(np.searchsorted(rows, bounds)).tolist()) for rows in own)
+    arrival = np.concatenate([rows for row in arriving for rows in row]) - first
+    place = np.empty_like(arrival)
+    place[arrival] = np.arange(len(arrival))
+    return ExchangePlan(
+        send_rows=send_rows,
+        receive_rows=tuple(sum(len(rows) for rows in row) for row in arriving),
+        arrival_index=torch.from_numpy(arrival),
+        position_index=torch.from_numpy(place),
+    )
+
+
+def _count(values: np.ndarray, size: int) -> tuple[int, ...]:
+    return tuple(np.bincount(values, minlength=size).tolist())
