@@ -14,6 +14,7 @@ import numpy as np
 
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.data.packing import Packing, check_lengths, pack_epoch
 from mot_megatron.errors import CheckpointError, DataError
 from mot_megatron.model.micro_batch import MicroBatch
@@ -30,11 +31,21 @@ class GroupingPlan:
     num_towers: int
     slot_multiple: int = 1
     """Slots per tower are rounded up to this: tensor-parallel size under sequence parallelism."""
+    shard: ModalityShard | None = None
+    """Under modality parallelism, which part of its group's micro-batches a rank takes."""
+
+    @property
+    def group_size(self) -> int:
+        """Data-parallel ranks that read the same sequences: the modality-parallel group."""
+        return 1 if self.shard is None else self.shard.placement.num_ranks
 
 
 @dataclass(frozen=True)
 class DataShard:
-    """Which slices of the global stream a rank reads."""
+    """Which slices of the global stream a rank reads.
+
+    The ranks of a modality-parallel group, neighbours here, all read the slices of all of them.
+    """
 
     rank: int
     """Rank in the data-parallel group."""
@@ -91,13 +102,15 @@ class _SequenceReader:
             num_towers=self._grouping.num_towers,
             slot_multiple=self._grouping.slot_multiple,
             filled_tokens=filled,
+            shard=self._grouping.shard,
         )
 
 
 class PackedLoader:
     """Endless micro-batches of one rank; every epoch packs all documents anew.
 
-    Micro-batch i on rank r takes sequences [(i * size + r) * b, ... + b) of the global stream.
+    Micro-batch i on rank r takes sequences [(i * size + r) * b, ... + b) of the global stream; on
+    a modality-parallel group, its part of what its ranks would take.
     """
 
     def __init__(
@@ -117,6 +130,7 @@ class PackedLoader:
             DataError: No such split, a document longer than ``seq_length``, or a corpus whose
                 number of modalities differs from the plan's.
         """
+        self._grouping = grouping
         self._reader = _SequenceReader(corpus, split, seq_length, grouping)
         self._source = self._reader.source
         self._identity = {"seed": seed, "seq_length": seq_length, "corpus": corpus.fingerprint}
@@ -134,8 +148,10 @@ class PackedLoader:
 
     def next_micro_batch(self) -> MicroBatch:
         """This rank's next micro-batch; no communication, all ranks advance alike."""
-        first = self._next_sequence + self._shard.rank * self._micro_batch_size
-        sequences = [self._sequence(first + row) for row in range(self._micro_batch_size)]
+        group = self._grouping.group_size
+        first_rank = self._shard.rank // group * group
+        first = self._next_sequence + first_rank * self._micro_batch_size
+        sequences = [self._sequence(first + row) for row in range(group * self._micro_batch_size)]
         self._next_sequence += self._shard.size * self._micro_batch_size
         while self._next_sequence >= len(self._packing(self._epoch)):
             self._next_sequence -= len(self._packing(self._epoch))
@@ -227,10 +243,10 @@ def evaluation_batches(
     total = len(packing) if limit_sequences is None else min(limit_sequences, len(packing))
     nothing = np.empty(0, dtype=np.int64)
     stride = shard.size * micro_batch_size
-    starts = range(shard.rank * micro_batch_size, -(-total // stride) * stride, stride)
+    group = grouping.group_size
+    rows = group * micro_batch_size
+    starts = range(shard.rank // group * rows, -(-total // stride) * stride, stride)
     return (
-        reader.read(
-            [packing[i] if i < total else nothing for i in range(start, start + micro_batch_size)]
-        )
+        reader.read([packing[i] if i < total else nothing for i in range(start, start + rows)])
         for start in starts
     )
