@@ -10,6 +10,8 @@ import deepspeed
 import deepspeed.ops
 import torch.distributed as dist
 
+from mot_megatron.errors import ConfigError
+from mot_megatron.optim.owners import has_owned_towers
 from mot_megatron.optim.settings import OptimizerSettings
 
 if TYPE_CHECKING:
@@ -20,34 +22,50 @@ if TYPE_CHECKING:
 NEVER = 2**62
 """Steps between DeepSpeed's own progress lines."""
 LARGEST_BUCKET = 200_000_000
-"""Elements reduced in one collective, unless a single parameter is larger."""
+"""Elements in one collective, unless a single parameter is larger; even, for all-gathers."""
 
 
 class Topology:
-    """What DeepSpeed calls an mpu: it is asked for groups, and knows no globals of megatron.
-
-    It must not define ``initialize_sequence_parallel``: DeepSpeed would then leave the
-    tensor-parallel group out of its norms.
-    """
+    """What DeepSpeed calls an mpu: it is asked for groups, and knows no globals of megatron."""
 
     def __init__(self, groups: ProcessGroups):
         self._groups = groups
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that together hold one copy of the model."""
-        return self._groups.tensor
+        """Ranks that together hold one copy of the model: tensor and pipeline parallelism."""
+        return self._groups.model
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's place among them."""
-        return self._groups.tensor_rank
+        """This rank's place among them, tensor parallelism fastest."""
+        return self._groups.tensor_rank + self._groups.tensor_size * self._groups.pipeline_rank
 
     def get_model_parallel_world_size(self) -> int:
         """How many they are."""
+        return self._groups.tensor_size * self._groups.pipeline_size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that share every matrix."""
+        return self._groups.tensor
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self._groups.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """How many they are."""
         return self._groups.tensor_size
 
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """The stages of a pipeline."""
+        return self._groups.pipeline
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        """This rank's stage."""
+        return self._groups.pipeline_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """How many stages there are."""
+        return self._groups.pipeline_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard of the model and see different data."""
@@ -80,13 +98,32 @@ def prepare_deepspeed() -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
+def check_layout(settings: OptimizerSettings, groups: ProcessGroups) -> None:
+    """Refuse a ZeRO stage that does not go with the layout.
+
+    Raises:
+        ConfigError: Naming the stages that do.
+    """
+    stage = settings.zero_stage
+    if groups.pipeline_size > 1 and stage != 1:
+        raise ConfigError(
+            f"zero_stage = {stage} with {groups.pipeline_size} pipeline stages: "
+            "pipeline parallelism needs zero_stage = 1"
+        )
+    if has_owned_towers(groups) and stage not in (1, 2):
+        raise ConfigError(
+            f"zero_stage = {stage} with towers on different ranks: "
+            "modality parallelism needs zero_stage 1 or 2"
+        )
+
+
 def sums_gradients(settings: OptimizerSettings) -> bool:
     """Whether DeepSpeed can sum gradients over ranks; ZeRO-3 can only average them."""
     return settings.zero_stage < 3
 
 
 def computes_no_norm(settings: OptimizerSettings) -> bool:
-    """Whether DeepSpeed can be spared its own norm, a slow pass in float64; ours is there."""
+    """Whether DeepSpeed's configuration can spare it its own norm; ours is there."""
     bf16_optimizer = settings.zero_stage == 1 and settings.precision == "bf16"
     return settings.zero_stage in (1, 2) and settings.offload == "none" and not bf16_optimizer
 
@@ -98,14 +135,17 @@ def deepspeed_config(
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     vectors = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     # Buckets smaller than the largest parameter crash ZeRO-2 on uneven sizes; larger than the
-    # model they are wasted memory. all-gather wants an even size.
+    # model they are wasted memory.
     bucket = max(max(sizes), min(sum(sizes), LARGEST_BUCKET))
-    bucket += bucket % 2
+    if has_owned_towers(groups):
+        # A bucket mixes parameters of several owners, and ranks that hold different towers would
+        # fill theirs at different points. So each parameter is reduced by itself.
+        bucket = 1
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": False,
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
+        "allgather_bucket_size": LARGEST_BUCKET,
         # ZeRO-3 keeps vectors whole (gathering them costs more than it saves), matrices never.
         "stage3_param_persistence_threshold": max(vectors, default=0) + 1,
     }

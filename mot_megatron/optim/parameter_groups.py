@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from mot_megatron.optim.owners import Owned
 
 
-def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Group the trainable parameters into those that decay and those that do not.
+def parameter_groups(owned: Iterable[Owned], weight_decay: float) -> list[dict[str, Any]]:
+    """Group parameters by owners, and these into those that decay and those that do not.
 
-    The order inside a group is the model's, so it is the same on every rank. DeepSpeed hangs in
-    its norm when ranks hold unequal numbers of groups: all ranks must hold at least one parameter
-    of the same kinds, which is so while every rank holds a shard of every layer.
+    DeepSpeed gathers the weights group by group, so the groups' order is that of ``owned``.
 
     Returns:
-        Groups for a torch optimizer, each with "params" and "weight_decay"; empty ones left out.
+        Groups for a torch optimizer, each with "params" and "weight_decay", and those that have
+        owners of their own with "moe" and "name" for DeepSpeed; empty ones left out.
     """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for owners in owned:
+        marks = {} if owners.name is None else {"moe": True, "name": owners.name}
+        matrices = [p for p in owners.parameters if p.ndim > 1]
+        vectors = [p for p in owners.parameters if p.ndim <= 1]
+        groups += [
+            {"params": matrices, "weight_decay": weight_decay} | marks,
+            {"params": vectors, "weight_decay": 0.0} | marks,
+        ]
     return [group for group in groups if group["params"]]

@@ -43,16 +43,16 @@ class Partition(Protocol):
     def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Local gradients, between the last backward and the step.
 
-        Over the data-parallel ranks each element appears exactly once; padding is zero.
+        Over a parameter's owners each element appears exactly once; padding is zero.
         """
         ...
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """Full fp32 weight and moments. Collective over the data-parallel group."""
+        """Full fp32 weight and moments. Collective over the parameter's owners."""
         ...
 
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
-        """Set fp32 weight and moments from full tensors, equal on all data-parallel ranks."""
+        """Set fp32 weight and moments from full tensors, equal on all owners."""
         ...
 
     def publish(self) -> None:
@@ -99,7 +99,7 @@ class Replicated:
 
 
 class Flat:
-    """Stages 1 and 2: flat buffers, cut into one piece per data-parallel rank.
+    """Stages 1 and 2: flat buffers, one per parameter group, cut into one piece per owner.
 
     DeepSpeed uses two optimizer classes here, which both link each parameter to its piece.
     """
@@ -107,6 +107,11 @@ class Flat:
     def __init__(self, parameters: list[nn.Parameter], optimizer: Any):
         self._parameters = parameters
         self._optimizer = optimizer
+        # Neither class can always be configured to leave out its norm. Ours is there, and theirs
+        # is a slow pass in float64 which hangs where ranks hold different numbers of groups.
+        zero = torch.zeros(())
+        optimizer.scaled_global_norm = lambda *_args, **_kwargs: zero
+        optimizer.get_grads_for_norm = lambda *_args, **_kwargs: ([zero], {})
 
     def optimized(self) -> list[torch.Tensor]:
         """This rank's piece of the buffer of each parameter group."""
@@ -116,6 +121,19 @@ class Flat:
         """DeepSpeed links after the first step, and then only the first parameter group."""
         self._optimizer._hp_optimizer_states_linked = False
         self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    @staticmethod
+    def unreduced(parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's whole gradient, summed over micro-batches, to be changed in place.
+
+        Only for stage 1, before the gradients are summed over ranks.
+        """
+        # Where the bf16 optimizer sums, where DeepSpeed's other one does, and where torch does.
+        for key in ("_hp_grad", "grad_accum", "grad"):
+            gradient = getattr(parameter, key, None)
+            if gradient is not None:
+                return gradient
+        raise AssertionError("the parameter has no gradient")
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Pieces of the reduced gradients; parameters that lie elsewhere are left out."""
@@ -131,7 +149,7 @@ class Flat:
             yield parameter, gradient
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """A sum over the data-parallel group of pieces that do not overlap."""
+        """A sum over the owners of pieces that do not overlap."""
         return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
             key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
         }
@@ -143,7 +161,7 @@ class Flat:
             safe_set_full_optimizer_state(parameter, values[key], key)
 
     def publish(self) -> None:
-        """All-gather over the data-parallel group."""
+        """One all-gather per parameter group, over its owners."""
         self._optimizer.update_lp_params()
 
 

@@ -20,17 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mot_megatron.model.sharding import tower_of
+from mot_megatron.model.sharding import is_replica, tower_of
 from mot_megatron.optim.adamw import GatedAdamW
 from mot_megatron.optim.deepspeed_setup import (
     Topology,
+    check_layout,
     deepspeed_config,
     prepare_deepspeed,
     sums_gradients,
 )
 from mot_megatron.optim.norms import StepNorms, step_norms
+from mot_megatron.optim.owners import OwnersModule, by_owners
 from mot_megatron.optim.parameter_groups import parameter_groups
 from mot_megatron.optim.partitions import Flat, Partition, Replicated, Scattered
 from mot_megatron.optim.settings import OptimizerSettings
@@ -42,42 +45,74 @@ if TYPE_CHECKING:
 class ZeroEngine:
     """Forward, backward and step of a model whose optimizer, at least, is sharded by ZeRO."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, groups: ProcessGroups):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        groups: ProcessGroups,
+        *,
+        num_towers: int | None = None,
+    ):
         """Take over ``model``, on its device; with ZeRO-3 its parameters are cut up in place.
 
-        Every parameter needs ``tower``, and ``tensor_model_parallel`` set to True where tensor
+        The model is this rank's part: of its pipeline stage, and with the towers it holds. Every
+        parameter needs ``tower``, and ``tensor_model_parallel`` set to True where tensor
         parallelism splits it. Replicated parameters' gradients must be complete on every
-        tensor-parallel rank. Collective over the world: the weights of each data-parallel group's
-        first rank are sent to the others.
+        tensor-parallel rank. Of a parameter that the first and the last pipeline stage both hold,
+        both need ``tied_across_stages`` set to True, and the last one's ``mark_replica``.
+
+        Collective over the world: a parameter's values on the first of its owners (the ranks of
+        its ``groups.reduction_group``) are sent to the others.
+
+        Args:
+            model: This rank's part.
+            settings: The same on all ranks.
+            groups: This rank's.
+            num_towers: K of the whole model, over all ranks; may be left out where every rank
+                holds every tower.
+
+        Raises:
+            ConfigError: The ZeRO stage does not go with the layout.
         """
+        check_layout(settings, groups)
         prepare_deepspeed()
         self._model = model
         self._settings = settings
         self._groups = groups
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._num_towers = 1 + max(tower_of(p) for p in self._parameters.values())
+        self._num_towers = self._count_towers() if num_towers is None else num_towers
         self._micro_batches = 0
         self._reached: set[str] = set()
         for name, parameter in self._parameters.items():
             parameter.register_hook(functools.partial(self._mark_reached, name))
+        owned = by_owners(self._parameters.values(), groups)
         self._adamw = GatedAdamW(
-            parameter_groups(self._parameters.values(), settings.weight_decay),
+            parameter_groups(owned, settings.weight_decay),
             lr=0.0,  # given to every step
             betas=settings.betas,
             eps=settings.eps,
             fused=True,
         )
+        module = OwnersModule(model, owned) if any(o.name for o in owned) else model
         config = deepspeed_config(settings, model, groups)
         with contextlib.redirect_stdout(
             io.StringIO()
         ):  # memory reports that cannot be switched off
             self._engine, optimizer, *_ = deepspeed.initialize(
-                model=model, optimizer=self._adamw, config=config, mpu=Topology(groups)
+                model=module, optimizer=self._adamw, config=config, mpu=Topology(groups)
             )
+        # Pipelines run backward without telling DeepSpeed, which must not take it for the last.
+        self._engine.set_gradient_accumulation_boundary(False)
         self._partition = self._make_partition(optimizer)
         for tensor in self._partition.optimized():
             self._adamw.make_state(tensor)
         self._partition.link()
+
+    def _count_towers(self) -> int:
+        assert max(self._groups.pipeline_size, self._groups.modality_size) == 1, (
+            "num_towers is needed where ranks hold different parts of the model"
+        )
+        return 1 + max(tower_of(p) for p in self._parameters.values())
 
     def _mark_reached(self, name: str, _gradient: torch.Tensor) -> None:
         self._reached.add(name)
@@ -118,6 +153,7 @@ class ZeroEngine:
                 and offloading would silently use what they hold of the step before, and ranks that
                 disagree would hang.
         """
+        assert self._groups.pipeline_size == 1, "a pipeline runs backward itself"
         self._micro_batches += 1
         last = self._micro_batches == self._settings.gradient_accumulation_steps
         assert self._micro_batches <= self._settings.gradient_accumulation_steps
@@ -128,6 +164,32 @@ class ZeroEngine:
         factor = 1 if sums_gradients(self._settings) else self._groups.data_size
         self._reached.clear()
         self._engine.backward(loss * factor, scale_wrt_gas=False)
+        self._check_reached()
+
+    def reduce_gradients(self) -> None:
+        """Finish the gradients of a step whose micro-batches a pipeline schedule has run.
+
+        The schedule calls the model itself, not ``forward``, and autograd, not ``backward``, for
+        all micro-batches of a step, with losses scaled as for ``backward``. Then this, then
+        ``step``. Collective over ``groups.embedding``, on stages with tied parameters, then over
+        the parameters' owners.
+
+        Raises:
+            RuntimeError: A parameter got no gradient in any micro-batch.
+        """
+        assert self._groups.pipeline_size > 1, "without a pipeline, backward does this"
+        assert isinstance(self._partition, Flat)
+        self._check_reached()
+        self._reached.clear()
+        for parameter in self._parameters.values():
+            if getattr(parameter, "tied_across_stages", False):
+                gradient = self._partition.unreduced(parameter)
+                dist.all_reduce(gradient, group=self._groups.embedding)
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+        self._micro_batches = self._settings.gradient_accumulation_steps
+
+    def _check_reached(self) -> None:
         if len(self._reached) < len(self._parameters):
             missing = sorted(self._parameters.keys() - self._reached)
             raise RuntimeError(f"no gradient reached {len(missing)} parameters: {missing[:5]}")
@@ -148,13 +210,19 @@ class ZeroEngine:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        self._engine.set_gradient_accumulation_boundary(False)
         return norms
 
     def _counted_gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Of a parameter that all tensor-parallel ranks hold alike, the first rank's counts."""
+        """Each element of the model's gradient on one rank of the world.
+
+        Of a parameter that all tensor-parallel ranks hold alike, the first rank's counts; of one
+        that two pipeline stages hold, the original. The partition sees to data parallelism.
+        """
         first = self._groups.tensor_rank == 0
         for parameter, gradient in self._partition.gradients():
-            if first or getattr(parameter, "tensor_model_parallel", False):
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if (first or split) and not is_replica(parameter):
                 yield parameter, gradient
 
     def _clip_coefficient(self, norm: float) -> float:
@@ -171,9 +239,13 @@ class ZeroEngine:
     def export_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Yield (parameter name, state) one by one, in the model's order.
 
+        These are the parameters that this rank holds, copies of another pipeline stage's included.
         The state holds this tensor-parallel rank's whole fp32 "weight", "exp_avg" and
-        "exp_avg_sq", as new tensors on the device, equal on all data-parallel ranks whatever the
-        ZeRO stage. Collective over the data-parallel group: all its ranks must exhaust it.
+        "exp_avg_sq", as new tensors on the device, equal on all owners whatever the ZeRO stage.
+
+        Every parameter costs collectives over its owners: all data-parallel ranks must exhaust the
+        iterator. They may hold different towers; as all take the model's order, none can wait for
+        a rank that waits for it.
         """
         for name, parameter in self._parameters.items():
             yield name, self._partition.read(parameter)
@@ -181,10 +253,10 @@ class ZeroEngine:
     def import_state(
         self, state: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int
     ) -> None:
-        """Continue from what ``export_state`` gave, under any ZeRO stage and data-parallel size.
+        """Continue from what ``export_state`` gave, in any layout that cuts tensors alike.
 
-        ``state`` is looked up once per parameter, so it may load lazily. Collective over the
-        data-parallel group.
+        ``state`` is looked up once for each parameter that this rank holds, in the model's order,
+        so it may load lazily. Collective over the data-parallel group.
         """
         for name, parameter in self._parameters.items():
             self._partition.write(parameter, dict(state[name]))

@@ -1,27 +1,81 @@
-"""What decays and what does not."""
+"""What decays and what does not, and in which order owners come."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 
+from mot_megatron.optim.owners import Owned, by_owners
 from mot_megatron.optim.parameter_groups import parameter_groups
 
 
-def parameter(*shape: int, trainable: bool = True) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape), requires_grad=trainable)
+@dataclass(frozen=True)
+class Group:
+    """In the place of a process group, which is hashable too."""
+
+    group_name: str
+
+
+def parameter(*shape: int, tower: int = -1) -> nn.Parameter:
+    made = nn.Parameter(torch.zeros(shape))
+    made.tower = tower  # type: ignore[attr-defined]
+    return made
+
+
+def ids(parameters: list[nn.Parameter]) -> list[int]:
+    return list(map(id, parameters))
+
+
+def owned(name: str | None, *parameters: nn.Parameter) -> Owned:
+    group: Any = SimpleNamespace()
+    return Owned(group, name, list(parameters))
 
 
 def test_matrices_decay_and_vectors_do_not():
     matrix, bias, scalar, cube = parameter(3, 2), parameter(3), parameter(), parameter(2, 2, 2)
-    decayed, rest = parameter_groups([matrix, bias, scalar, cube], weight_decay=0.1)
+    decayed, rest = parameter_groups([owned(None, matrix, bias, scalar, cube)], weight_decay=0.1)
     assert decayed["weight_decay"] == 0.1
-    assert [id(p) for p in decayed["params"]] == [id(matrix), id(cube)]
+    assert ids(decayed["params"]) == ids([matrix, cube])
     assert rest["weight_decay"] == 0.0
-    assert [id(p) for p in rest["params"]] == [id(bias), id(scalar)]
+    assert ids(rest["params"]) == ids([bias, scalar])
+    assert not {"moe", "name"} & (decayed.keys() | rest.keys())
 
 
-def test_frozen_parameters_and_empty_groups_are_left_out():
-    matrix = parameter(3, 2)
-    (group,) = parameter_groups([matrix, parameter(3, trainable=False)], weight_decay=0.1)
-    assert [id(p) for p in group["params"]] == [id(matrix)]
+def test_owners_keep_apart_and_empty_groups_are_left_out():
+    shared, first, second, vector = (
+        parameter(3, 2),
+        parameter(2, 2),
+        parameter(4, 4),
+        parameter(5),
+    )
+    groups = parameter_groups(
+        [owned(None, shared), owned("a", first), owned("b", second, vector)], weight_decay=0.1
+    )
+    assert [ids(group["params"]) for group in groups] == [
+        ids([shared]),
+        ids([first]),
+        ids([second]),
+        ids([vector]),
+    ]
+    assert [group.get("name") for group in groups] == [None, "a", "b", "b"]
+    assert [group.get("moe", False) for group in groups] == [False, True, True, True]
+
+
+def test_all_data_parallel_ranks_come_first_then_the_lowest_tower():
+    """Towers 0 and 3 live on the same ranks, tower 1 on others, tower 2 on all."""
+    data, one, other = map(Group, ("data", "one", "other"))
+    by_tower = {-1: data, 0: one, 1: other, 2: data, 3: one}
+    groups: Any = SimpleNamespace(data=data, reduction_group=by_tower.__getitem__)
+    made = {tower: parameter(2, tower=tower) for tower in (3, 1, 2, 0, -1)}
+    found = by_owners(made.values(), groups)
+    assert [o.group for o in found] == [data, one, other]
+    assert [o.name for o in found] == [None, "holders_one", "holders_other"]
+    assert [ids(o.parameters) for o in found] == [
+        ids([made[2], made[-1]]),
+        ids([made[3], made[0]]),
+        ids([made[1]]),
+    ]
