@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 # The launcher's CPU accelerator names "GPUs" 0 and 1 for its ranks; a real one would be taken.
@@ -16,16 +15,10 @@ from pathlib import Path
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch.distributed as dist
-
-from mot_megatron.config import load_config
-from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import UserError
-from mot_megatron.parallel.groups import build_process_groups
-from mot_megatron.rules import check_world_size
-from mot_megatron.train.distributed import join_world
-from mot_megatron.train.loop import train
-from mot_megatron.train.session import resolve_config
+from mot_megatron.train.distributed import World, find_world, join_world
+from mot_megatron.train.watch import Watch, report_mendable
+from mot_megatron.train.whereabouts import Whereabouts
 
 _ALONE = {
     "RANK": "0",
@@ -34,8 +27,6 @@ _ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-_SECONDS_FOR_FIRST_RANK = 5
-"""How long other ranks hold back an error that the first rank most likely prints as well."""
 
 
 def main() -> int:
@@ -55,39 +46,42 @@ def main() -> int:
     # A launcher sets these; a process started alone is a world of one.
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
+    where = Whereabouts()
     try:
-        run(arguments.config, arguments.overrides)
+        world = find_world(
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            int(os.environ["LOCAL_RANK"]),
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+        )
+        with Watch(world, where):
+            run(arguments.config, arguments.overrides, world, where)
     except UserError as error:
-        return report(error, int(os.environ["RANK"]))
+        return report_mendable(error)
     return 0
 
 
-def run(config_path: Path, overrides: list[str]) -> None:
+def run(config_path: Path, overrides: list[str], world: World, where: Whereabouts) -> None:
     """Check what can be checked alone, then join the other ranks and train."""
+    # Under the watch: these take seconds, and where one of them fails on one node (a package is
+    # missing), the others must hear of it.
+    import torch.distributed as dist
+
+    from mot_megatron.config import load_config
+    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.rules import check_world_size
+    from mot_megatron.train.loop import train
+    from mot_megatron.train.session import build_groups, resolve_config
+
     config = load_config(config_path, overrides)
-    check_world_size(config, int(os.environ["WORLD_SIZE"]))
+    check_world_size(config, world.size)
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
-    device = join_world(int(os.environ["LOCAL_RANK"]))
-    try:
-        groups = build_process_groups(config.parallel.tensor_model_parallel_size, device)
-        train(config, corpus, groups)
-    finally:
-        dist.destroy_process_group()
-
-
-def report(error: UserError, rank: int) -> int:
-    """Print one line for the whole job where all ranks fail alike.
-
-    The launcher ends the other ranks as soon as the first has failed; one that fails alone
-    outlives the pause and says so itself.
-    """
-    if rank:
-        time.sleep(_SECONDS_FOR_FIRST_RANK)
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+    device = join_world(world)
+    train(config, corpus, build_groups(config, corpus, device), where)
+    # Not after an error: other ranks would fail for the connections that this one closes.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class HeadSlices:
     @property
     def are_split(self) -> bool:
         """Whether ranks attend with different heads."""
-        return len(set(self.queries)) > 1
+        return self.queries[0] != self.queries[-1]
 
     @classmethod
     def whole(cls, num_heads: int, num_groups: int, num_ranks: int) -> HeadSlices:
@@ -153,7 +153,7 @@ class ModalityExchange:
 
         Where a key-value head went to several ranks, the sum of what came back.
         """
-        summed = self.heads.are_split and len(set(chosen)) < len(chosen)
+        summed = self.heads.are_split and chosen[0] == chosen[1]
         slices = []
         for slots, tokens in zip(self.slots, self.tokens, strict=True):
             part = buffer.new_empty(slots, num_heads, buffer.shape[-1])

@@ -116,7 +116,7 @@ def rank_major(values: torch.Tensor, slots: Sequence[int], num_ranks: int) -> to
     Rank r's local stream is its r-th part of every tower's slice; gathering the local streams of
     all ranks puts rank 0's parts of all towers first, then rank 1's. Identity for one rank.
     """
-    if num_ranks == 1:
+    if num_ranks == 1 or not values.numel():
         return values
     parts = [part.chunk(num_ranks) for part in values.split(tuple(slots)) if part.numel()]
     return torch.cat([tower[rank] for rank in range(num_ranks) for tower in parts])

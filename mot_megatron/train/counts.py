@@ -53,8 +53,9 @@ class GlobalCounts:
         total = torch.tensor([*local, int(stop)], dtype=torch.int64, device=groups.device)
         dist.all_reduce(total)
         *values, stops = total.tolist()
-        # Tensor-parallel ranks hold the same batches.
-        values = [value // groups.tensor_size for value in values]
+        # Tensor-parallel ranks and pipeline stages hold the same batches.
+        copies = groups.tensor_size * groups.pipeline_size
+        values = [value // copies for value in values]
         modalities, towers = len(batches[0].modality_labels), len(batches[0].tower_tokens)
         labels, tokens = values[:modalities], values[modalities : 2 * modalities]
         tower_tokens = values[2 * modalities : 2 * modalities + towers]

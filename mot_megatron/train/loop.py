@@ -23,6 +23,7 @@ from mot_megatron.train.state import Progress, checkpoint_directory, restore, sa
 from mot_megatron.train.step import StepResult, evaluate, train_step
 from mot_megatron.train.stop import StopRequest
 from mot_megatron.train.summary import has_summary, write_summary
+from mot_megatron.train.whereabouts import Whereabouts
 
 
 @dataclass
@@ -46,16 +47,24 @@ class _Run:
         return self.session.config
 
 
-def train(config: Config, corpus: Corpus, groups: ProcessGroups) -> None:
+def train(
+    config: Config, corpus: Corpus, groups: ProcessGroups, where: Whereabouts | None = None
+) -> None:
     """Train a resolved configuration to its last step, or until asked to stop.
 
     Continues from the newest verified checkpoint of the run's folder. Collective over the world.
+
+    Args:
+        config: resolved.
+        corpus: what it names.
+        groups: of this rank.
+        where: told which phase this rank is in.
 
     Raises:
         UserError: something the user can mend; what was saved stays.
     """
     search = resolve_resume(checkpoint_directory(config.run_directory))
-    session = build_session(config, corpus, groups)
+    session = build_session(config, corpus, groups, where)
     first = session.is_first_rank
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
     # A finished run that is started again evaluates again, but has logged its points already;
@@ -104,10 +113,7 @@ def _one_step(run: _Run, stop: bool) -> StepResult:
     session, progress = run.session, run.progress
     try:
         result = train_step(
-            session.engine,
-            session.loader,
-            session.config,
-            session.groups,
+            session,
             step=progress.steps + 1,
             learning_rate=session.schedule.at(progress.steps),
             stop=stop,
@@ -144,7 +150,8 @@ def _report(run: _Run) -> None:
 
 def _evaluate(run: _Run, whole: bool = False) -> tuple[float, ...]:
     session = run.session
-    bits = evaluate(session.engine, session.held_out_batches(whole), session.groups)
+    session.where.enter("evaluation")
+    bits = evaluate(session, session.held_out_batches(whole))
     run.console.held_out(run.progress.steps, bits)
     if run.log:
         run.log.log_held_out(run.progress.steps, bits)
@@ -153,11 +160,13 @@ def _evaluate(run: _Run, whole: bool = False) -> tuple[float, ...]:
 
 def _save(run: _Run) -> None:
     if run.saved_steps != run.progress.steps:
+        run.session.where.enter("checkpoint")
         save(run.session, run.progress)
         run.saved_steps = run.progress.steps
 
 
 def _sample(run: _Run) -> None:
+    run.session.where.enter("samples")
     log_samples(run.session, run.log, run.progress.steps)
 
 

@@ -10,12 +10,17 @@ import torch
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
+from mot_megatron.data.modality_shards import ModalityShard
+from mot_megatron.model.flops import step_flops
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.optim.schedule import LearningRateSchedule
 from mot_megatron.optim.settings import OptimizerSettings
 from mot_megatron.optim.zero import ZeroEngine
-from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
+from mot_megatron.parallel.placement import Placement, balanced_placement
+from mot_megatron.train.pipeline import Pipeline
+from mot_megatron.train.whereabouts import Whereabouts
 
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLIT = "validation"
@@ -32,6 +37,10 @@ class Session:
     engine: ZeroEngine
     loader: PackedLoader
     schedule: LearningRateSchedule
+    pipeline: Pipeline | None
+    """How micro-batches go through the stages; None where one stage is the whole model."""
+    where: Whereabouts
+    """Kept up to date, so that others can say where this rank was lost."""
 
     @property
     def model(self) -> MixtureOfTransformers:
@@ -59,17 +68,71 @@ def resolve_config(config: Config, corpus: Corpus) -> Config:
     return config.resolved_for(names, corpus.description.vocab_size)
 
 
-def grouping_plan(config: Config) -> GroupingPlan:
-    """How batches are grouped for the model of a resolved configuration."""
+def choose_placement(config: Config, corpus: Corpus) -> Placement | None:
+    """Where the towers of a resolved configuration lie; None without modality parallelism.
+
+    "auto" balances the FLOPs of the training split's tokens. Attention is left out: where it runs
+    depends on sequences and heads, not on towers.
+    """
+    parallel, model = config.parallel, config.model
+    if parallel.modality_parallel_size == 1:
+        return None
+    if parallel.placement == "auto":
+        flops = tower_flops(config, corpus)
+        return balanced_placement(flops, parallel.modality_parallel_size)
+    return Placement(
+        tuple(
+            tuple(shares.get(tower, 0.0) for tower in model.tower_names)
+            for shares in parallel.placement
+        )
+    )
+
+
+def tower_flops(config: Config, corpus: Corpus) -> tuple[float, ...]:
+    """FLOPs of every tower's tokens over the training split: projections, networks and head."""
+    model = config.model
+    tokens = [0] * model.num_towers
+    split = corpus.description.splits[TRAIN_SPLIT]
+    for modality, tower in zip(model.modalities, model.towers_of_modalities, strict=True):
+        tokens[tower] += split.tokens_per_modality[modality]
+    flops = step_flops(model, tokens, attended_pairs=0)
+    per_token = flops.head / max(sum(tokens), 1)
+    return tuple(
+        tower + per_token * count for tower, count in zip(flops.towers, tokens, strict=True)
+    )
+
+
+def build_groups(config: Config, corpus: Corpus, device: torch.device) -> ProcessGroups:
+    """Process groups for a resolved configuration, in the world that has been joined."""
     parallel = config.parallel
+    return build_process_groups(
+        parallel.tensor_model_parallel_size,
+        device,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        placement=choose_placement(config, corpus),
+    )
+
+
+def grouping_plan(config: Config, groups: ProcessGroups | None = None) -> GroupingPlan:
+    """How batches are grouped for the model of a resolved configuration.
+
+    Without ``groups`` for a model that one rank holds whole.
+    """
+    parallel = config.parallel
+    shard = None
+    if groups is not None and groups.placement is not None:
+        shard = ModalityShard(groups.placement, groups.modality_rank, parallel.attention_exchange)
     return GroupingPlan(
         towers_of_modalities=config.model.towers_of_modalities,
         num_towers=config.model.num_towers,
         slot_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        shard=shard,
     )
 
 
-def build_session(config: Config, corpus: Corpus, groups: ProcessGroups) -> Session:
+def build_session(
+    config: Config, corpus: Corpus, groups: ProcessGroups, where: Whereabouts | None = None
+) -> Session:
     """Build model, optimizer and data of a resolved configuration on this rank.
 
     Collective over the world.
@@ -81,7 +144,7 @@ def build_session(config: Config, corpus: Corpus, groups: ProcessGroups) -> Sess
         TRAIN_SPLIT,
         seq_length=config.data.seq_length,
         micro_batch_size=training.micro_batch_size,
-        grouping=grouping_plan(config),
+        grouping=grouping_plan(config, groups),
         shard=DataShard(groups.data_rank, groups.data_size),
         seed=config.run.seed,
     )
@@ -90,7 +153,9 @@ def build_session(config: Config, corpus: Corpus, groups: ProcessGroups) -> Sess
     _held_out_batches(config, corpus, groups, limit_sequences=None)
     model = MixtureOfTransformers(config, groups, dtype)
     engine = ZeroEngine(model, _optimizer_settings(config, groups), groups)
-    return Session(config, groups, corpus, engine, loader, _schedule(config))
+    pipeline = Pipeline(model, config, groups) if groups.pipeline_size > 1 else None
+    schedule, where = _schedule(config), where or Whereabouts()
+    return Session(config, groups, corpus, engine, loader, schedule, pipeline, where)
 
 
 def _held_out_batches(
@@ -101,7 +166,7 @@ def _held_out_batches(
         HELD_OUT_SPLIT,
         seq_length=config.data.seq_length,
         micro_batch_size=config.training.micro_batch_size,
-        grouping=grouping_plan(config),
+        grouping=grouping_plan(config, groups),
         shard=DataShard(groups.data_rank, groups.data_size),
         limit_sequences=limit_sequences,
     )

@@ -6,22 +6,23 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mot_megatron.config import Config
-from mot_megatron.data.loader import PackedLoader
 from mot_megatron.errors import TrainingError
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.optim.norms import StepNorms
-from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.counts import GlobalCounts
 from mot_megatron.train.hardware import synchronize
+from mot_megatron.train.session import Session
 
 BITS_PER_NAT = 1 / math.log(2)
+_ROUNDS_AT_ONCE = 8
+"""Micro-batches per stage that an evaluation sends through a pipeline without emptying it."""
 
 
 @dataclass(frozen=True)
@@ -51,76 +52,97 @@ class StepResult:
 
 
 def train_step(
-    engine: ZeroEngine,
-    loader: PackedLoader,
-    config: Config,
-    groups: ProcessGroups,
-    *,
-    step: int,
-    learning_rate: float,
-    stop: bool = False,
+    session: Session, *, step: int, learning_rate: float, stop: bool = False
 ) -> StepResult:
     """One optimizer step on one global batch.
 
-    Collectives: one all-reduce of counts over the world and one of loss sums over data
-    parallelism, besides the model's and the engine's.
+    Collectives: one all-reduce of counts and one of loss sums over the world, besides the model's
+    and the engine's.
 
     Raises:
         TrainingError: the loss or a gradient is not finite; no weight has been changed.
     """
+    config, groups = session.config, session.groups
     clock = _Clock(groups.device)
+    session.where.enter("data", step)
     accumulation = config.accumulation_steps(groups.data_size)
-    batches = [loader.next_micro_batch() for _ in range(accumulation)]
+    batches = [session.loader.next_micro_batch() for _ in range(accumulation)]
     counts = GlobalCounts.gather(batches, groups, stop)
     divisor = counts.loss_weight(config.model.loss_weights)
     data_seconds = clock.lap()
 
-    sums = torch.zeros(len(counts.modality_labels), device=groups.device)
-    for batch in batches:
-        loss, modality_sums = engine.forward(batch.to(groups.device))
-        engine.backward(loss / divisor)
-        sums += modality_sums
+    session.where.enter("forward and backward")
+    sums = _accumulate_gradients(session, batches, divisor)
     bits = mean_bits(sums, counts.modality_labels, groups)
     _check_loss(bits, counts.modality_labels, list(config.model.modalities), step)
     forward_backward_seconds = clock.lap()
 
-    norms = engine.step(learning_rate)
+    session.where.enter("optimizer")
+    norms = session.engine.step(learning_rate)
     _check_norms(norms, config.model.tower_names, step)
     seconds = StepSeconds(data_seconds, forward_backward_seconds, clock.lap())
     return StepResult(bits, counts, norms, learning_rate, seconds)
 
 
-def evaluate(
-    engine: ZeroEngine, batches: Iterable[MicroBatch], groups: ProcessGroups
-) -> tuple[float, ...]:
+def _accumulate_gradients(
+    session: Session, batches: Sequence[MicroBatch], divisor: float
+) -> torch.Tensor:
+    """Forward and backward of every micro-batch; this rank's sums of cross entropy, [M]."""
+    engine, device = session.engine, session.groups.device
+    if session.pipeline is not None:
+        sums = session.pipeline.forward_backward(batches, divisor)
+        engine.reduce_gradients()
+        return sums
+    sums = torch.zeros(len(session.config.model.modalities), device=device)
+    for batch in batches:
+        loss, modality_sums = engine.forward(batch.to(device))
+        engine.backward(loss / divisor)
+        sums += modality_sums
+    return sums
+
+
+def evaluate(session: Session, batches: Iterable[MicroBatch]) -> tuple[float, ...]:
     """Mean cross entropy per modality over ``batches`` of all ranks, in bits per token.
 
     Every rank must have the same number of batches. NaN for a modality without labels. The first
     rank shows a progress bar where people watch and it takes longer than 5 s.
     """
+    groups = session.groups
     # None: a bar on a terminal only.
     silent = None if groups.rank == 0 else True
-    sums: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
+    sums = torch.zeros(len(session.config.model.modalities), device=groups.device)
+    labels = torch.zeros(len(sums), dtype=torch.int64)
+    # A pipeline is filled anew for every round of micro-batches.
+    at_once = 1 if session.pipeline is None else _ROUNDS_AT_ONCE * groups.pipeline_size
+    bar = tqdm(batches, "held out", delay=5, ncols=100, leave=False, disable=silent)
+    remaining = iter(bar)
     with torch.no_grad():
-        bar = tqdm(batches, "held out", delay=5, ncols=100, leave=False, disable=silent)
-        for batch in bar:
-            _, modality_sums = engine.forward(batch.to(groups.device))
-            counted = torch.tensor(batch.modality_labels)
-            sums = modality_sums if sums is None else sums + modality_sums
-            labels = counted if labels is None else labels + counted
-    assert sums is not None
-    assert labels is not None
+        while window := list(islice(remaining, at_once)):
+            sums += _window_sums(session, window)
+            labels += torch.tensor([batch.modality_labels for batch in window]).sum(0)
     labels = labels.to(groups.device)
     dist.all_reduce(labels, group=groups.data)
     return mean_bits(sums, labels.tolist(), groups)
 
 
+def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor:
+    if session.pipeline is not None:
+        return session.pipeline.forward(window)
+    (batch,) = window
+    return session.engine.forward(batch.to(session.groups.device))[1]
+
+
 def mean_bits(
     sums: torch.Tensor, labels: Sequence[int], groups: ProcessGroups
 ) -> tuple[float, ...]:
-    """Sum nats over data parallelism, divide by the global number of labels, turn into bits."""
-    dist.all_reduce(sums, group=groups.data)
+    """Sum nats over all ranks, divide by the global number of labels, turn into bits.
+
+    Tensor-parallel ranks have the same sums, of which the first's count; stages before the last
+    have none.
+    """
+    if groups.tensor_rank > 0:
+        sums = torch.zeros_like(sums)
+    dist.all_reduce(sums)
     return tuple(
         nats / count * BITS_PER_NAT if count else math.nan
         for nats, count in zip(sums.tolist(), labels, strict=True)

@@ -10,8 +10,7 @@ import torch
 
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.sharding import ParameterLayout, layout_of
-from mot_megatron.parallel.groups import build_process_groups
-from mot_megatron.train.session import build_session, resolve_config
+from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.step import evaluate, train_step
 from tests.ranks import run_ranks
 from tests.train.small_runs import small_config, write_corpus
@@ -49,7 +48,7 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
     config = small_config(corpus_directory, overrides)
     corpus = Corpus.open(corpus_directory)
     config = resolve_config(config, corpus)
-    groups = build_process_groups(config.parallel.tensor_model_parallel_size, torch.device("cpu"))
+    groups = build_groups(config, corpus, torch.device("cpu"))
     session = build_session(config, corpus, groups)
     lacking = 0
     original = session.loader.next_micro_batch
@@ -64,16 +63,13 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
     losses, norms = [], []
     for step in range(STEPS):
         result = train_step(
-            session.engine,
-            session.loader,
-            config,
-            groups,
+            session,
             step=step + 1,
             learning_rate=session.schedule.at(step),
         )
         losses.append(result.modality_bits)
         norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
-    held_out = evaluate(session.engine, session.held_out_batches(), groups)
+    held_out = evaluate(session, session.held_out_batches())
     return Outcome(
         groups.tensor_rank,
         groups.tensor_size,

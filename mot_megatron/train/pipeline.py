@@ -1,0 +1,160 @@
+"""Micro-batches through the stages, by megatron-core's 1F1B and interleaved schedules.
+
+Every stage reads the same micro-batches from its own loader, so what stages send each other is the
+residual stream alone. Its rows vary from micro-batch to micro-batch; they travel padded to the
+most of any micro-batch of the step, a number all stages know, so that no shapes need be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from mot_megatron.config import Config
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.pieces import Piece
+from mot_megatron.parallel.groups import ProcessGroups
+
+
+class Pipeline:
+    """One stage's end of the schedule."""
+
+    def __init__(self, model: MixtureOfTransformers, config: Config, groups: ProcessGroups) -> None:
+        """Make the pieces of ``model`` known to megatron; no communication."""
+        self._groups = groups
+        self._num_modalities = len(config.model.modalities)
+        self.num_pieces = len(model.pieces)
+        schedule_config = _schedule_config(config, groups)
+        self._pieces = [
+            _PipelinePiece(model, piece, schedule_config, index if self.num_pieces > 1 else None)
+            for index, piece in enumerate(model.pieces)
+        ]
+        self._run = get_forward_backward_func(
+            groups.pipeline_size, self.num_pieces if self.num_pieces > 1 else None
+        )
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], divisor: float) -> torch.Tensor:
+        """Add the gradients of (sum of weighted token losses) / ``divisor``.
+
+        Returns:
+            Sums of cross entropy in nats per modality over the micro-batches, [M]; zeros but on
+            the last stage.
+        """
+        return self._execute(micro_batches, divisor, forward_only=False)
+
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """The sums of ``forward_backward``, without gradients."""
+        with torch.no_grad():
+            return self._execute(micro_batches, 1.0, forward_only=True)
+
+    def _execute(
+        self, micro_batches: Sequence[MicroBatch], divisor: float, forward_only: bool
+    ) -> torch.Tensor:
+        device = self._groups.device
+        batches = [batch.to(device) for batch in micro_batches]
+        rows = max(sum(batch.tower_slots) for batch in batches)
+        # An empty message would be none. Under sequence parallelism megatron divides by tp.
+        rows = max(rows, self._groups.tensor_size)
+        # Interleaving works off micro-batches in rounds of one per stage.
+        missing = -len(batches) % self._groups.pipeline_size if self.num_pieces > 1 else 0
+        assert forward_only or not missing
+        scheduled = batches + [batches[-1]] * missing
+        for piece in self._pieces:
+            piece.rows, piece.divisor = rows, divisor
+        iterators: list[Iterator[MicroBatch]] = [iter(scheduled) for _ in self._pieces]
+        outputs = self._run(
+            forward_step_func=_forward_step,
+            data_iterator=iterators,
+            model=list(self._pieces),
+            num_microbatches=len(scheduled),
+            seq_length=rows,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(self._num_modalities, device=device)
+        for modality_sums in outputs[: len(batches)]:
+            sums += modality_sums
+        return sums
+
+
+class _PipelinePiece(nn.Module):
+    """A piece as megatron's schedules expect a model; the weights stay the model's alone."""
+
+    def __init__(
+        self,
+        model: MixtureOfTransformers,
+        piece: Piece,
+        config: TransformerConfig,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__()
+        self._run_piece = model.run_piece  # a bound method registers no submodule
+        self.piece = piece
+        self.config = config
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.rows = 0
+        """Rows of a message between stages, over all tensor-parallel ranks."""
+        self.divisor = 1.0
+        self._arrived: torch.Tensor | None = None
+
+    def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
+        """Called by the schedule before each micro-batch."""
+        (self._arrived,) = tensors
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        """The message [rows, 1, h] for the next piece, or (loss, sums) from the last."""
+        divisor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        used = sum(micro_batch.tower_slots) // divisor
+        arrived = None if self.piece.first else self._arrived
+        if arrived is not None:
+            arrived = arrived[:used, 0]
+        outputs = self._run_piece(self.piece, micro_batch, arrived)
+        if self.piece.last:
+            loss, modality_sums = outputs
+            return loss / self.divisor, modality_sums
+        padding = self.rows // divisor - used
+        return (nn.functional.pad(outputs[0], (0, 0, 0, padding))[:, None],)
+
+
+def _forward_step(iterator: Iterator[MicroBatch], piece: _PipelinePiece) -> tuple[Any, Any]:
+    outputs = piece(next(iterator))
+    if not piece.piece.last:
+        return outputs[0], None
+    loss, modality_sums = outputs
+    # Three values and calculate_per_token_loss: megatron then leaves the loss as it is.
+    no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
+    return loss, lambda loss: (loss, no_tokens, modality_sums)
+
+
+def _schedule_config(config: Config, groups: ProcessGroups) -> TransformerConfig:
+    """What the schedules read of a configuration; no layer is built from it."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    on_gpu = groups.device.type == "cuda"
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        tensor_model_parallel_size=groups.tensor_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=groups.pipeline_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=True,
+        overlap_p2p_comm=interleaved,
+        # gloo has no batches, and what it has sent must not be freed.
+        batch_p2p_comm=on_gpu and not interleaved,
+        deallocate_pipeline_outputs=on_gpu,
+    )
