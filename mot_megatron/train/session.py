@@ -49,6 +49,11 @@ class Session:
         return self.engine.model
 
     @property
+    def model_is_split(self) -> bool:
+        """Whether a data-parallel rank holds some of the layers or towers only."""
+        return self.groups.pipeline_size > 1 or self.groups.modality_size > 1
+
+    @property
     def is_first_rank(self) -> bool:
         """Whether this rank prints and writes logs."""
         return self.groups.rank == 0
@@ -152,7 +157,9 @@ def build_session(
     # nor one of the held-out split all steps up to the first evaluation.
     _held_out_batches(config, corpus, groups, limit_sequences=None)
     model = MixtureOfTransformers(config, groups, dtype)
-    engine = ZeroEngine(model, _optimizer_settings(config, groups), groups)
+    engine = ZeroEngine(
+        model, _optimizer_settings(config, groups), groups, num_towers=config.model.num_towers
+    )
     pipeline = Pipeline(model, config, groups) if groups.pipeline_size > 1 else None
     schedule, where = _schedule(config), where or Whereabouts()
     return Session(config, groups, corpus, engine, loader, schedule, pipeline, where)

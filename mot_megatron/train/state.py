@@ -7,6 +7,7 @@ so that whoever wants the weights alone asks for the prefix ``weight/``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from mot_megatron.checkpoint.load import load_checkpoint
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
-from mot_megatron.model.sharding import ParameterLayout, layout_of
+from mot_megatron.model.sharding import ParameterLayout, is_replica, layout_of, tower_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
 
@@ -48,8 +49,8 @@ def checkpoint_directory(run_directory: Path) -> Path:
 def save(session: Session, progress: Progress) -> CheckpointInfo:
     """Save everything that resuming bitwise needs. Collective over the world.
 
-    A rank's host holds 12 bytes per parameter of its tensor-parallel part, divided by the
-    data-parallel size, meanwhile; its device one parameter's states.
+    A rank's host holds 12 bytes per parameter of its part, divided by the number of ranks that
+    hold the same one, meanwhile; its device one parameter's states.
 
     Raises:
         TrainingError: a weight is not finite, so that this would be no good checkpoint.
@@ -147,35 +148,43 @@ class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
 
 
 def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
-    """This rank's share of the state, on the host: parameters go round the data-parallel ranks.
+    """This rank's share of the state, on the host: parameters go round the ranks that hold them.
 
     Raises:
-        TrainingError: a tensor is not finite; on all ranks, after one all-reduce.
+        TrainingError: a tensor is not finite; on all ranks, after one all-gather of names.
     """
     groups = session.groups
     parameters = dict(session.model.named_parameters())
     tensors: list[NamedTensor] = []
-    names: list[str] = []
-    broken: list[torch.Tensor] = []
-    for index, (name, state) in enumerate(session.engine.export_state()):
-        names.append(name)
-        finite = torch.stack([torch.isfinite(state[kind]).all() for kind in _STATE_KINDS])
-        broken.append(~finite.all())
-        if index % groups.data_size == groups.data_rank:
-            layout = layout_of(parameters[name])
+    broken: list[str] = []
+    seen: Counter[int] = Counter()  # per tower: ranks that hold one count alike
+    for name, state in session.engine.export_state():
+        parameter = parameters[name]
+        if not all(torch.isfinite(state[kind]).all() for kind in _STATE_KINDS):
+            broken.append(name)
+        tower = tower_of(parameter)
+        holders = groups.reduction_group(tower)
+        writes = seen[tower] % holders.size() == holders.rank()
+        seen[tower] += 1
+        if writes and not is_replica(parameter):
+            layout = layout_of(parameter)
             tensors += [
                 NamedTensor(f"{kind}/{name}", state[kind].cpu(), layout) for kind in _STATE_KINDS
             ]
-    flags = torch.stack(broken).to(groups.device, torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    bad = [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
-    if bad:
-        others = f", nor {len(bad) - 1} others" if len(bad) > 1 else ""
-        raise TrainingError(
-            f"step {step}: {bad[0]} or its optimizer state is not finite{others}; the step is not"
-            " saved, older checkpoints are untouched"
-        )
+    _check_finite(broken, step)
     return tensors
+
+
+def _check_finite(broken: list[str], step: int) -> None:
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, broken)
+    names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))
+    if names:
+        others = f", nor {len(names) - 1} others" if len(names) > 1 else ""
+        raise TrainingError(
+            f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step is"
+            " not saved, older checkpoints are untouched"
+        )
 
 
 def _empty_part(layout: ParameterLayout, groups: ProcessGroups) -> torch.Tensor:

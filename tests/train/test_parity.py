@@ -35,6 +35,10 @@ class Outcome:
 
     tensor_rank: int
     tensor_size: int
+    held: tuple[int, ...]
+    """Towers whose weights the rank has."""
+    layers: set[str]
+    """Numbers of its layers."""
     losses: list[tuple[float, ...]]
     norms: list[tuple[float, ...]]
     held_out: tuple[float, ...]
@@ -73,6 +77,8 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
     return Outcome(
         groups.tensor_rank,
         groups.tensor_size,
+        groups.towers_held(config.model.num_towers),
+        set(session.model.layers),
         losses,
         norms,
         held_out,
@@ -110,13 +116,22 @@ def assert_equal(outcome: Outcome, expected: Outcome) -> None:
         strict=True,
     ):
         assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE, nan_ok=True)
-    for name, whole in expected.weights.items():
+    for name, mine in outcome.weights.items():
         layout = outcome.layouts[name]
-        part = whole.view(layout.global_shape)
+        part = expected.weights[name].view(layout.global_shape)
         if layout.shard_dim is not None:
             part = part.chunk(outcome.tensor_size, layout.shard_dim)[outcome.tensor_rank]
-        mine = outcome.weights[name].view(part.shape)
-        torch.testing.assert_close(mine, part, rtol=0, atol=TOLERANCE, msg=name)
+        torch.testing.assert_close(mine.view(part.shape), part, rtol=0, atol=TOLERANCE, msg=name)
+
+
+def assert_complete(outcomes: list[Outcome], expected: Outcome) -> None:
+    """All ranks together hold the model, and each what its place says."""
+    assert {name for outcome in outcomes for name in outcome.weights} == set(expected.weights)
+    for outcome in outcomes:
+        towers = {name.split(".towers.")[1][0] for name in outcome.weights if ".towers." in name}
+        assert towers <= {str(tower) for tower in outcome.held}
+        layers = {name.split(".")[1] for name in outcome.weights if name.startswith("layers.")}
+        assert layers == outcome.layers
 
 
 @pytest.mark.parametrize(
