@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
-from mot_megatron.errors import ConfigError
+from mot_megatron.errors import ConfigError, TrainingError
 
+START_TIMEOUT = timedelta(minutes=10)
+"""For all ranks to come: nodes start, and import over the network, at different speeds."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives up: a hung rank is noticed only so."""
+"""How long a rank waits for the others in a collective before it gives up.
+
+Dead and stopped processes are noticed far sooner (see watch). What is left for this limit is a main
+thread that is stuck while its process lives, and that looks like one that works: writing a large
+checkpoint or compiling a kernel takes minutes, so it must not be short.
+"""
 
 
-def join_world(local_rank: int) -> torch.device:
-    """Join the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+@dataclass(frozen=True)
+class World:
+    """This process's place among those of a job."""
 
-    NCCL with one GPU per rank where there are GPUs, gloo on the CPU elsewhere.
+    rank: int
+    size: int
+    local_rank: int
+    """Its place on its node."""
+    address: str
+    """Of the node of rank 0."""
+    store: Store
+    """Held by rank 0: what is set on one rank can be read on all."""
 
-    Args:
-        local_rank: this rank's place on its node.
+
+def find_world(rank: int, size: int, local_rank: int, address: str, port: int) -> World:
+    """Reach rank 0's store, or open it on rank 0; waits for rank 0 but for nobody else.
+
+    Raises:
+        TrainingError: rank 0 did not open its store in time, or the port is taken.
+    """
+    try:
+        store = TCPStore(
+            address,
+            port,
+            world_size=size,
+            is_master=rank == 0,
+            timeout=START_TIMEOUT,
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(
+            f"rank {rank} of {size}: no connection to rank 0 at {address}, port {port}: {reason}"
+        ) from error
+    return World(rank, size, local_rank, address, store)
+
+
+def join_world(world: World) -> torch.device:
+    """Join the other ranks: NCCL with one GPU per rank where there are GPUs, else gloo.
 
     Returns:
         The device this rank works on.
@@ -27,16 +68,17 @@ def join_world(local_rank: int) -> torch.device:
     Raises:
         ConfigError: more ranks on the node than it has GPUs.
     """
+    place = {"store": world.store, "rank": world.rank, "world_size": world.size}
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT, **place)
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if world.local_rank >= count:
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this node has {count}; allowed: at most {count}"
-            " ranks per node"
+            f"local rank {world.local_rank} has no GPU: this node has {count}; allowed: at most"
+            f" {count} ranks per node"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+    dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device, **place)
     return device

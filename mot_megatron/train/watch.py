@@ -1,0 +1,195 @@
+"""Nobody hangs: the ranks watch over each other, and one of them says what happened.
+
+Every rank keeps a thread that tells the hub in rank 0 where its work is (see watch_hub) and listens
+for a verdict. A verdict ends the process at once, also out of a collective that waits for a rank
+that will never come. Exactly one rank prints it: for an exception the rank that raised it, for a
+lost rank rank 0, for a lost rank 0 the last rank, which is on the node farthest from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, NoReturn
+
+from mot_megatron.errors import TrainingError, UserError
+from mot_megatron.train.distributed import World
+from mot_megatron.train.silence import Silence
+from mot_megatron.train.verdict import (
+    MENDABLE_STATUS,
+    Failure,
+    Lines,
+    Peer,
+    Verdict,
+    encode,
+    failed,
+    hung,
+    lost,
+)
+from mot_megatron.train.watch_hub import BEAT_SECONDS, SILENCE_SECONDS, WatchHub
+from mot_megatron.train.whereabouts import Phase, Whereabouts
+
+_STORE_KEY = "mot_megatron/watch"
+_CONNECT_SECONDS = 30.0
+_VERDICT_SECONDS = SILENCE_SECONDS + 10
+"""For the hub to judge a reported failure; longer than a silent hub takes to be noticed."""
+_GOODBYE_SECONDS = 5.0
+
+
+class Watch:
+    """Holds the ranks together for the length of a ``with`` block; a world of one needs nothing.
+
+    An exception that leaves the block ends the whole job, and does not come out of it, unless the
+    world is one process. Leaving it normally waits, on rank 0, for all other ranks to leave it.
+    """
+
+    def __init__(self, world: World, where: Whereabouts) -> None:
+        """Connect to the hub, or open it on rank 0.
+
+        Raises:
+            TrainingError: rank 0 is gone already.
+        """
+        self._world = world
+        self._where = where
+        self._peer = Peer.of_this_process(world.rank)
+        self._hub: WatchHub | None = None
+        self._hub_peer: Peer | None = None
+        self._hub_phase = where.now
+        self._traceback = ""
+        self._leaving = False
+        self._thread: threading.Thread | None = None
+        if world.size > 1:
+            self._connection = self._connect()
+            # The main thread sends what the beating thread must not cut in two.
+            self._sending = threading.Lock()
+            self._send("hello")
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        if error is not None:
+            self._fail(error)
+        if self._hub:
+            self._hub.wait_for_others()
+        self._leaving = True
+        self._send("goodbye")
+        self._thread.join(_GOODBYE_SECONDS)
+
+    def _connect(self) -> socket.socket:
+        world = self._world
+        if world.rank == 0:
+            self._hub = WatchHub(world.address, world.size, self._peer, self._where)
+            world.store.set(_STORE_KEY, json.dumps([self._hub.port, self._hub.token]))
+        port, self._token = json.loads(world.store.get(_STORE_KEY))
+        try:
+            return socket.create_connection((world.address, port), _CONNECT_SECONDS)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._peer}: rank 0 cannot be reached at {world.address}, port {port}: {error}"
+            ) from error
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        summary = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+        mendable = isinstance(error, UserError)
+        if mendable:
+            summary = str(error)
+        else:
+            self._traceback = "".join(traceback.format_exception(error))
+        failure = Failure(summary, mendable)
+        self._send("failed", failure=asdict(failure))
+        assert self._thread is not None
+        self._thread.join(_VERDICT_SECONDS)
+        # The thread ends the process; if it has not, nobody else speaks either.
+        self._end(failed(self._peer, failure, str(self._where.now)))
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        if kind == "hello":
+            fields = {"token": self._token, "peer": asdict(self._peer)}
+        else:
+            fields["phase"] = self._where.now
+        with self._sending:
+            try:
+                self._connection.sendall(encode(kind, **fields))
+            except OSError:
+                return  # a hub that is gone is noticed by reading
+
+    def _run(self) -> None:
+        lines, silence = Lines(), Silence(SILENCE_SECONDS)
+        silence.heard(0)
+        next_beat = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + BEAT_SECONDS
+                self._send("beat")
+            if select.select([self._connection], [], [], BEAT_SECONDS / 4)[0]:
+                received = self._receive()
+                if not received:
+                    break
+                silence.heard(0)
+                for message in lines.feed(received):
+                    self._take(message)
+            elif silence.expired():
+                self._hub_is_lost(silent=True)
+        if not self._leaving:
+            self._hub_is_lost(silent=False)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._connection.recv(1 << 16)
+        except OSError:
+            return b""
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "welcome":
+            self._hub_peer = Peer(**message["peer"])
+        elif message["kind"] == "beat":
+            self._hub_phase = Phase(*message["phase"])
+        else:
+            self._end(Verdict.decode(message["verdict"]))
+
+    def _hub_is_lost(self, silent: bool) -> NoReturn:
+        # Without a welcome, rank 0 was lost while this rank was greeting it.
+        peer = self._hub_peer or Peer(0, self._world.address, 0, "")
+        phase = str(max(self._hub_phase, self._where.now, key=lambda phase: phase.order))
+        reporter = self._world.size - 1
+        if silent:
+            self._end(hung(peer, phase, SILENCE_SECONDS, reporter))
+        self._end(lost(peer, phase, reporter))
+
+    def _end(self, verdict: Verdict) -> NoReturn:
+        """End this process, from whichever thread, without waiting for any other."""
+        if verdict.hung:
+            verdict.hung.kill_if_here()
+        if verdict.reporter == self._world.rank:
+            # Not through sys.stderr: the main thread may be stuck with its lock.
+            if sys.stderr.isatty():
+                os.write(2, b"\n")  # below the progress bar
+            os.write(2, f"{self._traceback}error: {verdict.message}\n".encode())
+        if self._hub:
+            self._hub.wait_until_heard()
+        os._exit(verdict.status)
+
+
+def report_mendable(error: UserError) -> int:
+    """Print the one line of an error outside of any watch; returns the exit status."""
+    os.write(2, f"error: {error}\n".encode())
+    return MENDABLE_STATUS
