@@ -1,137 +1,28 @@
-"""Every layout trains exactly as one process does: losses, norms and weights over five steps."""
+"""Every data- and tensor-parallel layout trains exactly as one process does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from mot_megatron.data.corpus import Corpus
-from mot_megatron.model.sharding import ParameterLayout, layout_of
-from mot_megatron.train.session import build_groups, build_session, resolve_config
-from mot_megatron.train.step import evaluate, train_step
 from tests.ranks import run_ranks
-from tests.train.small_runs import small_config, write_corpus
-
-STEPS = 5
-# fp32 sums in another order: about 1e-7 relative per step, amplified by Adam over five steps.
-TOLERANCE = 1e-5
-
-DP1, TP2 = "parallel.zero_stage=1", "parallel.tensor_model_parallel_size=2"
-SP = "parallel.sequence_parallel=true"
-ZERO2, ZERO3 = "parallel.zero_stage=2", "parallel.zero_stage=3"
-OFFLOAD = "parallel.offload=optimizer"
-TIED = "model.untie_embeddings_and_output_weights=false"
-DENSE = ["model.modalities.image.tower=text", "model.modalities.speech.tower=text"]
-TWO_TOWERS = ["model.modalities.speech.tower=text"]
-SHARED_PARTS = ["model.untied.qkv=false", "model.untied.norms=false", "model.untied.qk_norm=false"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one rank saw."""
-
-    tensor_rank: int
-    tensor_size: int
-    held: tuple[int, ...]
-    """Towers whose weights the rank has."""
-    layers: set[str]
-    """Numbers of its layers."""
-    losses: list[tuple[float, ...]]
-    norms: list[tuple[float, ...]]
-    held_out: tuple[float, ...]
-    weights: dict[str, torch.Tensor]
-    layouts: dict[str, ParameterLayout]
-    lacking: int
-    """Micro-batches of this rank without some modality."""
-
-
-def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
-    config = small_config(corpus_directory, overrides)
-    corpus = Corpus.open(corpus_directory)
-    config = resolve_config(config, corpus)
-    groups = build_groups(config, corpus, torch.device("cpu"))
-    session = build_session(config, corpus, groups)
-    lacking = 0
-    original = session.loader.next_micro_batch
-
-    def counted():
-        nonlocal lacking
-        batch = original()
-        lacking += 0 in batch.modality_tokens
-        return batch
-
-    session.loader.next_micro_batch = counted  # type: ignore[method-assign]
-    losses, norms = [], []
-    for step in range(STEPS):
-        result = train_step(
-            session,
-            step=step + 1,
-            learning_rate=session.schedule.at(step),
-        )
-        losses.append(result.modality_bits)
-        norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
-    held_out = evaluate(session, session.held_out_batches())
-    return Outcome(
-        groups.tensor_rank,
-        groups.tensor_size,
-        groups.towers_held(config.model.num_towers),
-        set(session.model.layers),
-        losses,
-        norms,
-        held_out,
-        {name: state["weight"].clone() for name, state in session.engine.export_state()},
-        {name: layout_of(parameter) for name, parameter in session.model.named_parameters()},
-        lacking,
-    )
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("corpora")
-    return {
-        "mixed": write_corpus(root / "mixed"),
-        "lacking": write_corpus(root / "lacking", single_modality=True),
-        "absent": write_corpus(root / "absent", without="speech"),
-    }
-
-
-_references: dict[tuple[str, tuple[str, ...]], Outcome] = {}
-
-
-def reference(corpus: Path, overrides: tuple[str, ...]) -> Outcome:
-    """One process on the same model; each is run once."""
-    key = (str(corpus), overrides)
-    if key not in _references:
-        _references[key] = run_ranks(run_steps, 1, corpus, list(overrides), timeout=120)[0]
-    return _references[key]
-
-
-def assert_equal(outcome: Outcome, expected: Outcome) -> None:
-    for mine, theirs in zip(
-        [*outcome.losses, *outcome.norms, outcome.held_out],
-        [*expected.losses, *expected.norms, expected.held_out],
-        strict=True,
-    ):
-        assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE, nan_ok=True)
-    for name, mine in outcome.weights.items():
-        layout = outcome.layouts[name]
-        part = expected.weights[name].view(layout.global_shape)
-        if layout.shard_dim is not None:
-            part = part.chunk(outcome.tensor_size, layout.shard_dim)[outcome.tensor_rank]
-        torch.testing.assert_close(mine.view(part.shape), part, rtol=0, atol=TOLERANCE, msg=name)
-
-
-def assert_complete(outcomes: list[Outcome], expected: Outcome) -> None:
-    """All ranks together hold the model, and each what its place says."""
-    assert {name for outcome in outcomes for name in outcome.weights} == set(expected.weights)
-    for outcome in outcomes:
-        towers = {name.split(".towers.")[1][0] for name in outcome.weights if ".towers." in name}
-        assert towers <= {str(tower) for tower in outcome.held}
-        layers = {name.split(".")[1] for name in outcome.weights if name.startswith("layers.")}
-        assert layers == outcome.layers
+from tests.train.parity import (
+    DENSE,
+    DP1,
+    OFFLOAD,
+    SHARED_PARTS,
+    SP,
+    STEPS,
+    TIED,
+    TP2,
+    TWO_TOWERS,
+    ZERO2,
+    ZERO3,
+    assert_equal,
+    reference,
+    run_steps,
+)
 
 
 @pytest.mark.parametrize(

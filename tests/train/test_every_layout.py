@@ -1,0 +1,75 @@
+"""Pipelines, modality parallelism and their products train exactly as one process does.
+
+Each on three corpora: all modalities in every batch, batches in which a tower of a rank has no
+token, and a modality that occurs nowhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.train.parity import (
+    MP2,
+    MP3,
+    OFFLOAD,
+    PP2,
+    SHARED_PARTS,
+    SP,
+    TIED,
+    TP2,
+    TWO_TOWERS,
+    ZERO2,
+    assert_complete,
+    assert_equal,
+    reference,
+    run_corpora,
+)
+
+FOUR_LAYERS = "model.num_layers=4"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+HEADS = "parallel.attention_exchange=heads"
+FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
+# A split tower among others, and a rank that holds several.
+LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "model"),
+    [
+        (2, [PP2], [TIED]),
+        (2, [PP2, FULL, "parallel.pipeline_layers=[3,1]"], [FOUR_LAYERS, *TWO_TOWERS]),
+        (2, [PP2, VPP2], [FOUR_LAYERS, TIED]),
+        (4, [PP2, VPP2], [FOUR_LAYERS]),
+        (4, [PP2, TP2, SP], [TIED]),
+        (2, [MP2], TWO_TOWERS),
+        (2, [MP2, HEADS, FULL], [*TWO_TOWERS, TIED]),
+        (2, [MP2, ZERO2, SELECTIVE], []),
+        (2, [MP2, HEADS, ZERO2], SHARED_PARTS),
+        (2, [MP2, LISTED, OFFLOAD], [TIED]),
+        (4, [MP2], [TIED]),
+        (4, [MP2, ZERO2, FULL], TWO_TOWERS),
+        (3, [MP3, "training.global_batch_size=6"], [*TWO_TOWERS, TIED]),
+        (3, [MP3, ZERO2, "training.global_batch_size=6"], TWO_TOWERS),
+        (4, [MP2, TP2, SP], TWO_TOWERS),
+        (4, [MP2, TP2, SP, ZERO2, SELECTIVE], [TIED]),
+        (4, [MP2, PP2], [TIED]),
+        (4, [MP2, PP2, VPP2, HEADS, FULL], [FOUR_LAYERS, *TWO_TOWERS]),
+        (8, [MP2, PP2, TP2, SP], [TIED]),
+    ],
+    ids=lambda value: "+".join(value).replace("parallel.", "") if isinstance(value, list) else None,
+)
+def test_layout_equals_one_process(
+    corpora: dict[str, Path], world_size: int, layout: list[str], model: list[str]
+) -> None:
+    outcomes = run_ranks(run_corpora, world_size, corpora, layout + model, timeout=150)
+    same_everywhere = [key for key in layout if key.startswith("training.global")]
+    for name, corpus in corpora.items():
+        expected = reference(corpus, (*model, *same_everywhere))
+        of_ranks = [outcome[name] for outcome in outcomes]
+        assert_complete(of_ranks, expected)
+        for outcome in of_ranks:
+            assert_equal(outcome, expected)
+    assert any(outcome["lacking"].lacking for outcome in outcomes)
