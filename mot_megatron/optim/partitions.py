@@ -113,6 +113,17 @@ class Flat:
         optimizer.scaled_global_norm = lambda *_args, **_kwargs: zero
         optimizer.get_grads_for_norm = lambda *_args, **_kwargs: ([zero], {})
 
+    def reduce_at_once(self) -> None:
+        """Let stage 2 reduce each gradient as soon as backward has it, not when the next one comes.
+
+        For ranks that hold different towers: what comes next differs, and may come before one of
+        the model's own collectives on one rank and after it on another, which hangs.
+        """
+        for parameter in self._parameters:  # after DeepSpeed's own hook, which fills a bucket
+            parameter.register_post_accumulate_grad_hook(
+                lambda _: self._optimizer.reduce_ipg_grads()
+            )
+
     def optimized(self) -> list[torch.Tensor]:
         """This rank's piece of the buffer of each parameter group."""
         return [tensor for group in self._optimizer.param_groups for tensor in group["params"]]

@@ -33,7 +33,7 @@ from mot_megatron.optim.deepspeed_setup import (
     sums_gradients,
 )
 from mot_megatron.optim.norms import StepNorms, step_norms
-from mot_megatron.optim.owners import OwnersModule, by_owners
+from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers
 from mot_megatron.optim.parameter_groups import parameter_groups
 from mot_megatron.optim.partitions import Flat, Partition, Replicated, Scattered
 from mot_megatron.optim.settings import OptimizerSettings
@@ -123,7 +123,10 @@ class ZeroEngine:
             return Replicated(parameters, self._adamw, self._groups.data_rank)
         if self._settings.zero_stage == 3:
             return Scattered(parameters, optimizer, self._groups.data_rank)
-        return Flat(parameters, optimizer)
+        flat = Flat(parameters, optimizer)
+        if self._settings.zero_stage == 2 and has_owned_towers(self._groups):
+            flat.reduce_at_once()
+        return flat
 
     @property
     def model(self) -> nn.Module:

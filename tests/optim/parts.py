@@ -1,8 +1,10 @@
 """A net of which ranks hold parts: layers by pipeline stage, towers by placement.
 
-Nothing has to be sent between ranks: every token is computed where its tower is, by the rank that
-the placement gives it to, and every layer has a loss of its own. So the gradients of each parameter
-are those of the whole net on one process, once its owners' are summed.
+No token has to be sent between ranks: each is computed where its tower is, by the rank that the
+placement gives it to, and every pipeline stage has inputs and a loss of its own. So the gradients of
+each parameter are those of the whole net on one process, once its owners' are summed. Between two
+layers the towers meet in a collective over the modality group, as they do in attention, forward and
+backward: a reduction of gradients that came before it on one rank, after it on another, would hang.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,6 +39,29 @@ class Whole:
     num_towers: int
     tied: bool = True
     """Whether an embedding is shared by the layers; without, the layers share nothing."""
+    stages: int = 1
+    """Pipeline stages."""
+
+    def stage(self, layer: int) -> int:
+        """The stage of a layer."""
+        return layer * self.stages // NUM_LAYERS
+
+
+class Meet(torch.autograd.Function):
+    """Hands tensors on after the ranks of a group have met, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *streams: torch.Tensor) -> Any:
+        """Wait for the others."""
+        ctx.group = group
+        dist.all_reduce(torch.zeros(1), group=group)
+        return tuple(stream.clone() for stream in streams)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Wait for the others."""
+        dist.all_reduce(torch.zeros(1), group=ctx.group)
+        return (None, *gradients)
 
 
 class Layer(nn.Module):
@@ -69,26 +95,57 @@ class Net(nn.Module):
         self.register_buffer("features", torch.randn(VOCABULARY, WIDTH, generator=generator))
         self.taker: tuple[Placement, int] | None = None
         """Which rank's tokens forward takes; None for all."""
+        self.meeting: dist.ProcessGroup | None = None
+        """The modality group."""
+        self.stages = range(whole.stages)
+        """Those that forward runs, if it has their layers."""
 
     def forward(self, batch: toy.Batch) -> toy.Losses:
         """[b, s] tokens to the summed loss of the tokens that this rank takes."""
         inputs, labels = batch.tokens[:, :-1].flatten(), batch.tokens[:, 1:].flatten()
-        table = self.features if self.embedding is None else self.embedding.lookup.weight
-        losses = []
-        for layer in self.layers.values():
-            assert isinstance(layer, Layer)
-            for name, tower in layer.towers.items():
-                rows = (inputs % self.whole.num_towers == int(name)).nonzero().flatten()
-                rows = self._taken(int(name), rows)
-                hidden = F.embedding(inputs[rows], table)
-                normed = hidden
-                if layer.norm is not None:
-                    normed = F.rms_norm(hidden, (WIDTH,), layer.norm, eps=1e-5)
-                logits = F.linear(hidden + tower(normed), table).float()
-                losses.append(F.cross_entropy(logits, labels[rows], reduction="sum"))
+        table = self.features.to(next(self.parameters()).dtype)  # DeepSpeed leaves buffers in fp32
+        if self.embedding is not None:
+            table = self.embedding.lookup.weight
+        losses = [torch.zeros(())]
+        for stage in self.stages:
+            streams: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # tower, labels, hidden
+            for layer in self._layers_of(stage):
+                if not streams:
+                    taken = {name: self._taken(int(name), inputs) for name in layer.towers}
+                    streams = [
+                        (n, labels[r], F.embedding(inputs[r], table)) for n, r in taken.items()
+                    ]
+                streams = self._run(layer, streams)
+            for _, wanted, hidden in streams:
+                logits = F.linear(hidden, table).float()
+                losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
         return toy.Losses(batch.factor * torch.stack(losses).sum())
 
-    def _taken(self, tower: int, rows: torch.Tensor) -> torch.Tensor:
+    def _layers_of(self, stage: int) -> list[Layer]:
+        return [
+            layer
+            for name, layer in self.layers.items()
+            if isinstance(layer, Layer) and self.whole.stage(int(name)) == stage
+        ]
+
+    def _run(
+        self, layer: Layer, streams: list[tuple[str, torch.Tensor, torch.Tensor]]
+    ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        outputs = []
+        for name, _, hidden in streams:
+            normed = hidden
+            if layer.norm is not None:
+                normed = F.rms_norm(hidden, (WIDTH,), layer.norm, eps=1e-5)
+            outputs.append(hidden + layer.towers[name](normed))
+        if self.meeting is not None:
+            outputs = Meet.apply(self.meeting, *outputs)
+        return [
+            (name, wanted, output)
+            for (name, wanted, _), output in zip(streams, outputs, strict=True)
+        ]
+
+    def _taken(self, tower: int, inputs: torch.Tensor) -> torch.Tensor:
+        rows = (inputs % self.whole.num_towers == tower).nonzero().flatten()
         if self.taker is None:
             return rows
         placement, rank = self.taker
@@ -145,21 +202,21 @@ def build_whole(whole: Whole, parallel_layers: bool) -> Net:
 def build_part(whole: Whole, groups: ProcessGroups) -> Net:
     """This rank's part, with its initial weights."""
     held = groups.towers_held(whole.num_towers)
-    stage, stages = groups.pipeline_rank, groups.pipeline_size
+    stage = groups.pipeline_rank
     layers = {
         str(index): Layer(
             {str(t): toy.ParallelTower(HIDDEN[t], groups.tensor_size) for t in held}, whole.tied
         )
         for index in range(NUM_LAYERS)
-        if index * stages // NUM_LAYERS == stage
+        if whole.stage(index) == stage
     }
     net = Net(whole, layers)
     if groups.placement is not None:
-        net.taker = groups.placement, groups.modality_rank
+        net.taker, net.meeting = (groups.placement, groups.modality_rank), groups.modality
     _fill(net, groups.tensor_rank, groups.tensor_size)
-    if net.embedding is not None and stages > 1:
+    if net.embedding is not None and whole.stages > 1:
         net.embedding.lookup.weight.tied_across_stages = True  # type: ignore[attr-defined]
-        if stage == stages - 1:
+        if stage == whole.stages - 1:
             mark_replica(net.embedding)
     return net
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from mot_megatron.errors import ConfigError
+from mot_megatron.optim.deepspeed_setup import check_layout
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
@@ -35,7 +39,8 @@ class Layout:
     whole: parts.Whole = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "whole", parts.Whole(len(self.shares[0]), self.tied))
+        whole = parts.Whole(len(self.shares[0]), self.tied, self.pipeline)
+        object.__setattr__(self, "whole", whole)
 
 
 def make_groups(layout: Layout) -> ProcessGroups:
@@ -88,16 +93,26 @@ def reference(
 ) -> tuple[dict[str, torch.Tensor], list[StepNorms]]:
     """STEPS steps of torch's AdamW on one process, on the whole net.
 
-    In bf16 backward is called for what each rank takes of each micro-batch, because the rounding
-    depends on it, and its gradients are summed in fp32; in fp32 once for everything.
+    In bf16 backward is called for what each rank takes of each micro-batch in each stage, because
+    the rounding depends on it, and its gradients are summed in fp32; in fp32 once for everything.
     """
-    net = parts.build_whole(layout.whole, parallel_layers=bf16)
+    # megatron's layers round otherwise, but on one process they cannot be as if without tensor
+    # parallelism while there is some.
+    net = parts.build_whole(layout.whole, parallel_layers=bf16 and layout.tensor == 1)
     master = {n: nn.Parameter(p.detach().clone()) for n, p in net.named_parameters()}
     if bf16:
         net.bfloat16()
         for name, parameter in net.named_parameters():
             master[name].data.copy_(parameter)
     placement = Placement(tuple(tuple(row) for row in layout.shares))
+    everything = range(layout.pipeline)
+    takes: list[tuple[tuple[Placement, int] | None, range]] = [(None, everything)]
+    if bf16:
+        takes = [
+            ((placement, rank), range(stage, stage + 1))
+            for rank in range(placement.num_ranks)
+            for stage in everything
+        ]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in master.values() if p.ndim > 1], "weight_decay": 0.1},
@@ -112,15 +127,8 @@ def reference(
             parameter.grad = torch.zeros_like(parameter)
         pieces = replicas * count if bf16 else 1
         for batch in parts.micro_batches(step, layout.whole.num_towers, pieces, 0, 1):
-            for rank in range(placement.num_ranks if bf16 else 1):
-                net.taker = (placement, rank) if bf16 else None
-                net.zero_grad()
-                net(batch).total.backward()
-                for name, parameter in net.named_parameters():
-                    assert parameter.grad is not None
-                    gradient = master[name].grad
-                    assert gradient is not None
-                    gradient += parameter.grad.float()
+            for net.taker, net.stages in takes:
+                add_gradients(master, net, batch)
         history.append(reference_norms(master, layout.whole.num_towers))
         nn.utils.clip_grad_norm_(master.values(), 0.3)
         for group in optimizer.param_groups:
@@ -130,6 +138,16 @@ def reference(
             for name, parameter in net.named_parameters():
                 parameter.copy_(master[name])
     return {name: p.detach().clone() for name, p in master.items()}, history
+
+
+def add_gradients(master: dict[str, nn.Parameter], net: parts.Net, batch: toy.Batch) -> None:
+    net.zero_grad()
+    net(batch).total.backward()
+    for name, parameter in net.named_parameters():
+        total = master[name].grad
+        assert total is not None
+        if parameter.grad is not None:
+            total += parameter.grad.float()
 
 
 def reference_norms(named: dict[str, nn.Parameter], num_towers: int) -> StepNorms:
@@ -179,43 +197,211 @@ def _parity(layouts: list[Layout]) -> list[tuple[float, float]]:
 def check_parity(world: int, layouts: list[Layout]) -> None:
     cases = [(layout, settings) for layout in layouts for settings in layout.settings]
     for rank, errors in enumerate(run_ranks(_parity, world, layouts, timeout=300.0)):
-        for case, (norm_error, weight_error) in zip(cases, errors, strict=True):
-            assert norm_error < 5e-6, (rank, case, norm_error)
-            assert weight_error < 5e-6, (rank, case, weight_error)
+        for (layout, settings), (norm_error, weight_error) in zip(cases, errors, strict=True):
+            norm_tolerance = weight_tolerance = 2e-6
+            if layout.tensor > 1 and "precision" in settings:
+                # Against layers that round otherwise in bf16. A tiny gradient may change its sign,
+                # and in its first steps Adam follows the sign alone: two learning rates apart.
+                norm_tolerance, weight_tolerance = 0.05, 0.03
+            assert norm_error < norm_tolerance, (rank, layout, settings, norm_error)
+            assert weight_error < weight_tolerance, (rank, layout, settings, weight_error)
 
 
 ONE_EACH: Shares = [[1, 0], [0, 1]]
-SPLIT: Shares = [[0.6, 0], [0.4, 1]]
+SPLIT: Shares = [[0.6, 0], [0.4, 1]]  # tower 0 is everywhere, and rank 0 owns nothing alone
 THREE_ON_TWO: Shares = [[1, 0, 0], [0, 1, 1]]
 TWO_ON_THREE: Shares = [[1, 0], [0, 0.5], [0, 0.5]]
-RING: Shares = [[0.5, 0, 0.7], [0.5, 0.2, 0], [0, 0.8, 0.3]]
+RING: Shares = [[0.5, 0, 0.7], [0.5, 0.2, 0], [0, 0.8, 0.3]]  # every two ranks share a tower
+WITHOUT: Shares = [[1, 1, 1]]
 
-Z1 = {"zero_stage": 1}
-Z2 = {"zero_stage": 2}
+Z1: dict[str, Any] = {"zero_stage": 1}
+Z2: dict[str, Any] = {"zero_stage": 2}
+OFFLOAD: dict[str, Any] = {"offload": "optimizer"}
+BF16: dict[str, Any] = {"precision": "bf16"}
 
 
-def test_two_ranks():
+def test_owned_towers_on_two_ranks_equal_one_process():
     check_parity(
         2,
         [
-            Layout(ONE_EACH, [Z1, Z2]),
-            Layout(SPLIT, [Z1, Z2]),
-            Layout(THREE_ON_TWO, [Z1, Z2]),
+            Layout(ONE_EACH, [Z1, Z2, Z1 | BF16, Z2 | BF16 | OFFLOAD]),
+            Layout(SPLIT, [Z2, Z1 | BF16, Z1 | OFFLOAD]),
+            Layout(THREE_ON_TWO, [Z1, Z2 | OFFLOAD, Z2 | BF16]),
         ],
     )
 
 
-def test_three_ranks():
-    check_parity(3, [Layout(TWO_ON_THREE, [Z1, Z2]), Layout(RING, [Z1, Z2])])
+def test_ranks_that_share_some_towers_do_not_wait_for_each_other():
+    check_parity(
+        3,
+        [
+            Layout(TWO_ON_THREE, [Z1, Z2]),
+            Layout(RING, [Z1, Z2, Z2 | BF16, Z1 | BF16, Z1 | BF16 | OFFLOAD], tied=False),
+        ],
+    )
 
 
-def test_four_ranks():
+def test_pipeline_stages_and_tensor_parallelism_with_owned_towers():
     check_parity(
         4,
         [
-            Layout(THREE_ON_TWO, [Z1, Z2]),
-            Layout(ONE_EACH, [Z1], tensor=2),
-            Layout(ONE_EACH, [Z1], pipeline=2),
-            Layout(THREE_ON_TWO, [Z1], pipeline=2, tied=False),
+            Layout(THREE_ON_TWO, [Z2, Z1 | BF16]),
+            Layout(ONE_EACH, [Z1, Z1 | BF16], tensor=2),
+            Layout(WITHOUT, [Z1], tensor=2, pipeline=2),
+            Layout(ONE_EACH, [Z1, Z1 | BF16, Z1 | OFFLOAD, Z1 | BF16 | OFFLOAD], pipeline=2),
+            Layout(THREE_ON_TWO, [Z1, Z1 | BF16], pipeline=2, tied=False),
         ],
     )
+
+
+def _optimizer_elements() -> dict[str, int]:
+    """AdamW's elements on this rank, by owners; padded to a multiple of two per owner."""
+    layout = Layout(TWO_ON_THREE, [])
+    engine, _ = make_engine(layout, make_groups(layout))
+    elements = {"shared": 0, "owned": 0}
+    for group in engine._adamw.param_groups:
+        kind = "owned" if "moe" in group else "shared"
+        elements[kind] += sum(tensor.numel() for tensor in group["params"])
+    return elements
+
+
+def test_a_towers_state_lies_on_its_holders_alone():
+    first, second, third = run_ranks(_optimizer_elements, 3)
+    weights = parts.initial_weights(parts.Whole(2))
+    sizes = [0, 0, 0]
+    for name, weight in weights.items():
+        sizes[parts.tower_of_name(name) + 1] += weight.numel()
+    shared, tower_0, tower_1 = sizes
+    for rank in (first, second, third):
+        assert shared / 3 <= rank["shared"] <= shared / 3 + 4
+    assert tower_0 <= first["owned"] <= tower_0 + 4
+    for rank in (second, third):
+        assert tower_1 / 2 <= rank["owned"] <= tower_1 / 2 + 4
+
+
+def _train_and_export(layout: Layout, settings: dict[str, Any], steps: range) -> State:
+    groups = make_groups(layout)
+    engine, count = make_engine(layout, groups, **settings)
+    train(engine, layout, groups, steps, count)
+    return dict(engine.export_state())
+
+
+def merged(states: list[State]) -> State:
+    """The whole net's state; ranks that hold the same must agree."""
+    whole: State = {}
+    for state in states:
+        for name, values in state.items():
+            for key, value in values.items():
+                assert torch.equal(whole.setdefault(name, values)[key], value), (name, key)
+    return whole
+
+
+def _import_and_finish(cases: list[tuple[Layout, dict[str, Any]]], start: State) -> list[State]:
+    finals = []
+    for layout, settings in cases:
+        groups = make_groups(layout)
+        engine, count = make_engine(layout, groups, **settings)
+        train(engine, layout, groups, range(7, 8), count)  # so that nothing holds initial values
+        engine.import_state(start, optimizer_steps=2)
+        assert engine.optimizer_steps == 2
+        for name, values in engine.export_state():
+            for key, value in values.items():
+                assert torch.equal(value, start[name][key]), (name, key)
+        train(engine, layout, groups, range(2, STEPS), count)
+        finals.append(dict(engine.export_state()))
+    return finals
+
+
+def test_state_moves_between_placements_and_pipelines():
+    start = Layout(RING, [])
+    state = merged(run_ranks(_train_and_export, 3, start, Z1, range(2)))
+    expected, _ = reference(start, 1, 1, bf16=False)
+    assert state.keys() == expected.keys()
+    cases = [
+        (Layout(THREE_ON_TWO, []), Z2),
+        (Layout(THREE_ON_TWO, []), Z1 | OFFLOAD),
+        (Layout(WITHOUT, []), Z1),
+    ]
+    for finals in zip(*run_ranks(_import_and_finish, 2, cases, state), strict=True):
+        final = merged(list(finals))
+        for name, weight in expected.items():
+            assert float((final[name]["weight"] - weight).abs().max()) < 2e-6, name
+
+
+def _not_a_number_on_one_rank() -> None:
+    for layout, settings in [
+        (Layout(ONE_EACH, []), Z1),
+        (Layout(ONE_EACH, []), Z2 | OFFLOAD),
+        (Layout(ONE_EACH, []), Z1 | BF16),
+        (Layout(ONE_EACH, []), Z1 | BF16 | OFFLOAD),
+        (Layout(WITHOUT, [], pipeline=2), Z1 | BF16),
+        (Layout(WITHOUT, [], pipeline=2), Z1),
+    ]:
+        groups = make_groups(layout)
+        undisturbed, count = make_engine(layout, groups, **settings)
+        train(undisturbed, layout, groups, range(2), count)
+
+        engine, count = make_engine(layout, groups, **settings)
+        train(engine, layout, groups, range(1), count)
+        before = dict(engine.export_state())
+        with torch.no_grad():
+            # Of an owned tower, so that no reduction takes the NaN to the other rank.
+            own = next(p for n, p in engine.model.named_parameters() if "scale" in n)
+            kept = own.clone()
+            own.fill_(math.nan if groups.rank == 1 else kept.item())
+        (norms,) = train(engine, layout, groups, range(5, 6), count)
+        assert not norms.finite
+        with torch.no_grad():
+            own.copy_(kept)
+        for name, values in engine.export_state():
+            for key, value in values.items():
+                assert torch.equal(value, before[name][key]), (layout, settings, name)
+        train(engine, layout, groups, range(1, 2), count)
+        for (name, got), (_, want) in zip(
+            engine.export_state(), undisturbed.export_state(), strict=True
+        ):
+            assert torch.equal(got["weight"], want["weight"]), (layout, settings, name)
+        assert engine.optimizer_steps == 2
+
+
+def test_a_nan_on_a_towers_only_rank_holds_back_all_ranks():
+    run_ranks(_not_a_number_on_one_rank, 2, timeout=300.0)
+
+
+def _leave_a_tower_out() -> str:
+    layout = Layout(WITHOUT, [], pipeline=2)
+    groups = make_groups(layout)
+    engine, count = make_engine(layout, groups)
+    layer = next(m for m in engine.model.modules() if isinstance(m, parts.Layer))
+    layer.towers["1"].forward = lambda inputs: 0 * inputs
+    with pytest.raises(RuntimeError) as error:
+        train(engine, layout, groups, range(1), count)
+    return str(error.value)
+
+
+def test_a_stage_reports_a_parameter_without_gradient():
+    first, second = run_ranks(_leave_a_tower_out, 2)
+    assert "layers.0.towers.1.down.bias" in first
+    assert "layers.1.towers.1.down.bias" in second
+    assert "towers.0" not in first + second
+
+
+@pytest.mark.parametrize(
+    ("stage", "stages", "owned", "named"),
+    [
+        (0, 2, False, "zero_stage = 0 with 2 pipeline stages"),
+        (2, 2, True, "zero_stage = 2 with 2 pipeline stages"),
+        (3, 4, False, "needs zero_stage = 1"),
+        (0, 1, True, "zero_stage = 0 with towers on different ranks"),
+        (3, 1, True, "needs zero_stage 1 or 2"),
+    ],
+)
+def test_stages_that_do_not_go_with_a_layout_are_refused(
+    stage: int, stages: int, owned: bool, named: str
+):
+    data = object()
+    groups: Any = SimpleNamespace(
+        pipeline_size=stages, data=data, holders=(data, None) if owned else ()
+    )
+    with pytest.raises(ConfigError, match=named):
+        check_layout(toy.settings(zero_stage=stage), groups)
