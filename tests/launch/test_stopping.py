@@ -6,25 +6,27 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch.entry_points import ROOT, EntryPoint, wait_until
-from tests.ranks import ENVIRONMENT
+from tests.launch.entry_points import EntryPoint, wait_until
+from tests.launch.jobs import (
+    LAUNCHER,
+    SCRIPT,
+    SECONDS_TO_NOTICE_A_DEATH,
+    assert_gone,
+    assert_one_obituary,
+    free_port,
+    rank_process,
+    started,
+)
 from tests.train.small_runs import CONFIG, write_corpus
 
 STEPS = 150
-SCRIPT = "launch/train.py"
-SECONDS_TO_NOTICE_A_DEATH = 60
 
 
 @pytest.fixture(scope="module")
@@ -44,32 +46,6 @@ def arguments_of(config: Path, runs: Path) -> list[str]:
         "logging.interval_steps=1",
     ]
     return [f"--config={config}", *(f"--set={setting}" for setting in settings)]
-
-
-@contextmanager
-def started(folder: Path, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a session of its own; whatever is left of it is killed at the end."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,
-        )
-    family = psutil.Process(process.pid)
-    descendants: list[psutil.Process] = []
-    try:
-        yield process
-        if process.poll() is None:
-            descendants = family.children(recursive=True)
-    finally:
-        for one in [*descendants, *([family] if process.poll() is None else [])]:
-            if one.is_running():
-                one.kill()
-        process.wait()
 
 
 def steps_printed(output: Path) -> int:
@@ -140,22 +116,8 @@ def test_signals_save_and_the_next_start_goes_on(
 
 
 def launcher(config: Path, runs: Path) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What the command ``deepspeed`` is.
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    options = ["--num_accelerators", "2", "--master_port", str(port)]
-    return [*runner, *options, SCRIPT, *arguments_of(config, runs)]
-
-
-def rank_process(job: subprocess.Popen[bytes], rank: int) -> psutil.Process:
-    (found,) = [
-        process
-        for process in psutil.Process(job.pid).children(recursive=True)
-        if f"--local_rank={rank}" in process.cmdline()
-    ]
-    return found
+    options = ["--num_accelerators", "2", "--master_port", str(free_port())]
+    return [*LAUNCHER, *options, SCRIPT, *arguments_of(config, runs)]
 
 
 def test_killed_rank_and_stopped_rank_under_the_launcher(
@@ -169,10 +131,8 @@ def test_killed_rank_and_stopped_rank_under_the_launcher(
         ranks[1].kill()
         killed = time.monotonic()
         assert job.wait(SECONDS_TO_NOTICE_A_DEATH) != 0
-        gone, alive = psutil.wait_procs(ranks, SECONDS_TO_NOTICE_A_DEATH)
-        assert time.monotonic() - killed < SECONDS_TO_NOTICE_A_DEATH
-        assert len(gone) == 2
-        assert not alive
+        assert_gone(ranks, killed + SECONDS_TO_NOTICE_A_DEATH - time.monotonic())
+    assert_one_obituary((tmp_path / "stderr").read_text(), 1, ranks[1].pid)
     assert not (runs / "small" / "summary.json").exists()
 
     with started(tmp_path, launcher(config, runs)) as job:

@@ -1,0 +1,150 @@
+"""Two nodes rehearsed on one machine: two of the real launchers, that know nothing of each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch.entry_points import ROOT, run_entry_point, wait_until
+from tests.launch.jobs import (
+    LAUNCHER,
+    SCRIPT,
+    SECONDS_TO_NOTICE_A_DEATH,
+    assert_gone,
+    assert_one_obituary,
+    free_port,
+    rank_process,
+    started,
+)
+from tests.train.small_runs import CONFIG, write_corpus
+
+NODES = ("localhost", "node-b")
+STEPS = 60
+SAVED = 10
+
+# What SLURM's commands do, with every node played by this machine.
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames localhost,node-b" ] || exit 9
+printf 'localhost\\nnode-b\\n'
+"""
+SRUN = """#!/usr/bin/env bash
+[ "$1 $2" = "--ntasks-per-node=1 --kill-on-bad-exit=1" ] || exit 9
+shift 2
+status=0
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+for node in 0 1; do wait -n || status=$?; done
+exit "$status"
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_nodes")
+    file = folder / "small.toml"
+    file.write_text(CONFIG.format(corpus=write_corpus(folder / "corpus")))
+    return file
+
+
+def arguments_of(config: Path, runs: Path, *settings: str) -> list[str]:
+    common = [
+        f"run.directory={runs}",
+        f"training.train_steps={STEPS}",
+        f"checkpoint.interval_steps={SAVED}",
+        "logging.interval_steps=1",
+        "training.micro_batch_size=4",
+        *settings,
+    ]
+    return [f"--config={config}", *(f"--set={setting}" for setting in common)]
+
+
+def losses(runs: Path) -> list[float]:
+    """Of text, after every step."""
+    events = EventAccumulator(str(runs / "small" / "tensorboard"), {"scalars": 0}).Reload()
+    points = events.Scalars("loss_train/text")
+    assert [point.step for point in points] == list(range(1, STEPS + 1))
+    return [point.value for point in points]
+
+
+def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    arguments = arguments_of(config, runs, "parallel.tensor_model_parallel_size=2")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{node} slots=2\n" for node in NODES))
+    common = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1"]
+    common += ["--master_port", str(free_port())]
+
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(
+                started(
+                    tmp_path / f"node{node}",
+                    [*LAUNCHER, *common, f"--node_rank={node}", SCRIPT, *arguments],
+                    {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},  # megatron warns without it
+                )
+            )
+            for node in range(2)
+        ]
+        checkpoint = runs / "small" / "checkpoints" / f"step_{SAVED:08d}"
+        ended = lambda: any(node.poll() is not None for node in nodes)  # noqa: E731
+        wait_until(lambda: checkpoint.exists() or ended(), "first checkpoint")
+        ranks = [rank_process(node, local) for node in nodes for local in range(2)]
+        ranks[3].kill()
+        deadline = time.monotonic() + SECONDS_TO_NOTICE_A_DEATH
+        for node in nodes:
+            assert node.wait(deadline - time.monotonic()) != 0
+        assert_gone(ranks, deadline - time.monotonic())
+    errors = "".join((tmp_path / f"node{node}" / "stderr").read_text() for node in range(2))
+    assert_one_obituary(errors, 3, ranks[3].pid)
+
+    finish_under_slurm(tmp_path, arguments)
+    assert json.loads((runs / "small" / "summary.json").read_text())["world_size"] == 4
+
+    alone = tmp_path / "alone"
+    assert run_entry_point(alone, SCRIPT, *arguments_of(config, alone)).status == 0
+    assert losses(runs) == pytest.approx(losses(alone), abs=1e-3)
+
+
+def finish_under_slurm(folder: Path, arguments: list[str]) -> None:
+    """Continue on two nodes of a SLURM that consists of two stand-ins."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    environment = {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "RANKS_PER_NODE": "2",
+        "MASTER_PORT": str(free_port()),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": ",".join(NODES),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *arguments]
+    with started(folder / "slurm", command, environment) as job:
+        status = job.wait(180)
+    errors = (folder / "slurm" / "stderr").read_text()
+    assert status == 0, errors
+    assert errors == ""
+    assert "continuing from" in (folder / "slurm" / "stdout").read_text()
+    assert not (ROOT / "hostfile.slurm-7").exists()
+
+
+def test_slurm_script_without_gpus_says_so(tmp_path: Path) -> None:
+    environment = {"PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    with started(tmp_path, ["bash", str(ROOT / "launch" / "slurm.sbatch")], environment) as job:
+        assert job.wait(30) == 2
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.startswith("error: no GPUs in this job")
+
+
+def test_example_of_deepspeed_env_is_one_the_launcher_can_read() -> None:
+    # It splits every line at "=": a comment or an empty line would stop it, or be exported.
+    lines = (ROOT / "launch" / "deepspeed_env.example").read_text().splitlines()
+    assert {line.partition("=")[0] for line in lines} >= {"OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME"}
+    assert all(line.partition("=")[0].isidentifier() and line.partition("=")[2] for line in lines)

@@ -1,0 +1,255 @@
+"""The watch over the ranks: whatever ends one of them ends all, and one line says what it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from torch.multiprocessing import get_context
+
+from mot_megatron.errors import ConfigError
+from mot_megatron.train import distributed, silence, verdict, watch, watch_hub
+from mot_megatron.train.whereabouts import Phase, Whereabouts
+from tests.ranks import ENVIRONMENT, PRELOAD
+
+RANKS = 3
+SILENCE_SECONDS = 6.0
+"""Instead of 30; longer than a pause of the watching process itself."""
+HOST = re.escape(socket.gethostname())
+
+
+class Job:
+    """Ranks that do nothing but be watched, and one thing that happens to one of them."""
+
+    def __init__(self, folder: Path, event: str, *affected: int) -> None:
+        os.environ.update(ENVIRONMENT)
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder = folder
+        self.processes: list[BaseProcess] = [
+            context.Process(
+                target=_rank, args=(rank, port, folder, event if rank in affected else "work")
+            )
+            for rank in range(RANKS)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait_until_all_work(self) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(self.folder.glob("ready.*"))) < RANKS:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def pid(self, rank: int) -> int:
+        number = self.processes[rank].pid
+        assert number is not None
+        return number
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Exit status of every rank, which must all have ended within ``seconds``."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def errors(self) -> dict[int, str]:
+        """Standard error of every rank that wrote to it."""
+        texts = {rank: (self.folder / f"stderr.{rank}").read_text() for rank in range(RANKS)}
+        return {rank: text for rank, text in texts.items() if text}
+
+
+def _rank(rank: int, port: int, folder: Path, event: str) -> None:
+    os.dup2(os.open(folder / f"stderr.{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    watch.SILENCE_SECONDS = watch_hub.SILENCE_SECONDS = SILENCE_SECONDS
+    if event == "die before joining":
+        os._exit(7)
+    world = distributed.find_world(rank, RANKS, rank, "127.0.0.1", port)
+    where = Whereabouts()
+    with watch.Watch(world, where):
+        where.enter("data", step=12)
+        (folder / f"ready.{rank}").touch()
+        _act(event)
+
+
+def _act(event: str) -> None:
+    if event == "defect":
+        raise ValueError("a defect\nof two lines")
+    if event == "mendable":
+        raise ConfigError("a.key = 3; allowed: 4")
+    if event == "work":
+        time.sleep(100)  # as in a collective: nothing of the main thread's own will end it
+    assert event == "finish"
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
+    with Job(tmp_path, "work") as job:
+        job.wait_until_all_work()
+        os.kill(job.pid(victim), signal.SIGKILL)
+        expected: list[int | None] = [verdict.LOST_STATUS] * RANKS
+        expected[victim] = -signal.SIGKILL
+        assert job.wait(5) == expected
+        line = (
+            f"error: rank {victim} (host HOST, pid {job.pid(victim)}) died during step 12, data\n"
+        )
+        # Rank 0 speaks, and for rank 0 the last one.
+        reporter = 0 if victim else RANKS - 1
+        assert job.errors() == {reporter: line.replace("HOST", socket.gethostname())}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank(tmp_path: Path, victim: int) -> None:
+    with Job(tmp_path, "work") as job:
+        job.wait_until_all_work()
+        os.kill(job.pid(victim), signal.SIGSTOP)
+        expected: list[int | None] = [verdict.LOST_STATUS] * RANKS
+        expected[victim] = -signal.SIGKILL  # by the others: it would stay for ever
+        assert job.wait(SILENCE_SECONDS + 5) == expected
+        ((reporter, line),) = job.errors().items()
+        assert reporter == (0 if victim else RANKS - 1)
+        assert re.fullmatch(
+            rf"error: rank {victim} \(host {HOST}, pid {job.pid(victim)}\) stopped answering during"
+            r" step 12, data: silent for 6 s\n",
+            line,
+        )
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_defect_on_one_rank(tmp_path: Path, culprit: int) -> None:
+    with Job(tmp_path, "defect", culprit) as job:
+        assert job.wait(20) == [verdict.DEFECT_STATUS] * RANKS
+        ((reporter, text),) = job.errors().items()
+        assert reporter == culprit
+        first, *_, last = text.splitlines()
+        assert first == "Traceback (most recent call last):"
+        assert re.fullmatch(
+            rf"error: rank {culprit} \(host {HOST}, pid {job.pid(culprit)}\) failed during step 12,"
+            " data: ValueError: a defect",
+            last,
+        )
+
+
+def test_a_mendable_error_on_all_ranks_is_one_line(tmp_path: Path) -> None:
+    with Job(tmp_path, "mendable", *range(RANKS)) as job:
+        assert job.wait(20) == [verdict.MENDABLE_STATUS] * RANKS
+        assert job.errors() == {0: "error: a.key = 3; allowed: 4\n"}
+
+
+def test_a_mendable_error_on_one_rank_names_it(tmp_path: Path) -> None:
+    with Job(tmp_path, "mendable", 1) as job:
+        assert job.wait(20) == [verdict.MENDABLE_STATUS] * RANKS
+        text = f"error: rank 1 (host {socket.gethostname()}, pid {job.pid(1)}): a.key = 3;"
+        assert job.errors() == {1: f"{text} allowed: 4\n"}
+
+
+def test_a_finished_rank_is_not_a_lost_one(tmp_path: Path) -> None:
+    with Job(tmp_path, "finish", 0, 1) as job:
+        job.wait_until_all_work()
+        job.processes[1].join(10)
+        assert job.processes[1].exitcode == 0
+        job.processes[0].join(SILENCE_SECONDS + 2)
+        assert job.processes[0].is_alive()  # waits for rank 2
+        assert job.processes[2].is_alive()
+        os.kill(job.pid(2), signal.SIGKILL)
+        assert job.wait(5) == [verdict.LOST_STATUS, 0, -signal.SIGKILL]
+        assert list(job.errors()) == [0]
+
+
+def test_all_finish(tmp_path: Path) -> None:
+    with Job(tmp_path, "finish", *range(RANKS)) as job:
+        assert job.wait(20) == [0] * RANKS
+        assert job.errors() == {}
+
+
+def test_ranks_that_never_come_are_named() -> None:
+    text = verdict.absent([2, 5], world_size=8, seconds=600).message
+    assert text.startswith("2 of 8 ranks (2, 5) have not started within 600 s")
+
+
+def test_strangers_are_turned_away() -> None:
+    hub = watch_hub.WatchHub("127.0.0.1", 2, verdict.Peer.of_this_process(0), where=Whereabouts())
+    with ExitStack() as stack:
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "token": "guess"}\n', b"[1]\n"):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", hub.port)))
+            connection.settimeout(10)
+            connection.sendall(text)
+            assert connection.recv(100) == b""
+    peer = verdict.Peer.of_this_process(1)
+    hello = verdict.encode("hello", token=hub.token, peer=verdict.asdict(peer))
+    with socket.create_connection(("127.0.0.1", hub.port)) as connection:
+        connection.settimeout(10)
+        connection.sendall(hello)
+        assert b"welcome" in connection.recv(1000)
+
+
+# --- the pieces
+
+
+def test_silence_is_counted_from_the_last_sign_of_life() -> None:
+    now = 0.0
+    pulse = silence.Silence(30, clock=lambda: now)
+    pulse.heard(1)
+    pulse.heard(2)
+    pulse.heard(3)
+    while now < 28:
+        now += 2
+        pulse.heard(1)
+        assert pulse.expired() == []
+    pulse.forget(3)
+    now = 31
+    assert pulse.expired() == [2]
+
+
+def test_a_pause_of_the_watcher_itself_proves_nothing() -> None:
+    now = 0.0
+    pulse = silence.Silence(30, clock=lambda: now)
+    pulse.heard(1)
+    now = 100.0  # suspended for that long, as everybody else may have been
+    assert pulse.expired() == []
+    while now < 130:
+        now += 2
+        assert pulse.expired() == []
+    now = 132
+    assert pulse.expired() == [1]
+
+
+def test_messages_arrive_in_pieces() -> None:
+    lines = verdict.Lines()
+    sent = verdict.encode("beat", phase=Phase(4, "data", 12)) + verdict.encode("goodbye")
+    got = [message for byte in sent for message in lines.feed(bytes([byte]))]
+    assert got == [{"kind": "beat", "phase": [4, "data", 12]}, {"kind": "goodbye"}]
+
+
+def test_phases_are_ordered_by_how_far_the_run_has_come() -> None:
+    where = Whereabouts()
+    assert str(where.now) == "start"
+    where.enter("data", step=12)
+    before = where.now
+    where.enter("optimizer")
+    assert str(where.now) == "step 12, optimizer"
+    assert where.now.order > before.order
+
+
+def test_a_pid_that_another_process_has_now_is_spared() -> None:
+    me = verdict.Peer.of_this_process(0)
+    verdict.Peer(0, me.host, me.pid, started="1").kill_if_here()
+    verdict.Peer(0, "elsewhere", me.pid, me.started).kill_if_here()
