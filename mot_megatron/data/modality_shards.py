@@ -70,7 +70,7 @@ def take_shard(
         "exchange": _plan(
             [[whole["group_index"][slots] for slots in row] for row in slots_of],
             shard,
-            modalities.size,
+            positions,
         ),
     }
 
@@ -100,22 +100,31 @@ def _sources(ranges: Sequence[range], tower_slots: Sequence[int]) -> tuple[np.nd
 
 
 def _plan(
-    positions: Sequence[Sequence[np.ndarray]], shard: ModalityShard, num_positions: int
+    rows_of: Sequence[Sequence[np.ndarray]], shard: ModalityShard, positions: np.ndarray
 ) -> ExchangePlan:
-    """The exchange of a rank from the positions [P][K] of every rank's rows."""
+    """The exchange of a rank.
+
+    Args:
+        rows_of: [P][K] arrays: place in the group's sequences of each row of every rank's towers.
+        shard: Whose exchange.
+        positions: [sequences, s], position within the document.
+    """
     ranks = shard.placement.num_ranks
-    own = positions[shard.rank]
+    own = rows_of[shard.rank]
+    # A token at position p sees p + 1 keys.
+    pairs = (positions.astype(np.int64) + 1).reshape(ranks, -1).sum(1)
     if shard.exchange == "heads":
         first = 0
-        arriving = positions
+        arriving = rows_of
+        pairs = np.full(ranks, pairs.sum() // ranks)
         send_rows = tuple((len(rows),) * ranks for rows in own)
     else:
-        size = num_positions // ranks
+        size = positions.size // ranks
         bounds = np.arange(ranks + 1) * size
         first = int(bounds[shard.rank])
         arriving = [
             [rows[slice(*np.searchsorted(rows, (first, first + size)))] for rows in row]
-            for row in positions
+            for row in rows_of
         ]
         send_rows = tuple(tuple(np.diff(np.searchsorted(rows, bounds)).tolist()) for rows in own)
     arrival = np.concatenate([rows for row in arriving for rows in row]) - first
@@ -126,6 +135,8 @@ def _plan(
         receive_rows=tuple(sum(len(rows) for rows in row) for row in arriving),
         arrival_index=torch.from_numpy(arrival),
         position_index=torch.from_numpy(place),
+        rank_tokens=tuple(sum(len(rows) for rows in row) for row in rows_of),
+        rank_pairs=tuple(pairs.tolist()),
     )
 
 

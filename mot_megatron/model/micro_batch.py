@@ -8,7 +8,7 @@ up to a multiple of the tensor-parallel size, so g >= t; otherwise g = t.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,14 +38,17 @@ class ExchangePlan:
     """[a] int64: position, in the order of ``positions``, of each row as it arrives."""
     position_index: torch.Tensor
     """[a] int64: the inverse, the arrived row of each position."""
+    rank_tokens: tuple[int, ...]
+    """[P]: rows of every rank's stream."""
+    rank_pairs: tuple[int, ...]
+    """[P]: pairs of a query and a key for which every rank runs attention, in all heads' worth."""
 
     def to(self, device: torch.device) -> ExchangePlan:
         """The same plan with its tensors on ``device``."""
-        return ExchangePlan(
-            self.send_rows,
-            self.receive_rows,
-            self.arrival_index.to(device, non_blocking=True),
-            self.position_index.to(device, non_blocking=True),
+        return replace(
+            self,
+            arrival_index=self.arrival_index.to(device, non_blocking=True),
+            position_index=self.position_index.to(device, non_blocking=True),
         )
 
 

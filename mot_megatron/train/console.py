@@ -62,6 +62,11 @@ class Console:
         line = " | ".join(parts)
         # Long runs of many modalities need the room of the spaces.
         self.say(line if len(line) <= WIDTH else "|".join(parts).replace("  ", " "))
+        if interval.imbalance > 1:
+            self.say(
+                f"  modality groups: the busiest rank has {interval.imbalance:.2f} of the mean FLOPs,"
+                f" which costs about {interval.imbalance_percent:.0f}% of the step"
+            )
 
     def held_out(self, step: int, modality_bits: Sequence[float]) -> None:
         """The line of an evaluation."""

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mot_megatron.config import ModelConfig
+from mot_megatron.model.flops import step_flops
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
+
+_RATIO_UNITS = 10**6
+"""Ratios travel as whole numbers of millionths, since everything else is a count."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,22 @@ class GlobalCounts:
     """Tokens per tower with the unfilled positions, K of them."""
     attended_pairs: int
     """(query, key) pairs that attention looks at."""
+    imbalance: float
+    """FLOPs of the busiest rank of a modality group over the group's mean, 1 or more.
+
+    A mean over micro-batches and groups. The ranks meet twice in every layer, so all wait for the
+    busiest; 1 without modality parallelism.
+    """
     stop: bool
     """Whether any rank was asked to stop."""
 
     @classmethod
     def gather(
-        cls, batches: Sequence[MicroBatch], groups: ProcessGroups, stop: bool = False
+        cls,
+        batches: Sequence[MicroBatch],
+        model: ModelConfig,
+        groups: ProcessGroups,
+        stop: bool = False,
     ) -> GlobalCounts:
         """Sum over this rank's ``batches`` and over data parallelism.
 
@@ -46,6 +61,7 @@ class GlobalCounts:
                 *batch.modality_tokens,
                 *batch.tower_tokens,
                 batch.attended_pairs,
+                round(_imbalance(batch, model) * _RATIO_UNITS),
             )
             for batch in batches
         ]
@@ -59,7 +75,15 @@ class GlobalCounts:
         modalities, towers = len(batches[0].modality_labels), len(batches[0].tower_tokens)
         labels, tokens = values[:modalities], values[modalities : 2 * modalities]
         tower_tokens = values[2 * modalities : 2 * modalities + towers]
-        return cls(tuple(labels), tuple(tokens), tuple(tower_tokens), values[-1], stop=stops > 0)
+        pairs, imbalances = values[-2:]
+        return cls(
+            modality_labels=tuple(labels),
+            modality_tokens=tuple(tokens),
+            tower_tokens=tuple(tower_tokens),
+            attended_pairs=pairs,
+            imbalance=imbalances / _RATIO_UNITS / (len(batches) * groups.data_size),
+            stop=stops > 0,
+        )
 
     def loss_weight(self, loss_weights: Sequence[float]) -> float:
         """Sum of the weights of all labels: what the sum of token losses is divided by.
@@ -68,3 +92,15 @@ class GlobalCounts:
         """
         pairs = zip(self.modality_labels, loss_weights, strict=True)
         return sum(labels * weight for labels, weight in pairs) or 1.0
+
+
+def _imbalance(batch: MicroBatch, model: ModelConfig) -> float:
+    """FLOPs of the busiest rank of this rank's modality group over the mean."""
+    if batch.exchange is None:
+        return 1.0
+    loads = [
+        # All towers have one shape, so it does not matter whose tokens they are.
+        step_flops(model, [tokens], pairs).total
+        for tokens, pairs in zip(batch.exchange.rank_tokens, batch.exchange.rank_pairs, strict=True)
+    ]
+    return max(loads) * len(loads) / sum(loads)

@@ -27,6 +27,15 @@ class Interval:
     flops_per_second: float
     """Of the model over all ranks, without recomputation."""
 
+    imbalance: float
+    """FLOPs of the busiest rank of a modality group over the mean, a mean over the steps."""
+
+    @property
+    def imbalance_percent(self) -> float:
+        """Share of a step that the other ranks of a group wait for the busiest, by FLOPs."""
+        waiting = 1 - 1 / self.imbalance
+        return 100 * waiting * self.seconds.forward_backward / self.seconds.total
+
     @property
     def tokens_per_second(self) -> float:
         """Document tokens of all modalities per second, over all ranks."""
@@ -53,6 +62,7 @@ class Interval:
                 forward_backward=_mean([result.seconds.forward_backward for result in results]),
                 optimizer=_mean([result.seconds.optimizer for result in results]),
             ),
+            imbalance=_mean([result.counts.imbalance for result in results]),
             flops_per_second=sum(step_flops(result) for result in results) / seconds,
         )
 

@@ -50,6 +50,9 @@ class TensorBoardLog:
             "utilisation/mfu_percent": 100 * mfu,
             "memory/peak_gib": memory_bytes / GIB,
         }
+        if interval.imbalance > 1:
+            scalars["modality_parallel/imbalance"] = interval.imbalance
+            scalars["modality_parallel/waiting_percent"] = interval.imbalance_percent
         for tower, norm in zip(self.towers, interval.norms.per_tower, strict=True):
             scalars[f"gradient_norm/tower_{tower}"] = norm
         for name, rate in zip(self.modalities, interval.modality_rates, strict=True):

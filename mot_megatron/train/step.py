@@ -67,7 +67,7 @@ def train_step(
     session.where.enter("data", step)
     accumulation = config.accumulation_steps(groups.data_size)
     batches = [session.loader.next_micro_batch() for _ in range(accumulation)]
-    counts = GlobalCounts.gather(batches, groups, stop)
+    counts = GlobalCounts.gather(batches, config.model, groups, stop)
     divisor = counts.loss_weight(config.model.loss_weights)
     data_seconds = clock.lap()
 

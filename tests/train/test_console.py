@@ -14,7 +14,9 @@ from mot_megatron.train.step import StepSeconds
 MODALITIES = ("text", "image", "speech")
 
 
-def interval_of(bits: tuple[float, ...], rate: float, norm: float) -> Interval:
+def interval_of(
+    bits: tuple[float, ...], rate: float, norm: float, imbalance: float = 1.0
+) -> Interval:
     return Interval(
         modality_bits=bits,
         modality_rates=(rate, 0.0, 0.0),
@@ -22,6 +24,7 @@ def interval_of(bits: tuple[float, ...], rate: float, norm: float) -> Interval:
         learning_rate=3e-4,
         seconds=StepSeconds(0.1, 0.2, 0.3),
         flops_per_second=1e9,
+        imbalance=imbalance,
     )
 
 
@@ -43,14 +46,16 @@ def test_lines_say_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lines_of_long_runs_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    interval = interval_of((12.25, 12.25, 12.25), rate=987_654.0, norm=12.34)
+    interval = interval_of((12.25, 12.25, 12.25), rate=987_654.0, norm=12.34, imbalance=1.25)
     with Console(MODALITIES, 0, 200_000, on=True) as console:
         console.interval(100_000, interval, 0.42, seconds_left=359_999)
         console.held_out(100_000, (12.25, 12.25, 12.25))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert max(map(len, lines)) <= WIDTH
     assert lines[0].endswith("|mfu 42%|left 99:59:59")
+    # (1 - 1 / 1.25) * 0.2 s / 0.6 s = 7%
+    assert lines[1].endswith("has 1.25 of the mean FLOPs, which costs about 7% of the step")
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ MODALITIES, TOWERS = ("text", "image"), ("only",)
 EVERYTHING = {"scalars": 0, "images": 0, "audio": 0, "tensors": 0}
 
 
-def interval_with(bits: tuple[float, ...]) -> Interval:
+def interval_with(bits: tuple[float, ...], imbalance: float = 1.0) -> Interval:
     return Interval(
         modality_bits=bits,
         modality_rates=(30.0, 12.0),
@@ -31,6 +31,7 @@ def interval_with(bits: tuple[float, ...]) -> Interval:
         learning_rate=1e-3,
         seconds=StepSeconds(data=0.1, forward_backward=0.2, optimizer=0.3),
         flops_per_second=1e9,
+        imbalance=imbalance,
     )
 
 
@@ -45,7 +46,9 @@ def value(events: EventAccumulator, tag: str) -> float:
 
 def test_scalars_hold_the_interval(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
-    log.log_interval(10, interval_with((7.5, 6.5)), mfu=0.25, memory_bytes=3 * 2**29)
+    log.log_interval(
+        10, interval_with((7.5, 6.5), imbalance=1.25), mfu=0.25, memory_bytes=3 * 2**29
+    )
     log.log_held_out(10, (8.5, 9.5))
     log.close()
     events = read(tmp_path)
@@ -56,6 +59,8 @@ def test_scalars_hold_the_interval(tmp_path: Path) -> None:
         "gradient_norm/tower_only": 4.0,
         "gradient_norm/shared": 3.0,
         "gradient_norm/total": 5.0,
+        "modality_parallel/imbalance": 1.25,
+        "modality_parallel/waiting_percent": 100 / 15,  # (1 - 1 / 1.25) * 0.2 s / 0.6 s
         "tokens_per_second/total": 42.0,  # 30 + 12
         "tokens_per_second/image": 12.0,
         "step_seconds/optimizer": 0.3,
