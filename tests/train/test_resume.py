@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.sharding import ParameterLayout, layout_of
-from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.train import loop
-from mot_megatron.train.session import Session, resolve_config
+from mot_megatron.train.session import Session, build_groups, resolve_config
 from mot_megatron.train.step import StepResult
 from tests.ranks import run_ranks
 from tests.train.small_runs import small_config, write_corpus
@@ -28,6 +29,9 @@ ZERO1, ZERO3 = "parallel.zero_stage=1", "parallel.zero_stage=3"
 BF16_ZERO2 = ["parallel.zero_stage=2", "training.precision=bf16"]
 TP = "parallel.tensor_model_parallel_size=2"
 SP = "parallel.sequence_parallel=true"
+PP, MP = "parallel.pipeline_model_parallel_size=2", "parallel.modality_parallel_size=2"
+LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
+TIED = "model.untie_embeddings_and_output_weights=false"
 # A point of each step's own: a mean over steps begins anew where a run begins anew.
 EVERY_STEP = "logging.interval_steps=1"
 TWO_MICRO_BATCHES = "training.micro_batch_size=2"
@@ -54,7 +58,7 @@ class Outcome:
 def run_training(corpus: Path, overrides: list[str], cut_after: int | None) -> Outcome:
     """Run ``train`` on this rank, and die after ``cut_after`` steps of this process."""
     config = resolve_config(small_config(corpus, overrides), Corpus.open(corpus))
-    groups = build_process_groups(config.parallel.tensor_model_parallel_size, torch.device("cpu"))
+    groups = build_groups(config, Corpus.open(corpus), torch.device("cpu"))
     sessions: list[Session] = []
     results: list[StepResult] = []
     build_session, train_step = loop.build_session, loop.train_step
@@ -98,9 +102,21 @@ def train(
     return run_ranks(run_training, ranks, corpus, overrides, cut_after, timeout=300)
 
 
+def ranks_of(layout: list[str]) -> int:
+    return 4 if MP in layout and PP in layout else 2
+
+
+OneProcess = Callable[[bool], Outcome]
+"""Whether the embedding is tied -> the run of one process."""
+
+
 @pytest.fixture(scope="module")
-def one_process(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return train(corpus, tmp_path_factory.mktemp("whole"), [], ranks=1)[0]
+def one_process(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    @functools.cache
+    def run(tied: bool) -> Outcome:
+        return train(corpus, tmp_path_factory.mktemp("whole"), [TIED] if tied else [], ranks=1)[0]
+
+    return run
 
 
 def points_of(runs: Path) -> dict[str, list[tuple[int, float]]]:
@@ -145,25 +161,33 @@ def test_resume_is_bitwise(corpus: Path, tmp_path: Path, layout: list[str]) -> N
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [([TP, SP], [ZERO3]), ([ZERO3], [TP])],
-    ids=["tp2-to-dp2", "dp2-to-tp2"],
+    [
+        ([TP, SP], [ZERO3]),
+        ([ZERO3], [TP]),
+        ([MP, PP, TIED], [TP, TIED]),
+        ([TP, TIED], [MP, PP, TIED]),
+        ([MP, LISTED], [PP]),
+    ],
+    ids=["tp2-to-dp2", "dp2-to-tp2", "mp2pp2-to-tp2", "tp2-to-mp2pp2", "mp2-to-pp2"],
 )
 def test_resume_under_another_layout(
-    corpus: Path, tmp_path: Path, one_process: Outcome, before: list[str], after: list[str]
+    corpus: Path, tmp_path: Path, one_process: OneProcess, before: list[str], after: list[str]
 ) -> None:
-    expected = one_process
-    train(corpus, tmp_path / "cut", before, cut_after=SAVED)
-    for resumed in train(corpus, tmp_path / "cut", after):
+    expected = one_process(TIED in before)
+    train(corpus, tmp_path / "cut", before, cut_after=SAVED, ranks=ranks_of(before))
+    resumed_ranks = train(corpus, tmp_path / "cut", after, ranks=ranks_of(after))
+    assert {name for outcome in resumed_ranks for name in outcome.state} == set(expected.state)
+    for resumed in resumed_ranks:
         for mine, theirs in zip(
             [*resumed.losses, *resumed.norms],
             [*expected.losses[SAVED:], *expected.norms[SAVED:]],
             strict=True,
         ):
             assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE)
-        for name, state in expected.state.items():
+        for name, state in resumed.state.items():
             layout = resumed.layouts[name]
-            part = state["weight"].view(layout.global_shape)
+            part = expected.state[name]["weight"].view(layout.global_shape)
             if layout.shard_dim is not None:
                 part = part.chunk(resumed.tensor_size, layout.shard_dim)[resumed.tensor_rank]
-            mine = resumed.state[name]["weight"].view(part.shape)
+            mine = state["weight"].view(part.shape)
             torch.testing.assert_close(mine, part, rtol=0, atol=TOLERANCE, msg=name)
