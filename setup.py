@@ -7,7 +7,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mot_megatron.data._native",
-            ["mot_megatron/csrc/native.cpp"],
+            ["mot_megatron/csrc/native.cpp", "mot_megatron/csrc/budget.cpp"],
+            depends=["mot_megatron/csrc/budget.h"],
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -48,6 +48,10 @@ class DataConfig(Section):
     """Folder that holds corpus.toml."""
     seq_length: PositiveInt = 4096
     """Tokens per packed sequence; no document may be longer."""
+    packing: Literal["sequence", "budget"] = "sequence"
+    """sequence: fill each sequence as far as possible. budget: every micro-batch of a rank also has
+    a fixed number of tokens of each tower, its share of the corpus, so that shapes are static; what
+    documents leave is filled up. Evaluation is always packed by sequence."""
 
 
 class ModalityConfig(Section):

@@ -2,7 +2,8 @@
 
 ``benchmark_data.py [--corpus DIR] [--step-seconds X] [--json]``. Without a corpus, documents are
 synthetic: three modalities, median length 130, 95th percentile 200. Goals: at least 2 million
-documents packed per second; preparing batches takes at most 2% of a training step.
+documents packed per second; preparing batches takes at most 2% of a training step. Also times
+packing to budgets, of the same lengths cut into the modalities in drawn proportions.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mot_megatron.data.budget import count_tower_tokens, pack_budget_epoch, tower_budgets
 from mot_megatron.data.corpus import Corpus, Modality
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader
-from mot_megatron.data.packing import pack_epoch
+from mot_megatron.data.packing import Packing, pack_epoch
 from mot_megatron.data.writer import CorpusWriter
 from mot_megatron.errors import UserError
 from mot_megatron.train.hardware import describe_machine
@@ -32,6 +34,7 @@ GOAL_DOCUMENTS_PER_SECOND = 2e6
 GOAL_FRACTION_OF_STEP = 0.02
 PACKED_DOCUMENTS = 1_000_000
 CORPUS_DOCUMENTS = 5_000
+BUDGET_DOCUMENTS = 100_000
 BATCHES_PER_SAMPLE = 20
 MODALITIES = (
     Modality(name="text", first_id=0, size=4096),
@@ -134,6 +137,45 @@ def benchmark_packing(
     }
 
 
+def synthetic_counts(lengths: np.ndarray) -> np.ndarray:
+    """Tokens per tower, [documents, 3] int32: every length cut in uniformly drawn proportions."""
+    shares = np.random.default_rng(0).dirichlet(np.ones(len(MODALITIES)), len(lengths))
+    counts = np.floor(shares * lengths[:, None]).astype(np.int32)
+    counts[:, 0] += (lengths - counts.sum(axis=1)).astype(np.int32)
+    return counts
+
+
+def corpus_counts(corpus: Corpus, split: str) -> np.ndarray:
+    """Tokens per tower, [documents, K] int32, where every modality has its own."""
+    table = corpus.description.modality_of_id
+    return count_tower_tokens(
+        corpus.split(split), table, len(corpus.description.modalities), str(corpus.directory)
+    )
+
+
+def benchmark_budget(
+    counts: np.ndarray, options: argparse.Namespace, repeats: int, name: str
+) -> dict[str, Any]:
+    """Time packing an epoch such that micro-batches have as many tokens of each tower."""
+    sequences, capacity = options.micro_batch_size, options.seq_length
+    budgets = tower_budgets(counts, sequences * capacity)
+
+    def pack() -> Packing:
+        return pack_budget_epoch(
+            counts, budgets, sequences=sequences, capacity=capacity, seed=0, epoch=0, source=name
+        )
+
+    seconds = sample(pack, repeats, f"packing {name} to budgets")
+    packing = pack()
+    return {
+        "documents": len(counts),
+        "micro_batches": len(packing) // sequences,
+        "budgets": list(budgets),
+        "fill": float(counts.sum() / (len(packing) * capacity)),
+        "documents_per_second": spread([len(counts) / value for value in seconds]),
+    }
+
+
 def benchmark_batches(corpus: Corpus, split: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time reading, labelling and grouping micro-batches, one tower per modality."""
     towers = tuple(range(len(corpus.description.modalities)))
@@ -167,6 +209,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     packing = {
         "synthetic": benchmark_packing(lengths, options.seq_length, options.repeats, "synthetic")
     }
+    counts = synthetic_counts(lengths[:BUDGET_DOCUMENTS])
+    budget = {"synthetic": benchmark_budget(counts, options, options.repeats, "synthetic")}
     if options.corpus is None:
         with tempfile.TemporaryDirectory() as directory:
             write_synthetic_corpus(Path(directory) / "corpus", options.seq_length)
@@ -177,11 +221,14 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         lengths = corpus.split(options.split).lengths
         source = str(options.corpus)
         packing["corpus"] = benchmark_packing(lengths, options.seq_length, options.repeats, source)
+        counts = corpus_counts(corpus, options.split)
+        budget["corpus"] = benchmark_budget(counts, options, options.repeats, source)
         batches = benchmark_batches(corpus, options.split, options)
     result = {
         "benchmark": "data",
         "machine": describe_machine(torch.device("cpu")),
         "packing": packing,
+        "budget_packing": budget,
         "batch_preparation": batches,
         "ratio_to_goal": {
             name: scaled(values["documents_per_second"], 1 / GOAL_DOCUMENTS_PER_SECOND)
@@ -203,6 +250,12 @@ def show(result: dict[str, Any]) -> None:
             f"packing, {name}: {rate['median']:.1f} million documents/s "
             f"({rate['low']:.1f}..{rate['high']:.1f}; goal "
             f"{GOAL_DOCUMENTS_PER_SECOND / 1e6:.0f}), {values['fill']:.2%} of the positions filled"
+        )
+    for name, values in result["budget_packing"].items():
+        rate = scaled(values["documents_per_second"], 1e-6)
+        print(
+            f"packing to budgets, {name}: {rate['median']:.2f} million documents/s "
+            f"({rate['low']:.2f}..{rate['high']:.2f}), {values['fill']:.2%} of the positions filled"
         )
     batches = result["batch_preparation"]
     milliseconds = scaled(batches["seconds_per_micro_batch"], 1e3)

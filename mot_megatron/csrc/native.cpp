@@ -14,6 +14,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "budget.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -384,4 +386,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("group", &group, py::arg("token_ids"), py::arg("document_ids"), py::arg("filled"),
              py::arg("modality_of_id"), py::arg("tower_of_modality"), py::arg("towers"),
              py::arg("slot_multiple"));
+  register_budget(module);
 }

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -6,6 +6,9 @@ from numpy.typing import NDArray
 
 def pack(
     lengths: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def pack_budget(
+    counts: NDArray[np.int32], budgets: Sequence[int], sequences: int, capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def group(
     token_ids: NDArray[np.integer],

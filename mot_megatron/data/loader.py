@@ -1,21 +1,24 @@
 """Micro-batches of a split, for one data-parallel rank.
 
 All ranks read one global stream of packed sequences, epoch after epoch, each its own slices of it.
-The stream depends only on (corpus, seed, seq_length), so its position is all there is to save and
-any data-parallel size can go on from it. Letters: b sequences of s positions.
+The stream depends only on (corpus, seed, seq_length) and, where micro-batches have budgets, on these
+and their size, so its position is all there is to save and any data-parallel size can go on from
+it. Letters: b sequences of s positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.budget import BudgetPlan, pack_budget_epoch
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.modality_shards import ModalityShard
-from mot_megatron.data.packing import Packing, check_lengths, pack_epoch
+from mot_megatron.data.packing import ALGORITHM_VERSION, Packing, check_lengths, pack_epoch
 from mot_megatron.errors import CheckpointError, DataError
 from mot_megatron.model.micro_batch import MicroBatch
 
@@ -69,8 +72,32 @@ class _SequenceReader:
             )
         self.source = f"{corpus.directory}: split {split}"
         check_lengths(self._split.lengths, seq_length, self.source)
+        self.budget_plan: BudgetPlan | None = None
+
+    def use_budgets(self, micro_batch_size: int) -> BudgetPlan:
+        """From now on, pack and read micro-batches of this many sequences to budgets."""
+        self.budget_plan = BudgetPlan.build(
+            self._split,
+            self._description,
+            self._grouping.towers_of_modalities,
+            num_towers=self._grouping.num_towers,
+            micro_batch_size=micro_batch_size,
+            seq_length=self._seq_length,
+            source=self.source,
+        )
+        return self.budget_plan
 
     def pack(self, seed: int, epoch: int) -> Packing:
+        if self.budget_plan is not None:
+            return pack_budget_epoch(
+                self.budget_plan.counts,
+                self.budget_plan.budgets,
+                sequences=self.budget_plan.micro_batch_size,
+                capacity=self._seq_length,
+                seed=seed,
+                epoch=epoch,
+                source=self.source,
+            )
         return pack_epoch(
             self._split.lengths, self._seq_length, seed=seed, epoch=epoch, source=self.source
         )
@@ -94,6 +121,8 @@ class _SequenceReader:
             # What is left forms one more document, so that no other attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
+        if self.budget_plan is not None:
+            self.budget_plan.fill(token_ids, filled, sequences)
         return build_micro_batch(
             token_ids,
             document_ids,
@@ -123,17 +152,42 @@ class PackedLoader:
         grouping: GroupingPlan,
         shard: DataShard,
         seed: int,
+        packing: Literal["sequence", "budget"] = "sequence",
     ) -> None:
         """Start at the beginning of epoch 0.
 
+        Args:
+            corpus: The corpus.
+            split: Name of its split.
+            seq_length: s.
+            micro_batch_size: b.
+            grouping: Assignment of tokens to towers.
+            shard: This rank's share.
+            seed: Of the order of documents.
+            packing: sequence: as many tokens as fit into each sequence. budget: every b sequences
+                of the stream hold exactly ``budgets`` tokens of the towers.
+
         Raises:
-            DataError: No such split, a document longer than ``seq_length``, or a corpus whose
-                number of modalities differs from the plan's.
+            DataError: No such split, a document longer than ``seq_length`` or beyond a budget, or
+                a corpus whose number of modalities differs from the plan's.
         """
         self._grouping = grouping
         self._reader = _SequenceReader(corpus, split, seq_length, grouping)
         self._source = self._reader.source
-        self._identity = {"seed": seed, "seq_length": seq_length, "corpus": corpus.fingerprint}
+        self._identity: dict[str, int | str] = {
+            "seed": seed,
+            "seq_length": seq_length,
+            "corpus": corpus.fingerprint,
+            "packing": packing,
+            "packing_version": ALGORITHM_VERSION,
+        }
+        self.budgets: tuple[int, ...] | None = None
+        """With packing = budget: tokens per tower of every micro-batch of b sequences, fillers
+        included; K of them, adding up to b * s."""
+        if packing == "budget":
+            self.budgets = self._reader.use_budgets(micro_batch_size).budgets
+            self._identity["micro_batch_size"] = micro_batch_size
+            self._identity["budgets"] = ", ".join(map(str, self.budgets))
         self._seed = seed
         self._micro_batch_size = micro_batch_size
         self._shard = shard
@@ -164,28 +218,36 @@ class PackedLoader:
         return {"epoch": self._epoch, "next_sequence": self._next_sequence, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on where ``state`` was taken, with any data-parallel and micro-batch size.
+        """Go on where ``state`` was taken, with any data-parallel size.
+
+        And with any micro-batch size, unless packing = budget.
 
         Raises:
             CheckpointError: The state belongs to another stream or is not a state.
         """
+        for key, value in self._identity.items():
+            # Another mode has other keys, so the values come first.
+            if state.get(key, value) != value:
+                raise CheckpointError(
+                    f"data position was saved with {key} = {state[key]!r}, but this run has "
+                    f"{value!r} ({self._source})"
+                )
         expected_keys = {"epoch", "next_sequence", *self._identity}
         if set(state) != expected_keys:
             raise CheckpointError(
                 f"data position has keys {sorted(state)}, expected {sorted(expected_keys)}"
             )
-        for key, value in self._identity.items():
-            if state[key] != value:
-                raise CheckpointError(
-                    f"data position was saved with {key} = {state[key]!r}, but this run has "
-                    f"{value!r} ({self._source})"
-                )
         epoch, next_sequence = _count(state, "epoch"), _count(state, "next_sequence")
         packing = self._reader.pack(self._seed, epoch)
         if next_sequence >= len(packing):
             raise CheckpointError(
                 f"data position has next_sequence = {next_sequence}, expected "
                 f"0..{len(packing) - 1} ({self._source})"
+            )
+        if self.budgets is not None and next_sequence % self._micro_batch_size:
+            raise CheckpointError(
+                f"data position has next_sequence = {next_sequence}, expected a multiple of "
+                f"micro_batch_size = {self._micro_batch_size} ({self._source})"
             )
         self._epoch, self._next_sequence = epoch, next_sequence
         self._packings = {epoch: packing}
@@ -224,7 +286,8 @@ def evaluation_batches(
     """One pass over a split, each document once over all ranks, always in the same order.
 
     Every rank yields the same number of micro-batches, so that collectives match; behind the last
-    document come sequences without documents, which have no labels.
+    document come sequences without documents, which have no labels. Always packed by sequence: the counts of
+    towers vary, the sequences do not depend on the micro-batch size.
 
     Args:
         corpus: The corpus.

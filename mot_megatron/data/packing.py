@@ -14,6 +14,10 @@ import numpy as np
 from mot_megatron.data import _native
 from mot_megatron.errors import DataError
 
+ALGORITHM_VERSION = 1
+"""Of the sequence and budget packing: a change of either's result raises it, because a saved
+position means nothing in another stream."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -87,12 +91,29 @@ def pack_epoch(
     check_lengths(lengths, capacity, source)
     generator = np.random.default_rng([seed, epoch])
     documents = generator.permutation(len(lengths))
-    packing = pack(lengths[documents], capacity)
-    # The core packs the hardest leftovers last: without this they would end every epoch.
-    bins = generator.permutation(len(packing))
-    sizes = np.diff(packing.bin_offsets)[bins]
-    bin_offsets = np.zeros(len(bins) + 1, dtype=np.int64)
+    return shuffled(pack(lengths[documents], capacity), documents, generator)
+
+
+def shuffled(
+    packing: Packing,
+    documents: np.ndarray,
+    generator: np.random.Generator,
+    *,
+    sequences_per_bin: int = 1,
+) -> Packing:
+    """Draw the order of the bins: the core packs the hardest leftovers last.
+
+    Args:
+        packing: Of documents in some order; as many sequences as fill whole bins.
+        documents: [documents] int64, that order: the numbers the result names documents by.
+        generator: What the order is drawn from.
+        sequences_per_bin: Sequences that stay together, in their order.
+    """
+    bins = generator.permutation(len(packing) // sequences_per_bin)
+    sequences = (bins[:, None] * sequences_per_bin + np.arange(sequences_per_bin)).reshape(-1)
+    sizes = np.diff(packing.bin_offsets)[sequences]
+    bin_offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
     np.cumsum(sizes, out=bin_offsets[1:])
-    moved_by = np.repeat(packing.bin_offsets[bins] - bin_offsets[:-1], sizes)
-    order = packing.order[np.arange(len(lengths)) + moved_by]
+    moved_by = np.repeat(packing.bin_offsets[sequences] - bin_offsets[:-1], sizes)
+    order = packing.order[np.arange(len(documents)) + moved_by]
     return Packing(documents[order], bin_offsets)

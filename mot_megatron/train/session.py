@@ -152,6 +152,7 @@ def build_session(
         grouping=grouping_plan(config, groups),
         shard=DataShard(groups.data_rank, groups.data_size),
         seed=config.run.seed,
+        packing=config.data.packing,
     )
     # Before the model: a document too long for the sequence should not cost a model's building,
     # nor one of the held-out split all steps up to the first evaluation.

@@ -179,6 +179,8 @@ def test_resumes_with_another_size(corpus: Corpus) -> None:
     [
         ({"corpus": "0" * 64}, "saved with corpus = '0000"),
         ({"seed": 2}, "saved with seed = 2, but this run has 1"),
+        ({"packing": "budget"}, "saved with packing = 'budget', but this run has 'sequence'"),
+        ({"packing_version": 0}, "saved with packing_version = 0, but this run has 1"),
         ({"seq_length": 32}, "saved with seq_length = 32, but this run has 64"),
         ({"epoch": -1}, "epoch = -1, expected a count"),
         ({"next_sequence": "3"}, "next_sequence = '3', expected a count"),

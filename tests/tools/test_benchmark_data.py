@@ -13,6 +13,7 @@ from tools import benchmark_data
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_data, "PACKED_DOCUMENTS", 2000)
     monkeypatch.setattr(benchmark_data, "CORPUS_DOCUMENTS", 50)
+    monkeypatch.setattr(benchmark_data, "BUDGET_DOCUMENTS", 2000)
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +22,9 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     packing = result["packing"]["synthetic"]
     assert packing["documents"] == 2000
     assert 0.98 < packing["fill"] <= 1
+    budget = result["budget_packing"]["synthetic"]
+    assert sum(budget["budgets"]) == 512 * 8
+    assert 0.95 < budget["fill"] <= 1  # few documents: their last micro-batch shows
     for ratio, figure, factor in [
         (result["ratio_to_goal"]["synthetic"], packing["documents_per_second"], 1 / 2e6),
         (result["ratio_to_step"], result["batch_preparation"]["seconds_per_micro_batch"], 1 / 2),
@@ -36,6 +40,7 @@ def test_a_corpus_is_packed_and_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert benchmark_data.main([*options, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["packing"]["corpus"]["documents"] == 60
+    assert result["budget_packing"]["corpus"]["documents"] == 60
     assert result["batch_preparation"]["corpus"] == "tiny"
     assert benchmark_data.main([*options, "--step-seconds", "1"]) == 0
     assert "preparing 512 tokens of tiny" in capsys.readouterr().out
