@@ -1,4 +1,4 @@
-"""The mesh's arithmetic against the groups that megatron makes for 256 ranks."""
+"""The mesh's arithmetic, and its groups against those that megatron makes for 256 ranks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mot_megatron.parallel.groups import build_process_groups, build_single_process_groups
+from mot_megatron.parallel.groups import (
+    ProcessGroups,
+    build_process_groups,
+    build_single_process_groups,
+)
 from mot_megatron.parallel.mesh import Mesh
+from mot_megatron.parallel.placement import Placement, balanced_placement
+
+SPLIT = Placement(((1.0, 0.25, 0.0), (0.0, 0.75, 0.0), (0.0, 0.0, 0.5), (0.0, 0.0, 0.5)))
 
 
 @pytest.fixture
@@ -29,37 +38,184 @@ def _leave_world() -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("no_world")
-@pytest.mark.parametrize(("rank", "tensor"), [(0, 1), (37, 2), (100, 8), (255, 8), (255, 256)])
-def test_groups_of_256_ranks_are_megatrons(rank: int, tensor: int) -> None:
+def groups_of_256(
+    rank: int, tensor: int, pipeline: int, placement: Placement | None
+) -> ProcessGroups:
     # The fake backend lets one process stand for any rank of a large world.
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=256)
-    groups = build_process_groups(tensor, torch.device("cpu"))
-    mesh = Mesh(256, tensor)
-    tensor_ranks = dist.get_process_group_ranks(groups.tensor)
-    data_ranks = dist.get_process_group_ranks(groups.data)
-    assert tensor_ranks in mesh.tensor_groups()
-    assert data_ranks in mesh.data_groups()
-    assert tensor_ranks[groups.tensor_rank] == rank
-    assert data_ranks[groups.data_rank] == rank
-    assert (groups.tensor_size, groups.data_size) == (tensor, 256 // tensor)
-    assert parallel_state.get_tensor_model_parallel_rank() == groups.tensor_rank
-    assert parallel_state.get_data_parallel_rank() == groups.data_rank
+    return build_process_groups(
+        tensor,
+        torch.device("cpu"),
+        pipeline_model_parallel_size=pipeline,
+        placement=placement,
+    )
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
-def test_every_rank_is_in_one_group_of_each_axis(tensor: int) -> None:
-    mesh = Mesh(8, tensor)
-    for groups, size in ((mesh.tensor_groups(), tensor), (mesh.data_groups(), 8 // tensor)):
-        assert sorted(rank for group in groups for rank in group) == list(range(8))
-        assert {len(group) for group in groups} == {size}
+def members(group: dist.ProcessGroup | None) -> list[int]:
+    assert group is not None
+    return dist.get_process_group_ranks(group)
 
 
-def test_tensor_parallel_ranks_are_neighbours() -> None:
-    mesh = Mesh(8, 2)
-    assert mesh.tensor_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert mesh.data_groups() == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert [(mesh.tensor_rank(r), mesh.data_rank(r)) for r in (0, 3, 6)] == [(0, 0), (1, 1), (0, 3)]
+LARGE = pytest.mark.parametrize(
+    ("rank", "tensor", "pipeline", "placement"),
+    [
+        (0, 1, 1, None),
+        (37, 2, 1, None),
+        (255, 8, 1, None),
+        (255, 256, 1, None),
+        (100, 8, 4, None),
+        (37, 2, 16, None),
+        (200, 1, 2, SPLIT),
+        (77, 2, 4, SPLIT),
+        (255, 8, 8, SPLIT),
+        (130, 4, 2, balanced_placement([3.0, 1.0], 2)),
+        (131, 4, 2, balanced_placement([1.0], 2)),  # a dense model: both ranks hold its tower
+    ],
+)
+
+
+@pytest.mark.usefixtures("no_world")
+@LARGE
+def test_groups_of_256_ranks_are_megatrons(
+    rank: int, tensor: int, pipeline: int, placement: Placement | None
+) -> None:
+    groups = groups_of_256(rank, tensor, pipeline, placement)
+    mesh = groups.mesh
+    for group, all_groups, position, size, megatrons in (
+        (
+            groups.tensor,
+            mesh.tensor_groups(),
+            groups.tensor_rank,
+            groups.tensor_size,
+            parallel_state.get_tensor_model_parallel_rank(),
+        ),
+        (
+            groups.data,
+            mesh.data_groups(),
+            groups.data_rank,
+            groups.data_size,
+            parallel_state.get_data_parallel_rank(),
+        ),
+        (
+            groups.pipeline,
+            mesh.pipeline_groups(),
+            groups.pipeline_rank,
+            groups.pipeline_size,
+            parallel_state.get_pipeline_model_parallel_rank(),
+        ),
+    ):
+        assert members(group) in all_groups
+        assert members(group)[position] == rank
+        assert len(members(group)) == size
+        assert position == megatrons
+    assert (groups.tensor_size, groups.pipeline_size) == (tensor, pipeline)
+    assert groups.data_size == 256 // (tensor * pipeline)
+    stages = members(groups.pipeline)
+    assert set(members(groups.model)) == {  # every tensor-parallel neighbour of every stage
+        other for group in mesh.tensor_groups() if set(group) & set(stages) for other in group
+    }
+
+
+@pytest.mark.usefixtures("no_world")
+@LARGE
+def test_towers_of_256_ranks_reduce_over_their_holders(
+    rank: int, tensor: int, pipeline: int, placement: Placement | None
+) -> None:
+    groups = groups_of_256(rank, tensor, pipeline, placement)
+    assert groups.reduction_group(-1) is groups.data
+    if placement is None:
+        assert (groups.modality, groups.holders, groups.modality_size) == (None, (), 1)
+        assert groups.towers_held(3) == (0, 1, 2)
+        assert groups.reduction_group(2) is groups.data
+        return
+    neighbours = members(groups.modality)
+    assert neighbours in groups.mesh.modality_groups()
+    assert neighbours[groups.modality_rank] == rank
+    assert groups.modality_size == placement.num_ranks
+    held = groups.towers_held(placement.num_towers)
+    assert held == placement.towers(groups.modality_rank)
+    for tower in range(placement.num_towers):
+        if tower in held:
+            assert members(groups.reduction_group(tower)) == [
+                other
+                for other in members(groups.data)
+                if groups.mesh.modality_rank(other) in placement.holders(tower)
+            ]
+        else:
+            assert groups.holders[tower] is None
+
+
+@pytest.mark.usefixtures("no_world")
+@pytest.mark.parametrize(
+    ("rank", "stages_with_embedding"), [(3, [3, 195]), (195, [3, 195]), (67, None)]
+)
+def test_first_and_last_stage_share_the_embedding(
+    rank: int, stages_with_embedding: list[int] | None
+) -> None:
+    # Four stages of 64 ranks: 3, 67, 131, 195 form a pipeline.
+    groups = groups_of_256(rank, 2, 4, None)
+    found = None if groups.embedding is None else members(groups.embedding)
+    assert found == stages_with_embedding
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> Mesh:
+    tensor, modality, copies, pipeline = (draw(st.integers(1, 4)) for _ in range(4))
+    return Mesh(tensor * modality * copies * pipeline, tensor, pipeline, modality)
+
+
+@given(meshes())
+def test_coordinates_name_a_rank(mesh: Mesh) -> None:
+    for rank in range(mesh.world_size):
+        tensor, data = mesh.tensor_rank(rank), mesh.data_rank(rank)
+        pipeline, modality = mesh.pipeline_rank(rank), mesh.modality_rank(rank)
+        assert (pipeline * mesh.data + data) * mesh.tensor + tensor == rank
+        assert modality == data % mesh.modality
+        assert tensor < mesh.tensor
+        assert data < mesh.data
+        assert pipeline < mesh.pipeline
+
+
+@given(meshes())
+def test_an_axis_groups_the_ranks_that_differ_on_it_alone(mesh: Mesh) -> None:
+    tensor, data, pipeline = mesh.tensor_rank, mesh.data_rank, mesh.pipeline_rank
+    ranks = range(mesh.world_size)
+    for groups, own, others, size in (
+        (mesh.tensor_groups(), tensor, lambda r: (data(r), pipeline(r)), mesh.tensor),
+        (mesh.data_groups(), data, lambda r: (tensor(r), pipeline(r)), mesh.data),
+        (mesh.pipeline_groups(), pipeline, lambda r: (tensor(r), data(r)), mesh.pipeline),
+        (
+            mesh.modality_groups(),
+            mesh.modality_rank,
+            lambda r: (tensor(r), data(r) // mesh.modality, pipeline(r)),
+            mesh.modality,
+        ),
+    ):
+        assert sorted(rank for group in groups for rank in group) == list(ranks)
+        assert len({others(group[0]) for group in groups}) == len(groups)
+        for group in groups:
+            assert len({others(rank) for rank in group}) == 1
+            assert [own(rank) for rank in group] == list(range(size))
+
+
+@given(meshes(), st.data())
+def test_holder_groups_are_data_groups_without_the_others(mesh: Mesh, data: st.DataObject) -> None:
+    chosen = data.draw(st.sets(st.integers(0, mesh.modality - 1), min_size=1))
+    groups = mesh.holder_groups(chosen)
+    wanted = [rank for rank in range(mesh.world_size) if mesh.modality_rank(rank) in chosen]
+    assert sorted(rank for group in groups for rank in group) == wanted
+    for group, whole in zip(groups, mesh.data_groups(), strict=True):
+        assert set(group) <= set(whole)
+        assert group == sorted(group)
+
+
+def test_ranks_that_talk_most_are_neighbours() -> None:
+    mesh = Mesh(16, tensor=2, pipeline=2, modality=2)
+    assert mesh.tensor_groups()[:4] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert mesh.modality_groups()[:4] == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert mesh.data_groups()[:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert mesh.pipeline_groups()[:2] == [[0, 8], [1, 9]]
+    assert mesh.holder_groups([1])[0] == [2, 6]
 
 
 @pytest.mark.usefixtures("no_world")
