@@ -122,12 +122,6 @@ def sums_gradients(settings: OptimizerSettings) -> bool:
     return settings.zero_stage < 3
 
 
-def computes_no_norm(settings: OptimizerSettings) -> bool:
-    """Whether DeepSpeed's configuration can spare it its own norm; ours is there."""
-    bf16_optimizer = settings.zero_stage == 1 and settings.precision == "bf16"
-    return settings.zero_stage in (1, 2) and settings.offload == "none" and not bf16_optimizer
-
-
 def deepspeed_config(
     settings: OptimizerSettings, model: nn.Module, groups: ProcessGroups
 ) -> dict[str, Any]:
@@ -149,8 +143,6 @@ def deepspeed_config(
         # ZeRO-3 keeps vectors whole (gathering them costs more than it saves), matrices never.
         "stage3_param_persistence_threshold": max(vectors, default=0) + 1,
     }
-    if computes_no_norm(settings):
-        zero["compute_grad_norm"] = False
     if settings.offload == "optimizer":
         zero["offload_optimizer"] = {
             "device": "cpu",

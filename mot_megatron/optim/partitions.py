@@ -107,8 +107,8 @@ class Flat:
     def __init__(self, parameters: list[nn.Parameter], optimizer: Any):
         self._parameters = parameters
         self._optimizer = optimizer
-        # Neither class can always be configured to leave out its norm. Ours is there, and theirs
-        # is a slow pass in float64 which hangs where ranks hold different numbers of groups.
+        # Their norms cannot be configured away in every case. Ours is there, and theirs are a slow
+        # pass in float64 that hangs where ranks hold different numbers of parameter groups.
         zero = torch.zeros(())
         optimizer.scaled_global_norm = lambda *_args, **_kwargs: zero
         optimizer.get_grads_for_norm = lambda *_args, **_kwargs: ([zero], {})

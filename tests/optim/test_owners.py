@@ -287,7 +287,7 @@ def _train_and_export(layout: Layout, settings: dict[str, Any], steps: range) ->
 
 
 def merged(states: list[State]) -> State:
-    """The whole net's state; ranks that hold the same must agree."""
+    """The whole net's state; ranks that hold the same must agree, be it on two stages."""
     whole: State = {}
     for state in states:
         for name, values in state.items():
@@ -312,16 +312,27 @@ def _import_and_finish(cases: list[tuple[Layout, dict[str, Any]]], start: State)
     return finals
 
 
-def test_state_moves_between_placements_and_pipelines():
-    start = Layout(RING, [])
-    state = merged(run_ranks(_train_and_export, 3, start, Z1, range(2)))
+@pytest.mark.parametrize(
+    ("world", "start", "cases"),
+    [
+        (
+            3,
+            Layout(RING, []),
+            [
+                (Layout(THREE_ON_TWO, []), Z2),
+                (Layout(THREE_ON_TWO, []), Z1 | OFFLOAD),
+                (Layout(WITHOUT, []), Z1),
+            ],
+        ),
+        (4, Layout(ONE_EACH, [], pipeline=2), [(Layout([[1, 1]], [], pipeline=2), Z1)]),
+    ],
+)
+def test_state_moves_between_placements(
+    world: int, start: Layout, cases: list[tuple[Layout, dict[str, Any]]]
+):
+    state = merged(run_ranks(_train_and_export, world, start, Z1, range(2)))
     expected, _ = reference(start, 1, 1, bf16=False)
     assert state.keys() == expected.keys()
-    cases = [
-        (Layout(THREE_ON_TWO, []), Z2),
-        (Layout(THREE_ON_TWO, []), Z1 | OFFLOAD),
-        (Layout(WITHOUT, []), Z1),
-    ]
     for finals in zip(*run_ranks(_import_and_finish, 2, cases, state), strict=True):
         final = merged(list(finals))
         for name, weight in expected.items():
