@@ -10,299 +10,39 @@ a ratio compares a variant with dense in the same round, so a busy machine slows
 - mask-K: the stream stays in sequence order and boolean masks pick each tower's rows around every
   projection, which is how the code published with the paper works.
 - gather-scatter-K: the same with index select and index put by integer positions.
+
+``benchmark_layer.py --ranks 2`` times a pair of ranks instead, each with a sequence of its own:
+dense, mot-2 with both towers on both ranks, and mot-2-mp2 with a tower on each and q, k, v and the
+output exchanged ("sequence" or "heads"); each without and with its weights' gradients summed over
+the ranks that hold them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
-from mot_megatron.config import Config, parse_config
-from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.errors import UserError
-from mot_megatron.model.attention_core import build_attention_core
-from mot_megatron.model.grouping import Grouping
-from mot_megatron.model.initialization import initialise_parameters
-from mot_megatron.model.layer import Flow, Layer
-from mot_megatron.model.micro_batch import MicroBatch
-from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.towers import ParallelLinears
-from mot_megatron.parallel.groups import ProcessGroups, build_single_process_groups
-from mot_megatron.train.hardware import describe_machine, synchronize
+from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.scaling.layer_ranks import RANKS, PairSettings, measure_pair
+from mot_megatron.scaling.layer_variants import (
+    NUM_TOWERS,
+    Benchmark,
+    Variant,
+    measure,
+    profile_difference,
+    spread,
+)
+from mot_megatron.train.hardware import describe_machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-NUM_TOWERS = (2, 3)
-LONGEST_RUN = 256
-"""Tokens of one modality in a row, at most."""
-PROFILED_OPERATIONS = 15
-
-CONFIG = """
-[run]
-name = "benchmark"
-[data]
-corpus = "none"
-[model]
-num_layers = 1
-hidden_size = {hidden}
-num_attention_heads = {heads}
-vocab_size = 128
-[training]
-train_steps = 1
-global_batch_size = 1
-[model.modalities]
-"""
-
-
-class MaskedRows:
-    """Rows of each tower by boolean masks, as the published code picks and merges them."""
-
-    def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
-        self.selectors = [towers == tower for tower in range(num_towers)]
-
-    def pick(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[t, c] -> K x [t_k, c]."""
-        return [x[mask] for mask in self.selectors]
-
-    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """K x [t_k, ...] -> [t, ...]."""
-        merged = parts[0].new_empty(len(self.selectors[0]), *parts[0].shape[1:])
-        for mask, part in zip(self.selectors, parts, strict=True):
-            merged[mask] = part
-        return merged
-
-
-class IndexedRows:
-    """Rows of each tower by integer positions."""
-
-    def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
-        self.num_tokens = len(towers)
-        self.selectors = [torch.nonzero(towers == tower).flatten() for tower in range(num_towers)]
-
-    def pick(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[t, c] -> K x [t_k, c]."""
-        return [x.index_select(0, index) for index in self.selectors]
-
-    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """K x [t_k, ...] -> [t, ...]."""
-        merged = parts[0].new_empty(self.num_tokens, *parts[0].shape[1:])
-        for index, part in zip(self.selectors, parts, strict=True):
-            merged = merged.index_put((index,), part)
-        return merged
-
-
-def run_in_sequence_order(
-    layer: Layer, x: torch.Tensor, flow: Flow, rows: MaskedRows | IndexedRows
-) -> torch.Tensor:
-    """Our post-norm layer's weights with the stream [t, h] in sequence order throughout."""
-    attention = layer.attention
-    width = sum(attention.group_width)
-    qkv = attention.qkv(rows.pick(x))
-    split = [
-        part.view(len(part), attention.local_groups, width, attention.head_dim).split(
-            attention.group_width, dim=2
-        )
-        for part in qkv
-    ]
-    queries, keys, values = zip(*split, strict=True)
-    q = flow.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
-    k = flow.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
-    v = rows.merge(values).flatten(1, 2)
-    mixed = flow.attend(0, q, k, v).flatten(1)
-    x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
-    return x + rows.merge(layer.feed_forward_norm(layer.feed_forward(rows.pick(x))))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run a layer; ``forward`` maps the stream's tensors to those of its output."""
-
-    name: str
-    layer: Layer
-    inputs: tuple[torch.Tensor, ...]
-    forward: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
-    to_sequence: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
-    """Outputs, or gradients of the inputs, in sequence order [t, h]."""
-
-    def step(self) -> tuple[torch.Tensor, ...]:
-        """Forward and backward of ``sum(y * y) / 2``; gradients add up in inputs and weights."""
-        outputs = self.forward(self.inputs)
-        torch.autograd.backward(outputs, [output.detach() for output in outputs])
-        return outputs
-
-    def clear(self) -> None:
-        """Drop all gradients."""
-        self.layer.zero_grad(set_to_none=True)
-        for tensor in self.inputs:
-            tensor.grad = None
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What to build variants for."""
-
-    tokens: int
-    hidden: int
-    heads: int
-    device: torch.device
-    dtype: torch.dtype
-    groups: ProcessGroups
-
-    def variants(self) -> list[Variant]:
-        """Dense first, then the three ways for every number of towers."""
-        variants = [self._ours(1, "dense")[0]]
-        for num_towers in NUM_TOWERS:
-            ours, flow, towers = self._ours(num_towers, f"mot-{num_towers}")
-            kinds = {"mask": MaskedRows, "gather-scatter": IndexedRows}
-            others = [
-                self._in_sequence_order(
-                    f"{name}-{num_towers}", ours, flow, kind(towers, num_towers)
-                )
-                for name, kind in kinds.items()
-            ]
-            variants += [ours, *others]
-        return variants
-
-    def _ours(self, num_towers: int, name: str) -> tuple[Variant, Flow, torch.Tensor]:
-        config = self._config(num_towers)
-        linears = ParallelLinears(self.groups, sequence_parallel=False, dtype=self.dtype)
-        layer = Layer(config.model, linears, 0, recompute_core=False)
-        initialise_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
-        layer.to(device=self.device, dtype=self.dtype)
-        towers, batch = self._batch(num_towers)
-        batch = batch.to(self.device)
-        flow = Flow(
-            Grouping.of(batch),
-            RotaryAngles.of(
-                batch.positions, config.model.head_dim, config.model.rotary_base, self.dtype
-            ),
-            build_attention_core(batch, "auto"),
-        )
-        inputs = tuple(
-            part.detach().requires_grad_() for part in flow.grouping.to_towers(self._stream())
-        )
-        variant = Variant(
-            name,
-            layer,
-            inputs,
-            forward=lambda stream: layer(stream, flow),
-            to_sequence=flow.grouping.to_sequence,
-        )
-        return variant, flow, towers.to(self.device)
-
-    def _in_sequence_order(
-        self, name: str, ours: Variant, flow: Flow, rows: MaskedRows | IndexedRows
-    ) -> Variant:
-        return Variant(
-            name,
-            ours.layer,
-            (self._stream().requires_grad_(),),
-            forward=lambda stream: (run_in_sequence_order(ours.layer, stream[0], flow, rows),),
-            to_sequence=lambda stream: stream[0],
-        )
-
-    def _config(self, num_towers: int) -> Config:
-        modalities = "".join(f'm{k} = {{ tower = "t{k}" }}\n' for k in range(num_towers))
-        text = CONFIG.format(hidden=self.hidden, heads=self.heads) + modalities
-        return parse_config(text, "benchmark_layer")
-
-    def _stream(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        stream = torch.randn(self.tokens, self.hidden, generator=generator)
-        return stream.to(device=self.device, dtype=self.dtype)
-
-    def _batch(self, num_towers: int) -> tuple[torch.Tensor, MicroBatch]:
-        """([t] tower of every token, the batch): one document of random runs."""
-        generator = np.random.default_rng(0)
-        longest = max(1, min(LONGEST_RUN, self.tokens // (8 * num_towers)))
-        runs = generator.integers(1, longest + 1, self.tokens)
-        towers = np.repeat(np.arange(self.tokens) % num_towers, runs)[: self.tokens]
-        batch = build_micro_batch(
-            towers[None],
-            np.zeros((1, self.tokens), dtype=np.int32),
-            np.arange(num_towers, dtype=np.int8),
-            range(num_towers),
-            num_towers=num_towers,
-        )
-        return torch.from_numpy(towers), batch
-
-
-def measure(
-    variants: list[Variant], repeats: int, device: torch.device, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, after one that is not counted."""
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    order = random.Random(0)
-    with tqdm(total=(1 + repeats) * len(variants), ncols=100, delay=5) as bar:
-        for number in range(1 + repeats):
-            for variant in order.sample(variants, len(variants)):
-                variant.clear()
-                synchronize(device)
-                began = clock()
-                variant.step()
-                synchronize(device)
-                if number > 0:
-                    seconds[variant.name].append(clock() - began)
-                variant.clear()
-                bar.set_postfix_str(variant.name, refresh=False)
-                bar.update()
-    return seconds
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
-
-
-def profile_difference(dense: Variant, ours: Variant, device: torch.device) -> str:
-    """Table of the operations on which ``ours`` spends most beyond ``dense``."""
-    of_variants = [_operation_seconds(variant, device) for variant in (dense, ours)]
-    names = set(of_variants[0]) | set(of_variants[1])
-    rows = [(of_variants[1].get(n, 0.0) - of_variants[0].get(n, 0.0), n) for n in names]
-    rows.sort(reverse=True)
-    total = sum(of_variants[0].values())
-    lines = [f"{ours.name} minus dense, own time of operations (dense: {total * 1e3:.1f} ms)"]
-    lines += [
-        f"{difference * 1e3:+9.2f} ms {difference / total:+7.2%}  {name}"
-        for difference, name in rows[:PROFILED_OPERATIONS]
-    ]
-    lines.append(f"{sum(d for d, _ in rows) * 1e3:+9.2f} ms in all")
-    return "\n".join(lines)
-
-
-def _operation_seconds(variant: Variant, device: torch.device) -> dict[str, float]:
-    """Median own time of every operation over a few steps."""
-    on_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]
-    variant.step()
-    samples: dict[str, list[float]] = {}
-    steps = 5
-    for _ in range(steps):
-        variant.clear()
-        with profile(activities=activities) as recorded:
-            variant.step()
-            synchronize(device)
-        for event in recorded.key_averages():
-            time_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-            samples.setdefault(event.key, []).append(time_us * 1e-6)
-    variant.clear()
-    return {
-        name: statistics.median(values + [0.0] * (steps - len(values)))
-        for name, values in samples.items()
-    }
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -323,6 +63,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="wall",
         help="wall (default), or processor time of this process, for CPUs that others use too",
     )
+    parser.add_argument(
+        "--ranks", type=int, choices=(1, RANKS), default=1, help="2: modality parallelism on a pair"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--profile", action="store_true", help="print where ours spends more than dense instead"
@@ -332,6 +75,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--repeats 1: a spread needs at least 2")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no GPU here; allowed: cpu")
+    if options.ranks > 1 and (options.profile or options.clock != "wall" or options.threads):
+        parser.error("--ranks 2 goes with wall time, a thread per rank and without --profile")
+    if (
+        options.ranks > 1
+        and options.device.startswith("cuda")
+        and torch.cuda.device_count() < RANKS
+    ):
+        parser.error(f"--ranks 2 --device cuda needs {RANKS} GPUs")
     if options.device != "cpu" and options.clock != "wall":
         parser.error(f"--clock {options.clock}: allowed with --device cpu only")
     return options
@@ -347,7 +98,10 @@ def _positive(text: str) -> int:
 def benchmark(options: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
     """Measure, and put the figures into the object that --json prints."""
     device = torch.device(options.device)
-    seconds = measure(variants, options.repeats, device, CLOCKS[options.clock])
+    return _result(options, measure(variants, options.repeats, device, CLOCKS[options.clock]))
+
+
+def _result(options: argparse.Namespace, seconds: dict[str, list[float]]) -> dict[str, Any]:
     dense = seconds["dense"]
     return {
         "benchmark": "layer",
@@ -364,22 +118,46 @@ def benchmark(options: argparse.Namespace, variants: list[Variant]) -> dict[str,
             name: spread([a / b for a, b in zip(values, dense, strict=True)])
             for name, values in seconds.items()
         },
-        "machine": describe_machine(device),
+        "machine": describe_machine(torch.device(options.device)),
+    }
+
+
+def benchmark_pair(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure two ranks of one thread each (on GPUs: one each)."""
+    settings = PairSettings(
+        options.tokens,
+        options.hidden,
+        options.heads,
+        options.repeats,
+        options.device,
+        DTYPES[options.dtype],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(measure_pair, (folder, settings), nprocs=RANKS)
+        seconds: dict[str, list[float]] = torch.load(f"{folder}/seconds.pt")
+    return _result(options, seconds) | {
+        "ranks": RANKS,
+        "tokens_per_second_of_the_pair": {
+            name: spread([RANKS * options.tokens / value for value in values])
+            for name, values in seconds.items()
+        },
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print what --json prints as a table for people."""
+    ranks = f" on each of {result['ranks']} ranks" if "ranks" in result else ""
     print(
-        f"one layer, forward + backward: {result['tokens']} tokens, hidden {result['hidden']}, "
+        f"one layer, forward + backward: {result['tokens']} tokens{ranks}, hidden {result['hidden']}, "
         f"{result['dtype']} on {result['device']}, {result['repeats']} rounds, "
         f"{result['clock']} time"
     )
-    print(f"{'variant':18} {'ms':>9} {'ratio to dense':>15}  (quartiles)")
+    width = max(map(len, result["seconds"]))
+    print(f"{'variant':{width}} {'ms':>9} {'ratio to dense':>15}  (quartiles)")
     for name, ratio in result["ratio_to_dense"].items():
         milliseconds = 1e3 * result["seconds"][name]["median"]
         print(
-            f"{name:18} {milliseconds:9.2f} {ratio['median']:15.3f}"
+            f"{name:{width}} {milliseconds:9.2f} {ratio['median']:15.3f}"
             f"  ({ratio['low']:.3f}..{ratio['high']:.3f})"
         )
     print("machine: " + ", ".join(f"{key} {value}" for key, value in result["machine"].items()))
@@ -390,25 +168,33 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    dtype, groups = DTYPES[options.dtype], build_single_process_groups(device)
-    setting = Benchmark(options.tokens, options.hidden, options.heads, device, dtype, groups)
     try:
-        variants = setting.variants()
+        result = benchmark_pair(options) if options.ranks > 1 else _benchmark_alone(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.profile:
-        by_name = {variant.name: variant for variant in variants}
-        for num_towers in NUM_TOWERS:
-            print(profile_difference(by_name["dense"], by_name[f"mot-{num_towers}"], device))
-        return 0
-    result = benchmark(options, variants)
-    if options.json:
+    if isinstance(result, str):
+        print(result)
+    elif options.json:
         print(json.dumps(result))
     else:
         show(result)
     return 0
+
+
+def _benchmark_alone(options: argparse.Namespace) -> dict[str, Any] | str:
+    """The figures of one process, or with --profile the profile's text."""
+    device = torch.device(options.device)
+    dtype, groups = DTYPES[options.dtype], build_single_process_groups(device)
+    setting = Benchmark(options.tokens, options.hidden, options.heads, device, dtype, groups)
+    variants = setting.variants()
+    if not options.profile:
+        return benchmark(options, variants)
+    by_name = {variant.name: variant for variant in variants}
+    return "\n".join(
+        profile_difference(by_name["dense"], by_name[f"mot-{num_towers}"], device)
+        for num_towers in NUM_TOWERS
+    )
 
 
 if __name__ == "__main__":

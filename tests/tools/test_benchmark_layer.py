@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.scaling.layer_variants import Benchmark, Variant
 from tools import benchmark_layer
 
 SMALL = ["--tokens", "64", "--hidden", "32", "--heads", "4", "--repeats", "2"]
 NAMES = ["dense"] + [f"{way}-{k}" for k in (2, 3) for way in ("mot", "mask", "gather-scatter")]
 
 
-def small_variants() -> dict[str, benchmark_layer.Variant]:
+def small_variants() -> dict[str, Variant]:
     device = torch.device("cpu")
     groups = build_single_process_groups(device)
-    setting = benchmark_layer.Benchmark(300, 32, 4, device, torch.float32, groups)
+    setting = Benchmark(300, 32, 4, device, torch.float32, groups)
     return {variant.name: variant for variant in setting.variants()}
 
 
@@ -57,6 +58,18 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert result["ratio_to_dense"]["dense"] == {"median": 1, "low": 1, "high": 1}
     assert result["machine"]["cores"] >= 1
+
+
+def test_pair_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--ranks", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    variants = ["dense", "mot-2", "mot-2-mp2-sequence", "mot-2-mp2-heads"]
+    names = [name + suffix for name in variants for suffix in ("", " + gradients")]
+    assert sorted(result["ratio_to_dense"]) == sorted(names)
+    for name, seconds in result["seconds"].items():
+        # 2 ranks * 64 tokens; medians of two rounds are means, so rates are no exact inverse.
+        rate = result["tokens_per_second_of_the_pair"][name]
+        assert rate["low"] <= 128 / seconds["median"] <= rate["high"]
 
 
 def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:

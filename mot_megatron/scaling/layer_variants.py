@@ -1,0 +1,334 @@
+"""One layer, forward and backward: ours and other ways to untie weights, on the same weights.
+
+Every variant has the same active FLOPs, kernels and attention (one causal document).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from mot_megatron.config import Config, ModelConfig, parse_config
+from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.modality_shards import ModalityShard
+from mot_megatron.model.attention_core import build_attention_core
+from mot_megatron.model.exchange import HeadSlices, ModalityExchange
+from mot_megatron.model.grouping import Grouping
+from mot_megatron.model.initialization import initialise_parameters
+from mot_megatron.model.layer import Flow, Layer
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.rotary import RotaryAngles
+from mot_megatron.model.towers import ParallelLinears
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.train.hardware import synchronize
+
+NUM_TOWERS = (2, 3)
+LONGEST_RUN = 256
+"""Tokens of one modality in a row, at most."""
+PROFILED_OPERATIONS = 15
+
+CONFIG = """
+[run]
+name = "benchmark"
+[data]
+corpus = "none"
+[model]
+num_layers = 1
+hidden_size = {hidden}
+num_attention_heads = {heads}
+vocab_size = 128
+[training]
+train_steps = 1
+global_batch_size = 1
+[model.modalities]
+"""
+
+
+class MaskedRows:
+    """Rows of each tower by boolean masks, as the published code picks and merges them."""
+
+    def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
+        self.selectors = [towers == tower for tower in range(num_towers)]
+
+    def pick(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """[t, c] -> K x [t_k, c]."""
+        return [x[mask] for mask in self.selectors]
+
+    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K x [t_k, ...] -> [t, ...]."""
+        merged = parts[0].new_empty(len(self.selectors[0]), *parts[0].shape[1:])
+        for mask, part in zip(self.selectors, parts, strict=True):
+            merged[mask] = part
+        return merged
+
+
+class IndexedRows:
+    """Rows of each tower by integer positions."""
+
+    def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
+        self.num_tokens = len(towers)
+        self.selectors = [torch.nonzero(towers == tower).flatten() for tower in range(num_towers)]
+
+    def pick(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """[t, c] -> K x [t_k, c]."""
+        return [x.index_select(0, index) for index in self.selectors]
+
+    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K x [t_k, ...] -> [t, ...]."""
+        merged = parts[0].new_empty(self.num_tokens, *parts[0].shape[1:])
+        for index, part in zip(self.selectors, parts, strict=True):
+            merged = merged.index_put((index,), part)
+        return merged
+
+
+def run_in_sequence_order(
+    layer: Layer, x: torch.Tensor, flow: Flow, rows: MaskedRows | IndexedRows
+) -> torch.Tensor:
+    """Our post-norm layer's weights with the stream [t, h] in sequence order throughout."""
+    attention = layer.attention
+    width = sum(attention.group_width)
+    qkv = attention.qkv(rows.pick(x))
+    split = [
+        part.view(len(part), attention.local_groups, width, attention.head_dim).split(
+            attention.group_width, dim=2
+        )
+        for part in qkv
+    ]
+    queries, keys, values = zip(*split, strict=True)
+    q = flow.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
+    k = flow.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
+    v = rows.merge(values).flatten(1, 2)
+    mixed = flow.attend(0, q, k, v).flatten(1)
+    x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
+    return x + rows.merge(layer.feed_forward_norm(layer.feed_forward(rows.pick(x))))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a layer; ``forward`` maps the stream's tensors to those of its output."""
+
+    name: str
+    layer: Layer
+    inputs: tuple[torch.Tensor, ...]
+    forward: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+    to_sequence: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
+    """Outputs, or gradients of the inputs, in sequence order [t, h].
+
+    Under modality parallelism in the stream's order, of the rows that this rank holds.
+    """
+
+    def step(self) -> tuple[torch.Tensor, ...]:
+        """Forward and backward of ``sum(y * y) / 2``; gradients add up in inputs and weights."""
+        outputs = self.forward(self.inputs)
+        torch.autograd.backward(outputs, [output.detach() for output in outputs])
+        return outputs
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.layer.zero_grad(set_to_none=True)
+        for tensor in self.inputs:
+            tensor.grad = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to build variants for."""
+
+    tokens: int
+    hidden: int
+    heads: int
+    device: torch.device
+    dtype: torch.dtype
+    groups: ProcessGroups
+
+    def variants(self) -> list[Variant]:
+        """Dense first, then the three ways for every number of towers."""
+        variants = [self.ours(1, "dense")]
+        for num_towers in NUM_TOWERS:
+            ours, flow, towers = self._ours(num_towers, f"mot-{num_towers}")
+            kinds = {"mask": MaskedRows, "gather-scatter": IndexedRows}
+            others = [
+                self._in_sequence_order(
+                    f"{name}-{num_towers}", ours, flow, kind(towers, num_towers)
+                )
+                for name, kind in kinds.items()
+            ]
+            variants += [ours, *others]
+        return variants
+
+    def ours(self, num_towers: int, name: str) -> Variant:
+        """Our layer with all its towers on this rank; with one tower it is the dense layer."""
+        return self._ours(num_towers, name)[0]
+
+    def _ours(self, num_towers: int, name: str) -> tuple[Variant, Flow, torch.Tensor]:
+        config = self._config(num_towers)
+        towers, batch = self._batch(num_towers)
+        batch = batch.to(self.device)
+        flow = self._flow(config.model, batch, Grouping.of(batch))
+        layer = self._layer(config, self.groups)
+        inputs = tuple(
+            part.detach().requires_grad_() for part in flow.grouping.to_towers(self._stream())
+        )
+        variant = Variant(
+            name,
+            layer,
+            inputs,
+            forward=lambda stream: layer(stream, flow),
+            to_sequence=flow.grouping.to_sequence,
+        )
+        return variant, flow, towers.to(self.device)
+
+    def modality_parallel(
+        self, num_towers: int, name: str, exchange: Literal["sequence", "heads"]
+    ) -> Variant:
+        """Ours with the towers on the ranks of a modality group, one sequence of each rank."""
+        placement, group = self.groups.placement, self.groups.modality
+        assert placement is not None
+        assert group is not None
+        config = self._config(num_towers)
+        shard = ModalityShard(placement, self.groups.modality_rank, exchange)
+        batch = self._batch(num_towers, shard)[1].to(self.device)
+        make = HeadSlices.split if exchange == "heads" else HeadSlices.whole
+        held = self.groups.towers_held(num_towers)
+        heads = make(self.heads, self.heads, placement.num_ranks)
+        flow = self._flow(config.model, batch, ModalityExchange.of(heads, held, batch, group))
+        layer = self._layer(config, self.groups)
+        rows = [batch.tower_slots[tower] for tower in held]
+        stream = self._stream(sum(rows)).split(rows)
+        return Variant(
+            name,
+            layer,
+            tuple(part.detach().requires_grad_() for part in stream),
+            forward=lambda stream: layer(stream, flow),
+            to_sequence=torch.cat,
+        )
+
+    def _layer(self, config: Config, groups: ProcessGroups) -> Layer:
+        linears = ParallelLinears(groups, sequence_parallel=False, dtype=self.dtype)
+        layer = Layer(config.model, linears, 0, recompute_core=False)
+        initialise_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
+        return layer.to(device=self.device, dtype=self.dtype)
+
+    def _flow(
+        self, model: ModelConfig, batch: MicroBatch, grouping: Grouping | ModalityExchange
+    ) -> Flow:
+        rotary = RotaryAngles.of(batch.positions, model.head_dim, model.rotary_base, self.dtype)
+        return Flow(grouping, rotary, build_attention_core(batch, "auto"))
+
+    def _in_sequence_order(
+        self, name: str, ours: Variant, flow: Flow, rows: MaskedRows | IndexedRows
+    ) -> Variant:
+        return Variant(
+            name,
+            ours.layer,
+            (self._stream().requires_grad_(),),
+            forward=lambda stream: (run_in_sequence_order(ours.layer, stream[0], flow, rows),),
+            to_sequence=lambda stream: stream[0],
+        )
+
+    def _config(self, num_towers: int) -> Config:
+        modalities = "".join(f'm{k} = {{ tower = "t{k}" }}\n' for k in range(num_towers))
+        text = CONFIG.format(hidden=self.hidden, heads=self.heads) + modalities
+        return parse_config(text, "benchmark_layer")
+
+    def _stream(self, rows: int | None = None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        rows = self.tokens if rows is None else rows
+        stream = torch.randn(rows, self.hidden, generator=generator)
+        return stream.to(device=self.device, dtype=self.dtype)
+
+    def _batch(
+        self, num_towers: int, shard: ModalityShard | None = None
+    ) -> tuple[torch.Tensor, MicroBatch]:
+        """([t] tower of every token, the batch): one document of random runs.
+
+        For a modality group, as many sequences as ranks, all alike.
+        """
+        generator = np.random.default_rng(0)
+        longest = max(1, min(LONGEST_RUN, self.tokens // (8 * num_towers)))
+        runs = generator.integers(1, longest + 1, self.tokens)
+        towers = np.repeat(np.arange(self.tokens) % num_towers, runs)[: self.tokens]
+        sequences = 1 if shard is None else shard.placement.num_ranks
+        batch = build_micro_batch(
+            np.tile(towers, (sequences, 1)),
+            np.zeros((sequences, self.tokens), dtype=np.int32),
+            np.arange(num_towers, dtype=np.int8),
+            range(num_towers),
+            num_towers=num_towers,
+            shard=shard,
+        )
+        return torch.from_numpy(towers), batch
+
+
+def measure(
+    variants: list[Variant], repeats: int, device: torch.device, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, after one that is not counted."""
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    order = random.Random(0)
+    with tqdm(total=(1 + repeats) * len(variants), ncols=100, delay=5) as bar:
+        for number in range(1 + repeats):
+            for variant in order.sample(variants, len(variants)):
+                variant.clear()
+                synchronize(device)
+                began = clock()
+                variant.step()
+                synchronize(device)
+                if number > 0:
+                    seconds[variant.name].append(clock() - began)
+                variant.clear()
+                bar.set_postfix_str(variant.name, refresh=False)
+                bar.update()
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def profile_difference(dense: Variant, ours: Variant, device: torch.device) -> str:
+    """Table of the operations on which ``ours`` spends most beyond ``dense``."""
+    of_variants = [_operation_seconds(variant, device) for variant in (dense, ours)]
+    names = set(of_variants[0]) | set(of_variants[1])
+    rows = [(of_variants[1].get(n, 0.0) - of_variants[0].get(n, 0.0), n) for n in names]
+    rows.sort(reverse=True)
+    total = sum(of_variants[0].values())
+    lines = [f"{ours.name} minus dense, own time of operations (dense: {total * 1e3:.1f} ms)"]
+    lines += [
+        f"{difference * 1e3:+9.2f} ms {difference / total:+7.2%}  {name}"
+        for difference, name in rows[:PROFILED_OPERATIONS]
+    ]
+    lines.append(f"{sum(d for d, _ in rows) * 1e3:+9.2f} ms in all")
+    return "\n".join(lines)
+
+
+def _operation_seconds(variant: Variant, device: torch.device) -> dict[str, float]:
+    """Median own time of every operation over a few steps."""
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]
+    variant.step()
+    samples: dict[str, list[float]] = {}
+    steps = 5
+    for _ in range(steps):
+        variant.clear()
+        with profile(activities=activities) as recorded:
+            variant.step()
+            synchronize(device)
+        for event in recorded.key_averages():
+            time_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+            samples.setdefault(event.key, []).append(time_us * 1e-6)
+    variant.clear()
+    return {
+        name: statistics.median(values + [0.0] * (steps - len(values)))
+        for name, values in samples.items()
+    }
