@@ -61,7 +61,7 @@ def by_owners(parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> list
 class OwnersModule(MoE):
     """The model in a wrapping that DeepSpeed takes for a mixture of experts.
 
-    It is told so nowhere else that some parameters have owners of their own.
+    Only of those does it believe that some parameters have owners of their own.
     """
 
     def __init__(self, model: nn.Module, owned: Sequence[Owned]):
