@@ -9,6 +9,7 @@ import resource
 import shutil
 import tomllib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ import tomli_w
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[attr-defined]
 
-from tests.launch.entry_points import Finished, run_entry_point
+from tests.launch.entry_points import EntryPoint, Finished, run_entry_point
+from tests.launch.jobs import free_port
 from tests.train.small_runs import CONFIG, MODALITIES, write_corpus
 
+SCRIPT = "launch/train.py"
 STEPS = 4
 NAMES = [modality.name for modality in MODALITIES]
 FAST = ("training.micro_batch_size=4", "checkpoint.interval_steps=2", "logging.interval_steps=2")
@@ -47,16 +50,19 @@ class Workplace:
         environment: dict[str, str] | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> Finished:
-        settings = [f"run.directory={self.folder / 'runs'}", f"training.train_steps={steps}"]
-        arguments = [f"--set={setting}" for setting in (*settings, *FAST, *overrides)]
         return run_entry_point(
             self.folder / "console",
-            "launch/train.py",
-            f"--config={self.config}",
-            *arguments,
+            SCRIPT,
+            *self.arguments(*overrides, steps=steps),
             environment=environment,
             prepare=prepare,
         )
+
+    def arguments(self, *overrides: str, steps: int = STEPS) -> list[str]:
+        """Of the command line."""
+        settings = [f"run.directory={self.folder / 'runs'}", f"training.train_steps={steps}"]
+        settings += [*FAST, *overrides]
+        return [f"--config={self.config}", *(f"--set={setting}" for setting in settings)]
 
     def saved(self) -> dict[str, bytes]:
         """All files under checkpoints/."""
@@ -248,8 +254,23 @@ def test_configuration_errors(place: Workplace, overrides: list[str], parts: lis
 def test_world_size_that_does_not_divide(
     place: Workplace, world_size: int, override: str, parts: list[str]
 ) -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": str(world_size)}
-    assert_one_line(place.train(override, environment=environment), *parts)
+    world = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        first, *others = [
+            stack.enter_context(
+                EntryPoint(
+                    place.folder / f"console{rank}",
+                    SCRIPT,
+                    *place.arguments(override),
+                    environment={**world, "RANK": str(rank)},
+                )
+            )
+            for rank in range(world_size)
+        ]
+        assert_one_line(first.wait(), *parts)
+        for other in others:
+            assert other.wait().status == 2
+            assert other.wait().errors == ""
     assert not place.run.parent.exists()
 
 
