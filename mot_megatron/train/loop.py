@@ -167,7 +167,13 @@ def _save(run: _Run) -> None:
 
 def _sample(run: _Run) -> None:
     run.session.where.enter("samples")
-    log_samples(run.session, run.log, run.progress.steps)
+    if run.session.model_is_split:
+        run.console.say(
+            "no samples: no rank holds the whole model; tools/generate.py draws them from the"
+            " checkpoint"
+        )
+    else:
+        log_samples(run.session, run.log, run.progress.steps)
 
 
 def _finish(run: _Run) -> None:
