@@ -73,14 +73,18 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 def _check_shapes(config: Config, source: str) -> None:
     model = config.model
-    _divides(source, "model.hidden_size", model.hidden_size, "model.num_attention_heads",
-             model.num_attention_heads)  # fmt: skip
-    _divides(source, "model.num_attention_heads", model.num_attention_heads,
-             "model.num_query_groups", model.num_key_value_heads)  # fmt: skip
-    if model.head_dim % 2:
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if model.hidden_size % (2 * heads):
         raise ConfigError(
-            f"{source}: model.hidden_size / model.num_attention_heads = {model.head_dim}:"
-            " the rotary embedding needs an even head size"
+            f"{source}: model.hidden_size = {model.hidden_size} is not divisible by"
+            f" 2 * model.num_attention_heads = 2 * {heads} (the rotary embedding needs an even"
+            f" head size); nearest legal: {_nearest_multiples(model.hidden_size, 2 * heads)}"
+        )
+    if heads % groups:
+        raise ConfigError(
+            f"{source}: model.num_attention_heads = {heads} is not divisible by"
+            f" model.num_query_groups = {groups};"
+            f" nearest legal model.num_query_groups: {_nearest(_divisors(heads), groups)}"
         )
 
 
@@ -92,8 +96,14 @@ def _check_tensor_parallel(config: Config, source: str) -> None:
         "model.ffn_hidden_size": model.feed_forward_size,
         "model.vocab_size": model.vocab_size or VOCABULARY_MULTIPLE,
     }
+    legal = _divisors(math.gcd(*split.values()))
     for key, value in split.items():
-        _divides(source, key, value, "parallel.tensor_model_parallel_size", tensor)
+        if value % tensor:
+            raise ConfigError(
+                f"{source}: {key} = {value} is not divisible by"
+                f" parallel.tensor_model_parallel_size = {tensor};"
+                f" nearest legal parallel.tensor_model_parallel_size: {_nearest(legal, tensor)}"
+            )
     if config.parallel.sequence_parallel and tensor == 1:
         raise ConfigError(
             f"{source}: parallel.sequence_parallel = true needs"
@@ -114,12 +124,23 @@ def _check_pipeline(config: Config, source: str) -> None:
     key = "parallel.pipeline_model_parallel_size"
     if per_stage is not None:
         key += " * virtual_pipeline_model_parallel_size"
+    if pieces > num_layers:
+        raise ConfigError(
+            f"{source}: {key} = {pieces} is above model.num_layers = {num_layers}; allowed: at"
+            f" most one piece per layer, {num_layers}"
+        )
     layers = parallel.pipeline_layers
     if layers is None:
         if num_layers % pieces:
+            # Interleaved, the number of pieces is a product: two stages or more of two or more.
+            legal = [
+                divisor
+                for divisor in _divisors(num_layers)
+                if per_stage is None or len(_divisors(divisor)) > 2
+            ]
             raise ConfigError(
                 f"{source}: model.num_layers = {num_layers} is not divisible by {key} = {pieces};"
-                f" nearest legal: {_nearest_divisors(num_layers, pieces)}, or give"
+                f" nearest legal: {_nearest(legal, pieces)}, or give"
                 f" parallel.pipeline_layers, {pieces} numbers that sum to {num_layers}"
             )
     elif len(layers) != pieces or sum(layers) != num_layers:
@@ -148,21 +169,18 @@ def _check_heads(config: Config, source: str) -> None:
     """Each rank of a modality group attends in its slice of a tensor-parallel rank's heads."""
     model, parallel = config.model, config.parallel
     size, tensor = parallel.modality_parallel_size, parallel.tensor_model_parallel_size
-    heads = model.num_attention_heads // tensor
-    if heads % size:
+    heads, groups = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
+    legal = [
+        ranks
+        for ranks in _divisors(heads)
+        if ranks > 1 and (groups % ranks == 0 or ranks % groups == 0)
+    ]
+    if size not in legal:
         raise ConfigError(
-            f'{source}: parallel.attention_exchange = "heads" splits model.num_attention_heads /'
-            f" parallel.tensor_model_parallel_size = {heads} heads over"
-            f" parallel.modality_parallel_size = {size} ranks, which does not divide them;"
-            f" nearest legal: {_nearest_divisors(heads, size)}"
-        )
-    groups = model.num_key_value_heads // tensor
-    if groups % size and size % groups:
-        raise ConfigError(
-            f'{source}: parallel.attention_exchange = "heads" splits model.num_query_groups /'
-            f" parallel.tensor_model_parallel_size = {groups} key-value heads over"
-            f" parallel.modality_parallel_size = {size} ranks: one must divide the other;"
-            f" nearest legal parallel.modality_parallel_size: {_nearest_divisors(groups, size)}"
+            f'{source}: parallel.attention_exchange = "heads" splits the {heads} heads and'
+            f" {groups} key-value heads of a tensor-parallel rank over"
+            f" parallel.modality_parallel_size = {size}, which must divide the former, and divide"
+            f" or be a multiple of the latter; nearest legal: {_nearest(legal, size)}"
         )
 
 
@@ -246,18 +264,13 @@ def _check_training(config: Config, source: str) -> None:
         )
 
 
-def _divides(source: str, key: str, value: int, by_key: str, by: int) -> None:
-    if value % by:
-        raise ConfigError(
-            f"{source}: {key} = {value} is not divisible by {by_key} = {by};"
-            f" nearest legal {by_key}: {_nearest_divisors(value, by)}"
-        )
+def _divisors(value: int) -> list[int]:
+    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
 
 
-def _nearest_divisors(value: int, wanted: int) -> str:
-    near = sorted(divisor for divisor in range(1, value + 1) if value % divisor == 0)
-    near.sort(key=lambda divisor: abs(divisor - wanted))
-    return ", ".join(str(divisor) for divisor in sorted(near[:4]))
+def _nearest(legal: list[int], wanted: int) -> str:
+    near = sorted(legal, key=lambda value: abs(value - wanted))[:4]
+    return ", ".join(str(value) for value in sorted(near)) or "none"
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

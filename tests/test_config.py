@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from mot_megatron.config import Config, load_config, parse_config
 from mot_megatron.errors import ConfigError
-from mot_megatron.rules import check_world_size
 
 GOOD = """
 [run]
@@ -128,72 +127,6 @@ def test_missing_key_is_named() -> None:
 
 def test_further_problems_are_counted() -> None:
     assert refusal("model.num_layers=0", "training.train_steps=0").endswith("(and 1 more)")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        (["model.hidden_size=60"], ["model.hidden_size = 60", "model.num_attention_heads = 8"]),
-        (["model.hidden_size=24"], ["head size"]),
-        (["model.num_query_groups=3"], ["model.num_attention_heads = 8", "legal", "2, 4"]),
-        (
-            ["parallel.tensor_model_parallel_size=3"],
-            ["model.num_attention_heads = 8", "parallel.tensor_model_parallel_size = 3", "2, 4"],
-        ),
-        (
-            ["parallel.tensor_model_parallel_size=4", "model.num_query_groups=2"],
-            ["model.num_query_groups = 2", "parallel.tensor_model_parallel_size = 4", "1, 2"],
-        ),
-        (
-            ["parallel.tensor_model_parallel_size=4", "model.ffn_hidden_size=90"],
-            ["model.ffn_hidden_size = 90", "parallel.tensor_model_parallel_size = 4"],
-        ),
-        (
-            ["parallel.tensor_model_parallel_size=4", "model.vocab_size=1022"],
-            ["model.vocab_size = 1022", "parallel.tensor_model_parallel_size = 4"],
-        ),
-        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "2 or more"]),
-        (
-            ["parallel.offload=optimizer", "parallel.zero_stage=0"],
-            ["parallel.offload", "parallel.zero_stage 1, 2 or 3"],
-        ),
-        (["training.precision=bf16", "parallel.zero_stage=0"], ["training.precision", "fp32"]),
-        (["optimizer.min_lr=1.0"], ["optimizer.min_lr = 1.0", "optimizer.lr"]),
-        (
-            [f"model.modalities.{name}.loss_weight=0" for name in ("text", "image", "speech")],
-            ["loss_weight is 0"],
-        ),
-    ],
-)
-def test_keys_that_contradict_each_other(overrides: list[str], parts: list[str]) -> None:
-    message = refusal(*overrides)
-    assert message.startswith("test.toml: ")
-    for part in parts:
-        assert part in message
-
-
-@pytest.mark.parametrize(
-    ("override", "world_size", "parts"),
-    [
-        ("parallel.tensor_model_parallel_size=4", 6, ["world size 6", "4 or 8"]),
-        ("parallel.tensor_model_parallel_size=4", 2, ["world size 2", "legal world size: 4"]),
-        ("training.micro_batch_size=1", 3, ["training.global_batch_size = 8", "6 or 9"]),
-        ("training.micro_batch_size=8", 2, ["training.global_batch_size = 8", "legal: 16"]),
-    ],
-)
-def test_world_size_that_does_not_divide(override: str, world_size: int, parts: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_world_size(parse(override), world_size)
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
-
-
-def test_world_sizes_that_divide() -> None:
-    config = parse("parallel.tensor_model_parallel_size=2", "training.micro_batch_size=2")
-    for world_size in (2, 4, 8):
-        check_world_size(config, world_size)
-    assert config.accumulation_steps(data_parallel_size=2) == 2  # 8 / (2 * 2)
 
 
 def test_overrides_replace_what_the_file_says() -> None:
