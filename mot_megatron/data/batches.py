@@ -57,12 +57,12 @@ def build_micro_batch(
             f"sequence {sequence}, position {position}: token id "
             f"{token_ids[sequence, position]}, expected 0..{vocab_size - 1}"
         )
-    if filled_tokens is None:
-        filled_tokens = np.full(sequences, seq_length, dtype=np.int64)
+    everything = np.full(sequences, seq_length, dtype=np.int64)
+    filled = everything if filled_tokens is None else filled_tokens
     grouped = _native.group(
         token_ids,
         document_ids,
-        filled_tokens,
+        filled,
         modality_of_id,
         np.asarray(towers_of_modalities, dtype=np.int64),
         num_towers,
@@ -74,7 +74,7 @@ def build_micro_batch(
         **grouped,
     }
     if shard is not None:
-        used = np.arange(seq_length) < filled_tokens[:, None]
+        used = np.arange(seq_length) < filled[:, None]
         modalities = np.where(used, modality_of_id[token_ids], -1)
         fields = take_shard(fields, modalities, shard, slot_multiple)
     return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})

@@ -228,8 +228,8 @@ def _announce(run: _Run, resumed: Path | None) -> None:
         f" (shared {count.shared / 1e6:.2f} M, {towers})"
     )
     run.console.say(
-        f"{groups.mesh.world_size} x {groups.device.type}: tensor parallel {groups.tensor_size},"
-        f" data parallel {groups.data_size}, ZeRO-{config.parallel.zero_stage},"
+        f"{groups.mesh.world_size} x {groups.device.type}: {_layout(config, groups)},"
+        f" ZeRO-{config.parallel.zero_stage};"
         f" {config.accumulation_steps(groups.data_size)} micro-batches of"
         f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and rank"
     )
@@ -240,3 +240,18 @@ def _announce(run: _Run, resumed: Path | None) -> None:
     if resumed:
         run.saved_steps = run.progress.steps
         run.console.say(f"continuing from {resumed}")
+
+
+def _layout(config: Config, groups: ProcessGroups) -> str:
+    """The axes that are used, fastest first."""
+    pieces = config.parallel.virtual_pipeline_model_parallel_size
+    axes = {
+        "tensor parallel": groups.tensor_size,
+        "modality parallel": groups.modality_size,
+        "data parallel": groups.data_size // groups.modality_size,
+        "pipeline stages": groups.pipeline_size,
+    }
+    named = [f"{name} {size}" for name, size in axes.items() if size > 1]
+    if pieces is not None:
+        named[-1] += f" of {pieces} pieces"
+    return ", ".join(named) or "no parallelism"

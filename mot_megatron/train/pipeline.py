@@ -120,8 +120,11 @@ class _PipelinePiece(nn.Module):
         if self.piece.last:
             loss, modality_sums = outputs
             return loss / self.divisor, modality_sums
+        # Padded last, even by nothing: megatron frees what was sent, which must not be a view.
         padding = self.rows // divisor - used
-        return (nn.functional.pad(outputs[0], (0, 0, 0, padding))[:, None],)
+        message = nn.functional.pad(outputs[0][:, None], (0, 0, 0, 0, 0, padding))
+        assert message._base is None
+        return (message,)
 
 
 def _forward_step(iterator: Iterator[MicroBatch], piece: _PipelinePiece) -> tuple[Any, Any]:

@@ -26,8 +26,10 @@ from tests.train.parity import (
     assert_equal,
     reference,
     run_corpora,
+    run_steps,
 )
 
+BUDGET = "data.packing=budget"
 FOUR_LAYERS = "model.num_layers=4"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 HEADS = "parallel.attention_exchange=heads"
@@ -73,3 +75,27 @@ def test_layout_equals_one_process(
         for outcome in of_ranks:
             assert_equal(outcome, expected)
     assert any(outcome["lacking"].lacking for outcome in outcomes)
+
+
+def test_static_budgets(corpora: dict[str, Path]) -> None:
+    """Batches with a fixed number of tokens per tower, on ranks that hold a tower each."""
+    corpus, model = corpora["mixed"], [BUDGET, "training.micro_batch_size=2", *TWO_TOWERS]
+    expected = reference(corpus, tuple(model))
+    outcomes = run_ranks(run_steps, 2, corpus, [MP2, *model], timeout=120)
+    assert_complete(outcomes, expected)
+    for outcome in outcomes:
+        assert_equal(outcome, expected)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, [MP2]), (4, [MP2, PP2])])
+def test_bf16(corpora: dict[str, Path], world_size: int, layout: list[str]) -> None:
+    """bf16 rounds gradients of partial sums: three digits are what two orders of summation share."""
+    model = ["training.precision=bf16", TIED]
+    expected = reference(corpora["mixed"], tuple(model))
+    outcomes = run_ranks(run_steps, world_size, corpora["mixed"], layout + model, timeout=120)
+    assert_complete(outcomes, expected)
+    for outcome in outcomes:
+        for mine, theirs in zip(outcome.losses, expected.losses, strict=True):
+            assert mine == pytest.approx(theirs, rel=3e-3)
+        for mine, theirs in zip(outcome.norms, expected.norms, strict=True):
+            assert mine == pytest.approx(theirs, rel=5e-2)
