@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +27,7 @@ NAMES = ["text", "image", "speech"]
 HEAD_SIZE = 4
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(2, 8))
 def test_heads_are_split_with_the_key_value_heads_that_they_share(
     heads_per_rank: int, num_groups: int, num_ranks: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mot_megatron.config import Config
@@ -34,6 +34,7 @@ def configs(draw: st.DrawFn) -> Config:
     return small_config({"text": "text", "image": "image"}, *overrides)
 
 
+@settings(deadline=None)
 @given(configs())
 def test_pieces_are_the_layers_in_order(config: Config) -> None:
     parallel, pieces = config.parallel, all_pieces(config)
@@ -49,6 +50,7 @@ def test_pieces_are_the_layers_in_order(config: Config) -> None:
         assert piece.last == (index == len(pieces) - 1)
 
 
+@settings(deadline=None)
 @given(configs())
 def test_the_model_goes_round_the_stages(config: Config) -> None:
     parallel = config.parallel

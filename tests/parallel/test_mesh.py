@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -164,6 +164,7 @@ def meshes(draw: st.DrawFn) -> Mesh:
     return Mesh(tensor * modality * copies * pipeline, tensor, pipeline, modality)
 
 
+@settings(deadline=None)
 @given(meshes())
 def test_coordinates_name_a_rank(mesh: Mesh) -> None:
     for rank in range(mesh.world_size):
@@ -176,6 +177,7 @@ def test_coordinates_name_a_rank(mesh: Mesh) -> None:
         assert pipeline < mesh.pipeline
 
 
+@settings(deadline=None)
 @given(meshes())
 def test_an_axis_groups_the_ranks_that_differ_on_it_alone(mesh: Mesh) -> None:
     tensor, data, pipeline = mesh.tensor_rank, mesh.data_rank, mesh.pipeline_rank
@@ -198,6 +200,7 @@ def test_an_axis_groups_the_ranks_that_differ_on_it_alone(mesh: Mesh) -> None:
             assert [own(rank) for rank in group] == list(range(size))
 
 
+@settings(deadline=None)
 @given(meshes(), st.data())
 def test_holder_groups_are_data_groups_without_the_others(mesh: Mesh, data: st.DataObject) -> None:
     chosen = data.draw(st.sets(st.integers(0, mesh.modality - 1), min_size=1))

@@ -6,7 +6,7 @@ import itertools
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mot_megatron.parallel.placement import Placement, balanced_placement
@@ -35,6 +35,7 @@ def least_maximum(flops: list[float], num_ranks: int) -> float:
     )
 
 
+@settings(deadline=None)
 @given(tower_flops, st.integers(1, 8))
 def test_fewest_copies_then_smallest_largest_load(flops: list[float], num_ranks: int) -> None:
     placement = balanced_placement(flops, num_ranks)
@@ -105,6 +106,7 @@ def placements(draw: st.DrawFn) -> Placement:
     return Placement(tuple(zip(*columns, strict=True)))
 
 
+@settings(deadline=None)
 @given(placements(), st.integers(0, 10_000))
 def test_cuts_give_holders_their_share(placement: Placement, num_tokens: int) -> None:
     for tower in range(placement.num_towers):
