@@ -27,6 +27,9 @@ WEIGHT = "weight"
 """Name of the fp32 weight beside AdamW's state."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state per element, by torch's names."""
+_SUMS = ("_hp_grad", "grad_accum", "grad")
+"""Attributes of a parameter in which micro-batches' gradients may be summed: by DeepSpeed's bf16
+optimizer, by its other one, by torch."""
 
 
 class Partition(Protocol):
@@ -45,6 +48,10 @@ class Partition(Protocol):
 
         Over a parameter's owners each element appears exactly once; padding is zero.
         """
+        ...
+
+    def gradient_tensors(self) -> Iterator[torch.Tensor]:
+        """Whatever holds gradients now, at any time between steps; some may share memory."""
         ...
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -81,6 +88,10 @@ class Replicated:
             for parameter in self._parameters:
                 assert parameter.grad is not None
                 yield parameter, parameter.grad
+
+    def gradient_tensors(self) -> Iterator[torch.Tensor]:
+        """Those of torch."""
+        return (p.grad for p in self._parameters if p.grad is not None)
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """Copies; no collective."""
@@ -139,8 +150,7 @@ class Flat:
 
         Only for stage 1, before the gradients are summed over ranks.
         """
-        # Where the bf16 optimizer sums, where DeepSpeed's other one does, and where torch does.
-        for key in ("_hp_grad", "grad_accum", "grad"):
+        for key in _SUMS:
             gradient = getattr(parameter, key, None)
             if gradient is not None:
                 return gradient
@@ -158,6 +168,15 @@ class Flat:
             if gradient.numel() == parameter.numel():  # the bf16 optimizer keeps whole gradients
                 gradient = gradient.narrow(0, address.start, address.numel)
             yield parameter, gradient
+
+    def gradient_tensors(self) -> Iterator[torch.Tensor]:
+        """Whole ones, by parameter, until they are reduced; pieces, by parameter group, after."""
+        for parameter in self._parameters:
+            for key in _SUMS:
+                gradient = getattr(parameter, key, None)
+                if gradient is not None:
+                    yield gradient
+        yield from _pieces_of_gradients(self._optimizer, self.optimized())
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """A sum over the owners of pieces that do not overlap."""
@@ -196,6 +215,11 @@ class Scattered:
         for parameter in self._parameters:
             yield parameter, _present(safe_get_local_grad(parameter))
 
+    def gradient_tensors(self) -> Iterator[torch.Tensor]:
+        """The buffer that micro-batches are summed in, and what of it the step has been given."""
+        yield self._optimizer.grad_partitions_flat_buffer
+        yield from _pieces_of_gradients(self._optimizer, self.optimized())
+
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """An all-gather over the data-parallel group."""
         return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
@@ -225,6 +249,16 @@ class Scattered:
         start = self._data_rank * size
         values = full.flatten()[start : start + size]
         return nn.functional.pad(values, (0, size - values.numel()))
+
+
+def _pieces_of_gradients(optimizer: Any, optimized: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Reduced gradients, until and after they are handed to AdamW."""
+    for key in ("averaged_gradients", "all_grad_tensors"):
+        for pieces in getattr(optimizer, key, {}).values():
+            yield from pieces or ()
+    for tensor in optimized:
+        if tensor.grad is not None:
+            yield tensor.grad
 
 
 def _present(tensor: torch.Tensor | None) -> torch.Tensor:

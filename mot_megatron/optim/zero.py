@@ -17,6 +17,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -36,11 +37,22 @@ from mot_megatron.optim.deepspeed_setup import (
 from mot_megatron.optim.norms import StepNorms, step_norms
 from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers
 from mot_megatron.optim.parameter_groups import parameter_groups
-from mot_megatron.optim.partitions import Flat, Partition, Replicated, Scattered
+from mot_megatron.optim.partitions import MOMENTS, Flat, Partition, Replicated, Scattered
 from mot_megatron.optim.settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from mot_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class HeldTensors:
+    """Tensors of one rank's model state; some may share memory."""
+
+    weights: list[torch.Tensor]
+    """What forward reads."""
+    gradients: list[torch.Tensor]
+    optimizer: list[torch.Tensor]
+    """What AdamW steps, and its moments."""
 
 
 class ZeroEngine:
@@ -238,6 +250,19 @@ class ZeroEngine:
         if self._settings.clip_grad == 0:
             return 1.0
         return min(1.0, self._settings.clip_grad / (norm + 1e-6))
+
+    def held_tensors(self) -> HeldTensors:
+        """This rank's model state as it lies in memory now; no collective."""
+        # ZeRO-3 keeps a piece beside a parameter, whose own data is there while it is gathered.
+        pieces = [getattr(p, "ds_tensor", None) for p in self._parameters.values()]
+        optimized = self._partition.optimized()
+        states = [self._adamw.state[tensor][key] for tensor in optimized for key in MOMENTS]
+        return HeldTensors(
+            weights=[p.data for p in self._parameters.values()]
+            + [piece for piece in pieces if piece is not None],
+            gradients=list(self._partition.gradient_tensors()),
+            optimizer=optimized + states,
+        )
 
     @property
     def optimizer_steps(self) -> int:

@@ -1,0 +1,90 @@
+"""What a training step holds on this rank, read from its tensors.
+
+Model state is measured between micro-batches and before the optimizer's step, when nothing is
+under way: storages of tensors, each counted once, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.scaling.activations import Rows
+from mot_megatron.scaling.kept import KeptForBackward
+from mot_megatron.scaling.memory import StateBytes
+from mot_megatron.train.session import Session
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank's bytes."""
+
+    stage: int
+    towers: tuple[str, ...]
+    """Held by the rank, by name."""
+    state: StateBytes
+    """The most at any of the times."""
+    activations: int
+    """The most that autograd kept at one time."""
+    rows: Rows
+    """Of its largest micro-batch."""
+
+
+def measure_step(session: Session) -> RankMemory:
+    """Run forward and backward of a step's micro-batches, all but the optimizer's step.
+
+    On a CPU: elsewhere backward runs in threads of its own, where what it keeps is not seen. As
+    collective as a training step. The session is of no use afterwards.
+    """
+    groups, model = session.groups, session.model
+    assert groups.device.type == "cpu"
+    accumulation = session.config.accumulation_steps(groups.data_size)
+    batches = [session.loader.next_micro_batch() for _ in range(accumulation)]
+    kept = KeptForBackward(model.parameters())
+    states = [_state(session)]
+    with kept.watch():
+        if session.pipeline is not None:
+            session.pipeline.forward_backward(batches, divisor=1.0)
+            states.append(_state(session))
+            session.engine.reduce_gradients()
+            states.append(_state(session))
+        else:
+            for batch in batches:
+                session.engine.backward(session.engine.forward(batch)[0])
+                states.append(_state(session))
+    names = session.config.model.tower_names
+    return RankMemory(
+        stage=groups.pipeline_rank,
+        towers=tuple(names[tower] for tower in model.towers),
+        state=StateBytes(
+            weights=max(state.weights for state in states),
+            gradients=max(state.gradients for state in states),
+            optimizer=max(state.optimizer for state in states),
+        ),
+        activations=kept.peak_bytes,
+        rows=max((_rows(batch, model.towers) for batch in batches), key=lambda rows: rows.stream),
+    )
+
+
+def _rows(batch: MicroBatch, towers: Iterable[int]) -> Rows:
+    return Rows(sum(batch.tower_slots[tower] for tower in towers), batch.positions.numel())
+
+
+def _state(session: Session) -> StateBytes:
+    held = session.engine.held_tensors()
+    weights, optimizer = _storages(held.weights), _storages(held.optimizer)
+    return StateBytes(
+        weights=sum(weights.values()),
+        gradients=sum(_storages(held.gradients).values()),
+        # Without ZeRO, AdamW steps the weights themselves.
+        optimizer=sum(size for place, size in optimizer.items() if place not in weights),
+    )
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of every piece of memory, by its address."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}

@@ -1,0 +1,81 @@
+"""The inventory names exactly the parameters that the built model has, on every kind of rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mot_megatron.config import Config
+from mot_megatron.model.inventory import held_parameters
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.sharding import is_replica, layout_of, tower_of
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.parallel.placement import balanced_placement
+from tests.fake_world import fake_world
+from tests.model.small_models import small_config
+
+THREE = {"text": "text", "image": "image", "speech": "speech"}
+TIED = "model.untie_embeddings_and_output_weights=false"
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+FOUR_LAYERS = "model.num_layers=4"
+
+
+def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
+    parallel = config.parallel
+    size = parallel.modality_parallel_size
+    placement = balanced_placement([3.0, 2.0, 1.0], size) if size > 1 else None
+    groups = build_process_groups(
+        parallel.tensor_model_parallel_size,
+        torch.device("cpu"),
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        placement=placement,
+    )
+    assert groups.mesh.world_size == world_size
+    assert groups.rank == rank
+    return MixtureOfTransformers(config, groups)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, []),
+        (1, [TIED, "model.qk_norm=false", "model.num_query_groups=2"]),
+        (
+            1,
+            ["model.untied.norms=false", "model.untied.qkv=false", "model.untied.final_norm=false"],
+        ),
+        (2, [TP2, "model.num_query_groups=2", "model.untied.feed_forward=false"]),
+        (2, [PP2]),
+        (2, [PP2, TIED]),
+        (2, [PP2, TIED, FOUR_LAYERS, "parallel.virtual_pipeline_model_parallel_size=2"]),
+        (2, [PP2, FOUR_LAYERS, "parallel.pipeline_layers=[1, 3]"]),
+        (2, ["parallel.modality_parallel_size=2", "model.untied.output_projection=false"]),
+        (4, ["parallel.modality_parallel_size=4", "model.untied.qk_norm=false"]),
+        (8, [TP2, PP2, "parallel.modality_parallel_size=2", TIED]),
+    ],
+)
+def test_inventory_is_the_built_models(world_size: int, overrides: list[str]) -> None:
+    config = small_config(THREE, *overrides)
+    seen = set()
+    for rank in range(world_size):
+        with fake_world(rank, world_size):
+            model = build(config, rank, world_size)
+        built = [
+            (
+                name,
+                tuple(parameter.shape),
+                tower_of(parameter),
+                layout_of(parameter).shard_dim is not None,
+                is_replica(parameter),
+            )
+            for name, parameter in model.named_parameters()
+        ]
+        held = held_parameters(config, model.groups.pipeline_rank, model.towers)
+        assert [(p.name, p.shape, p.tower, p.tensor_parallel, p.replica) for p in held] == built
+        assert sum(p.size for p in held) == sum(p.numel() for p in model.parameters())
+        seen.update(built)
+    replicas = [name for name, *_, replica in seen if replica]
+    assert replicas == (
+        ["embedding.lookup.weight"] if PP2 in overrides and TIED in overrides else []
+    )
