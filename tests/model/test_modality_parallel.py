@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_megatron.config import Config
 from mot_megatron.data.batches import build_micro_batch
@@ -98,7 +97,9 @@ def run_case(case: Case) -> list[dict[str, Any]]:
         loss, sums = model(batch)
         loss.backward()
         totals = torch.cat((loss.detach()[None], sums))
-        counts = torch.tensor([*batch.modality_labels, *batch.modality_tokens, batch.attended_pairs])
+        counts = torch.tensor(
+            [*batch.modality_labels, *batch.modality_tokens, batch.attended_pairs]
+        )
         dist.all_reduce(totals, group=groups.data)
         dist.all_reduce(counts, group=groups.data)
         gradients = take_gradients(model)
