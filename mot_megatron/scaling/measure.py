@@ -7,30 +7,14 @@ under way: storages of tensors, each counted once, padding included.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.scaling.activations import Rows
 from mot_megatron.scaling.kept import KeptForBackward
-from mot_megatron.scaling.memory import StateBytes
+from mot_megatron.scaling.memory import RankMemory, StateBytes
 from mot_megatron.train.session import Session
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """One rank's bytes."""
-
-    stage: int
-    towers: tuple[str, ...]
-    """Held by the rank, by name."""
-    state: StateBytes
-    """The most at any of the times."""
-    activations: int
-    """The most that autograd kept at one time."""
-    rows: Rows
-    """Of its largest micro-batch."""
 
 
 def measure_step(session: Session) -> RankMemory:

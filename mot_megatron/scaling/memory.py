@@ -21,6 +21,7 @@ from mot_megatron.model.inventory import HeldParameter, held_parameters
 from mot_megatron.model.sharding import SHARED
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
+from mot_megatron.scaling.activations import Rows
 
 FP32 = 4
 _COPIES = 3
@@ -50,6 +51,20 @@ class StateBytes:
     def device(self) -> int:
         """What of them lies in the device's memory."""
         return self.total - self.host
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank's bytes."""
+
+    stage: int
+    towers: tuple[str, ...]
+    """Held by the rank, by name."""
+    state: StateBytes
+    activations: int
+    """The most that autograd keeps at one time."""
+    rows: Rows
+    """Of its largest micro-batch."""
 
 
 def mesh_of(config: Config, world_size: int) -> Mesh:

@@ -16,8 +16,8 @@ from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.activations import activation_bytes
-from mot_megatron.scaling.measure import RankMemory, measure_step
-from mot_megatron.scaling.memory import StateBytes, state_bytes
+from mot_megatron.scaling.measure import measure_step
+from mot_megatron.scaling.memory import RankMemory, StateBytes, state_bytes
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from tests.ranks import run_ranks
 from tests.train.small_runs import small_config, write_corpus

@@ -1,0 +1,273 @@
+"""Run a training step on ranks of this machine and print the bytes that each of them holds.
+
+Example: measure_memory.py --config configs/quickstart.toml --ranks 1 --set training.micro_batch_size=1
+
+The bytes are read from tensors, on the CPU: weights (what forward reads), gradients, optimizer (fp32
+weights and both moments) at their most between micro-batches and before the step, and activations,
+the most that autograd keeps for backward. Buffers of collectives are left out. The same is measured
+for the dense twin, which is the configuration with one tower for all modalities and without
+modality parallelism: on as many ranks fewer as modality parallelism takes, where both have the same
+number of model replicas, and on the same number of ranks, where the dense model's optimizer state
+is shared out further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pickle
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from tqdm import tqdm
+
+from mot_megatron.config import Config, ModalityConfig, load_config
+from mot_megatron.errors import ConfigError, TrainingError, UserError
+from mot_megatron.rules import check_world_size
+from mot_megatron.scaling.memory import RankMemory, StateBytes
+
+# Read when the packages below are imported.
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCH_COMPILE_DISABLE": "1",  # megatron's fusions would be compiled for half a minute
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "DEEPSPEED_LOG_LEVEL": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+PRELOAD = ["mot_megatron.scaling.measure"]
+DENSE = "dense"
+KINDS = [field.name for field in fields(StateBytes) if field.compare]
+
+
+@dataclass(frozen=True)
+class World:
+    """A configuration and the ranks to measure it on."""
+
+    config: Config
+    num_ranks: int
+
+
+def dense_twin(config: Config) -> Config:
+    """The same model with one tower, which every data-parallel rank holds."""
+    model, parallel = config.model, config.parallel
+    modalities = {
+        name: ModalityConfig(tower=DENSE, loss_weight=modality.loss_weight)
+        for name, modality in model.modalities.items()
+    }
+    plain = {"modality_parallel_size": 1, "placement": "auto", "attention_exchange": "sequence"}
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update={"modalities": modalities}),
+            "parallel": parallel.model_copy(update=plain),
+        }
+    )
+
+
+def check(world: World) -> None:
+    """What training checks, and that there are micro-batches to measure between.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    config, parallel = world.config, world.config.parallel
+    check_world_size(config, world.num_ranks)
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if config.accumulation_steps(world.num_ranks // model_ranks) < 2:
+        raise ConfigError(
+            f"training.global_batch_size = {config.training.global_batch_size} is one micro-batch"
+            " per step on every rank; needed here: two or more, between which gradients are"
+            " measured (training.micro_batch_size may be lowered instead)"
+        )
+
+
+def measure(world: World, timeout: float) -> list[RankMemory]:
+    """Start the ranks, measure a step and end them; the results in the ranks' order.
+
+    Raises:
+        UserError: what a rank could not do, or that it took too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = start_processes(
+            _rank,
+            (world, Path(folder), timeout),
+            nprocs=world.num_ranks,
+            join=False,
+            daemon=True,
+            start_method="forkserver",
+        )
+        assert ranks is not None  # join=False returns the context
+        deadline = time.monotonic() + timeout
+        try:
+            while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    raise TrainingError(f"the ranks were still running after {timeout:g} s")
+        except ProcessExitedException as error:
+            for path in sorted(Path(folder).glob("error.*")):
+                raise ConfigError(path.read_text(encoding="utf-8")) from None
+            raise TrainingError(f"a rank died: {error}") from None
+        finally:
+            for process in filter(None, ranks.processes):
+                process.kill()
+                process.join()
+        results = [Path(folder) / f"result.{rank}" for rank in range(world.num_ranks)]
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+
+def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
+    # Here, not above: the process that starts the ranks need not wait for these.
+    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.scaling.measure import measure_step
+    from mot_megatron.train.session import build_groups, build_session, resolve_config
+
+    torch.set_num_threads(1)
+    size = world.num_ranks
+    # DeepSpeed reads them although the world exists.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        corpus = Corpus.open(world.config.data.corpus)
+        config = resolve_config(world.config, corpus)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+        groups = build_groups(config, corpus, torch.device("cpu"))
+        result = measure_step(build_session(config, corpus, groups))
+    except UserError as error:
+        (folder / f"error.{rank}").write_text(str(error), encoding="utf-8")
+        sys.exit(2)
+    (folder / f"result.{rank}").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+def ratios(measured: list[RankMemory], dense: list[RankMemory]) -> dict[str, float]:
+    """Of the fullest ranks: by kind, and of all model state together."""
+
+    def most(ranks: list[RankMemory], kind: str) -> int:
+        return max(getattr(rank.state, kind) for rank in ranks)
+
+    return {kind: most(measured, kind) / most(dense, kind) for kind in (*KINDS, "total")}
+
+
+def table(title: str, ranks: list[RankMemory]) -> str:
+    """One line per rank."""
+    heads = [*KINDS, "model state", "activations"]
+    lines = [title, "rank stage " + "".join(f"{head:>15}" for head in heads) + "  towers"]
+    for number, rank in enumerate(ranks):
+        values = [getattr(rank.state, kind) for kind in KINDS]
+        values += [rank.state.total, rank.activations]
+        columns = "".join(f"{value:>15,}" for value in values)
+        lines.append(f"{number:4} {rank.stage:5} {columns}  {', '.join(rank.towers)}"[:120])
+    return "\n".join(lines)
+
+
+def ratio_line(name: str, ratio: dict[str, float]) -> str:
+    """The comparison with a dense twin, as a sentence."""
+    kinds = ", ".join(f"{kind} {ratio[kind]:.3f}" for kind in KINDS)
+    return f"fullest rank / {name}: {ratio['total']:.3f} of the model state ({kinds})"
+
+
+def as_dict(ranks: list[RankMemory]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [
+        {
+            "rank": number,
+            "stage": rank.stage,
+            "towers": list(rank.towers),
+            **{kind: getattr(rank.state, kind) for kind in KINDS},
+            "total": rank.state.total,
+            "activations": rank.activations,
+        }
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def report(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> dict[str, Any]:
+    """Everything that was measured, for JSON: bytes, and ratios of the fullest ranks."""
+    own, *twins = measured
+    return {
+        "parallel": worlds[own].config.parallel.model_dump(mode="json", exclude_none=True),
+        "towers": list(worlds[own].config.model.tower_names),
+        "ranks": as_dict(measured[own]),
+        **{
+            name: {
+                "num_ranks": worlds[name].num_ranks,
+                "ranks": as_dict(measured[name]),
+                "ratio": ratios(measured[own], measured[name]),
+            }
+            for name in twins
+        },
+    }
+
+
+def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
+    """What is measured, by the names of the report: the configuration first."""
+    modality = config.parallel.modality_parallel_size
+    twin = dense_twin(config)
+    worlds = {"measured": World(config, num_ranks)}
+    check(worlds["measured"])
+    if modality > 1:
+        worlds["dense_same_replicas"] = World(twin, num_ranks // modality)
+    worlds["dense_same_ranks"] = World(twin, num_ranks)
+    for world in worlds.values():
+        check(world)
+    return worlds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; 2 after bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="TOML configuration file")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="override a key of the configuration; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=int, required=True, help="processes to start")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each world")
+    options = parser.parse_args(arguments)
+    os.environ.update(ENVIRONMENT)
+    get_context("forkserver").set_forkserver_preload(PRELOAD)
+    try:
+        if options.ranks < 1:
+            raise ConfigError(f"--ranks {options.ranks}: needed: 1 or more")
+        worlds = worlds_of(load_config(options.config, options.overrides), options.ranks)
+        bar = tqdm(worlds.items(), "worlds", ncols=100, leave=False, disable=None)
+        measured = {name: measure(world, options.timeout) for name, world in bar}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report(worlds, measured)) if options.json else text(worlds, measured))
+    return 0
+
+
+def text(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> str:
+    """The tables and the ratios, as a person reads them."""
+    own, *twins = measured
+    titles = {name: f"dense twin on {worlds[name].num_ranks} ranks" for name in twins}
+    config = worlds[own].config
+    title = f"{config.run.name}, {config.model.num_towers} towers on {worlds[own].num_ranks} ranks"
+    parts = [table(f"{title}: bytes per rank", measured[own])]
+    parts += [table(f"{titles[name]}: bytes per rank", measured[name]) for name in twins]
+    lines = [ratio_line(titles[name], ratios(measured[own], measured[name])) for name in twins]
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
