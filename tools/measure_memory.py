@@ -260,13 +260,17 @@ def main(arguments: list[str] | None = None) -> int:
 def text(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> str:
     """The tables and the ratios, as a person reads them."""
     own, *twins = measured
-    titles = {name: f"dense twin on {worlds[name].num_ranks} ranks" for name in twins}
+    titles = {name: f"dense twin on {_ranks(worlds[name])}" for name in twins}
     config = worlds[own].config
-    title = f"{config.run.name}, {config.model.num_towers} towers on {worlds[own].num_ranks} ranks"
+    title = f"{config.run.name}, {config.model.num_towers} towers on {_ranks(worlds[own])}"
     parts = [table(f"{title}: bytes per rank", measured[own])]
     parts += [table(f"{titles[name]}: bytes per rank", measured[name]) for name in twins]
     lines = [ratio_line(titles[name], ratios(measured[own], measured[name])) for name in twins]
     return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _ranks(world: World) -> str:
+    return "1 rank" if world.num_ranks == 1 else f"{world.num_ranks} ranks"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""The tool measures a pair of towers on two ranks against the dense model, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.small_runs import CONFIG, write_corpus
+from tools.measure_memory import main
+
+# A model whose layers, not its vocabulary, hold most of the weights: 3.8 of 4.3 M elements.
+MEDIUM = [
+    "model.num_layers=4",
+    "model.hidden_size=256",
+    "model.ffn_hidden_size=704",
+    "model.vocab_size=1024",
+    "model.modalities.speech.tower=image",
+]
+MP2 = "parallel.modality_parallel_size=2"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    corpus = write_corpus(folder / "corpus")
+    path = folder / "small.toml"
+    path.write_text(CONFIG.format(corpus=corpus))
+    return path
+
+
+def arguments(config_file: Path, ranks: int, *overrides: str) -> list[str]:
+    settings = [part for override in overrides for part in ("--set", override)]
+    return ["--config", str(config_file), "--ranks", str(ranks), *settings]
+
+
+def test_two_towers_on_two_ranks_hold_what_the_dense_model_does(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(config_file, 2, MP2, *MEDIUM), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [rank["towers"] for rank in report["ranks"]] == [["text"], ["image"]]
+    dense = report["dense_same_replicas"]
+    assert dense["num_ranks"] == 1
+    assert dense["ratio"]["total"] <= 1.1
+    # Weights and gradients are the dense model's to the byte; of the optimizer's 12 bytes an
+    # element, only those of the shared vocabulary matrices are split between the two.
+    (alone,) = dense["ranks"]
+    for rank in report["ranks"]:
+        assert rank["weights"] == rank["gradients"] == alone["weights"] == alone["gradients"]
+        assert alone["optimizer"] - rank["optimizer"] == 12 * 2 * 1024 * 256 / 2
+        assert rank["activations"] > 0
+    # On as many ranks, ZeRO-1 leaves the dense model half of its optimizer.
+    same = report["dense_same_ranks"]
+    assert same["num_ranks"] == 2
+    assert all(rank["optimizer"] == alone["optimizer"] / 2 for rank in same["ranks"])
+    assert 1.1 < same["ratio"]["total"] < 1.5
+
+
+def test_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "parallel.pipeline_model_parallel_size=2"
+    assert main(arguments(config_file, 2, stages)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0] == "small, 3 towers on 2 ranks: bytes per rank"
+    first, second = lines[2].split(), lines[3].split()
+    assert first[:2] == ["0", "0"]
+    assert second[:2] == ["1", "1"]
+    assert first[2] == first[3]  # weights and gradients of fp32
+    assert first[-3:] == ["text,", "image,", "speech"]
+    assert lines[-1].startswith("fullest rank / dense twin on 2 ranks: ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "message"),
+    [
+        (3, [MP2], "error: the world size 3 is not divisible by"),
+        (0, [], "error: --ranks 0: needed: 1 or more"),
+        (8, [], "error: training.global_batch_size = 8 is one micro-batch per step"),
+        (1, ["data.corpus=nowhere"], "error: nowhere/corpus.toml"),
+    ],
+)
+def test_bad_input_is_one_line(
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    ranks: int,
+    overrides: list[str],
+    message: str,
+) -> None:
+    assert main(arguments(config_file, ranks, *overrides)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+
+
+def test_ranks_that_take_too_long_are_ended(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(config_file, 1), "--timeout", "0.1"]) == 2
+    assert capsys.readouterr().err == "error: the ranks were still running after 0.1 s\n"
