@@ -71,15 +71,20 @@ def run(config_path: Path, overrides: list[str], world: World, where: Whereabout
     from mot_megatron.config import load_config
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.rules import check_world_size
+    from mot_megatron.scaling.placement_table import placement_table
     from mot_megatron.train.loop import train
-    from mot_megatron.train.session import build_groups, resolve_config
+    from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 
     config = load_config(config_path, overrides)
     check_world_size(config, world.size)
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
     device = join_world(world)
-    train(config, corpus, build_groups(config, corpus, device), where)
+    groups = build_groups(config, corpus, device)
+    if groups.placement is not None and groups.rank == 0:
+        flops = tower_flops(config, corpus)
+        print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
+    train(config, corpus, groups, where)
     # Not after an error: other ranks would fail for the connections that this one closes.
     dist.destroy_process_group()
 

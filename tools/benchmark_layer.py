@@ -11,6 +11,10 @@ a ratio compares a variant with dense in the same round, so a busy machine slows
   projection, which is how the code published with the paper works.
 - gather-scatter-K: the same with index select and index put by integer positions.
 
+``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of modality-parallel ranks
+does to q, k, v and the output, without sending them. ``--compile`` adds dense and ours through
+torch.compile (minutes, on a CPU).
+
 ``benchmark_layer.py --ranks 2`` times a pair of ranks instead, each with a sequence of its own:
 dense, mot-2 with both towers on both ranks, and mot-2-mp2 with a tower on each and q, k, v and the
 output exchanged ("sequence" or "heads"); each without and with its weights' gradients summed over
@@ -66,6 +70,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ranks", type=int, choices=(1, RANKS), default=1, help="2: modality parallelism on a pair"
     )
+    parser.add_argument(
+        "--exchange",
+        action="store_true",
+        help="also what modality parallelism's exchange does to its rows, without sending them",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also dense and ours through torch.compile"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--profile", action="store_true", help="print where ours spends more than dense instead"
@@ -75,8 +87,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--repeats 1: a spread needs at least 2")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no GPU here; allowed: cpu")
-    if options.ranks > 1 and (options.profile or options.clock != "wall" or options.threads):
-        parser.error("--ranks 2 goes with wall time, a thread per rank and without --profile")
+    single = options.profile or options.exchange or options.compile or options.threads
+    if options.ranks > 1 and (single or options.clock != "wall"):
+        parser.error(
+            "--ranks 2 goes with wall time and a thread per rank, without --profile, --exchange"
+            " and --compile"
+        )
     if (
         options.ranks > 1
         and options.device.startswith("cuda")
@@ -188,6 +204,10 @@ def _benchmark_alone(options: argparse.Namespace) -> dict[str, Any] | str:
     dtype, groups = DTYPES[options.dtype], build_single_process_groups(device)
     setting = Benchmark(options.tokens, options.hidden, options.heads, device, dtype, groups)
     variants = setting.variants()
+    if options.exchange:
+        variants += [setting.exchange_permutations(kind) for kind in ("sequence", "heads")]
+    if options.compile:
+        variants += setting.compiled()
     if not options.profile:
         return benchmark(options, variants)
     by_name = {variant.name: variant for variant in variants}

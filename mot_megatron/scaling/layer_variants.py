@@ -8,11 +8,12 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.parallel.placement import balanced_placement
 from mot_megatron.train.hardware import synchronize
 
 NUM_TOWERS = (2, 3)
@@ -116,7 +118,7 @@ class Variant:
     """One way to run a layer; ``forward`` maps the stream's tensors to those of its output."""
 
     name: str
-    layer: Layer
+    layer: nn.Module
     inputs: tuple[torch.Tensor, ...]
     forward: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
     to_sequence: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
@@ -136,6 +138,16 @@ class Variant:
         self.layer.zero_grad(set_to_none=True)
         for tensor in self.inputs:
             tensor.grad = None
+
+
+class _UnsentExchange(ModalityExchange):
+    """Rows are packed and unpacked as ever; what would arrive is whatever memory holds."""
+
+    def send(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.new_empty(sum(self.plan.receive_rows), *buffer.shape[1:])
+
+    def send_back(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.new_empty(sum(self.send_sizes), *buffer.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,35 @@ class Benchmark:
             ]
             variants += [ours, *others]
         return variants
+
+    def compiled(self) -> list[Variant]:
+        """Dense and ours through torch.compile, with the sizes of this one batch."""
+        variants = [self.ours(1, "dense")] + [self.ours(k, f"mot-{k}") for k in NUM_TOWERS]
+        return [
+            replace(v, name=f"{v.name} compiled", forward=torch.compile(v.forward, dynamic=False))
+            for v in variants
+        ]
+
+    def exchange_permutations(self, exchange: Literal["sequence", "heads"]) -> Variant:
+        """What the exchange does to its rows on one of a pair of ranks, without sending them."""
+        placement = balanced_placement([1.0, 1.0], 2)
+        batch = self._batch(2, ModalityShard(placement, 0, exchange))[1].to(self.device)
+        make = HeadSlices.split if exchange == "heads" else HeadSlices.whole
+        local = _UnsentExchange.of(
+            make(self.heads, self.heads, 2), placement.towers(0), batch, self.groups.tensor
+        )
+        rows = batch.tower_slots[0]
+        shape = (rows, self.heads, self.hidden // self.heads)
+        parts = [self._stream(rows).view(shape).requires_grad_() for _ in range(3)]
+
+        def forward(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            queries, keys, values = parts
+            q, k, v = local.to_attention([queries], [keys], [values])
+            return (*local.from_attention(q), k, v)
+
+        return Variant(
+            f"exchange-{exchange}", nn.Identity(), tuple(parts), forward, to_sequence=torch.cat
+        )
 
     def ours(self, num_towers: int, name: str) -> Variant:
         """Our layer with all its towers on this rank; with one tower it is the dense layer."""
@@ -226,11 +267,13 @@ class Benchmark:
     def _in_sequence_order(
         self, name: str, ours: Variant, flow: Flow, rows: MaskedRows | IndexedRows
     ) -> Variant:
+        layer = ours.layer
+        assert isinstance(layer, Layer)
         return Variant(
             name,
-            ours.layer,
+            layer,
             (self._stream().requires_grad_(),),
-            forward=lambda stream: (run_in_sequence_order(ours.layer, stream[0], flow, rows),),
+            forward=lambda stream: (run_in_sequence_order(layer, stream[0], flow, rows),),
             to_sequence=lambda stream: stream[0],
         )
 

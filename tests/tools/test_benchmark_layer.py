@@ -45,6 +45,12 @@ def test_variants_give_equal_outputs_and_gradients(other: str, num_towers: int) 
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_of_the_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--exchange", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["ratio_to_dense"]) - set(NAMES) == {"exchange-sequence", "exchange-heads"}
+
+
 def test_every_tower_has_work() -> None:
     for variant in small_variants().values():
         assert all(len(part) > 0 for part in variant.inputs)
@@ -85,4 +91,4 @@ def test_shapes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert "model.num_attention_heads = 5" in error
+    assert "2 * model.num_attention_heads = 2 * 5" in error
