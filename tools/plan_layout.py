@@ -169,8 +169,9 @@ def report(fitting: Sequence[Plan], note: str, memory: float) -> str:
     """The table of the layouts that fit."""
     lines = [
         note,
-        f"{len(fitting)} layouts fit in {memory / GB:g} GB; GB on the fullest rank; activations"
-        " without recompute, selective and full; tokens per rank and step",
+        f"{len(fitting)} layouts fit in {memory / GB:g} GB; below GB on the fullest rank",
+        "(act, select, full: activations without, with selective and with full recompute;"
+        " tokens: per rank and step)",
         HEAD,
     ]
     lines += [line(layout, memory) for layout in fitting[:LISTED]]
