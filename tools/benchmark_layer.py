@@ -31,6 +31,7 @@ import time
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from mot_megatron.errors import UserError
 from mot_megatron.parallel.groups import build_single_process_groups
@@ -149,7 +150,7 @@ def benchmark_pair(options: argparse.Namespace) -> dict[str, Any]:
         DTYPES[options.dtype],
     )
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(measure_pair, (folder, settings), nprocs=RANKS)
+        spawn(measure_pair, (folder, settings), nprocs=RANKS)
         seconds: dict[str, list[float]] = torch.load(f"{folder}/seconds.pt")
     return _result(options, seconds) | {
         "ranks": RANKS,

@@ -213,17 +213,18 @@ class Benchmark:
         config = self._config(num_towers)
         towers, batch = self._batch(num_towers)
         batch = batch.to(self.device)
-        flow = self._flow(config.model, batch, Grouping.of(batch))
+        grouping = Grouping.of(batch)
+        flow = self._flow(config.model, batch, grouping)
         layer = self._layer(config, self.groups)
         inputs = tuple(
-            part.detach().requires_grad_() for part in flow.grouping.to_towers(self._stream())
+            part.detach().requires_grad_() for part in grouping.to_towers(self._stream())
         )
         variant = Variant(
             name,
             layer,
             inputs,
             forward=lambda stream: layer(stream, flow),
-            to_sequence=flow.grouping.to_sequence,
+            to_sequence=grouping.to_sequence,
         )
         return variant, flow, towers.to(self.device)
 
