@@ -22,7 +22,9 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -131,6 +133,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     from mot_megatron.scaling.measure import measure_step
     from mot_megatron.train.session import build_groups, build_session, resolve_config
 
+    _end_with_parent()
     torch.set_num_threads(1)
     size = world.num_ranks
     # DeepSpeed reads them although the world exists.
@@ -152,6 +155,18 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
         sys.exit(2)
     (folder / f"result.{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Leave no rank behind when the process that started it is killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def ratios(measured: list[RankMemory], dense: list[RankMemory]) -> dict[str, float]:

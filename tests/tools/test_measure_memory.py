@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.train.small_runs import CONFIG, write_corpus
@@ -99,3 +104,32 @@ def test_ranks_that_take_too_long_are_ended(
 ) -> None:
     assert main([*arguments(config_file, 1), "--timeout", "0.1"]) == 2
     assert capsys.readouterr().err == "error: the ranks were still running after 0.1 s\n"
+
+
+def test_no_rank_outlives_a_killed_tool(config_file: Path) -> None:
+    many = "training.global_batch_size=100000"  # so that the ranks are busy for long
+    command = [sys.executable, "-m", "tools.measure_memory", *arguments(config_file, 2, many)]
+    tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started: list[psutil.Process] = []
+
+    def all_run() -> bool:
+        started[:] = psutil.Process(tool.pid).children(recursive=True)
+        return len(started) == 4  # two helpers of multiprocessing and two ranks
+
+    try:
+        wait_until(all_run, seconds=60)
+    finally:
+        tool.kill()
+        tool.wait()
+    wait_until(lambda: not any(map(is_alive, started)), seconds=20)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

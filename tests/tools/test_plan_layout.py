@@ -167,3 +167,28 @@ def test_an_illegal_layout_is_left_out_for_a_reason(config_file: Path) -> None:
     )
     with pytest.raises(ConfigError, match="global_batch_size = 8 is not divisible"):
         check_world_size(config, 16)
+
+
+def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> None:
+    listed = ["parallel.pipeline_layers=[1, 3]", "model.num_layers=4",
+              "parallel.pipeline_model_parallel_size=2"]  # fmt: skip
+    config = load_config(config_file, [VOCABULARY, *listed])
+    layers = {
+        layout.parallel.pipeline_model_parallel_size: layout.parallel.pipeline_layers
+        for layout in legal_layouts(config, 4, gpus_per_node=4)
+        if layout.parallel.virtual_pipeline_model_parallel_size is None
+    }
+    assert layers == {1: None, 2: (1, 3), 4: None}
+
+    placement = "[{text = 1.0, image = 0.5}, {image = 0.5, speech = 1.0}]"
+    overrides = [f"parallel.placement={placement}", "parallel.modality_parallel_size=2"]
+    config = load_config(config_file, [VOCABULARY, *overrides])
+    placed = {
+        layout.parallel.modality_parallel_size: plan(layout, 4, [0.5, 0.3, 0.2]).placement
+        for layout in legal_layouts(config, 4, gpus_per_node=4)
+    }
+    assert placed[1] is None
+    assert placed[2] is not None
+    assert placed[2].shares == ((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))
+    assert placed[4] is not None
+    assert placed[4].num_copies == 4  # balanced: one tower per rank
