@@ -6,6 +6,9 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.checkpoint.find import resolve_resume
 from mot_megatron.config import Config
@@ -143,9 +146,16 @@ def _report(run: _Run) -> None:
     mfu = interval.flops_per_second / run.peak_flops
     left = interval.seconds.total * (config.training.train_steps - progress.steps)
     run.console.interval(progress.steps, interval, mfu, left)
+    memory = _fullest_rank(peak_memory_bytes(run.session.groups.device), run.session.groups)
     if run.log:
-        memory = peak_memory_bytes(run.session.groups.device)
         run.log.log_interval(progress.steps, interval, mfu, memory)
+
+
+def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
+    """The largest of all ranks' numbers: with towers and stages apart they differ."""
+    largest = torch.tensor(num_bytes, device=groups.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def _evaluate(run: _Run, whole: bool = False) -> tuple[float, ...]:
@@ -199,6 +209,7 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
         config.model.tower_names,
         # Points of steps that will be done again must not stand twice.
         start_step=progress.steps + 1,
+        modality_parallel=session.groups.modality_size > 1,
     )
 
 

@@ -21,7 +21,12 @@ class TensorBoardLog:
     """Writes one run's event files; made on the first rank only."""
 
     def __init__(
-        self, directory: Path, modalities: Sequence[str], towers: Sequence[str], start_step: int
+        self,
+        directory: Path,
+        modalities: Sequence[str],
+        towers: Sequence[str],
+        start_step: int,
+        modality_parallel: bool = False,
     ) -> None:
         """Open ``directory``; what an earlier part of the run wrote after ``start_step`` is hidden.
 
@@ -30,11 +35,25 @@ class TensorBoardLog:
             modalities: Names, by modality index.
             towers: Names, by tower index.
             start_step: First step that will be written: the resumed one, or 0.
+            modality_parallel: Whether to show how equal the work of a modality group's ranks is.
         """
         self.modalities = tuple(modalities)
         self.towers = tuple(towers)
         self.writer = SummaryWriter(str(directory), purge_step=start_step)
-        self.writer.add_custom_scalars(_layout(self.modalities, self.towers))
+        self.modality_parallel = modality_parallel
+        layout = _layout(self.modalities, self.towers)
+        if modality_parallel:
+            layout["4 Modality parallelism"] = {
+                "FLOPs of the busiest rank over the mean": [
+                    "Multiline",
+                    ["modality_parallel/imbalance"],
+                ],
+                "percent of the step that the others wait": [
+                    "Multiline",
+                    ["modality_parallel/waiting_percent"],
+                ],
+            }
+        self.writer.add_custom_scalars(layout)
 
     def log_interval(self, step: int, interval: Interval, mfu: float, memory_bytes: int) -> None:
         """Write what the steps up to ``step`` did; ``step`` counts steps done."""
@@ -50,7 +69,7 @@ class TensorBoardLog:
             "utilisation/mfu_percent": 100 * mfu,
             "memory/peak_gib": memory_bytes / GIB,
         }
-        if interval.imbalance > 1:
+        if self.modality_parallel:
             scalars["modality_parallel/imbalance"] = interval.imbalance
             scalars["modality_parallel/waiting_percent"] = interval.imbalance_percent
         for tower, norm in zip(self.towers, interval.norms.per_tower, strict=True):
@@ -116,6 +135,6 @@ def _layout(
             "tokens per second": chart("tokens_per_second", ("total", *modalities)),
             "seconds per step": chart("step_seconds", ("data", "forward_backward", "optimizer")),
             "model FLOPs utilisation, percent": chart("utilisation", ("mfu_percent",)),
-            "peak memory, GiB": chart("memory", ("peak_gib",)),
+            "peak memory of the fullest rank, GiB": chart("memory", ("peak_gib",)),
         },
     }

@@ -45,7 +45,7 @@ def value(events: EventAccumulator, tag: str) -> float:
 
 
 def test_scalars_hold_the_interval(tmp_path: Path) -> None:
-    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1, modality_parallel=True)
     log.log_interval(
         10, interval_with((7.5, 6.5), imbalance=1.25), mfu=0.25, memory_bytes=3 * 2**29
     )
