@@ -11,6 +11,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,16 @@ class _IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
+
+
+def _enum_member(enumeration: Any, name: str) -> Enum:
+    """What ``getattr`` is allowed to do: Python 3.11.0 to 3.11.3 store an enumeration's members so."""
+    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
+        raise pickle.UnpicklingError(f"it asks for getattr of {enumeration!r}")
+    return enumeration[name]
 
 
 def _check_index(index: Any) -> None:

@@ -286,8 +286,8 @@ def evaluation_batches(
     """One pass over a split, each document once over all ranks, always in the same order.
 
     Every rank yields the same number of micro-batches, so that collectives match; behind the last
-    document come sequences without documents, which have no labels. Always packed by sequence: the counts of
-    towers vary, the sequences do not depend on the micro-batch size.
+    document come sequences without documents, which have no labels. Always packed by sequence: the
+    counts of towers vary, the sequences do not depend on the micro-batch size.
 
     Args:
         corpus: The corpus.

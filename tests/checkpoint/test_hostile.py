@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def test_index_may_not_name_other_functions(tmp_path: Path, what: str) -> None:
     content = f"c{module}\n{name}\n(S'x'\ntR.".encode()
     checkpoint = _resealed(tmp_path, {".metadata": content})
     with pytest.raises(CheckpointError, match=f"asks for {what}"):
+        load_checkpoint(checkpoint, state(1), None)
+
+
+def test_index_of_a_python_that_stores_enumerations_by_getattr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = read_index(save(tmp_path, 1).path)
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    content = pickle.dumps(index)
+    assert b"getattr" in content
+    load_checkpoint(_resealed(tmp_path, {".metadata": content}), state(1), None)
+
+
+def test_index_may_not_use_getattr_otherwise(tmp_path: Path) -> None:
+    content = b"cbuiltins\ngetattr\n(ctorch\nSize\nS'__new__'\ntR."
+    checkpoint = _resealed(tmp_path, {".metadata": content})
+    with pytest.raises(CheckpointError, match=r"asks for getattr of <class 'torch.Size'>"):
         load_checkpoint(checkpoint, state(1), None)
 
 
