@@ -1,4 +1,4 @@
-"""The typed, immutable configuration: TOML in, overrides by dotted key, every cross-check here.
+"""The typed, immutable configuration: TOML in, overrides by dotted key; cross-checks in rules.py.
 
 A field's docstring gives its unit and whose view it is. Unknown keys are errors: a misspelt key
 must never train a different model silently.
@@ -178,7 +178,7 @@ class ParallelConfig(Section):
     placement: Literal["auto"] | tuple[dict[str, PositiveFloat], ...] = "auto"
     """Per rank of a modality group, the share of each tower's tokens: {text = 1.0, image = 0.5}."""
     attention_exchange: Literal["sequence", "heads"] = "sequence"
-    """A rank of a modality group attends for its sequences, or for all of them in some heads."""
+    """A rank of a modality group attends for its sequences, or for the group's in some heads."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO over data parallel: 1 optimizer states, 2 + gradients, 3 + weights."""
     offload: Literal["none", "optimizer"] = "none"
@@ -216,7 +216,7 @@ class TrainingConfig(Section):
     train_steps: PositiveInt
     """Optimizer steps of the whole run."""
     micro_batch_size: PositiveInt = 1
-    """Sequences per data-parallel rank in one forward pass."""
+    """Sequences per data-parallel rank in one pass; with attention_exchange = "heads" per group."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step over all ranks; the rest is gradient accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -306,11 +306,19 @@ class Config(Section):
         """The configuration as a file that ``load_config`` reads back to an equal one."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
+    def sequences_per_pass(self, data_parallel_size: int) -> int:
+        """Sequences of one micro-batch over all ranks.
+
+        Every data-parallel rank brings ``micro_batch_size`` of them; where a modality group splits
+        attention by heads, the group does, so that a sequence may exceed what one rank can hold.
+        """
+        if self.parallel.attention_exchange == "heads":
+            data_parallel_size //= self.parallel.modality_parallel_size
+        return self.training.micro_batch_size * data_parallel_size
+
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
-        return self.training.global_batch_size // (
-            self.training.micro_batch_size * data_parallel_size
-        )
+        return self.training.global_batch_size // self.sequences_per_pass(data_parallel_size)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

@@ -55,10 +55,13 @@ def check_world_size(config: Config, world_size: int) -> None:
     data_parallel = world_size // (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     )
-    per_step = config.training.micro_batch_size * data_parallel
+    per_step = config.sequences_per_pass(data_parallel)
     size = config.training.global_batch_size
     what = "training.micro_batch_size * data-parallel size"
     factors = f"{config.training.micro_batch_size} * {data_parallel}"
+    if parallel.attention_exchange == "heads":
+        what += " / parallel.modality_parallel_size (heads)"
+        factors += f" / {parallel.modality_parallel_size}"
     if parallel.virtual_pipeline_model_parallel_size is not None:
         # megatron's interleaved schedule works off micro-batches in rounds of one per stage.
         per_step *= parallel.pipeline_model_parallel_size

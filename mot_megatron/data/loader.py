@@ -1,9 +1,9 @@
 """Micro-batches of a split, for one data-parallel rank.
 
 All ranks read one global stream of packed sequences, epoch after epoch, each its own slices of it.
-The stream depends only on (corpus, seed, seq_length) and, where micro-batches have budgets, on these
-and their size, so its position is all there is to save and any data-parallel size can go on from
-it. Letters: b sequences of s positions.
+The stream depends only on (corpus, seed, seq_length) and, where micro-batches have budgets, on
+these and their size, so its position is all there is to save and any data-parallel size can go on
+from it. Letters: b sequences of s positions.
 """
 
 from __future__ import annotations
@@ -38,22 +38,27 @@ class GroupingPlan:
     """Under modality parallelism, which part of its group's micro-batches a rank takes."""
 
     @property
-    def group_size(self) -> int:
-        """Data-parallel ranks that read the same sequences: the modality-parallel group."""
-        return 1 if self.shard is None else self.shard.placement.num_ranks
+    def batches_per_group(self) -> int:
+        """Micro-batches of b sequences that the ranks which read them together pass over at once.
+
+        One per rank of a modality group; one for the group where it splits attention by heads.
+        """
+        if self.shard is None or self.shard.exchange == "heads":
+            return 1
+        return self.shard.placement.num_ranks
 
 
 @dataclass(frozen=True)
 class DataShard:
     """Which slices of the global stream a rank reads.
 
-    The ranks of a modality-parallel group, neighbours here, all read the slices of all of them.
+    The ranks of a modality-parallel group read the same ones, and count as one.
     """
 
     rank: int
-    """Rank in the data-parallel group."""
+    """Place among those that read different slices."""
     size: int
-    """Size of the data-parallel group."""
+    """How many those are."""
 
 
 class _SequenceReader:
@@ -138,8 +143,8 @@ class _SequenceReader:
 class PackedLoader:
     """Endless micro-batches of one rank; every epoch packs all documents anew.
 
-    Micro-batch i on rank r takes sequences [(i * size + r) * b, ... + b) of the global stream; on
-    a modality-parallel group, its part of what its ranks would take.
+    Micro-batch i on rank r takes sequences [(i * size + r) * b, ... + b) of the global stream; a
+    modality-parallel group takes m * b instead of b, m being ``GroupingPlan.batches_per_group``.
     """
 
     def __init__(
@@ -171,7 +176,6 @@ class PackedLoader:
             DataError: No such split, a document longer than ``seq_length`` or beyond a budget, or
                 a corpus whose number of modalities differs from the plan's.
         """
-        self._grouping = grouping
         self._reader = _SequenceReader(corpus, split, seq_length, grouping)
         self._source = self._reader.source
         self._identity: dict[str, int | str] = {
@@ -190,6 +194,7 @@ class PackedLoader:
             self._identity["budgets"] = ", ".join(map(str, self.budgets))
         self._seed = seed
         self._micro_batch_size = micro_batch_size
+        self._rows = micro_batch_size * grouping.batches_per_group
         self._shard = shard
         self._epoch = 0
         self._next_sequence = 0
@@ -202,11 +207,9 @@ class PackedLoader:
 
     def next_micro_batch(self) -> MicroBatch:
         """This rank's next micro-batch; no communication, all ranks advance alike."""
-        group = self._grouping.group_size
-        first_rank = self._shard.rank // group * group
-        first = self._next_sequence + first_rank * self._micro_batch_size
-        sequences = [self._sequence(first + row) for row in range(group * self._micro_batch_size)]
-        self._next_sequence += self._shard.size * self._micro_batch_size
+        first = self._next_sequence + self._shard.rank * self._rows
+        sequences = [self._sequence(first + row) for row in range(self._rows)]
+        self._next_sequence += self._shard.size * self._rows
         while self._next_sequence >= len(self._packing(self._epoch)):
             self._next_sequence -= len(self._packing(self._epoch))
             del self._packings[self._epoch]
@@ -305,10 +308,9 @@ def evaluation_batches(
     packing = reader.pack(_EVALUATION_SEED, 0)
     total = len(packing) if limit_sequences is None else min(limit_sequences, len(packing))
     nothing = np.empty(0, dtype=np.int64)
-    stride = shard.size * micro_batch_size
-    group = grouping.group_size
-    rows = group * micro_batch_size
-    starts = range(shard.rank // group * rows, -(-total // stride) * stride, stride)
+    rows = micro_batch_size * grouping.batches_per_group
+    stride = shard.size * rows
+    starts = range(shard.rank * rows, -(-total // stride) * stride, stride)
     return (
         reader.read([packing[i] if i < total else nothing for i in range(start, start + rows)])
         for start in starts

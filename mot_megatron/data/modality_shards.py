@@ -49,10 +49,11 @@ def take_shard(
     held = modalities.ravel()[whole["group_index"][source[~padding]]]
     num_modalities = len(whole["modality_tokens"])
 
-    sequences = len(whole["document_ids"]) // shard.placement.num_ranks
-    own = slice(shard.rank * sequences, (shard.rank + 1) * sequences)
     positions = whole["positions"].reshape(whole["document_ids"].shape)
-    attended = own if shard.exchange == "sequence" else slice(None)
+    attended = _attended_sequences(shard, len(positions))
+    plan = _plan(
+        [[whole["group_index"][slots] for slots in row] for row in slots_of], shard, positions
+    )
     return {
         "token_ids": np.where(padding, 0, whole["token_ids"][source]),
         "labels": labels,
@@ -66,13 +67,17 @@ def take_shard(
         "tower_tokens": tower_tokens,
         "modality_tokens": _count(held[held >= 0], num_modalities),
         "modality_labels": _count(label_modalities[labels != NO_LABEL], num_modalities),
-        "attended_pairs": int(positions[own].sum()) + positions[own].size,
-        "exchange": _plan(
-            [[whole["group_index"][slots] for slots in row] for row in slots_of],
-            shard,
-            positions,
-        ),
+        "attended_pairs": plan.rank_pairs[shard.rank],
+        "exchange": plan,
     }
+
+
+def _attended_sequences(shard: ModalityShard, num_sequences: int) -> slice:
+    """Those for which the rank runs attention: its own, or in its heads all of the group's."""
+    if shard.exchange == "heads":
+        return slice(None)
+    own = num_sequences // shard.placement.num_ranks
+    return slice(shard.rank * own, (shard.rank + 1) * own)
 
 
 def _slots_by_rank(tower_tokens: Sequence[int], placement: Placement) -> list[list[range]]:
@@ -111,14 +116,15 @@ def _plan(
     """
     ranks = shard.placement.num_ranks
     own = rows_of[shard.rank]
-    # A token at position p sees p + 1 keys.
-    pairs = (positions.astype(np.int64) + 1).reshape(ranks, -1).sum(1)
+    pairs = positions.astype(np.int64) + 1  # a token at position p sees p + 1 keys
     if shard.exchange == "heads":
         first = 0
         arriving = rows_of
-        pairs = np.full(ranks, pairs.sum() // ranks)
+        # Every rank looks at all of them in its heads, which is this much in all heads.
+        rank_pairs = [(pairs.sum() + rank) // ranks for rank in range(ranks)]
         send_rows = tuple((len(rows),) * ranks for rows in own)
     else:
+        rank_pairs = pairs.reshape(ranks, -1).sum(1)
         size = positions.size // ranks
         bounds = np.arange(ranks + 1) * size
         first = int(bounds[shard.rank])
@@ -136,7 +142,7 @@ def _plan(
         arrival_index=torch.from_numpy(arrival),
         position_index=torch.from_numpy(place),
         rank_tokens=tuple(sum(len(rows) for rows in row) for row in rows_of),
-        rank_pairs=tuple(pairs.tolist()),
+        rank_pairs=tuple(int(of_rank) for of_rank in rank_pairs),
     )
 
 

@@ -41,7 +41,7 @@ class ExchangePlan:
     rank_tokens: tuple[int, ...]
     """[P]: rows of every rank's stream."""
     rank_pairs: tuple[int, ...]
-    """[P]: pairs of a query and a key for which every rank runs attention, in all heads' worth."""
+    """[P]: ``attended_pairs`` of every rank."""
 
     def to(self, device: torch.device) -> ExchangePlan:
         """The same plan with its tensors on ``device``."""
@@ -89,7 +89,11 @@ class MicroBatch:
     modality_labels: tuple[int, ...]
     """Labels per modality, M of them: what a mean over tokens divides by."""
     attended_pairs: int
-    """Pairs of a query and a key that it sees, in the sequences that the rank itself loads."""
+    """Pairs of a query and a key that it sees, for which the rank runs attention.
+
+    Where it attends in a part of the heads, that part of the pairs: over the ranks of a
+    modality group they add up to those of its sequences.
+    """
     exchange: ExchangePlan | None = None
     """How q, k and v travel; None without modality parallelism."""
 

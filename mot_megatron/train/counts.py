@@ -36,8 +36,8 @@ class GlobalCounts:
     imbalance: float
     """FLOPs of the busiest rank of a modality group over the group's mean, 1 or more.
 
-    A mean over micro-batches and groups. The ranks meet twice in every layer, so all wait for the
-    busiest; 1 without modality parallelism.
+    A mean over micro-batches and groups. The ranks meet twice in every layer, before and after
+    attention, so all wait for the busiest in either; 1 without modality parallelism.
     """
     stop: bool
     """Whether any rank was asked to stop."""
@@ -95,12 +95,15 @@ class GlobalCounts:
 
 
 def _imbalance(batch: MicroBatch, model: ModelConfig) -> float:
-    """FLOPs of the busiest rank of this rank's modality group over the mean."""
+    """FLOPs of the busiest rank of this rank's modality group over the mean.
+
+    Its ranks meet before and after attention, so the busiest in attention and the busiest besides
+    count each, be they the same rank or not.
+    """
     if batch.exchange is None:
         return 1.0
-    loads = [
-        # All towers have one shape, so it does not matter whose tokens they are.
-        step_flops(model, [tokens], pairs).total
-        for tokens, pairs in zip(batch.exchange.rank_tokens, batch.exchange.rank_pairs, strict=True)
-    ]
-    return max(loads) * len(loads) / sum(loads)
+    # All towers have one shape, so it does not matter whose tokens they are.
+    of_tokens = [step_flops(model, [n], 0).total for n in batch.exchange.rank_tokens]
+    of_pairs = [step_flops(model, [0], n).total for n in batch.exchange.rank_pairs]
+    busiest, total = max(of_tokens) + max(of_pairs), sum(of_tokens) + sum(of_pairs)
+    return busiest * len(of_tokens) / total

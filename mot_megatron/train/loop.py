@@ -242,7 +242,8 @@ def _announce(run: _Run, resumed: Path | None) -> None:
         f"{groups.mesh.world_size} x {groups.device.type}: {_layout(config, groups)},"
         f" ZeRO-{config.parallel.zero_stage};"
         f" {config.accumulation_steps(groups.data_size)} micro-batches of"
-        f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and rank"
+        f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and"
+        f" {'rank' if config.parallel.attention_exchange == 'sequence' else 'modality group'}"
     )
     run.console.say(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"

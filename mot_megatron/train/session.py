@@ -150,7 +150,7 @@ def build_session(
         seq_length=config.data.seq_length,
         micro_batch_size=training.micro_batch_size,
         grouping=grouping_plan(config, groups),
-        shard=DataShard(groups.data_rank, groups.data_size),
+        shard=_data_shard(groups),
         seed=config.run.seed,
         packing=config.data.packing,
     )
@@ -166,6 +166,12 @@ def build_session(
     return Session(config, groups, corpus, engine, loader, schedule, pipeline, where)
 
 
+def _data_shard(groups: ProcessGroups) -> DataShard:
+    """Neighbours that form a modality group read the same sequences."""
+    size = groups.modality_size
+    return DataShard(groups.data_rank // size, groups.data_size // size)
+
+
 def _held_out_batches(
     config: Config, corpus: Corpus, groups: ProcessGroups, limit_sequences: int | None
 ) -> Iterator[MicroBatch]:
@@ -175,7 +181,7 @@ def _held_out_batches(
         seq_length=config.data.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         grouping=grouping_plan(config, groups),
-        shard=DataShard(groups.data_rank, groups.data_size),
+        shard=_data_shard(groups),
         limit_sequences=limit_sequences,
     )
 

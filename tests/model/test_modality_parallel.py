@@ -45,6 +45,8 @@ class Case:
     shares: tuple[tuple[float, ...], ...] | None = None
     """None: balanced for equal towers."""
     tensor: int = 1
+    sequences: int | None = None
+    """Of the group; None: one per rank."""
     mixes: tuple[tuple[float, ...], ...] = ((3, 2, 1), (1, 0, 4), (0, 1, 0))
 
     @property
@@ -61,14 +63,15 @@ class Case:
         return balanced_placement([1.0] * len(set(self.towers.values())), self.ranks)
 
     def tokens(self, step: int) -> Tokens:
-        """The group's sequences, one per rank."""
-        return random_tokens(step, list(self.towers), self.mixes[step], (self.ranks, 24))
+        """The group's sequences."""
+        shape = (self.sequences or self.ranks, 24)
+        return random_tokens(step, list(self.towers), self.mixes[step], shape)
 
 
 def micro_batch(case: Case, tokens: Tokens, modality_rank: int) -> MicroBatch:
     config = case.config
     parallel = config.parallel
-    filled = np.full(case.ranks, 24)
+    filled = np.full(len(tokens.token_ids), 24)
     filled[-1] = 20  # what no document fills is attended to, but counted nowhere
     documents = tokens.document_ids.copy()
     documents[-1, 20:] = documents.max() + 1
@@ -128,7 +131,7 @@ def reference(case: Case) -> list[dict[str, Any]]:
         tokens = case.tokens(step)
         documents = tokens.document_ids.copy()
         documents[-1, 20:] = documents.max() + 1
-        filled = np.full(case.ranks, 24)
+        filled = np.full(len(tokens.token_ids), 24)
         filled[-1] = 20
         batch = build_micro_batch(
             tokens.token_ids,
@@ -170,6 +173,8 @@ CASES = {
         TWO, 2, (GROUPED_QUERIES, "parallel.sequence_parallel=true"), tensor=2
     ),
     "tensor parallel heads": Case(TWO, 2, (HEADS,), tensor=2),
+    "one sequence on two ranks": Case(THREE, 2, (HEADS,), sequences=1),
+    "three sequences on two ranks": Case(TWO, 2, (HEADS, GROUPED_QUERIES), sequences=3),
     "one tower on two ranks": Case(dict.fromkeys(TWO, "all"), 2, (HEADS,)),
 }
 

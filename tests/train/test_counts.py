@@ -1,0 +1,43 @@
+"""What a step's global counts say about the work of a modality group's ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mot_megatron.model.flops import step_flops
+from mot_megatron.model.micro_batch import ExchangePlan
+from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.train.counts import GlobalCounts
+from tests.model.small_models import random_tokens, small_config
+
+NAMES = ["text", "image"]
+
+
+def imbalance_of(rank_tokens: tuple[int, ...], rank_pairs: tuple[int, ...]) -> float:
+    config = small_config({name: name for name in NAMES})
+    nothing = torch.zeros(0, dtype=torch.int64)
+    plan = ExchangePlan(((0,),), (0,), nothing, nothing, rank_tokens, rank_pairs)
+    batch = dataclasses.replace(random_tokens(0, NAMES, (1, 1)).micro_batch(config), exchange=plan)
+    groups = build_single_process_groups(torch.device("cpu"))
+    return GlobalCounts.gather([batch, batch], config.model, groups).imbalance
+
+
+def test_equal_ranks_are_balanced() -> None:
+    assert imbalance_of((40, 40), (100, 100)) == 1.0
+
+
+def test_the_busiest_with_tokens() -> None:
+    assert imbalance_of((60, 20), (0, 0)) == pytest.approx(1.5)  # 60 / 40
+
+
+def test_ranks_meet_before_and_after_attention() -> None:
+    """Attention on one rank does not make up for tokens on the other."""
+    model = small_config({name: name for name in NAMES}).model
+    per_token = step_flops(model, [1], 0).total
+    per_pair = step_flops(model, [0], 1).total
+    pairs = 30 * per_token // per_pair
+    # One rank has 60 tokens' worth of work and the other 30 and 30: together 1.5 of the mean.
+    assert imbalance_of((60, 30), (0, pairs)) == pytest.approx(90 / 60, rel=1e-3)
