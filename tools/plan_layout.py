@@ -4,13 +4,19 @@ Example: plan_layout.py --config configs/paper/7b-mot-2.toml --gpus 64 --memory-
 
 Legal is what training accepts. Of that are listed: tensor and modality parallelism together inside
 a node, sequence parallelism wherever there is tensor parallelism, one, two or four pieces per
-pipeline stage, every ZeRO stage. Batch sizes, precision and offloading are the configuration's.
+pipeline stage, every ZeRO stage. Batch sizes, precision and offloading are the configuration's;
+samples during training (logging.sample_interval_steps), which need a layout without pipeline and
+modality parallelism, are left out of account.
 
 The order is that of least communication first: fewer tensor-parallel ranks, then fewer stages and
 pieces, then smaller modality groups, then lower ZeRO stages. Bytes are the fullest rank's, in GB
 of 10^9 bytes, on the device: model state as DeepSpeed lays it out, padding included, and
 activations as autograd keeps them on a GPU. Buffers of collectives, temporary tensors and the
 allocator's waste come on top: leave a tenth of the memory for them.
+
+With modality parallelism a rank's activations are those of its towers' mean share of the tokens. A
+micro-batch in which its towers have more than that needs more: up to all of a group's tokens, where
+batches are skewed. data.packing = "budget" gives every micro-batch the mean shares.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from tqdm import tqdm
 from mot_megatron.config import Config, load_config
 from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.scaling.layouts import RECOMPUTE, Plan, legal_layouts, plan
+from mot_megatron.train.placing import tokens_of_towers
 
 GB = 1e9
 LISTED = 40
@@ -38,11 +45,12 @@ HEAD = (
 )
 
 
-def resolve(config: Config) -> tuple[Config, list[float], str]:
-    """Take from the corpus, if it is there, the vocabulary and each tower's share of the tokens.
+def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
+    """Take from the corpus, if it is there, the vocabulary and each tower's tokens.
 
     Returns:
-        The resolved configuration, the shares, and a line that says where they come from.
+        The resolved configuration, the tokens (only their proportions count), and a line that says
+        where they come from.
     """
     model = config.model
     if not (config.data.corpus / "corpus.toml").exists():
@@ -52,20 +60,20 @@ def resolve(config: Config) -> tuple[Config, list[float], str]:
                 " take it from; needed: either"
             )
         note = f"tokens shared equally among towers: {config.data.corpus} is not there"
-        return config, [1 / model.num_towers] * model.num_towers, note
+        return config, (1,) * model.num_towers, note
     # It reads token files through megatron, which takes seconds to import.
     from mot_megatron.data.corpus import Corpus
 
     description = Corpus.open(config.data.corpus).description
     names = [modality.name for modality in description.modalities]
     config = config.resolved_for(names, description.vocab_size)
-    tokens = [0] * model.num_towers
-    for name, tower in zip(names, config.model.towers_of_modalities, strict=True):
-        tokens[tower] += description.splits[TRAIN_SPLIT].tokens_per_modality[name]
-    shares = [count / sum(tokens) for count in tokens]
-    parts = zip(config.model.tower_names, shares, strict=True)
-    note = "tokens of towers: " + ", ".join(f"{name} {share:.0%}" for name, share in parts)
-    return config, shares, f"{note} ({config.data.corpus})"
+    tokens_per_modality = description.splits[TRAIN_SPLIT].tokens_per_modality
+    tokens = tokens_of_towers(config.model, tokens_per_modality)
+    parts = zip(config.model.tower_names, tokens, strict=True)
+    note = "tokens of towers: " + ", ".join(
+        f"{name} {count / sum(tokens):.0%}" for name, count in parts
+    )
+    return config, tokens, f"{note} ({config.data.corpus})"
 
 
 def line(layout: Plan, memory: float) -> str:
@@ -138,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {getattr(options, name)}: needed: above 0")
         loaded = load_config(options.config, options.overrides)
-        config, shares, note = resolve(loaded)
+        config, tokens, note = resolve(loaded)
         layouts = legal_layouts(config, options.gpus, options.gpus_per_node)
         if not layouts:
             raise ConfigError(
@@ -151,24 +159,36 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     bar = tqdm(layouts, "layouts", ncols=100, leave=False, delay=5, disable=None)
     plans = sorted(
-        (plan(layout, options.gpus, shares) for layout in bar), key=lambda p: p.communication
+        (plan(layout, options.gpus, tokens) for layout in bar), key=lambda p: p.communication
     )
     fitting = [layout for layout in plans if layout.recompute_for(memory)]
     others = [layout for layout in plans if not layout.recompute_for(memory)]
     if options.json:
         found = [as_dict(layout, memory) for layout in fitting]
+        shares = [count / sum(tokens) for count in tokens]
         result = {"token_shares": shares, "fitting": found, "not_fitting": len(others)}
         print(json.dumps(result))
     else:
-        print(report(fitting, note, memory))
+        print(report(fitting, [note, *without_samples(config)], memory))
         print(shortfall(others, memory))
     return 0 if fitting else 1
 
 
-def report(fitting: Sequence[Plan], note: str, memory: float) -> str:
+def without_samples(config: Config) -> list[str]:
+    """A note on the key that layouts are listed without, if it is set."""
+    interval = config.logging.sample_interval_steps
+    if interval is None:
+        return []
+    return [
+        f"without logging.sample_interval_steps = {interval}: training draws samples without"
+        " pipeline and modality\nparallelism only, so leave the key out of other layouts"
+    ]
+
+
+def report(fitting: Sequence[Plan], notes: Sequence[str], memory: float) -> str:
     """The table of the layouts that fit."""
     lines = [
-        note,
+        *notes,
         f"{len(fitting)} layouts fit in {memory / GB:g} GB; below GB on the fullest rank",
         "(act, select, full: activations without, with selective and with full recompute;"
         " tokens: per rank and step)",

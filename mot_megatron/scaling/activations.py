@@ -21,6 +21,7 @@ from mot_megatron.config import Config
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 
 FP32, INT64 = 4, 8
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def activation_bytes(
     stage: int,
     rows: Rows,
     micro_batches: int,
-    device: Literal["cpu", "cuda"] = "cuda",
+    device: Device = "cuda",
 ) -> int:
     """The most that is kept at one time on a rank of a pipeline stage.
 
@@ -96,7 +97,7 @@ class _Sizes:
     fused_norm: bool
 
     @classmethod
-    def of(cls, config: Config, rows: Rows, device: str) -> _Sizes:
+    def of(cls, config: Config, rows: Rows, device: Device) -> _Sizes:
         model, parallel = config.model, config.parallel
         tensor, modality = parallel.tensor_model_parallel_size, parallel.modality_parallel_size
         heads, groups = model.num_attention_heads // tensor, model.num_key_value_heads // tensor

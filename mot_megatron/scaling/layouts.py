@@ -11,10 +11,11 @@ from typing import Literal
 from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.errors import ConfigError
 from mot_megatron.parallel.mesh import Mesh
-from mot_megatron.parallel.placement import Placement, balanced_placement
+from mot_megatron.parallel.placement import Placement
 from mot_megatron.rules import check, check_world_size
-from mot_megatron.scaling.activations import Rows, activation_bytes
+from mot_megatron.scaling.activations import Device, Rows, activation_bytes
 from mot_megatron.scaling.memory import StateBytes, mesh_of, state_bytes
+from mot_megatron.train.placing import place_towers
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -69,7 +70,10 @@ def legal_layouts(config: Config, num_gpus: int, gpus_per_node: int) -> list[Con
 
     Tensor and modality parallelism, which talk in every layer, stay together inside a node;
     sequence parallelism goes with tensor parallelism always, as it saves memory for nothing.
+    Samples during training, which some layouts cannot draw, are given up.
     """
+    logging = config.logging.model_copy(update={"sample_interval_steps": None})
+    config = config.model_copy(update={"logging": logging})
     sizes = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
     inside = [size for size in sizes if size <= gpus_per_node]
     layouts = []
@@ -116,7 +120,8 @@ def _layers(parallel: ParallelConfig) -> tuple[int, ...] | None:
 
 def _placement(parallel: ParallelConfig) -> object:
     placement = parallel.placement
-    return placement if len(placement) == parallel.modality_parallel_size else "auto"
+    is_meant = placement != "auto" and len(placement) == parallel.modality_parallel_size
+    return placement if is_meant else "auto"
 
 
 def _is_legal(config: Config, num_gpus: int) -> bool:
@@ -128,22 +133,26 @@ def _is_legal(config: Config, num_gpus: int) -> bool:
     return True
 
 
-def plan(config: Config, num_gpus: int, token_shares: Sequence[float]) -> Plan:
+def plan(
+    config: Config, num_gpus: int, tower_tokens: Sequence[int], device: Device = "cuda"
+) -> Plan:
     """What a legal layout needs.
 
     Args:
         config: Resolved, in the layout.
         num_gpus: Ranks.
-        token_shares: Of every tower, K of them, summing to one. Micro-batches are taken to have
-            them all; one with more tokens of the fullest rank's towers needs more.
+        tower_tokens: Of the training split, K of them; only their proportions count. Micro-batches
+            are taken to have the same; one with more tokens of the fullest rank's towers needs
+            more.
+        device: Where the model would run.
     """
     mesh = mesh_of(config, num_gpus)
-    placement = _place(config, token_shares)
+    placement = place_towers(config, tower_tokens)
     ranks = list(_different_ranks(config, mesh, placement))
     states = {rank: state_bytes(config, mesh, placement, rank) for rank in ranks}
-    rows = {rank: _rows(config, mesh, placement, token_shares, rank) for rank in ranks}
+    rows = {rank: _rows(config, mesh, placement, tower_tokens, rank) for rank in ranks}
     kept = {
-        (rank, mode): _activations(config, mesh, rank, rows[rank], mode)
+        (rank, mode): _activations(config, mesh, rank, rows[rank], mode, device)
         for rank in ranks
         for mode in RECOMPUTE
     }
@@ -159,19 +168,6 @@ def plan(config: Config, num_gpus: int, token_shares: Sequence[float]) -> Plan:
             for mode in RECOMPUTE
         },
         tokens=max(row.stream for row in rows.values()) * config.accumulation_steps(mesh.data),
-    )
-
-
-def _place(config: Config, token_shares: Sequence[float]) -> Placement | None:
-    """As for training: a token costs the same in every tower, so tokens stand for FLOPs."""
-    parallel = config.parallel
-    if parallel.modality_parallel_size == 1:
-        return None
-    if parallel.placement == "auto":
-        return balanced_placement(token_shares, parallel.modality_parallel_size)
-    towers = config.model.tower_names
-    return Placement(
-        tuple(tuple(shares.get(t, 0.0) for t in towers) for shares in parallel.placement)
     )
 
 
@@ -198,24 +194,26 @@ def _rows(
     config: Config,
     mesh: Mesh,
     placement: Placement | None,
-    token_shares: Sequence[float],
+    tower_tokens: Sequence[int],
     rank: int,
 ) -> Rows:
-    """Of a micro-batch with the given shares of tokens."""
+    """Of a micro-batch whose tokens are shared among towers as the split's are."""
     positions = config.training.micro_batch_size * config.data.seq_length
     if placement is None:
         return Rows(positions, positions)
     shares = placement.shares[mesh.modality_rank(rank)]
-    part = sum(share * tokens for share, tokens in zip(shares, token_shares, strict=True))
-    attends_all = config.parallel.attention_exchange == "heads"
-    return Rows(
-        stream=math.ceil(part * positions * mesh.modality),
-        attended=positions * (mesh.modality if attends_all else 1),
-    )
+    held = sum(share * tokens for share, tokens in zip(shares, tower_tokens, strict=True))
+    # Ranks that exchange by sequence bring a micro-batch each to their group; those that exchange
+    # heads share one, and attend for all of it.
+    is_shared = config.parallel.attention_exchange == "heads"
+    of_group = positions * (1 if is_shared else mesh.modality)
+    return Rows(stream=math.ceil(held / sum(tower_tokens) * of_group), attended=positions)
 
 
-def _activations(config: Config, mesh: Mesh, rank: int, rows: Rows, mode: Recompute) -> int:
+def _activations(
+    config: Config, mesh: Mesh, rank: int, rows: Rows, mode: Recompute, device: Device
+) -> int:
     training = config.training.model_copy(update={"recompute": mode})
     recomputing = config.model_copy(update={"training": training})
     accumulation = config.accumulation_steps(mesh.data)
-    return activation_bytes(recomputing, mesh.pipeline_rank(rank), rows, accumulation)
+    return activation_bytes(recomputing, mesh.pipeline_rank(rank), rows, accumulation, device)

@@ -11,15 +11,15 @@ from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.modality_shards import ModalityShard
-from mot_megatron.model.flops import step_flops
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.optim.schedule import LearningRateSchedule
 from mot_megatron.optim.settings import OptimizerSettings
 from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
-from mot_megatron.parallel.placement import Placement, balanced_placement
+from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.pipeline import Pipeline
+from mot_megatron.train.placing import flops_of_towers, place_towers, tokens_of_towers
 from mot_megatron.train.whereabouts import Whereabouts
 
 TRAIN_SPLIT = "train"
@@ -74,37 +74,18 @@ def resolve_config(config: Config, corpus: Corpus) -> Config:
 
 
 def choose_placement(config: Config, corpus: Corpus) -> Placement | None:
-    """Where the towers of a resolved configuration lie; None without modality parallelism.
-
-    "auto" balances the FLOPs of the training split's tokens. Attention is left out: where it runs
-    depends on sequences and heads, not on towers.
-    """
-    parallel, model = config.parallel, config.model
-    if parallel.modality_parallel_size == 1:
-        return None
-    if parallel.placement == "auto":
-        flops = tower_flops(config, corpus)
-        return balanced_placement(flops, parallel.modality_parallel_size)
-    return Placement(
-        tuple(
-            tuple(shares.get(tower, 0.0) for tower in model.tower_names)
-            for shares in parallel.placement
-        )
-    )
+    """Where the towers of a resolved configuration lie; None without modality parallelism."""
+    return place_towers(config, _tower_tokens(config, corpus))
 
 
 def tower_flops(config: Config, corpus: Corpus) -> tuple[float, ...]:
-    """FLOPs of every tower's tokens over the training split: projections, networks and head."""
-    model = config.model
-    tokens = [0] * model.num_towers
+    """FLOPs of every tower's tokens over the training split, K of them."""
+    return flops_of_towers(config.model, _tower_tokens(config, corpus))
+
+
+def _tower_tokens(config: Config, corpus: Corpus) -> tuple[int, ...]:
     split = corpus.description.splits[TRAIN_SPLIT]
-    for modality, tower in zip(model.modalities, model.towers_of_modalities, strict=True):
-        tokens[tower] += split.tokens_per_modality[modality]
-    flops = step_flops(model, tokens, attended_pairs=0)
-    per_token = flops.head / max(sum(tokens), 1)
-    return tuple(
-        tower + per_token * count for tower, count in zip(flops.towers, tokens, strict=True)
-    )
+    return tokens_of_towers(config.model, split.tokens_per_modality)
 
 
 def build_groups(config: Config, corpus: Corpus, device: torch.device) -> ProcessGroups:

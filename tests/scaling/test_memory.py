@@ -16,8 +16,10 @@ from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.activations import activation_bytes
+from mot_megatron.scaling.layouts import plan
 from mot_megatron.scaling.measure import measure_step
 from mot_megatron.scaling.memory import RankMemory, StateBytes, state_bytes
+from mot_megatron.train.placing import tokens_of_towers
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from tests.ranks import run_ranks
 from tests.train.small_runs import small_config, write_corpus
@@ -126,6 +128,33 @@ def test_closed_forms(corpus: Path, world_size: int, cases: list[list[str]]) -> 
             assert result.state == result.measured.state, case
             ratio = result.activations / result.measured.activations
             assert 0.9 < ratio < 1.1, case
+
+
+@pytest.mark.parametrize("exchange", ["sequence", "heads"])
+def test_plans_of_modality_parallelism(corpus: Path, exchange: str) -> None:
+    """Of the fullest rank; budgets make the shares of every micro-batch those of the corpus."""
+    config = small_config(
+        corpus,
+        [MP2, f"parallel.attention_exchange={exchange}", "data.packing=budget",
+         "training.micro_batch_size=4", "training.global_batch_size=16"],
+    )  # fmt: skip
+    opened = Corpus.open(corpus)
+    config = resolve_config(config, opened)
+    tokens = tokens_of_towers(config.model, opened.description.splits["train"].tokens_per_modality)
+    planned = plan(config, 2, tokens, device="cpu")
+    measured = run_ranks(measure, 2, config)
+    fullest = max(measured, key=lambda rank: rank.state.device + rank.activations)
+    assert planned.state == fullest.state
+    assert planned.activations["none"] == pytest.approx(fullest.activations, rel=0.15)
+    most = max(rank.rows.stream for rank in measured) * planned.accumulation
+    assert planned.tokens == pytest.approx(most, rel=0.02)
+
+
+def measure(config: Config) -> RankMemory:
+    """On one rank, for a resolved configuration."""
+    opened = Corpus.open(config.data.corpus)
+    groups = build_groups(config, opened, torch.device("cpu"))
+    return measure_step(build_session(config, opened, groups))
 
 
 def test_padding_is_part_of_it() -> None:

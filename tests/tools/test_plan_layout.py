@@ -78,7 +78,7 @@ def test_layouts_are_those_that_training_accepts(config_file: Path) -> None:
 
 def test_the_fullest_rank_decides(config_file: Path) -> None:
     config = load_config(config_file, [VOCABULARY, "parallel.modality_parallel_size=2"])
-    layout = plan(config, 2, [0.5, 0.3, 0.2])
+    layout = plan(config, 2, [5, 3, 2])
     assert layout.placement is not None
     assert [layout.placement.towers(rank) for rank in (0, 1)] == [(0,), (1, 2)]
     # Rank 1 holds two of three towers; half of the tokens are everywhere.
@@ -88,6 +88,21 @@ def test_the_fullest_rank_decides(config_file: Path) -> None:
     needed = [layout.needed[mode] for mode in ("none", "selective", "full")]
     assert needed == sorted(needed, reverse=True)
     assert needed[0] == layout.state.total + layout.activations["none"]
+
+
+def test_heads_take_a_part_of_a_shared_micro_batch(config_file: Path) -> None:
+    """With all layers in it, a group's micro-batch is kept by the ranks together."""
+    base = [VOCABULARY, "parallel.modality_parallel_size=2"]
+    by_sequence, by_heads = (
+        plan(load_config(config_file, [*base, *extra]), 2, [5, 3, 2])
+        for extra in ([], ["parallel.attention_exchange=heads"])
+    )
+    assert (by_sequence.accumulation, by_heads.accumulation) == (4, 8)
+    assert by_heads.tokens == by_sequence.tokens
+    assert by_heads.state == by_sequence.state
+    # All but the rotary angles, of which both keep 64 positions'.
+    ratio = by_heads.activations["none"] / by_sequence.activations["none"]
+    assert 0.5 < ratio < 0.52
 
 
 def test_memory_divides_layouts(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,9 +179,23 @@ def test_an_illegal_layout_is_left_out_for_a_reason(config_file: Path) -> None:
         layout.parallel.pipeline_model_parallel_size > 1
         for layout in layouts
         if layout.parallel.tensor_model_parallel_size == 1
+        and layout.parallel.attention_exchange == "sequence"
     )
     with pytest.raises(ConfigError, match="global_batch_size = 8 is not divisible"):
         check_world_size(config, 16)
+
+
+def test_samples_during_training_forbid_no_layout(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = "logging.sample_interval_steps=5"
+    plain = legal_layouts(load_config(config_file, [VOCABULARY]), 4, gpus_per_node=4)
+    sampling = legal_layouts(load_config(config_file, [VOCABULARY, samples]), 4, gpus_per_node=4)
+    assert [layout.parallel for layout in sampling] == [layout.parallel for layout in plain]
+    assert main(arguments(config_file, 4, 1.0, VOCABULARY, samples)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[1].startswith("without logging.sample_interval_steps = 5: ")
 
 
 def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> None:
@@ -184,11 +213,11 @@ def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> Non
     overrides = [f"parallel.placement={placement}", "parallel.modality_parallel_size=2"]
     config = load_config(config_file, [VOCABULARY, *overrides])
     placed = {
-        layout.parallel.modality_parallel_size: plan(layout, 4, [0.5, 0.3, 0.2]).placement
+        layout.parallel.modality_parallel_size: plan(layout, 4, [5, 3, 2]).placement
         for layout in legal_layouts(config, 4, gpus_per_node=4)
     }
     assert placed[1] is None
     assert placed[2] is not None
     assert placed[2].shares == ((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))
-    assert placed[4] is not None
+    assert placed[4] is not None  # "auto": two entries say nothing of four ranks
     assert placed[4].num_copies == 4  # balanced: one tower per rank

@@ -1,0 +1,50 @@
+"""Where towers lie, from the tokens that they have: for training and for whoever plans it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mot_megatron.config import Config, ModelConfig
+from mot_megatron.model.flops import step_flops
+from mot_megatron.parallel.placement import Placement, balanced_placement
+
+
+def tokens_of_towers(model: ModelConfig, tokens_per_modality: Mapping[str, int]) -> tuple[int, ...]:
+    """Tokens of every tower, K of them, from those of every modality of the model."""
+    tokens = [0] * model.num_towers
+    for modality, tower in zip(model.modalities, model.towers_of_modalities, strict=True):
+        tokens[tower] += tokens_per_modality[modality]
+    return tuple(tokens)
+
+
+def flops_of_towers(model: ModelConfig, tower_tokens: Sequence[int]) -> tuple[float, ...]:
+    """FLOPs of every tower's tokens, K of them: projections, networks and head.
+
+    Attention is left out: where it runs depends on sequences and heads, not on towers.
+    """
+    flops = step_flops(model, tower_tokens, attended_pairs=0)
+    per_token = flops.head / max(sum(tower_tokens), 1)
+    return tuple(
+        tower + per_token * count for tower, count in zip(flops.towers, tower_tokens, strict=True)
+    )
+
+
+def place_towers(config: Config, tower_tokens: Sequence[int]) -> Placement | None:
+    """The placement of a resolved configuration; None without modality parallelism.
+
+    Args:
+        config: Its placement is taken as it is; "auto" balances the FLOPs of the tokens.
+        tower_tokens: Of the training split, K of them; only their proportions count.
+    """
+    parallel, model = config.parallel, config.model
+    if parallel.modality_parallel_size == 1:
+        return None
+    if parallel.placement == "auto":
+        flops = flops_of_towers(model, tower_tokens)
+        return balanced_placement(flops, parallel.modality_parallel_size)
+    return Placement(
+        tuple(
+            tuple(shares.get(tower, 0.0) for tower in model.tower_names)
+            for shares in parallel.placement
+        )
+    )

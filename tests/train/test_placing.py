@@ -1,0 +1,42 @@
+"""Placements follow the tokens of the corpus, or the file."""
+
+from __future__ import annotations
+
+import pytest
+
+from mot_megatron.config import Config, parse_config
+from mot_megatron.model.flops import step_flops
+from mot_megatron.train.placing import flops_of_towers, place_towers, tokens_of_towers
+
+from .small_runs import CONFIG
+
+MP2 = "parallel.modality_parallel_size=2"
+
+
+def config_of(*overrides: str) -> Config:
+    settings = ["model.vocab_size=256", *overrides]
+    return parse_config(CONFIG.format(corpus="none"), "small.toml", settings)
+
+
+def test_modalities_of_a_tower_add_up() -> None:
+    model = config_of("model.modalities.speech.tower=text").model
+    assert tokens_of_towers(model, {"speech": 1, "text": 10, "image": 100}) == (11, 100)
+
+
+def test_flops_are_all_but_attention() -> None:
+    model = config_of().model
+    flops = flops_of_towers(model, (30, 20, 0))
+    assert flops[2] == 0
+    assert flops[0] / flops[1] == pytest.approx(30 / 20)
+    assert sum(flops) == pytest.approx(step_flops(model, (30, 20, 0), attended_pairs=0).total)
+
+
+def test_auto_balances_and_a_list_is_taken() -> None:
+    assert place_towers(config_of(), (5, 3, 2)) is None
+    balanced = place_towers(config_of(MP2), (2, 3, 5))
+    assert balanced is not None
+    assert {balanced.towers(rank) for rank in (0, 1)} == {(2,), (0, 1)}
+    listed = config_of(MP2, "parallel.placement=[{text=1.0,image=0.5},{image=0.5,speech=1.0}]")
+    placement = place_towers(listed, (2, 3, 5))
+    assert placement is not None
+    assert placement.shares == ((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))
