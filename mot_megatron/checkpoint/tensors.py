@@ -25,7 +25,7 @@ class NamedTensor:
     """This rank's part of one global tensor.
 
     ``tensor`` may have the parameter's own shape: it is viewed as ``layout.local_shape(...)``. It
-    must be contiguous, hold the same values on all data-parallel ranks, and without a
+    must be contiguous, hold the same values wherever its tower and stage lie, and without a
     ``shard_dim`` on all tensor-parallel ranks.
     """
 

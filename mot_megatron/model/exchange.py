@@ -1,4 +1,4 @@
-"""Modality parallelism around attention: q, k and v travel to where attention runs, the output back.
+"""Modality parallelism around attention: q, k, v travel to where it runs, the output back.
 
 One all-to-all each way, forward and backward; nothing else of a layer crosses the modality group.
 Each rank's stream holds the rows of its own towers, for all the group's sequences; attention sees

@@ -104,6 +104,7 @@ class MixtureOfTransformers(nn.Module):
             )
         self.config = model
         self.groups = groups
+        self.dtype = dtype
         self.sequence_parallel = config.parallel.sequence_parallel
         self.recompute_layers = training.recompute == "full"
         linears = ParallelLinears(groups, self.sequence_parallel, dtype)
@@ -187,13 +188,14 @@ class MixtureOfTransformers(nn.Module):
         return self._losses(self.hidden_states(micro_batch), micro_batch)
 
     def run_piece(
-        self, piece: Piece, micro_batch: MicroBatch, arrived: torch.Tensor | None
+        self, piece: Piece, micro_batch: MicroBatch, flow: Flow, arrived: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """One piece of the pipeline, on a micro-batch that lies on the model's device.
 
         Args:
             piece: Of ``pieces``.
             micro_batch: The same on all stages.
+            flow: Of the micro-batch; all pieces of a stage can use one.
             arrived: [g, h] (sequence parallel: [g / tp, h]), what the piece before returned; None
                 for the first.
 
@@ -201,7 +203,7 @@ class MixtureOfTransformers(nn.Module):
             The stream [g, h] for the next piece, or from the last what ``forward`` returns.
         """
         stream = self._embed(micro_batch) if arrived is None else self._cut(arrived, micro_batch)
-        stream = self._run_layers(piece.layers, stream, self._flow(micro_batch, stream[0].dtype))
+        stream = self._run_layers(piece.layers, stream, flow)
         return self._losses(stream, micro_batch) if piece.last else (torch.cat(stream),)
 
     def logits(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> torch.Tensor:
@@ -228,7 +230,7 @@ class MixtureOfTransformers(nn.Module):
     def hidden_states(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Stream:
         """The stream after the last layer, before the final norm: K x [g_k, h]."""
         stream = self._embed(micro_batch)
-        flow = self._flow(micro_batch, stream[0].dtype, attend)
+        flow = self.flow(micro_batch, attend)
         return self._run_layers(range(self.config.num_layers), stream, flow)
 
     def _embed(self, micro_batch: MicroBatch) -> Stream:
@@ -240,9 +242,8 @@ class MixtureOfTransformers(nn.Module):
         divisor = self.groups.tensor_size if self.sequence_parallel else 1
         return rows.split([micro_batch.tower_slots[tower] // divisor for tower in self.towers])
 
-    def _flow(
-        self, micro_batch: MicroBatch, dtype: torch.dtype, attend: AttentionCore | None = None
-    ) -> Flow:
+    def flow(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Flow:
+        """What the layers need of a micro-batch: where rows go, angles and the attention core."""
         model, group = self.config, self.groups.modality
         if group is None:
             grouping = Grouping.of(micro_batch)
@@ -250,7 +251,7 @@ class MixtureOfTransformers(nn.Module):
             grouping = ModalityExchange.of(self.heads, self.towers, micro_batch, group)
         return Flow(
             grouping,
-            RotaryAngles.of(micro_batch.positions, model.head_dim, model.rotary_base, dtype),
+            RotaryAngles.of(micro_batch.positions, model.head_dim, model.rotary_base, self.dtype),
             attend or build_attention_core(micro_batch, model.attention_backend),
         )
 

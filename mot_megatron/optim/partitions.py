@@ -1,7 +1,8 @@
 """Where each ZeRO stage keeps gradients, fp32 weights and AdamW state: one face for all stages.
 
-This file alone reaches into DeepSpeed's optimizers. "Local" means this rank's part under ZeRO of
-this rank's tensor-parallel shard; "full" means the whole tensor-parallel shard.
+This file alone reaches into DeepSpeed's optimizers. "Full" means all that a tensor-parallel rank
+holds of a parameter, "local" this rank's part of that under ZeRO, which divides it among the
+parameter's owners: the data-parallel ranks, or those that hold its tower.
 """
 
 from __future__ import annotations

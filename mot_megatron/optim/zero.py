@@ -164,9 +164,9 @@ class ZeroEngine:
         """Add the gradients of ``loss`` to those of the step.
 
         The gradient that the step uses is the plain sum over the micro-batches and the
-        data-parallel ranks: the loss must be scaled already, for example as (local sum of token
+        parameter's owners: the loss must be scaled already, for example as (local sum of token
         losses) / (tokens of the whole step). The last micro-batch of a step reduces over the
-        data-parallel group; ZeRO-2 and 3 reduce in each.
+        owners; ZeRO-2 and 3 reduce in each.
 
         Raises:
             RuntimeError: A parameter got no gradient. All must take part, be it with zeros: ZeRO-3
@@ -289,7 +289,7 @@ class ZeroEngine:
         """Continue from what ``export_state`` gave, in any layout that cuts tensors alike.
 
         ``state`` is looked up once for each parameter that this rank holds, in the model's order,
-        so it may load lazily. Collective over the data-parallel group.
+        so it may load lazily. Collective over the owners of each.
         """
         for name, parameter in self._parameters.items():
             self._partition.write(parameter, dict(state[name]))

@@ -17,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from mot_megatron.config import Config
+from mot_megatron.model.layer import Flow
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.pieces import Piece
@@ -32,10 +33,13 @@ class Pipeline:
         self._num_modalities = len(config.model.modalities)
         self.num_pieces = len(model.pieces)
         schedule_config = _schedule_config(config, groups)
+        flows: dict[int, Flow] = {}
         self._pieces = [
             _PipelinePiece(model, piece, schedule_config, index if self.num_pieces > 1 else None)
             for index, piece in enumerate(model.pieces)
         ]
+        for piece in self._pieces:
+            piece.flows = flows
         self._run = get_forward_backward_func(
             groups.pipeline_size, self.num_pieces if self.num_pieces > 1 else None
         )
@@ -95,7 +99,10 @@ class _PipelinePiece(nn.Module):
         vp_stage: int | None,
     ) -> None:
         super().__init__()
-        self._run_piece = model.run_piece  # a bound method registers no submodule
+        self._run_piece, self._make_flow = model.run_piece, model.flow  # no submodules these
+        self._last_here = piece is model.pieces[-1]
+        self.flows: dict[int, Flow] = {}
+        """Shared by a stage's pieces: what they need of micro-batches that others go on with."""
         self.piece = piece
         self.config = config
         self.vp_stage = vp_stage
@@ -116,7 +123,7 @@ class _PipelinePiece(nn.Module):
         arrived = None if self.piece.first else self._arrived
         if arrived is not None:
             arrived = arrived[:used, 0]
-        outputs = self._run_piece(self.piece, micro_batch, arrived)
+        outputs = self._run_piece(self.piece, micro_batch, self._flow(micro_batch), arrived)
         if self.piece.last:
             loss, modality_sums = outputs
             return loss / self.divisor, modality_sums
@@ -125,6 +132,13 @@ class _PipelinePiece(nn.Module):
         message = nn.functional.pad(outputs[0][:, None], (0, 0, 0, 0, 0, padding))
         assert message._base is None
         return (message,)
+
+    def _flow(self, micro_batch: MicroBatch) -> Flow:
+        """Made by the first piece of the stage that sees the micro-batch, kept for the others."""
+        flow = self.flows.pop(id(micro_batch), None) or self._make_flow(micro_batch)
+        if not self._last_here:
+            self.flows[id(micro_batch)] = flow
+        return flow
 
 
 def _forward_step(iterator: Iterator[MicroBatch], piece: _PipelinePiece) -> tuple[Any, Any]:
@@ -159,5 +173,6 @@ def _schedule_config(config: Config, groups: ProcessGroups) -> TransformerConfig
         overlap_p2p_comm=interleaved,
         # gloo has no batches, and what it has sent must not be freed.
         batch_p2p_comm=on_gpu and not interleaved,
+        batch_p2p_sync=False,  # a workaround for torch before 1.12 that waits for the device
         deallocate_pipeline_outputs=on_gpu,
     )

@@ -75,7 +75,7 @@ def save(session: Session, progress: Progress) -> CheckpointInfo:
 def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     """Continue where ``checkpoint`` was saved, under any layout. Collective over the world.
 
-    Each rank's host holds 12 bytes per parameter of its tensor-parallel part meanwhile.
+    Each rank's host holds 12 bytes per parameter of its part meanwhile.
 
     Raises:
         CheckpointError: it is another model's, or its data position another corpus's.

@@ -16,5 +16,5 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "mixed": write_corpus(root / "mixed"),
         "lacking": write_corpus(root / "lacking", single_modality=True),
-        "absent": write_corpus(root / "absent", without="speech"),
+        "absent": write_corpus(root / "absent", without="image"),
     }

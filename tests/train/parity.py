@@ -30,7 +30,7 @@ TWO_TOWERS = ["model.modalities.speech.tower=text"]
 SHARED_PARTS = ["model.untied.qkv=false", "model.untied.norms=false", "model.untied.qk_norm=false"]
 
 
-MP2, MP3 = (f"parallel.modality_parallel_size={size}" for size in (2, 3))
+MP2, MP3, MP4 = (f"parallel.modality_parallel_size={size}" for size in (2, 3, 4))
 PP2 = "parallel.pipeline_model_parallel_size=2"
 
 

@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.train.parity import (
     MP2,
     MP3,
+    MP4,
     OFFLOAD,
     PP2,
     SHARED_PARTS,
@@ -60,6 +61,23 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
         (4, [MP2, PP2], [TIED]),
         (4, [MP2, PP2, VPP2, HEADS, FULL], [FOUR_LAYERS, *TWO_TOWERS]),
         (8, [MP2, PP2, TP2, SP], [TIED]),
+        (8, [MP2, PP2, TP2, HEADS, FULL], TWO_TOWERS),
+        (2, [PP2, OFFLOAD], [TIED, *TWO_TOWERS]),
+        (2, [PP2, SELECTIVE], ["model.norm_placement=pre"]),
+        (4, [PP2, TP2], TWO_TOWERS),
+        (4, [MP2, PP2], TWO_TOWERS),
+        (
+            3,
+            [
+                "parallel.pipeline_model_parallel_size=3",
+                "parallel.pipeline_layers=[1,2,1]",
+                "training.global_batch_size=6",
+            ],
+            [FOUR_LAYERS, TIED],
+        ),
+        (4, [MP4], [TIED]),
+        (4, [MP4, HEADS, ZERO2], TWO_TOWERS),
+        (4, [MP2, TP2, SP, HEADS, FULL], TWO_TOWERS),
     ],
     ids=lambda value: "+".join(value).replace("parallel.", "") if isinstance(value, list) else None,
 )
@@ -75,6 +93,7 @@ def test_layout_equals_one_process(
         for outcome in of_ranks:
             assert_equal(outcome, expected)
     assert any(outcome["lacking"].lacking for outcome in outcomes)
+    assert any(outcome["absent"].lacking for outcome in outcomes)
 
 
 def test_static_budgets(corpora: dict[str, Path]) -> None:
