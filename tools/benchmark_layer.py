@@ -84,6 +84,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--profile", action="store_true", help="print where ours spends more than dense instead"
     )
     options = parser.parse_args(arguments)
+    _check_options(parser, options)
+    return options
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with the parser's error where options do not go together."""
     if options.repeats < 2:
         parser.error("--repeats 1: a spread needs at least 2")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -102,7 +108,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--ranks 2 --device cuda needs {RANKS} GPUs")
     if options.device != "cpu" and options.clock != "wall":
         parser.error(f"--clock {options.clock}: allowed with --device cpu only")
-    return options
 
 
 def _positive(text: str) -> int:
