@@ -6,9 +6,9 @@ The bytes are read from tensors, on the CPU: weights (what forward reads), gradi
 weights and both moments) at their most between micro-batches and before the step, and activations,
 the most that autograd keeps for backward. Buffers of collectives are left out. The same is measured
 for the dense twin, which is the configuration with one tower for all modalities and without
-modality parallelism: on as many ranks fewer as modality parallelism takes, where both have the same
-number of model replicas, and on the same number of ranks, where the dense model's optimizer state
-is shared out further.
+modality parallelism, on two numbers of ranks. On ranks / parallel.modality_parallel_size, where both
+have as many replicas of the model: against this one a rank's model state should be at most 1.1 times
+as much. And on as many ranks, where ZeRO shares the dense model's state among more replicas.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ ENVIRONMENT = {
 }
 PRELOAD = ["mot_megatron.scaling.measure"]
 DENSE = "dense"
+SAME_REPLICAS, SAME_RANKS = "dense_same_replicas", "dense_same_ranks"
+SAME = {
+    SAME_REPLICAS: " (as many model replicas: ranks / modality-parallel size)",
+    SAME_RANKS: " (as many ranks)",
+}
+"""In titles: what a dense twin has in common with the configuration."""
 KINDS = [field.name for field in fields(StateBytes) if field.compare]
 
 
@@ -190,10 +196,10 @@ def table(title: str, ranks: list[RankMemory]) -> str:
     return "\n".join(lines)
 
 
-def ratio_line(name: str, ratio: dict[str, float]) -> str:
-    """The comparison with a dense twin, as a sentence."""
+def ratio_lines(name: str, ratio: dict[str, float]) -> str:
+    """The comparison with a dense twin."""
     kinds = ", ".join(f"{kind} {ratio[kind]:.3f}" for kind in KINDS)
-    return f"fullest rank / {name}: {ratio['total']:.3f} of the model state ({kinds})"
+    return f"fullest rank / {name}:\n  {ratio['total']:.3f} of the model state ({kinds})"
 
 
 def as_dict(ranks: list[RankMemory]) -> list[dict[str, Any]]:
@@ -236,8 +242,8 @@ def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
     worlds = {"measured": World(config, num_ranks)}
     check(worlds["measured"])
     if modality > 1:
-        worlds["dense_same_replicas"] = World(twin, num_ranks // modality)
-    worlds["dense_same_ranks"] = World(twin, num_ranks)
+        worlds[SAME_REPLICAS] = World(twin, num_ranks // modality)
+    worlds[SAME_RANKS] = World(twin, num_ranks)
     for world in worlds.values():
         check(world)
     return worlds
@@ -275,12 +281,12 @@ def main(arguments: list[str] | None = None) -> int:
 def text(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> str:
     """The tables and the ratios, as a person reads them."""
     own, *twins = measured
-    titles = {name: f"dense twin on {_ranks(worlds[name])}" for name in twins}
+    titles = {name: f"dense twin on {_ranks(worlds[name])}{SAME[name]}" for name in twins}
     config = worlds[own].config
     title = f"{config.run.name}, {config.model.num_towers} towers on {_ranks(worlds[own])}"
     parts = [table(f"{title}: bytes per rank", measured[own])]
     parts += [table(f"{titles[name]}: bytes per rank", measured[name]) for name in twins]
-    lines = [ratio_line(titles[name], ratios(measured[own], measured[name])) for name in twins]
+    lines = [ratio_lines(titles[name], ratios(measured[own], measured[name])) for name in twins]
     return "\n\n".join([*parts, "\n".join(lines)])
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+from mot_megatron.config import Config
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
+from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.hardware import device_name
 from mot_megatron.train.session import Session
 from mot_megatron.train.state import Progress
@@ -41,8 +44,7 @@ def write_summary(
         "parameters": parameters,
         "towers": list(config.model.tower_names),
         "world_size": session.groups.mesh.world_size,
-        "tensor_model_parallel_size": session.groups.tensor_size,
-        "zero_stage": config.parallel.zero_stage,
+        **layout(config, session.groups.placement),
         "precision": config.training.precision,
         "device": device_name(session.groups.device),
         "modalities": {
@@ -55,6 +57,33 @@ def write_summary(
     unfinished.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def layout(config: Config, placement: Placement | None) -> dict[str, Any]:
+    """How the model lay over the ranks, by the configuration's keys.
+
+    None for what takes a pipeline or modality parallelism. The placement is the one chosen: per
+    rank of a modality group the share of each tower's tokens, by name.
+    """
+    parallel = config.parallel
+    shares = placement and [
+        {
+            name: share
+            for name, share in zip(config.model.tower_names, row, strict=True)
+            if share > 0
+        }
+        for row in placement.shares
+    ]
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "modality_parallel_size": parallel.modality_parallel_size,
+        "placement": shares,
+        "attention_exchange": parallel.attention_exchange if placement else None,
+        "zero_stage": parallel.zero_stage,
+    }
 
 
 def has_summary(run_directory: Path, steps: int) -> bool:

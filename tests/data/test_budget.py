@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mot_megatron.data.budget import (
     check_budgets,
     count_tower_tokens,
+    describe_budgets,
     pack_budget,
     pack_budget_epoch,
     tower_budgets,
@@ -103,6 +104,38 @@ def test_pads_at_most_2_percent(sequences: int, capacity: int, towers: int) -> N
         counts, budgets, sequences=sequences, capacity=capacity, seed=0, epoch=0
     )
     assert 1 - counts.sum() / (len(packing) * capacity) <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("capacity", "least", "most"),
+    [
+        # 1190 image tokens of 2048 hold 18 images, and 18.6 would fill them: 18 documents of 110
+        # tokens leave 3.3%, whatever packs them.
+        (512, 0.03, 0.045),
+        # 37 of 37.2 images: 0.6%.
+        (1024, 0.005, 0.02),
+    ],
+)
+def test_lumps_that_do_not_divide_a_budget_cost_padding(
+    capacity: int, least: float, most: float
+) -> None:
+    """Every document has one image of 64 tokens, and 16 to 76 of text."""
+    texts = np.random.default_rng(0).integers(16, 77, 5000)
+    counts = np.stack([texts, np.full(5000, 64)], axis=1).astype(np.int32)
+    budgets = tower_budgets(counts, 4 * capacity)
+    packing = pack_budget_epoch(counts, budgets, sequences=4, capacity=capacity, seed=0, epoch=0)
+    check(counts, packing, budgets, 4)
+    assert least < 1 - counts.sum() / (len(packing) * capacity) <= most
+
+
+def test_much_padding_is_said() -> None:
+    (quiet,) = describe_budgets((1500, 548), ("text", "image"), 0.985).splitlines()
+    assert quiet == "tokens of every micro-batch: text 1,500, image 548; 1.5% of them padding"
+    first, second = describe_budgets((1500, 548), ("text", "image"), 0.96).splitlines()
+    assert first.endswith("; 4.0% of them padding")
+    assert second.startswith("warning: budgets leave more than 2% padding")
+    assert "data.seq_length" in second
+    assert "training.micro_batch_size" in second
 
 
 def test_documents_of_one_tower_as_long_as_a_sequence() -> None:

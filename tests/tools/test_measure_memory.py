@@ -12,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mot_megatron.config import load_config
+from mot_megatron.scaling.activations import Rows
+from mot_megatron.scaling.memory import RankMemory, StateBytes
 from tests.train.small_runs import CONFIG, write_corpus
-from tools.measure_memory import main
+from tools.measure_memory import main, text, worlds_of
 
 # A model whose layers, not its vocabulary, hold most of the weights: 3.8 of 4.3 M elements.
 MEDIUM = [
@@ -74,7 +77,21 @@ def test_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert second[:2] == ["1", "1"]
     assert first[2] == first[3]  # weights and gradients of fp32
     assert first[-3:] == ["text,", "image,", "speech"]
-    assert lines[-1].startswith("fullest rank / dense twin on 2 ranks: ")
+    assert lines[-2] == "fullest rank / dense twin on 2 ranks (as many ranks):"
+    assert " of the model state (weights " in lines[-1]
+
+
+def test_twins_are_told_apart(config_file: Path) -> None:
+    """By what they have in common with the configuration, as the one bounds memory."""
+    worlds = worlds_of(load_config(config_file, [MP2]), 4)
+    rank = RankMemory(0, ("text",), StateBytes(100, 100, 300), 10, Rows(1, 1))
+    lines = text(worlds, {name: [rank] for name in worlds}).splitlines()
+    assert [line for line in lines if line.startswith("fullest rank / ")] == [
+        "fullest rank / dense twin on 2 ranks"
+        " (as many model replicas: ranks / modality-parallel size):",
+        "fullest rank / dense twin on 4 ranks (as many ranks):",
+    ]
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize(

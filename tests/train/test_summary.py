@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from mot_megatron.config import Config, parse_config
-from mot_megatron.parallel.placement import Placement
-from mot_megatron.train.placing import place_towers
-from mot_megatron.train.summary import layout
+import json
+import math
+from pathlib import Path
 
-from .small_runs import CONFIG
+import torch
+
+from mot_megatron.config import Config, parse_config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.parallel.placement import Placement
+from mot_megatron.train.session import build_groups, build_session, resolve_config
+from mot_megatron.train.state import Progress
+from mot_megatron.train.summary import layout, write_summary
+from tests.ranks import run_ranks
+
+from .small_runs import CONFIG, small_config, write_corpus
 
 
 def config_of(*overrides: str) -> Config:
@@ -49,7 +58,23 @@ def test_every_axis() -> None:
     }
 
 
-def test_placements_chosen_for_a_corpus_are_told_apart() -> None:
-    config = config_of("modality_parallel_size=2")
-    chosen = [layout(config, place_towers(config, tokens)) for tokens in ((5, 3, 2), (2, 3, 5))]
-    assert chosen[0]["placement"] != chosen[1]["placement"]
+def write(corpus_directory: Path, runs: Path) -> None:
+    """On one rank of two, for a run that has not begun."""
+    config = small_config(
+        corpus_directory, [f"run.directory={runs}", "parallel.modality_parallel_size=2"]
+    )
+    corpus = Corpus.open(corpus_directory)
+    config = resolve_config(config, corpus)
+    session = build_session(config, corpus, build_groups(config, corpus, torch.device("cpu")))
+    if session.is_first_rank:
+        config.run_directory.mkdir()
+        write_summary(session, Progress(), (1.0, 2.0, math.nan), 3)
+
+
+def test_the_file_has_the_placement_that_was_chosen(tmp_path: Path) -> None:
+    run_ranks(write, 2, write_corpus(tmp_path / "corpus"), tmp_path)
+    summary = json.loads((tmp_path / "small" / "summary.json").read_text())
+    assert summary["modality_parallel_size"] == 2
+    # Three towers of much the same size on two ranks.
+    assert sorted(map(len, summary["placement"])) == [1, 2]
+    assert summary["modalities"]["image"]["held_out_bits_per_token"] == 2.0
