@@ -104,8 +104,8 @@ def describe_budgets(budgets: Sequence[int], tower_names: Sequence[str], fill: f
     lines = [f"tokens of every micro-batch: {towers}; {padding:.1%} of them padding"]
     if padding > _MUCH_PADDING:
         lines.append(
-            f"warning: budgets leave more than {_MUCH_PADDING:.0%} padding with these documents;"
-            " a larger data.seq_length or training.micro_batch_size may leave less"
+            f"warning: more than {_MUCH_PADDING:.0%} padding; with these documents a larger"
+            " data.seq_length or training.micro_batch_size may leave less"
         )
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.checkpoint.find import resolve_resume
 from mot_megatron.config import Config
+from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.model.flops import count_parameters, step_flops
@@ -249,6 +250,9 @@ def _announce(run: _Run, resumed: Path | None) -> None:
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
         " slots filled"
     )
+    if session.loader.budgets is not None:
+        towers, fill = config.model.tower_names, session.loader.fill
+        run.console.say(describe_budgets(session.loader.budgets, towers, fill))
     if resumed:
         run.saved_steps = run.progress.steps
         run.console.say(f"continuing from {resumed}")

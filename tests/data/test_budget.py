@@ -133,7 +133,7 @@ def test_much_padding_is_said() -> None:
     assert quiet == "tokens of every micro-batch: text 1,500, image 548; 1.5% of them padding"
     first, second = describe_budgets((1500, 548), ("text", "image"), 0.96).splitlines()
     assert first.endswith("; 4.0% of them padding")
-    assert second.startswith("warning: budgets leave more than 2% padding")
+    assert second.startswith("warning: more than 2% padding")
     assert "data.seq_length" in second
     assert "training.micro_batch_size" in second
 
