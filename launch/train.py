@@ -16,7 +16,7 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from mot_megatron.errors import UserError
-from mot_megatron.train.distributed import World, find_world, join_world
+from mot_megatron.train.distributed import World, find_world, join_world, works_on_gpus
 from mot_megatron.train.watch import Watch, report_mendable
 from mot_megatron.train.whereabouts import Whereabouts
 
@@ -73,12 +73,15 @@ def run(config_path: Path, overrides: list[str], world: World, where: Whereabout
     from mot_megatron.rules import check_world_size
     from mot_megatron.scaling.placement_table import placement_table
     from mot_megatron.train.loop import train
+    from mot_megatron.train.refusals import check_device, check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 
     config = load_config(config_path, overrides)
     check_world_size(config, world.size)
+    check_device(config, works_on_gpus())
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
+    check_documents(config, corpus)
     device = join_world(world)
     groups = build_groups(config, corpus, device)
     if groups.placement is not None and groups.rank == 0:

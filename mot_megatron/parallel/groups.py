@@ -7,15 +7,17 @@ vocabulary-parallel loss) read that global state and take no group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mot_megatron.parallel.cpu import adapt_megatron_to_cpu
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
+from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,20 @@ def build_process_groups(
     *,
     pipeline_model_parallel_size: int = 1,
     placement: Placement | None = None,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> ProcessGroups:
     """Make the groups of a world that ``torch.distributed`` has already set up.
 
     Every rank calls this once, with the same arguments; the world size must be divisible by the
-    product of the sizes, that of the modality-parallel groups being the placement's.
+    product of the sizes, that of the modality-parallel groups being the placement's. ``timeout``
+    holds for collectives of the new groups, in whole minutes (megatron takes no others).
     """
     if device.type == "cpu":
         adapt_megatron_to_cpu()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout // timedelta(minutes=1),
         create_gloo_process_groups=False,
     )
     mesh = Mesh(
@@ -125,7 +130,7 @@ def build_process_groups(
         pipeline_model_parallel_size,
         1 if placement is None else placement.num_ranks,
     )
-    return _initialised_groups(mesh, placement, device)
+    return _initialised_groups(mesh, placement, device, timeout)
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
@@ -139,17 +144,17 @@ def build_single_process_groups(device: torch.device) -> ProcessGroups:
         return build_process_groups(1, device)
     if device.type == "cpu":
         adapt_megatron_to_cpu()
-    return _initialised_groups(Mesh(1, 1), None, device)
+    return _initialised_groups(Mesh(1, 1), None, device, COLLECTIVE_TIMEOUT)
 
 
 def _initialised_groups(
-    mesh: Mesh, placement: Placement | None, device: torch.device
+    mesh: Mesh, placement: Placement | None, device: torch.device, timeout: timedelta
 ) -> ProcessGroups:
     rank, data = dist.get_rank(), _present(parallel_state.get_data_parallel_group())
     modality, holders = None, ()
     if placement is not None:
-        modality = _own_group(mesh.modality_groups(), rank)
-        holders = _holder_groups(mesh, placement, data, rank)
+        modality = _own_group(mesh.modality_groups(), rank, timeout)
+        holders = _holder_groups(mesh, placement, data, rank, timeout)
     at_an_end = mesh.pipeline > 1 and mesh.pipeline_rank(rank) in (0, mesh.pipeline - 1)
     return ProcessGroups(
         tensor=_present(parallel_state.get_tensor_model_parallel_group()),
@@ -167,7 +172,7 @@ def _initialised_groups(
 
 
 def _holder_groups(
-    mesh: Mesh, placement: Placement, data: dist.ProcessGroup, rank: int
+    mesh: Mesh, placement: Placement, data: dist.ProcessGroup, rank: int, timeout: timedelta
 ) -> tuple[dist.ProcessGroup | None, ...]:
     """One group per set of holders, not per tower: towers held together share theirs."""
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {
@@ -176,15 +181,17 @@ def _holder_groups(
     for tower in range(placement.num_towers):
         holders = placement.holders(tower)
         if holders not in made:
-            made[holders] = _own_group(mesh.holder_groups(holders), rank)
+            made[holders] = _own_group(mesh.holder_groups(holders), rank, timeout)
     return tuple(made[placement.holders(tower)] for tower in range(placement.num_towers))
 
 
-def _own_group(all_groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+def _own_group(
+    all_groups: list[list[int]], rank: int, timeout: timedelta
+) -> dist.ProcessGroup | None:
     """Make every group, as torch asks of every rank; return the one that this rank is in."""
     own = None
     for ranks in all_groups:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if rank in ranks:
             own = _present(group)
     return own

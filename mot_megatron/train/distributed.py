@@ -7,19 +7,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from mot_megatron.errors import ConfigError, TrainingError
+from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
 
 START_TIMEOUT = timedelta(minutes=10)
 """For all ranks to come: nodes start, and import over the network, at different speeds."""
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others in a collective before it gives up.
-
-Dead and stopped processes are noticed far sooner (see watch). What is left for this limit is a main
-thread that is stuck while its process lives, and that looks like one that works: writing a large
-checkpoint or compiling a kernel takes minutes, so it must not be short.
-"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,11 @@ def find_world(rank: int, size: int, local_rank: int, address: str, port: int) -
     return World(rank, size, local_rank, address, store)
 
 
+def works_on_gpus() -> bool:
+    """Whether ranks on this machine get a GPU each; else they work on the CPU."""
+    return torch.cuda.is_available()
+
+
 def join_world(world: World) -> torch.device:
     """Join the other ranks: NCCL with one GPU per rank where there are GPUs, else gloo.
 
@@ -69,7 +68,7 @@ def join_world(world: World) -> torch.device:
         ConfigError: more ranks on the node than it has GPUs.
     """
     place = {"store": world.store, "rank": world.rank, "world_size": world.size}
-    if not torch.cuda.is_available():
+    if not works_on_gpus():
         dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT, **place)
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM as a request: finish the step, save, leave.
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request: finish the step, save, leave.
 
 A signal may reach one rank only, so the request travels with the step's counts and all ranks stop
-after the same step.
+after the same step. SIGUSR1 is for runs under a launcher: DeepSpeed's answers the others by killing
+its ranks after 30 s, however long their step and their checkpoint take.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:

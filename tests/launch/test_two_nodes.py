@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,7 +33,7 @@ NODES = ("localhost", "node-b")
 STEPS = 40
 SAVED = 10
 
-# What SLURM's commands do, with every node played by this machine.
+# What SLURM's commands do, with every node played by this machine: a task is a session of its own.
 SCONTROL = """#!/usr/bin/env bash
 [ "$*" = "show hostnames localhost,node-b" ] || exit 9
 printf 'localhost\\nnode-b\\n'
@@ -37,7 +42,7 @@ SRUN = """#!/usr/bin/env bash
 [ "$1 $2" = "--ntasks-per-node=1 --kill-on-bad-exit=1" ] || exit 9
 shift 2
 status=0
-for node in 0 1; do SLURM_NODEID=$node "$@" & done
+for node in 0 1; do SLURM_NODEID=$node setsid "$@" & done
 for node in 0 1; do wait -n || status=$?; done
 exit "$status"
 """
@@ -100,6 +105,14 @@ def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Pat
     errors = "".join((tmp_path / f"node{node}" / "stderr").read_text() for node in range(2))
     assert_one_obituary(errors, 1, ranks[1].pid)
 
+    stop_under_slurm(tmp_path, arguments)
+    (stopped,) = re.findall(
+        rf"asked to stop: saved after step (\d+)/{STEPS}",
+        (tmp_path / "slurm" / "stdout").read_text(),
+    )
+    assert SAVED < int(stopped) < STEPS
+    assert (checkpoint.parent / f"step_{int(stopped):08d}").exists()
+
     finish_under_slurm(tmp_path, arguments)
     assert json.loads((runs / "small" / "summary.json").read_text())["world_size"] == 2
 
@@ -108,8 +121,38 @@ def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Pat
     assert losses(runs) == pytest.approx(losses(alone), abs=1e-3)
 
 
+def stop_under_slurm(folder: Path, arguments: list[str]) -> None:
+    """As SLURM does before the time is up: the signal of the script, to all processes of a step."""
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+$", script, re.MULTILINE)
+    with slurm_job(folder, arguments) as job:
+        output = folder / "slurm" / "stdout"
+        stepped = lambda: re.search(r"^step +\d+/", output.read_text(), re.MULTILINE)  # noqa: E731
+        wait_until(lambda: stepped() or job.poll() is not None, "a step")
+        (srun,) = psutil.Process(job.pid).children()
+        for task in srun.children():
+            os.killpg(task.pid, signal.Signals[f"SIG{name}"])
+        assert_clean_end(folder, job)
+
+
 def finish_under_slurm(folder: Path, arguments: list[str]) -> None:
-    """Continue on two nodes of a SLURM that consists of two stand-ins."""
+    with slurm_job(folder, arguments) as job:
+        assert_clean_end(folder, job)
+
+
+def assert_clean_end(folder: Path, job: subprocess.Popen[bytes]) -> None:
+    status = job.wait(180)
+    errors = (folder / "slurm" / "stderr").read_text()
+    assert status == 0, errors
+    assert errors == ""
+    assert "continuing from" in (folder / "slurm" / "stdout").read_text()
+    assert not (ROOT / "hostfile.slurm-7").exists()
+
+
+def slurm_job(
+    folder: Path, arguments: list[str]
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """A job on two nodes of a SLURM that consists of two stand-ins."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin" / name).write_text(text)
@@ -124,13 +167,7 @@ def finish_under_slurm(folder: Path, arguments: list[str]) -> None:
         "SLURM_SUBMIT_DIR": str(ROOT),
     }
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *arguments]
-    with started(folder / "slurm", command, environment) as job:
-        status = job.wait(180)
-    errors = (folder / "slurm" / "stderr").read_text()
-    assert status == 0, errors
-    assert errors == ""
-    assert "continuing from" in (folder / "slurm" / "stdout").read_text()
-    assert not (ROOT / "hostfile.slurm-7").exists()
+    return started(folder / "slurm", command, environment)
 
 
 def test_slurm_script_without_gpus_says_so(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from mot_megatron.parallel.groups import (
 )
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement, balanced_placement
+from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
+from tests.ranks import run_ranks
 
 SPLIT = Placement(((1.0, 0.25, 0.0), (0.0, 0.75, 0.0), (0.0, 0.0, 0.5), (0.0, 0.0, 0.5)))
 
@@ -219,6 +223,30 @@ def test_ranks_that_talk_most_are_neighbours() -> None:
     assert mesh.data_groups()[:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert mesh.pipeline_groups()[:2] == [[0, 8], [1, 9]]
     assert mesh.holder_groups([1])[0] == [2, 6]
+
+
+def timeouts_of_groups(wanted: timedelta | None) -> dict[str, timedelta]:
+    build = partial(build_process_groups, timeout=wanted) if wanted else build_process_groups
+    # The second tower is on one rank alone, and so has a group of its own.
+    placement = Placement(((1.0, 1.0), (1.0, 0.0)))
+    groups = build(1, torch.device("cpu"), placement=placement)
+    named: dict[str, dist.ProcessGroup | None] = {
+        name: getattr(groups, name) for name in ("tensor", "data", "model", "pipeline", "modality")
+    }
+    named |= {f"holders of {tower}": group for tower, group in enumerate(groups.holders)}
+    found = {}
+    for name, group in named.items():
+        if group is not None:
+            found[name] = group._get_backend(torch.device("cpu")).options._timeout
+    return found
+
+
+@pytest.mark.parametrize("wanted", [None, timedelta(minutes=3)])
+def test_collectives_of_every_group_have_the_timeout(wanted: timedelta | None) -> None:
+    first, second = run_ranks(timeouts_of_groups, 2, wanted)
+    assert set(first) - set(second) == {"holders of 1"}
+    assert len(first) == 7
+    assert set(first.values()) | set(second.values()) == {wanted or COLLECTIVE_TIMEOUT}
 
 
 @pytest.mark.usefixtures("no_world")

@@ -1,0 +1,49 @@
+"""What a rank refuses before it joins the others, beyond the rules of the configuration."""
+
+from __future__ import annotations
+
+from mot_megatron.config import Config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
+from mot_megatron.errors import ConfigError
+from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
+
+
+def check_device(config: Config, on_gpus: bool) -> None:
+    """Refuse what the devices of this job cannot do.
+
+    Raises:
+        ConfigError: the flex kernel on a CPU.
+    """
+    if config.model.attention_backend == "flex" and not on_gpus:
+        raise ConfigError(
+            'model.attention_backend = "flex" has no backward on a CPU; allowed there: "auto"'
+            ' or "sdpa"'
+        )
+
+
+def check_documents(config: Config, corpus: Corpus) -> None:
+    """Check that every document of a resolved configuration's corpus fits, on this rank alone.
+
+    With packing = "budget", reads all tokens of the training split once.
+
+    Raises:
+        DataError: a split that is missing, or a document that is longer than a sequence or has
+            more tokens of a tower than a micro-batch.
+    """
+    # Neither depends on the rank: its share is that of a world of one.
+    grouping, alone = grouping_plan(config), DataShard(0, 1)
+    sizes = {
+        "seq_length": config.data.seq_length,
+        "micro_batch_size": config.training.micro_batch_size,
+    }
+    PackedLoader(
+        corpus,
+        TRAIN_SPLIT,
+        **sizes,
+        grouping=grouping,
+        shard=alone,
+        seed=config.run.seed,
+        packing=config.data.packing,
+    )
+    evaluation_batches(corpus, HELD_OUT_SPLIT, **sizes, grouping=grouping, shard=alone)
