@@ -33,13 +33,13 @@ class Pipeline:
         self._num_modalities = len(config.model.modalities)
         self.num_pieces = len(model.pieces)
         schedule_config = _schedule_config(config, groups)
-        flows: dict[int, Flow] = {}
+        self._flows: dict[int, Flow] = {}
         self._pieces = [
             _PipelinePiece(model, piece, schedule_config, index if self.num_pieces > 1 else None)
             for index, piece in enumerate(model.pieces)
         ]
         for piece in self._pieces:
-            piece.flows = flows
+            piece.flows = self._flows
         self._run = get_forward_backward_func(
             groups.pipeline_size, self.num_pieces if self.num_pieces > 1 else None
         )
@@ -62,6 +62,7 @@ class Pipeline:
         self, micro_batches: Sequence[MicroBatch], divisor: float, forward_only: bool
     ) -> torch.Tensor:
         device = self._groups.device
+        self._flows.clear()  # those of an interrupted step: another batch may get their number
         batches = [batch.to(device) for batch in micro_batches]
         rows = max(sum(batch.tower_slots) for batch in batches)
         # An empty message would be none. Under sequence parallelism megatron divides by tp.
