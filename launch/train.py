@@ -70,10 +70,10 @@ def run(config_path: Path, overrides: list[str], world: World, where: Whereabout
 
     from mot_megatron.config import load_config
     from mot_megatron.data.corpus import Corpus
-    from mot_megatron.rules import check_world_size
+    from mot_megatron.rules import check_device, check_world_size
     from mot_megatron.scaling.placement_table import placement_table
     from mot_megatron.train.loop import train
-    from mot_megatron.train.refusals import check_device, check_documents
+    from mot_megatron.train.refusals import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 
     config = load_config(config_path, overrides)

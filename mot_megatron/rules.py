@@ -74,6 +74,19 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+def check_device(config: Config, on_gpus: bool) -> None:
+    """Refuse what the devices of this job cannot do.
+
+    Raises:
+        ConfigError: the flex kernel on a CPU.
+    """
+    if config.model.attention_backend == "flex" and not on_gpus:
+        raise ConfigError(
+            'model.attention_backend = "flex" has no backward on a CPU; allowed there: "auto"'
+            ' or "sdpa"'
+        )
+
+
 def _check_shapes(config: Config, source: str) -> None:
     model = config.model
     heads, groups = model.num_attention_heads, model.num_key_value_heads

@@ -13,15 +13,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """Be ``rank`` of a world whose collectives do nothing; no world is left behind."""
-    _leave_world()
+    leave_world()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
-        _leave_world()
+        leave_world()
 
 
-def _leave_world() -> None:
+def leave_world() -> None:
+    """End megatron's groups and torch's, as far as there are any."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

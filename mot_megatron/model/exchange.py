@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,18 @@ class HeadSlices:
     def are_split(self) -> bool:
         """Whether ranks attend with different heads."""
         return self.queries[0] != self.queries[-1]
+
+    @classmethod
+    def of(
+        cls,
+        exchange: Literal["sequence", "heads"],
+        num_heads: int,
+        num_groups: int,
+        num_ranks: int,
+    ) -> HeadSlices:
+        """Those of an exchange: "heads" splits them, "sequence" does not."""
+        make = cls.split if exchange == "heads" else cls.whole
+        return make(num_heads, num_groups, num_ranks)
 
     @classmethod
     def whole(cls, num_heads: int, num_groups: int, num_ranks: int) -> HeadSlices:

@@ -5,12 +5,13 @@ Letters as in layer.py; M modalities, V vocabulary rows, g all grouped slots of 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from torch import nn
 
 from mot_megatron.config import Config
-from mot_megatron.errors import ConfigError
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
 from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping, rank_major
@@ -31,6 +32,7 @@ from mot_megatron.model.sharding import (
 )
 from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.rules import check_device
 
 
 class Embedding(nn.Module):
@@ -97,11 +99,7 @@ class MixtureOfTransformers(nn.Module):
     ) -> None:
         super().__init__()
         model, training = config.model, config.training
-        if model.attention_backend == "flex" and groups.device.type != "cuda":
-            raise ConfigError(
-                'model.attention_backend = "flex" has no backward on a CPU; allowed there: "auto"'
-                ' or "sdpa"'
-            )
+        check_device(config, groups.device.type == "cuda")
         self.config = model
         self.groups = groups
         self.dtype = dtype
@@ -160,11 +158,14 @@ class MixtureOfTransformers(nn.Module):
             self._add_embedding(linears)
             mark_replica(self.embedding)
 
-    def _head_slices(self, exchange: str) -> HeadSlices:
-        size = self.groups.tensor_size
-        counts = self.config.num_attention_heads // size, self.config.num_key_value_heads // size
-        make = HeadSlices.split if exchange == "heads" else HeadSlices.whole
-        return make(*counts, self.groups.modality_size)
+    def _head_slices(self, exchange: Literal["sequence", "heads"]) -> HeadSlices:
+        model, size = self.config, self.groups.tensor_size
+        return HeadSlices.of(
+            exchange,
+            model.num_attention_heads // size,
+            model.num_key_value_heads // size,
+            self.groups.modality_size,
+        )
 
     def forward(
         self, micro_batch: MicroBatch, cache: AttentionCore | None = None

@@ -188,9 +188,11 @@ class Benchmark:
         """What the exchange does to its rows on one of a pair of ranks, without sending them."""
         placement = balanced_placement([1.0, 1.0], 2)
         batch = self._batch(2, ModalityShard(placement, 0, exchange))[1].to(self.device)
-        make = HeadSlices.split if exchange == "heads" else HeadSlices.whole
         local = _UnsentExchange.of(
-            make(self.heads, self.heads, 2), placement.towers(0), batch, self.groups.tensor
+            HeadSlices.of(exchange, self.heads, self.heads, 2),
+            placement.towers(0),
+            batch,
+            self.groups.tensor,
         )
         rows = batch.tower_slots[0]
         shape = (rows, self.heads, self.hidden // self.heads)
@@ -238,9 +240,8 @@ class Benchmark:
         config = self._config(num_towers)
         shard = ModalityShard(placement, self.groups.modality_rank, exchange)
         batch = self._batch(num_towers, shard)[1].to(self.device)
-        make = HeadSlices.split if exchange == "heads" else HeadSlices.whole
         held = self.groups.towers_held(num_towers)
-        heads = make(self.heads, self.heads, placement.num_ranks)
+        heads = HeadSlices.of(exchange, self.heads, self.heads, placement.num_ranks)
         flow = self._flow(config.model, batch, ModalityExchange.of(heads, held, batch, group))
         layer = self._layer(config, self.groups)
         rows = [batch.tower_slots[tower] for tower in held]

@@ -35,11 +35,15 @@ class Pipeline:
         schedule_config = _schedule_config(config, groups)
         self._flows: dict[int, Flow] = {}
         self._pieces = [
-            _PipelinePiece(model, piece, schedule_config, index if self.num_pieces > 1 else None)
+            _PipelinePiece(
+                model,
+                piece,
+                schedule_config,
+                self._flows,
+                vp_stage=index if self.num_pieces > 1 else None,
+            )
             for index, piece in enumerate(model.pieces)
         ]
-        for piece in self._pieces:
-            piece.flows = self._flows
         self._run = get_forward_backward_func(
             groups.pipeline_size, self.num_pieces if self.num_pieces > 1 else None
         )
@@ -97,13 +101,15 @@ class _PipelinePiece(nn.Module):
         model: MixtureOfTransformers,
         piece: Piece,
         config: TransformerConfig,
+        flows: dict[int, Flow],
+        *,
         vp_stage: int | None,
     ) -> None:
         super().__init__()
         self._run_piece, self._make_flow = model.run_piece, model.flow  # no submodules these
         self._last_here = piece is model.pieces[-1]
-        self.flows: dict[int, Flow] = {}
-        """Shared by a stage's pieces: what they need of micro-batches that others go on with."""
+        # Shared by a stage's pieces: what they need of micro-batches that others go on with.
+        self._flows = flows
         self.piece = piece
         self.config = config
         self.vp_stage = vp_stage
@@ -136,9 +142,9 @@ class _PipelinePiece(nn.Module):
 
     def _flow(self, micro_batch: MicroBatch) -> Flow:
         """Made by the first piece of the stage that sees the micro-batch, kept for the others."""
-        flow = self.flows.pop(id(micro_batch), None) or self._make_flow(micro_batch)
+        flow = self._flows.pop(id(micro_batch), None) or self._make_flow(micro_batch)
         if not self._last_here:
-            self.flows[id(micro_batch)] = flow
+            self._flows[id(micro_batch)] = flow
         return flow
 
 

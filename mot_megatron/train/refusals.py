@@ -1,25 +1,11 @@
-"""What a rank refuses before it joins the others, beyond the rules of the configuration."""
+"""What a rank refuses of its corpus before it joins the others."""
 
 from __future__ import annotations
 
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
-from mot_megatron.errors import ConfigError
 from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
-
-
-def check_device(config: Config, on_gpus: bool) -> None:
-    """Refuse what the devices of this job cannot do.
-
-    Raises:
-        ConfigError: the flex kernel on a CPU.
-    """
-    if config.model.attention_backend == "flex" and not on_gpus:
-        raise ConfigError(
-            'model.attention_backend = "flex" has no backward on a CPU; allowed there: "auto"'
-            ' or "sdpa"'
-        )
 
 
 def check_documents(config: Config, corpus: Corpus) -> None:

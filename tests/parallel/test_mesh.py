@@ -22,6 +22,7 @@ from mot_megatron.parallel.groups import (
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement, balanced_placement
 from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
+from tests.fake_world import leave_world
 from tests.ranks import run_ranks
 
 SPLIT = Placement(((1.0, 0.25, 0.0), (0.0, 0.75, 0.0), (0.0, 0.0, 0.5), (0.0, 0.0, 0.5)))
@@ -30,16 +31,9 @@ SPLIT = Placement(((1.0, 0.25, 0.0), (0.0, 0.75, 0.0), (0.0, 0.0, 0.5), (0.0, 0.
 @pytest.fixture
 def no_world() -> Iterator[None]:
     """Without process groups before and after the test, whatever ran before it."""
-    _leave_world()
+    leave_world()
     yield
-    _leave_world()
-
-
-def _leave_world() -> None:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_world()
 
 
 def groups_of_256(
