@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.checkpoint.find import resolve_resume
 from mot_megatron.config import Config
 from mot_megatron.data.budget import describe_budgets
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.model.flops import count_parameters, step_flops
 from mot_megatron.parallel.groups import ProcessGroups
@@ -75,7 +76,7 @@ def train(
     # one that is given more steps goes on logging.
     nothing_left = progress.steps >= config.training.train_steps
     finished = nothing_left and has_summary(config.run_directory, progress.steps)
-    on_first_rank(lambda: _make_run_directory(config))
+    on_first_rank(lambda: _make_run_directory(config, corpus))
     log = _open_log(session, progress) if first and not finished else None
     modalities = list(config.model.modalities)
     with (
@@ -130,6 +131,7 @@ def _one_step(run: _Run, stop: bool) -> StepResult:
     progress.steps += 1
     progress.seconds += result.seconds.total
     progress.tokens += sum(result.counts.modality_tokens)
+    progress.flops += _flops(run.config, result)
     run.recent.append(result)
     run.console.advance()
     return result
@@ -137,12 +139,7 @@ def _one_step(run: _Run, stop: bool) -> StepResult:
 
 def _report(run: _Run) -> None:
     config, progress = run.config, run.progress
-
-    def flops(result: StepResult) -> float:
-        counts = result.counts
-        return step_flops(config.model, counts.tower_tokens, counts.attended_pairs).total
-
-    interval = Interval.of(run.recent, flops)
+    interval = Interval.of(run.recent, functools.partial(_flops, config))
     run.recent.clear()
     mfu = interval.flops_per_second / run.peak_flops
     left = interval.seconds.total * (config.training.train_steps - progress.steps)
@@ -150,6 +147,13 @@ def _report(run: _Run) -> None:
     memory = _fullest_rank(peak_memory_bytes(run.session.groups.device), run.session.groups)
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
+        run.log.log_progress(progress)
+
+
+def _flops(config: Config, result: StepResult) -> float:
+    """Of the model in one step, over all ranks."""
+    counts = result.counts
+    return step_flops(config.model, counts.tower_tokens, counts.attended_pairs).total
 
 
 def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
@@ -165,6 +169,7 @@ def _evaluate(run: _Run, whole: bool = False) -> tuple[float, ...]:
     bits = evaluate(session, session.held_out_batches(whole))
     run.console.held_out(run.progress.steps, bits)
     if run.log:
+        run.log.log_progress(run.progress)
         run.log.log_held_out(run.progress.steps, bits)
     return bits
 
@@ -214,10 +219,13 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
     )
 
 
-def _make_run_directory(config: Config) -> None:
-    """Make the run's folder, with the resolved configuration in it."""
+def _make_run_directory(config: Config, corpus: Corpus) -> None:
+    """Make the run's folder, with the resolved configuration and the corpus's description in it."""
     config.run_directory.mkdir(parents=True, exist_ok=True)
     (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    # Says on which tokens the run was trained, also where the corpus is not at hand.
+    description = (corpus.directory / DESCRIPTION_FILE).read_bytes()
+    (config.run_directory / DESCRIPTION_FILE).write_bytes(description)
 
 
 def _peak_flops(session: Session) -> float:

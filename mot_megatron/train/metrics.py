@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.train.interval import Interval
+from mot_megatron.train.state import Progress
 
 GIB = 2**30
 PIXELS_PER_PIXEL = 4
@@ -41,6 +42,7 @@ class TensorBoardLog:
         self.towers = tuple(towers)
         self.writer = SummaryWriter(str(directory), purge_step=start_step)
         self.modality_parallel = modality_parallel
+        self.progress_step = -1
         layout = _layout(self.modalities, self.towers)
         if modality_parallel:
             layout["4 Modality parallelism"] = {
@@ -89,6 +91,16 @@ class TensorBoardLog:
             if not math.isnan(bits):
                 self.writer.add_scalar(f"loss_held_out/{name}", bits, step)
         self.writer.flush()
+
+    def log_progress(self, progress: Progress) -> None:
+        """Write what the run has taken so far, once per step: the other axes of its curves."""
+        if progress.steps == self.progress_step:
+            return
+        self.progress_step = progress.steps
+        self.writer.add_scalar("progress/tokens", progress.tokens, progress.steps)
+        self.writer.add_scalar("progress/seconds", progress.seconds, progress.steps)
+        if not math.isnan(progress.flops):
+            self.writer.add_scalar("progress/flops", progress.flops, progress.steps)
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         """Write a text as a block that keeps its lines."""

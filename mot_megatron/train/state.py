@@ -39,6 +39,8 @@ class Progress:
     """Time spent in training steps."""
     tokens: int = 0
     """Document tokens trained on, over all ranks."""
+    flops: float = 0.0
+    """Model FLOPs over all ranks; NaN: unknown, for it began without counting them."""
 
 
 def checkpoint_directory(run_directory: Path) -> Path:
@@ -82,7 +84,8 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     """
     metadata = read_metadata(checkpoint)
     try:
-        progress = Progress(**metadata["progress"])
+        # A checkpoint without FLOPs is from before they were counted.
+        progress = Progress(**{"flops": math.nan, **metadata["progress"]})
         data, optimizer_steps = metadata["data"], metadata["optimizer_steps"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(

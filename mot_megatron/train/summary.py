@@ -40,6 +40,7 @@ def write_summary(
         "steps": progress.steps,
         "seconds": round(seconds, 3),
         "tokens": progress.tokens,
+        "flops": None if math.isnan(progress.flops) else progress.flops,
         "tokens_per_second": round(progress.tokens / seconds, 1) if seconds else None,
         "parameters": parameters,
         "towers": list(config.model.tower_names),

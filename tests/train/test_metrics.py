@@ -15,6 +15,7 @@ from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.loop import train
 from mot_megatron.train.metrics import PIXELS_PER_PIXEL, TensorBoardLog
+from mot_megatron.train.state import Progress
 from mot_megatron.train.step import StepSeconds
 from tests.ranks import run_ranks
 from tests.train.small_corpus import make_config, make_corpus
@@ -139,3 +140,20 @@ def test_training_shows_samples_beside_the_truth(tmp_path: Path) -> None:
             assert f"samples_{name}/{number}_prompt/text_summary" in texts
     for tag in images:
         assert [image.step for image in events.Images(tag)] == [1, 2]
+
+
+def test_progress_is_logged_once_per_step(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log.log_progress(Progress(steps=5, seconds=2.5, tokens=640, flops=3e9))
+    log.log_progress(Progress(steps=5, seconds=2.5, tokens=640, flops=3e9))
+    log.log_progress(Progress(steps=6, seconds=3.0, tokens=768, flops=math.nan))
+    log.close()
+    events = read(tmp_path)
+    points = {
+        name: [(point.step, point.value) for point in events.Scalars(f"progress/{name}")]
+        for name in ("tokens", "seconds", "flops")
+    }
+    assert points["tokens"] == [(5, 640.0), (6, 768.0)]
+    assert points["seconds"] == [(5, 2.5), (6, 3.0)]
+    # Unknown FLOPs have no point.
+    assert points["flops"] == [(5, 3e9)]
