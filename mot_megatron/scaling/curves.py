@@ -1,23 +1,53 @@
-"""The loss curves of a run: read from its TensorBoard log, kept as a small CSV."""
+"""The loss curves of a run: read from its TensorBoard log, kept as a small CSV.
+
+A curve is the loss of one modality on one split in bits per token, a point per report. A point of
+``train`` is the mean since the report before; ``held_out`` is the validation split as the model was
+trained; ``held_out_causal`` is it without a look at the future, for models with expert choice.
+"""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
+import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.summary.writer.record_writer import masked_crc32c
+
+from mot_megatron.config import Config, load_config
+from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
+from mot_megatron.errors import DataError
+from mot_megatron.model.flops import count_parameters
 
 Split = Literal["train", "held_out", "held_out_causal"]
 Axis = Literal["steps", "flops", "seconds"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "held_out_causal")
 AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
 
+_LOSS = "loss_"
+_PROGRESS = ("tokens", "flops", "seconds")
+# All scalars; of the pictures and sounds in the same files as few as can be asked for.
+_SIZES = {"scalars": 0, "images": 1, "audio": 1, "tensors": 1}
+_RECORD_HEAD, _RECORD_FRAME = 12, 16
+"""Bytes before a record of an event file, and in all beside it: length and two checksums."""
 
-@dataclass(frozen=True)
-class RunIdentity:
+Points = dict[int, float]
+"""Step -> value."""
+
+
+class RunIdentity(BaseModel):
     """What a run is, so that only comparable ones are compared and seeds are found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     """``run.name``."""
@@ -57,7 +87,7 @@ class RunCurves:
     curves: Mapping[tuple[Split, str], Curve]
     """By split and modality; absent where nothing was logged."""
     steps: np.ndarray
-    """[m] int64, rising: all logged steps."""
+    """[m] int64, rising: all steps of all curves."""
     tokens: np.ndarray
     """[m] document tokens trained on so far, over all ranks."""
     flops: np.ndarray
@@ -66,42 +96,285 @@ class RunCurves:
     """[m] seconds spent in training steps so far."""
 
     def along(self, curve: Curve, axis: Axis) -> np.ndarray:
-        """Where the points of ``curve`` lie on ``axis``, [n] float64."""
-        raise NotImplementedError
+        """Where the points of ``curve``, one of this run's, lie on ``axis``: [n] float64."""
+        if axis == "steps":
+            return curve.steps.astype(np.float64)
+        values = self.flops if axis == "flops" else self.seconds
+        return values[np.searchsorted(self.steps, curve.steps)]
 
 
 def read_run(directory: Path) -> RunCurves:
-    """The curves of the run in ``directory``.
+    """The curves of the run in ``directory``, from config.toml, corpus.toml and tensorboard/.
+
+    Steps that a resumed run did again count once, as they were done last. If
+    evaluation.max_sequences is set, the last held-out point is left out: it alone is of the whole
+    split.
 
     Raises:
-        DataError: logs are missing or damaged, naming the folder.
+        DataError: a file or a curve is missing or damaged; the line names it.
+        ConfigError: config.toml is missing or not legal.
     """
-    raise NotImplementedError
+    config = load_config(directory / "config.toml")
+    identity = _identity(config, _read_description(directory / DESCRIPTION_FILE))
+    scalars = _read_scalars(directory / "tensorboard")
+    losses: dict[tuple[Split, str], Points] = {
+        (split, modality): points
+        for split in SPLITS
+        for modality in config.model.modalities
+        if (points := scalars.get(f"{_LOSS}{split}/{modality}"))
+    }
+    if config.evaluation.max_sequences is not None:
+        losses = _without_whole_evaluation(losses, config.training.train_steps)
+    for split in ("train", "held_out"):
+        if not any(split == found for found, _ in losses):
+            raise DataError(
+                f"{directory}: no points of {_LOSS}{split} in tensorboard/; has the run come to"
+                " its first report and evaluation?"
+            )
+    progress = {name: scalars.get(f"progress/{name}", {}) for name in _PROGRESS}
+    return _assemble(directory, identity, losses, progress)
 
 
 def write_csv(curves: RunCurves, path: Path) -> None:
-    """Write ``path`` and, beside it, the identity as ``path.with_suffix(".json")``."""
-    raise NotImplementedError
+    """Write ``path`` and, beside it, the identity as ``path.with_suffix(".json")``.
+
+    A row per logged step: step, tokens, flops, seconds, and a column per curve, called as in
+    TensorBoard, whose cells are empty where it has no point. Numbers have the nine digits of the
+    float32 values in a TensorBoard log.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    points = {
+        key: dict(zip(curve.steps.tolist(), curve.bits.tolist(), strict=True))
+        for key, curve in curves.curves.items()
+    }
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        names = [f"{_LOSS}{split}/{modality}" for split, modality in points]
+        writer.writerow(["step", *_PROGRESS, *names])
+        columns = (curves.steps.tolist(), curves.tokens, curves.flops, curves.seconds)
+        for step, *progress in zip(*columns, strict=True):
+            bits = (of_curve.get(step) for of_curve in points.values())
+            cells = ("" if value is None else f"{value:.9g}" for value in (*progress, *bits))
+            writer.writerow([step, *cells])
+    text = json.dumps(curves.identity.model_dump(mode="json"), indent=1)
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_csv(path: Path) -> RunCurves:
     """What ``write_csv`` wrote.
 
     Raises:
-        DataError: a file is missing or was not written by ``write_csv``.
+        DataError: a file is missing or was not written by ``write_csv``; the line names it.
     """
-    raise NotImplementedError
+    identity_path = path.with_suffix(".json")
+    try:
+        identity = RunIdentity.model_validate_json(identity_path.read_bytes())
+        with path.open(encoding="utf-8", newline="") as stream:
+            header, *rows = csv.reader(stream)
+        steps = [int(row[0]) for row in rows]
+        table = [[_number(cell) for cell in row] for row in rows]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{identity_path}: not a run's identity: {key}: {first['msg']}") from None
+    except (ValueError, IndexError) as error:
+        raise DataError(f"{path}: not a table of curves: {error}") from None
+    if header[:4] != ["step", *_PROGRESS] or any(len(row) != len(header) for row in rows):
+        raise DataError(f"{path}: not a table of curves: its columns are not those of one")
+    columns = {
+        name: {
+            step: row[number]
+            for step, row in zip(steps, table, strict=True)
+            if not np.isnan(row[number])
+        }
+        for number, name in enumerate(header)
+        if number > 0
+    }
+    losses = {_parse_tag(name, path): columns[name] for name in header[4:]}
+    return _assemble(path, identity, losses, {name: columns[name] for name in _PROGRESS})
 
 
 def check_comparable(runs: Sequence[RunCurves]) -> None:
-    """Check that all runs were trained on the same tokens.
+    """Check that all runs saw the same tokens, so that their losses mean the same.
 
     Raises:
-        DataError: another corpus or tokenizer, naming both runs.
+        DataError: another corpus or tokenizer; the line names both runs.
     """
-    raise NotImplementedError
+    first, *others = runs
+    one = first.identity
+    for run in others:
+        other = run.identity
+        if other.vocabulary != one.vocabulary:
+            raise DataError(
+                f"{run.source}: tokenized as {_listed(other.vocabulary)}, but {first.source} as"
+                f" {_listed(one.vocabulary)}; only runs on the same tokens can be compared"
+            )
+        if other.splits != one.splits:
+            raise DataError(
+                f"{run.source}: trained on corpus {_corpus(other)}, but {first.source} on"
+                f" {_corpus(one)}; only runs on the same tokens can be compared"
+            )
 
 
 def group_seeds(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
-    """Runs that differ in their seed only belong together: arm's name -> runs, in their order."""
-    raise NotImplementedError
+    """Runs that differ in their seed only belong together: arm's name -> runs, in their order.
+
+    An arm is called as its runs are without the seed at their end: mot for mot-seed1, mot-seed2.
+
+    Raises:
+        DataError: two runs of an arm have the same seed; the line names both.
+    """
+    arms: dict[str, list[RunCurves]] = {}
+    for run in runs:
+        arms.setdefault(run.identity.configuration, []).append(run)
+    named: dict[str, list[RunCurves]] = {}
+    for members in arms.values():
+        _check_seeds(members)
+        first = members[0]
+        shared = {_name_without_seed(run) for run in members}
+        choices = (*(shared if len(shared) == 1 else ()), first.identity.name, str(first.source))
+        named[next(name for name in choices if name and name not in named)] = members
+    return named
+
+
+def _identity(config: Config, corpus: CorpusDescription) -> RunIdentity:
+    settings = config.model_dump(mode="json", exclude={"run": {"name", "seed", "directory"}})
+    canonical = json.dumps(settings, sort_keys=True).encode()
+    return RunIdentity(
+        name=config.run.name,
+        seed=config.run.seed,
+        corpus=corpus.name,
+        splits={name: counts.sha256.bin for name, counts in corpus.splits.items()},
+        vocabulary=tuple(
+            f"{modality.name} {modality.size} {modality.codec}" for modality in corpus.modalities
+        ),
+        towers=config.model.tower_names,
+        parameters=count_parameters(config.model).total,
+        configuration=hashlib.sha256(canonical).hexdigest(),
+    )
+
+
+def _read_description(path: Path) -> CorpusDescription:
+    try:
+        return parse_description(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror}; a run keeps a copy of its corpus's {DESCRIPTION_FILE}"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+
+
+def _read_scalars(directory: Path) -> dict[str, Points]:
+    """All scalars of a folder of event files, by tag."""
+    files = sorted(directory.glob("*tfevents*"))
+    if not files:
+        raise DataError(f"{directory}: no TensorBoard event files; has the run begun?")
+    for path in files:
+        _check_records(path)
+    events = EventAccumulator(str(directory), _SIZES).Reload()
+    # Points that a resumed run wrote anew come last, and a dictionary keeps the last.
+    return {
+        tag: {point.step: point.value for point in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def _check_records(path: Path) -> None:
+    """Check that an event file can be read to its end: TensorBoard leaves out the rest silently.
+
+    A last record that is cut short is what a killed process leaves, and no damage.
+
+    Raises:
+        DataError: a record in it does not agree with its checksum.
+    """
+    content = path.read_bytes()
+    records = RawEventFileLoader(str(path)).Load()
+    end = sum(len(record) + _RECORD_FRAME for record in records)
+    head = content[end : end + _RECORD_HEAD]
+    if len(head) < _RECORD_HEAD:
+        return
+    (length,) = struct.unpack("<Q", head[:8])
+    (checksum,) = struct.unpack("<I", head[8:])
+    if masked_crc32c(head[:8]) != checksum or end + _RECORD_FRAME + length <= len(content):
+        raise DataError(f"{path}: damaged after byte {end} of {len(content)}")
+
+
+def _without_whole_evaluation(
+    losses: Mapping[tuple[Split, str], Points], last: int
+) -> dict[tuple[Split, str], Points]:
+    kept = {
+        key: {step: bits for step, bits in points.items() if key[0] == "train" or step != last}
+        for key, points in losses.items()
+    }
+    return {key: points for key, points in kept.items() if points}
+
+
+def _assemble(
+    source: Path,
+    identity: RunIdentity,
+    losses: Mapping[tuple[Split, str], Points],
+    progress: Mapping[str, Points],
+) -> RunCurves:
+    steps = sorted({step for points in losses.values() for step in points})
+    for name, points in progress.items():
+        absent = [step for step in steps if step not in points]
+        if absent:
+            raise DataError(
+                f"{source}: no progress/{name} at step {absent[0]}; the run, or the checkpoint it"
+                " went on from, is from before it was logged"
+            )
+    return RunCurves(
+        source=source,
+        identity=identity,
+        curves={key: _curve(points) for key, points in losses.items() if points},
+        steps=np.array(steps, dtype=np.int64),
+        **{name: np.array([points[step] for step in steps]) for name, points in progress.items()},
+    )
+
+
+def _curve(points: Points) -> Curve:
+    steps = sorted(points)
+    return Curve(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps]))
+
+
+def _number(cell: str) -> float:
+    # Through float32, so that nine digits give back exactly what the log held.
+    return float(np.float32(cell)) if cell else np.nan
+
+
+def _parse_tag(tag: str, path: Path) -> tuple[Split, str]:
+    for split in SPLITS:
+        prefix = f"{_LOSS}{split}/"
+        if tag.startswith(prefix):
+            return split, tag.removeprefix(prefix)
+    raise DataError(f"{path}: column {tag!r}, expected {_LOSS}SPLIT/MODALITY")
+
+
+def _listed(vocabulary: Sequence[str]) -> str:
+    return f"({', '.join(vocabulary)})"
+
+
+def _corpus(identity: RunIdentity) -> str:
+    digests = ", ".join(f"{name} {digest[:8]}" for name, digest in identity.splits.items())
+    return f"{identity.corpus} ({digests})"
+
+
+def _check_seeds(members: Sequence[RunCurves]) -> None:
+    of_seed: dict[int, RunCurves] = {}
+    for run in members:
+        other = of_seed.setdefault(run.identity.seed, run)
+        if other is not run:
+            raise DataError(
+                f"{run.source}: the same configuration and run.seed = {run.identity.seed} as"
+                f" {other.source}; a run may stand once"
+            )
+
+
+def _name_without_seed(run: RunCurves) -> str:
+    name = run.identity.name.removesuffix(str(run.identity.seed))
+    return re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", name) if name != run.identity.name else name

@@ -1,16 +1,38 @@
-"""Step matching: how many of its steps a candidate needs for the baseline's losses."""
+"""Step matching, the paper's central metric: what part of its steps a candidate needs.
+
+For every step t of a baseline, tau(t) is the first step at which a candidate has reached the
+baseline's loss at t; the slope s = sum(t tau) / sum(t^2) is 0.5 for half the steps. Both curves are
+smoothed by a *centred* mean (a trailing one would lag, by more steps the slower a curve falls) and
+made monotone by isotonic regression. The paper names no way of fitting; this is ours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
+from sklearn.isotonic import isotonic_regression
 
-from mot_megatron.scaling.curves import AXES, Axis, RunCurves, Split, check_comparable
+from mot_megatron.errors import DataError
+from mot_megatron.scaling.curves import (
+    AXES,
+    SPLITS,
+    Axis,
+    Curve,
+    RunCurves,
+    Split,
+    check_comparable,
+)
 
-__all__ = ["Match", "check_comparable", "match_arms"]
+LEAST_POINTS = 5
+"""Of a curve; fewer say nothing about its course."""
+DROPPED_BEGINNING = 0.05
+"""Share of the baseline's range whose points do not count: losses of the first steps say little."""
+RESAMPLES = 1000
+CONFIDENCE_PERCENT = 95
 
 
 @dataclass(frozen=True)
@@ -24,7 +46,7 @@ class Match:
     slope: float | None
     """sum(t tau) / sum(t^2); None if the candidate reaches no loss of the baseline's."""
     end_point_ratio: float | None
-    """tau / t at the last t that is reached."""
+    """tau / t at the last t that is reached; None as the slope is."""
     interval: tuple[float, float] | None
     """95% bootstrap interval of the slope over seeds; None unless both arms have several."""
     range_reached: float
@@ -47,8 +69,14 @@ class Match:
     """The baseline's last point on ``axis``."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays, for slopes.json."""
-        raise NotImplementedError
+        """Everything but what is drawn, for slopes.json."""
+        drawn = ("t", "tau", "baseline_end")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: _rounded(value) if isinstance(value, float | tuple) else value
+            for name, value in values.items()
+            if name not in drawn
+        }
 
 
 def match_arms(
@@ -60,6 +88,9 @@ def match_arms(
 ) -> list[Match]:
     """Match a candidate's curves, a mean over its runs, against the baseline's.
 
+    A model without expert choice does not see the future: against a candidate's
+    ``held_out_causal`` stands its ``held_out``.
+
     Args:
         baseline: Runs that differ in their seed only.
         candidate: Runs that differ in their seed only.
@@ -70,6 +101,240 @@ def match_arms(
         A match per split, modality and axis.
 
     Raises:
-        DataError: the runs cannot be compared, naming one.
+        DataError: the runs cannot be compared, or a curve is missing, too short, or ends where
+            another seed's does not; the line names a run.
     """
-    raise NotImplementedError
+    check_comparable([*baseline, *candidate])
+    matches = []
+    for split, modality in _splits_and_modalities([*baseline, *candidate]):
+        ours = _Arm.of(baseline, split, modality)
+        theirs = _Arm.of(candidate, split, modality)
+        for axis in axes:
+            fit = match_curves(*ours.mean(axis), *theirs.mean(axis))
+            matches.append(
+                Match(
+                    arm=name,
+                    modality=modality,
+                    split=split,
+                    axis=axis,
+                    slope=fit.slope,
+                    end_point_ratio=fit.end_point_ratio,
+                    interval=_bootstrap(ours, theirs, axis),
+                    range_reached=fit.range_reached,
+                    points=len(fit.t),
+                    dropped=fit.dropped,
+                    unreached=fit.unreached,
+                    seeds=len(candidate),
+                    baseline_seeds=len(baseline),
+                    t=fit.t,
+                    tau=fit.tau,
+                    baseline_end=fit.end,
+                )
+            )
+    return matches
+
+
+def default_window(points: int) -> int:
+    """About 4% of the points, and odd: 1 of 40, 49 of 1200.
+
+    Isotonic regression takes most of the noise away; a window of 8% moved slopes of noiseless
+    curves by 0.004 to 0.01, one of 4% by 0.001 to 0.003.
+    """
+    return 2 * (points // 50) + 1
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean; the window shrinks on both sides alike towards the ends, to one value there.
+
+    Args:
+        values: [n].
+        window: In points, odd.
+
+    Returns:
+        [n].
+    """
+    n = len(values)
+    index = np.arange(n)
+    half = np.minimum(np.minimum(index, n - 1 - index), window // 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+
+
+def steps_to_match(loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Where a falling curve first reaches losses, interpolated between its points.
+
+    Args:
+        loss: [m] losses to reach.
+        x: [n] rising.
+        candidate: [n] loss at x, never rising.
+
+    Returns:
+        [m]; inf where it is never reached, NaN where it is reached somewhere before the first x.
+    """
+    after = np.searchsorted(-candidate, -loss)  # first index with candidate <= loss
+    tau = np.where(after == len(x), np.inf, np.nan)
+    tau[loss == candidate[0]] = x[0]
+    inside = (after > 0) & (after < len(x))
+    upper, lower = candidate[after[inside] - 1], candidate[after[inside]]
+    share = (upper - loss[inside]) / (upper - lower)
+    tau[inside] = x[after[inside] - 1] + share * (x[after[inside]] - x[after[inside] - 1])
+    return tau
+
+
+@dataclass(frozen=True)
+class Fit:
+    """tau(t) of two curves, and what it says."""
+
+    t: np.ndarray
+    """[points] kept."""
+    tau: np.ndarray
+    """[points]."""
+    end: float
+    """Last t of the baseline, kept or not."""
+    range_reached: float
+    """Last t reached, kept or not, over ``end``."""
+    dropped: int
+    """Points not kept."""
+    unreached: int
+    """Of them those that the candidate never reaches."""
+
+    @property
+    def slope(self) -> float | None:
+        """Of the line through the origin that fits tau best; None without points."""
+        if len(self.t) == 0:
+            return None
+        return float((self.t * self.tau).sum() / (self.t**2).sum())
+
+    @property
+    def end_point_ratio(self) -> float | None:
+        """The last point's tau / t; None without points."""
+        return float(self.tau[-1] / self.t[-1]) if len(self.t) else None
+
+
+def match_curves(t: np.ndarray, loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> Fit:
+    """Match two monotone curves.
+
+    Args:
+        t: [m] rising: where the baseline has its losses.
+        loss: [m] never rising.
+        x: [n] rising: where the candidate has its.
+        candidate: [n] never rising.
+    """
+    tau = steps_to_match(loss, x, candidate)
+    reached = t[tau != np.inf]
+    kept = np.isfinite(tau) & (t >= DROPPED_BEGINNING * t[-1])
+    return Fit(
+        t=t[kept],
+        tau=tau[kept],
+        end=float(t[-1]),
+        range_reached=float(reached[-1] / t[-1]) if len(reached) else 0.0,
+        dropped=int((~kept).sum()),
+        unreached=int((tau == np.inf).sum()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Arm:
+    """The curves of an arm's runs for one split and modality, at the steps that all have."""
+
+    bits: np.ndarray
+    """[runs, n]."""
+    along: dict[Axis, np.ndarray]
+    """Per axis [runs, n]: where the points lie."""
+
+    @property
+    def seeds(self) -> int:
+        return len(self.bits)
+
+    @classmethod
+    def of(cls, runs: Sequence[RunCurves], split: Split, modality: str) -> _Arm:
+        curves = [_curve_of(run, split, modality) for run in runs]
+        for run, curve in zip(runs, curves, strict=True):
+            if curve.steps[-1] != curves[0].steps[-1]:
+                raise DataError(
+                    f"{run.source}: loss_{split}/{modality} ends at step {curve.steps[-1]}, but"
+                    f" that of {runs[0].source} at {curves[0].steps[-1]}; runs of one arm must be"
+                    " equally long (has each come to its end?)"
+                )
+        common = curves[0].steps
+        for curve in curves[1:]:
+            common = np.intersect1d(common, curve.steps)
+        if len(common) < LEAST_POINTS:
+            raise DataError(
+                f"{runs[0].source}: loss_{split}/{modality} has {len(common)} points, expected at"
+                f" least {LEAST_POINTS}; evaluation.interval_steps and logging.interval_steps set"
+                " their number"
+            )
+        at = [np.searchsorted(curve.steps, common) for curve in curves]
+        return cls(
+            bits=np.stack([curve.bits[i] for curve, i in zip(curves, at, strict=True)]),
+            along={
+                axis: np.stack(
+                    [
+                        run.along(curve, axis)[i]
+                        for run, curve, i in zip(runs, curves, at, strict=True)
+                    ]
+                )
+                for axis in AXES
+            },
+        )
+
+    def mean(self, axis: Axis, drawn: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Places [n] and losses [n], smooth and falling, of the mean over all or the drawn runs."""
+        runs = list(range(self.seeds) if drawn is None else drawn)
+        bits = self.bits[runs].mean(axis=0)
+        falling = isotonic_regression(smooth(bits, default_window(len(bits))), increasing=False)
+        return self.along[axis][runs].mean(axis=0), falling
+
+
+def _bootstrap(baseline: _Arm, candidate: _Arm, axis: Axis) -> tuple[float, float] | None:
+    """Interval of the slope when the runs of both arms are drawn anew, with replacement.
+
+    None where an arm has a single run, which says nothing about how much runs differ, and where
+    some draw reaches no loss of the baseline's, so that it has no slope.
+    """
+    if min(baseline.seeds, candidate.seeds) == 1:
+        return None
+    # A few runs have few different draws: each is smoothed, and each pair matched, once.
+
+    @cache
+    def curve(arm: _Arm, runs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return arm.mean(axis, runs)
+
+    @cache
+    def slope(ours: tuple[int, ...], theirs: tuple[int, ...]) -> float | None:
+        return match_curves(*curve(baseline, ours), *curve(candidate, theirs)).slope
+
+    rng = np.random.default_rng(0)
+
+    def draw(arm: _Arm) -> tuple[int, ...]:
+        return tuple(sorted(rng.integers(arm.seeds, size=arm.seeds).tolist()))
+
+    slopes = [slope(draw(baseline), draw(candidate)) for _ in range(RESAMPLES)]
+    known = [value for value in slopes if value is not None]
+    if len(known) < len(slopes):
+        return None
+    outside = (100 - CONFIDENCE_PERCENT) / 2
+    low, high = np.percentile(known, [outside, 100 - outside])
+    return float(low), float(high)
+
+
+def _splits_and_modalities(runs: Sequence[RunCurves]) -> list[tuple[Split, str]]:
+    """Those that any run has, splits in their order, modalities in that of the curves."""
+    found = dict.fromkeys(key for run in runs for key in run.curves)
+    return [key for split in SPLITS for key in found if key[0] == split]
+
+
+def _curve_of(run: RunCurves, split: Split, modality: str) -> Curve:
+    curve = run.curves.get((split, modality))
+    if curve is None and split == "held_out_causal":
+        # A model that never sees the future has no curve of the kind, for any modality.
+        sees_future = any(found == split for found, _ in run.curves)
+        curve = None if sees_future else run.curves.get(("held_out", modality))
+    if curve is None:
+        raise DataError(f"{run.source}: no points of loss_{split}/{modality}, which others have")
+    return curve
+
+
+def _rounded(value: float | tuple[float, ...]) -> float | list[float]:
+    return [round(part, 5) for part in value] if isinstance(value, tuple) else round(value, 5)
