@@ -1,0 +1,159 @@
+"""Runs with curves of known shape: a candidate with slope s has the baseline's loss at t at s * t."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mot_megatron.config import parse_config
+from mot_megatron.scaling.curves import Curve, RunCurves, RunIdentity, Split
+from mot_megatron.train.metrics import TensorBoardLog
+from mot_megatron.train.state import Progress
+from tests.train.small_runs import CONFIG
+
+LAST_STEP = 1500
+FLOPS_PER_STEP, TOKENS_PER_STEP = 2e12, 4096
+MODALITIES = ("text", "image", "speech")
+
+CORPUS = """
+format = 1
+name = "synthetic"
+builder = "tests 1"
+seed = 0
+vocab_size = 192
+pad_token = 0
+modalities = [
+  {{ name = "text", first_id = 0, size = {text_size} }},
+  {{ name = "image", first_id = {text_size}, size = {image_size} }},
+  {{ name = "speech", first_id = 160, size = 32 }},
+]
+[splits.train]
+documents = 2
+tokens = 20
+tokens_per_modality = {{ text = 10, image = 5, speech = 5 }}
+longest_document = 10
+sha256 = {{ bin = "{digest}", idx = "1" }}
+[splits.validation]
+documents = 1
+tokens = 10
+tokens_per_modality = {{ text = 5, image = 5, speech = 0 }}
+longest_document = 10
+sha256 = {{ bin = "2", idx = "3" }}
+"""
+
+Loss = Callable[[np.ndarray], np.ndarray]
+"""Steps -> bits per token."""
+
+
+def power_law(steps: np.ndarray) -> np.ndarray:
+    """4.0 bits after 5 steps, 2.8 after 1500."""
+    return 1.8 + 6 * (steps + 50.0) ** -0.25
+
+
+def losses(slope: float, noise: float = 0.0, seed: int = 0) -> Loss:
+    """The power law in ``slope`` of its steps, with noise of this standard deviation."""
+    rng = np.random.default_rng(seed)
+    return lambda steps: power_law(steps / slope) + rng.normal(0, noise, len(steps))
+
+
+def log_steps(points: int, last: int = LAST_STEP) -> np.ndarray:
+    """Equally distant steps up to the last."""
+    return np.round(np.linspace(last / points, last, points)).astype(np.int64)
+
+
+def curves(
+    loss: Loss,
+    *,
+    points: int = 300,
+    last: int = LAST_STEP,
+    splits: Sequence[Split] = ("train", "held_out"),
+    seconds_per_step: float = 0.5,
+    modalities: Sequence[str] = ("text",),
+    seed: int = 0,
+    name: str = "run",
+) -> RunCurves:
+    """In memory, all curves alike but for their noise."""
+    steps = log_steps(points, last)
+    return RunCurves(
+        source=Path(name),
+        identity=identity(name=name, seed=seed),
+        curves={
+            (split, modality): Curve(steps, loss(steps))
+            for split in splits
+            for modality in modalities
+        },
+        steps=steps,
+        tokens=steps * float(TOKENS_PER_STEP),
+        flops=steps * FLOPS_PER_STEP,
+        seconds=steps * seconds_per_step,
+    )
+
+
+def identity(**changes: object) -> RunIdentity:
+    """Of a run on the synthetic corpus."""
+    values = {
+        "name": "run",
+        "seed": 0,
+        "corpus": "synthetic",
+        "splits": {"train": "aa", "validation": "bb"},
+        "vocabulary": ("text 100 none", "image 60 none"),
+        "towers": ("text", "image"),
+        "parameters": 1000,
+        "configuration": "cc",
+    }
+    return RunIdentity.model_validate(values | changes)
+
+
+def write_run(
+    runs: Path,
+    name: str,
+    points: Mapping[str, Mapping[int, float]],
+    *overrides: str,
+    progress: Mapping[int, Progress] | None = None,
+) -> Path:
+    """Write a run's folder as training does, and return it.
+
+    Args:
+        runs: Folder of runs.
+        name: Of the run.
+        points: By tag, for example loss_train/text.
+        overrides: Of its configuration.
+        progress: At which steps to log what the run has taken; absent: in proportion, everywhere.
+    """
+    directory = runs / name
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = [f"run.name={name}", "model.vocab_size=256", *overrides]
+    config = parse_config(CONFIG.format(corpus="corpus"), "small.toml", settings)
+    (directory / "config.toml").write_text(config.to_toml())
+    write_description(directory)
+    steps = sorted({step for values in points.values() for step in values})
+    if progress is None:
+        progress = {step: progress_at(step) for step in steps}
+    log = TensorBoardLog(directory / "tensorboard", MODALITIES, ("only",), start_step=1)
+    for step in steps:
+        if step in progress:
+            log.log_progress(progress[step])
+        for tag, values in points.items():
+            if step in values:
+                log.writer.add_scalar(tag, values[step], step)
+    log.close()
+    return directory
+
+
+def progress_at(step: int) -> Progress:
+    """In proportion to the steps."""
+    return Progress(step, 0.5 * step, TOKENS_PER_STEP * step, FLOPS_PER_STEP * step)
+
+
+def write_description(directory: Path, text_size: int = 100, digest: str = "0") -> None:
+    """Write a corpus.toml whose tokens have ``digest``."""
+    text = CORPUS.format(text_size=text_size, image_size=160 - text_size, digest=digest)
+    (directory / "corpus.toml").write_text(text)
+
+
+def points_of(loss: Loss, points: int, last: int = LAST_STEP) -> dict[int, float]:
+    """What ``write_run`` takes for a tag."""
+    steps = log_steps(points, last)
+    return dict(zip(steps.tolist(), loss(steps).tolist(), strict=True))

@@ -1,0 +1,312 @@
+"""Curves as they come out of a run's folder, and what is said where they cannot."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import DataError, UserError
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.scaling.curves import (
+    RunCurves,
+    check_comparable,
+    group_seeds,
+    read_csv,
+    read_run,
+    write_csv,
+)
+from mot_megatron.train.loop import train
+from mot_megatron.train.metrics import TensorBoardLog
+from mot_megatron.train.session import resolve_config
+from mot_megatron.train.state import Progress
+from tests.ranks import run_ranks
+from tests.scaling.synthetic_runs import (
+    FLOPS_PER_STEP,
+    MODALITIES,
+    TOKENS_PER_STEP,
+    curves,
+    power_law,
+    write_description,
+    write_run,
+)
+from tests.train.small_runs import small_config, write_corpus
+
+POINTS = {
+    "loss_train/text": {5: 7.1, 10: 6.3, 15: 6.1},
+    "loss_train/image": {5: 5.5, 15: 4.7},
+    "loss_held_out/text": {7: 7.3, 14: 6.5},
+    "loss_held_out_causal/text": {7: 7.9, 14: 6.9},
+}
+
+
+def event_file(run: Path) -> Path:
+    (path,) = (run / "tensorboard").iterdir()
+    return path
+
+
+def assert_same(one: RunCurves, other: RunCurves) -> None:
+    assert one.identity == other.identity
+    assert one.curves.keys() == other.curves.keys()
+    for key, curve in one.curves.items():
+        np.testing.assert_array_equal(curve.steps, other.curves[key].steps)
+        np.testing.assert_array_equal(curve.bits, other.curves[key].bits)
+    for name in ("steps", "tokens", "flops", "seconds"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_curves_of_a_folder(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, "mine", POINTS, "run.seed=9"))
+    assert set(run.curves) == {
+        ("train", "text"),
+        ("train", "image"),
+        ("held_out", "text"),
+        ("held_out_causal", "text"),
+    }
+    text = run.curves["train", "text"]
+    assert text.steps.tolist() == [5, 10, 15]
+    np.testing.assert_allclose(text.bits, [7.1, 6.3, 6.1], rtol=1e-6)
+    held_out = run.curves["held_out", "text"]
+    np.testing.assert_allclose(run.along(held_out, "flops"), np.array([7, 14]) * FLOPS_PER_STEP)
+    np.testing.assert_allclose(run.along(held_out, "seconds"), [3.5, 7])
+    np.testing.assert_array_equal(run.along(held_out, "steps"), [7, 14])
+    assert run.steps.tolist() == [5, 7, 10, 14, 15]
+    np.testing.assert_array_equal(run.tokens, run.steps * TOKENS_PER_STEP)
+    assert (run.identity.name, run.identity.seed, run.identity.corpus) == ("mine", 9, "synthetic")
+    assert run.identity.towers == ("text", "image", "speech")
+    assert run.identity.vocabulary == ("text 100 none", "image 60 none", "speech 32 none")
+    assert run.identity.splits == {"train": "0", "validation": "2"}
+
+
+def test_csv_keeps_everything(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, "mine", POINTS))
+    write_csv(run, tmp_path / "mine.csv")
+    lines = (tmp_path / "mine.csv").read_text().splitlines()
+    assert lines[0] == (
+        "step,tokens,flops,seconds,loss_train/text,loss_train/image,loss_held_out/text,"
+        "loss_held_out_causal/text"
+    )
+    assert lines[1] == "5,20480,9.99999983e+12,2.5,7.0999999,5.5,,"
+    assert len(lines) == 1 + 5
+    assert_same(read_csv(tmp_path / "mine.csv"), run)
+
+
+def test_steps_done_again_count_as_they_were_done_last(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "resumed", POINTS)
+    log = TensorBoardLog(run / "tensorboard", MODALITIES, ("only",), start_step=8)
+    for step, bits in ((10, 1.0), (20, 0.5)):
+        log.log_progress(Progress(step, 100.0 + step, step, 1.0 * step))
+        log.writer.add_scalar("loss_train/text", bits, step)
+    log.writer.add_scalar("loss_train/text", 0.75, 20)
+    log.close()
+    found = read_run(run)
+    text = found.curves["train", "text"]
+    # Of the first part stays what lies before step 8.
+    assert text.steps.tolist() == [5, 10, 20]
+    np.testing.assert_allclose(text.bits, [7.1, 1.0, 0.75], rtol=1e-6)
+    assert found.curves["held_out", "text"].steps.tolist() == [7]
+    np.testing.assert_allclose(found.seconds, [2.5, 3.5, 110, 120])
+
+
+def test_a_last_record_cut_short_is_no_damage(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "killed", POINTS)
+    path = event_file(run)
+    path.write_bytes(path.read_bytes()[:-3])
+    # The last scalar written is that of the last tag at step 15.
+    assert read_run(run).curves["train", "image"].steps.tolist() == [5]
+
+
+def test_the_evaluation_of_the_whole_split_is_no_point_of_the_curve(tmp_path: Path) -> None:
+    points = {"loss_train/text": {10: 5.0, 20: 4.0}, "loss_held_out/text": {10: 5.0, 20: 9.0}}
+    run = write_run(tmp_path, "part", points, "evaluation.max_sequences=4")
+    assert read_run(run).curves["held_out", "text"].steps.tolist() == [10]
+    assert read_run(run).curves["train", "text"].steps.tolist() == [10, 20]
+    whole = write_run(tmp_path, "whole", points)
+    assert read_run(whole).curves["held_out", "text"].steps.tolist() == [10, 20]
+
+
+def train_one(corpus_directory: Path, runs: Path) -> None:
+    overrides = [f"run.directory={runs}", "evaluation.interval_steps=3", "training.train_steps=6"]
+    config = small_config(corpus_directory, overrides)
+    corpus = Corpus.open(corpus_directory)
+    train(resolve_config(config, corpus), corpus, build_process_groups(1, torch.device("cpu")))
+
+
+def test_a_real_run(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    run_ranks(train_one, 1, corpus, tmp_path / "runs")
+    run = read_run(tmp_path / "runs" / "small")
+    # Reports every 5 steps and at the end, evaluations every 3.
+    assert run.curves["train", "text"].steps.tolist() == [5, 6]
+    assert run.curves["held_out", "speech"].steps.tolist() == [3, 6]
+    assert run.steps.tolist() == [3, 5, 6]
+    for values in (run.tokens, run.flops, run.seconds):
+        assert values[0] > 0
+        assert (np.diff(values) > 0).all()
+    # 6 N per token, give or take attention, embedding and unfilled positions.
+    parameters_met = run.flops[-1] / run.tokens[-1] / 6
+    assert 0.5 < parameters_met / (run.identity.parameters / 2) < 1.5
+    train_split = Corpus.open(corpus).description.splits["train"]
+    assert run.identity.splits["train"] == train_split.sha256.bin
+
+
+def remove_logs(run: Path) -> None:
+    event_file(run).unlink()
+
+
+def damage_a_value(run: Path) -> None:
+    content = bytearray(event_file(run).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    event_file(run).write_bytes(content)
+
+
+def damage_a_length(run: Path) -> None:
+    content = bytearray(event_file(run).read_bytes())
+    content[3] ^= 0xFF
+    event_file(run).write_bytes(content)
+
+
+def zero_the_end(run: Path) -> None:
+    event_file(run).write_bytes(event_file(run).read_bytes() + bytes(12))
+
+
+def remove_description(run: Path) -> None:
+    (run / "corpus.toml").unlink()
+
+
+def remove_config(run: Path) -> None:
+    (run / "config.toml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (remove_logs, "tensorboard: no TensorBoard event files"),
+        (damage_a_value, "damaged after byte"),
+        (damage_a_length, "damaged after byte 0"),
+        (zero_the_end, "damaged after byte"),
+        (remove_description, "corpus.toml: No such file"),
+        (remove_config, "config.toml: cannot be read"),
+    ],
+)
+def test_missing_and_damaged_files(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    run = write_run(tmp_path, "mine", POINTS)
+    spoil(run)
+    with pytest.raises(UserError, match=re.escape(words)) as raised:
+        read_run(run)
+    assert str(run) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ({"loss_train/text": {5: 7.1}}, "no points of loss_held_out"),
+        ({"loss_held_out/text": {5: 7.1}}, "no points of loss_train"),
+    ],
+)
+def test_missing_curves(tmp_path: Path, points: dict[str, dict[int, float]], words: str) -> None:
+    run = write_run(tmp_path, "mine", points)
+    with pytest.raises(DataError, match=words) as raised:
+        read_run(run)
+    assert str(run) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("progress", "words"),
+    [
+        ({}, "no progress/tokens at step 5"),
+        ({5: Progress(5, 1.0, 1, 1.0), 7: Progress(7, 2.0, 2, math.nan)}, "no progress/flops"),
+    ],
+)
+def test_missing_progress(tmp_path: Path, progress: dict[int, Progress], words: str) -> None:
+    points = {"loss_train/text": {5: 7.1}, "loss_held_out/text": {7: 7.1}}
+    run = write_run(tmp_path, "mine", points, progress=progress)
+    with pytest.raises(DataError, match=words) as raised:
+        read_run(run)
+    assert str(run) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "not a table of curves"),
+        ("step,tokens\n", "columns"),
+        ("step,tokens,flops,seconds,loss_train/text\n5,1,1,1\n", "columns"),
+        ("step,tokens,flops,seconds,loss_train/text\n5,1,1,x,1\n", "could not convert"),
+        ("step,tokens,flops,seconds,loss/text\n5,1,1,1,1\n", "column 'loss/text'"),
+        ("step,tokens,flops,seconds,loss_train/text\n5,,1,1,1\n", "no progress/tokens at step 5"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "kept.csv"
+    write_csv(curves(power_law), path)
+    path.write_text(content)
+    with pytest.raises(DataError, match=words) as raised:
+        read_csv(path)
+    assert str(path) in str(raised.value)
+
+
+def test_bad_identity(tmp_path: Path) -> None:
+    path = tmp_path / "kept.csv"
+    write_csv(curves(power_law), path)
+    path.with_suffix(".json").write_text('{"name": "a"}')
+    with pytest.raises(DataError, match=r"kept\.json: not a run's identity: seed"):
+        read_csv(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match=r"kept\.json: No such file"):
+        read_csv(path)
+
+
+def test_other_tokens_are_refused(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name, POINTS) for name in "abc"]
+    write_description(runs[1], digest="9" * 64)
+    write_description(runs[2], text_size=90)
+    read = [read_run(run) for run in runs]
+    check_comparable([read[0], read[0]])
+    with pytest.raises(DataError) as raised:
+        check_comparable(read[:2])
+    assert f"{runs[1]}: trained on corpus synthetic (train 99999999" in str(raised.value)
+    assert str(runs[0]) in str(raised.value)
+    with pytest.raises(DataError) as raised:
+        check_comparable([read[0], read[2]])
+    assert f"{runs[2]}: tokenized as (text 90 none, image 70 none" in str(raised.value)
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_arm(tmp_path: Path) -> None:
+    def run(name: str, *overrides: str) -> RunCurves:
+        return read_run(write_run(tmp_path, name, POINTS, *overrides))
+
+    runs = [
+        run("dense-seed1", "run.seed=1", "run.directory=elsewhere"),
+        run("mot-1", "run.seed=1", "model.num_layers=3"),
+        run("dense-seed12", "run.seed=12"),
+        run("mot-again", "run.seed=2", "model.num_layers=3"),
+        run("alone-3", "run.seed=4", "optimizer.lr=0.5"),
+        run("dense", "run.seed=4", "optimizer.lr=0.25"),
+    ]
+    arms = group_seeds(runs)
+    assert {name: [run.identity.name for run in arm] for name, arm in arms.items()} == {
+        "dense": ["dense-seed1", "dense-seed12"],
+        # Their names have nothing else in common.
+        "mot-1": ["mot-1", "mot-again"],
+        # Its number is not its seed.
+        "alone-3": ["alone-3"],
+        # The first choice is taken.
+        str(tmp_path / "dense"): ["dense"],
+    }
+
+
+def test_a_run_given_twice_is_refused() -> None:
+    runs = [curves(power_law, name=name, seed=3) for name in ("a", "b")]
+    with pytest.raises(DataError, match=r"b: the same configuration and run\.seed = 3 as a"):
+        group_seeds(runs)
+    assert list(group_seeds([runs[0]])) == ["a"]

@@ -1,0 +1,218 @@
+"""Slopes of curves whose slope is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mot_megatron.errors import DataError
+from mot_megatron.scaling.curves import Axis, RunCurves, Split
+from mot_megatron.scaling.step_matching import (
+    Match,
+    default_window,
+    match_arms,
+    match_curves,
+    smooth,
+    steps_to_match,
+)
+from tests.scaling.synthetic_runs import curves, losses, power_law
+
+
+def match(
+    baseline: RunCurves | list[RunCurves],
+    candidate: RunCurves | list[RunCurves],
+    axis: Axis = "steps",
+    split: Split = "train",
+) -> Match:
+    arms = [runs if isinstance(runs, list) else [runs] for runs in (baseline, candidate)]
+    (found,) = [
+        match
+        for match in match_arms(arms[0], arms[1], name="candidate")
+        if (match.axis, match.split) == (axis, split)
+    ]
+    return found
+
+
+def seeds_of(slope: float, noise: float, first_seed: int, runs: int) -> list[RunCurves]:
+    seeds = range(first_seed, first_seed + runs)
+    return [curves(losses(slope, noise, seed), seed=seed, points=1200) for seed in seeds]
+
+
+def test_smoothing_is_centred_and_shrinks_symmetrically() -> None:
+    values = np.array([9.0, 1.0, 2.0, 6.0, 4.0])
+    # Ends alone, then windows of 3, in the middle of 5: (9+1+2)/3, (9+1+2+6+4)/5, (2+6+4)/3.
+    np.testing.assert_allclose(smooth(values, 5), [9, 4, 4.4, 4, 4])
+    np.testing.assert_array_equal(smooth(values, 1), values)
+    # No lag: a straight line stays as it is.
+    np.testing.assert_allclose(smooth(np.arange(50.0), 7), np.arange(50.0))
+
+
+def test_default_windows_are_odd_and_small() -> None:
+    assert [default_window(points) for points in (5, 40, 300, 1200)] == [1, 1, 13, 49]
+
+
+def test_steps_to_match_by_hand() -> None:
+    x, candidate = np.array([10.0, 20, 30, 40]), np.array([5.0, 3, 3, 1])
+    loss = np.array([6.0, 5, 4, 3, 2, 1, 0.5])
+    # Above the first point: somewhere before it. On the plateau: its first point. Below: never.
+    expected = [np.nan, 10, 15, 20, 35, 40, np.inf]
+    np.testing.assert_array_equal(steps_to_match(loss, x, candidate), expected)
+
+
+def test_slope_and_counts_by_hand() -> None:
+    t, loss = np.array([1.0, 40, 60, 80, 100]), np.array([9.0, 4, 3, 2, 1])
+    fit = match_curves(t, loss, np.array([0.5, 10, 40]), np.array([9.0, 4, 2]))
+    # 1 lies in the first 5 of 100; tau(40) = 10, tau(60) = 25, tau(80) = 40; 1 is never reached.
+    np.testing.assert_array_equal(fit.t, [40, 60, 80])
+    np.testing.assert_array_equal(fit.tau, [10, 25, 40])
+    assert fit.slope == pytest.approx((400 + 1500 + 3200) / (1600 + 3600 + 6400))
+    assert fit.end_point_ratio == 0.5
+    assert (fit.range_reached, fit.dropped, fit.unreached) == (0.8, 2, 1)
+
+
+@pytest.mark.parametrize("slope", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("points", [40, 300, 1200])
+def test_known_slope(slope: float, points: int) -> None:
+    found = match(curves(losses(1.0), points=points), curves(losses(slope), points=points))
+    assert found.slope == pytest.approx(slope, abs=0.02)
+    assert found.end_point_ratio == pytest.approx(slope, abs=0.02)
+    # Twice the steps: half the range.
+    assert found.range_reached == pytest.approx(min(1, 1 / slope), abs=0.03)
+    assert found.points + found.dropped == points
+    assert found.interval is None
+
+
+@pytest.mark.parametrize("slope", [0.25, 0.5, 1.0, 2.0])
+def test_known_slope_under_noise(slope: float) -> None:
+    # Alone, a run's slope spreads by about 2% of itself here.
+    found = match(seeds_of(1.0, 0.02, 0, 3), seeds_of(slope, 0.02, 10, 3))
+    assert found.slope == pytest.approx(slope, abs=0.02)
+    assert found.slope is not None
+    assert found.interval is not None
+    low, high = found.interval
+    assert low < found.slope < high
+    assert high - low < 0.1 * slope
+
+
+def test_no_systematic_error_under_noise_of_few_points() -> None:
+    found = [
+        match(
+            curves(losses(1.0, 0.02, 2 * seed), points=60),
+            curves(losses(0.5, 0.02, 2 * seed + 1), points=60),
+        ).slope
+        for seed in range(30)
+    ]
+    assert np.mean(np.array(found, dtype=float)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_axes_have_their_own_slope() -> None:
+    dense = curves(losses(1.0), seconds_per_step=0.5)
+    candidate = curves(losses(0.5), seconds_per_step=0.75)
+    assert match(dense, candidate, "flops").slope == pytest.approx(0.5, abs=0.01)
+    # Half the steps, each 1.5 times as long.
+    assert match(dense, candidate, "seconds").slope == pytest.approx(0.75, abs=0.01)
+    assert match(dense, candidate, "seconds").baseline_end == 750
+
+
+def test_candidate_that_reaches_nothing() -> None:
+    found = match(curves(power_law), curves(lambda steps: power_law(steps) + 9))
+    assert (found.slope, found.end_point_ratio, found.interval) == (None, None, None)
+    assert (found.points, found.dropped, found.unreached) == (0, 300, 300)
+    assert found.range_reached == 0
+    assert json.loads(json.dumps(found.to_json()))["slope"] is None
+
+
+def test_candidate_that_reaches_only_the_beginning() -> None:
+    # It stays at the baseline's loss at step 600 of 1500.
+    floor = float(power_law(np.array([600.0]))[0])
+    dense = curves(power_law)
+    found = match(dense, curves(lambda steps: np.maximum(power_law(steps / 0.5), floor)))
+    assert found.slope == pytest.approx(0.5, abs=0.02)
+    assert found.range_reached == pytest.approx(0.4, abs=0.01)
+    # Of 300 points, 5 steps apart, 14 lie before step 75 and 180 behind step 600.
+    assert found.unreached == pytest.approx(180, abs=2)
+    assert found.dropped == found.unreached + 14
+
+
+def test_losses_from_before_the_candidates_first_point_do_not_count() -> None:
+    dense = curves(power_law, points=100)
+    late = curves(losses(0.5), points=5)  # first at step 300: the baseline's loss at step 600
+    found = match(dense, late)
+    assert found.t[0] >= 600
+    assert found.unreached == 0
+    assert found.dropped == 100 - found.points
+    assert found.slope == pytest.approx(0.5, abs=0.02)
+
+
+def test_interval_needs_several_seeds_of_both_arms() -> None:
+    one, three = seeds_of(1.0, 0.01, 0, 1), seeds_of(0.5, 0.01, 10, 3)
+    assert match(one, three).interval is None
+    found = match(seeds_of(1.0, 0.01, 0, 2), three)
+    assert found.interval is not None
+    assert (found.baseline_seeds, found.seeds) == (2, 3)
+    # The same draws every time.
+    assert match(seeds_of(1.0, 0.01, 0, 2), three).interval == found.interval
+
+
+def test_interval_shows_how_much_runs_differ() -> None:
+    def width(spread: float) -> float:
+        candidates = [curves(losses(0.5 + d), seed=i) for i, d in enumerate((-spread, 0, spread))]
+        dense = [curves(losses(1.0), seed=i) for i in range(3)]
+        interval = match(dense, candidates).interval
+        assert interval is not None
+        return interval[1] - interval[0]
+
+    # 1 of 27 draws is thrice the lowest seed, so that 95% reach from lowest to highest.
+    assert width(0.1) == pytest.approx(0.2, abs=0.03)
+    assert width(0.0) == pytest.approx(0, abs=1e-9)
+
+
+def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None:
+    dense = curves(power_law)
+    experts = curves(losses(0.25), splits=("train", "held_out"))
+    causal = curves(losses(0.5), splits=("held_out_causal",))
+    experts = RunCurves(
+        experts.source,
+        experts.identity,
+        {**experts.curves, **causal.curves},
+        experts.steps,
+        experts.tokens,
+        experts.flops,
+        experts.seconds,
+    )
+    assert match(dense, experts, split="held_out").slope == pytest.approx(0.25, abs=0.01)
+    assert match(dense, experts, split="held_out_causal").slope == pytest.approx(0.5, abs=0.01)
+    # As a baseline too.
+    assert match(experts, dense, split="held_out_causal").range_reached == pytest.approx(0.5, 0.02)
+
+
+def test_every_modality_split_and_axis_is_matched() -> None:
+    runs = [curves(power_law, modalities=("text", "image"))]
+    found = match_arms(runs, runs, name="same")
+    keys = [(match.split, match.modality, match.axis) for match in found]
+    assert keys == [
+        (split, modality, axis)
+        for split in ("train", "held_out")
+        for modality in ("text", "image")
+        for axis in ("steps", "flops", "seconds")
+    ]
+    assert [match.slope for match in found] == pytest.approx([1.0] * len(found))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "words"),
+    [
+        ([curves(power_law, name="b", modalities=("image",))], ["b: no points", "train/text"]),
+        ([curves(power_law, name="b", points=4)], ["b: ", "4 points", "at least 5"]),
+        (
+            [curves(power_law, name="b"), curves(power_law, name="c", last=600)],
+            ["c: ", "step 600", "b at 1500"],
+        ),
+    ],
+)
+def test_curves_that_cannot_be_matched(candidates: list[RunCurves], words: list[str]) -> None:
+    with pytest.raises(DataError) as raised:
+        match_arms([curves(power_law, name="a")], candidates, name="candidate")
+    assert all(word in str(raised.value) for word in words), raised.value
