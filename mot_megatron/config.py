@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -63,6 +63,54 @@ class ModalityConfig(Section):
     """Weight of its labels in the mean over the tokens of the global batch."""
 
 
+class ExpertsConfig(Section):
+    """A tower's feed-forward network as a mixture of experts, each of the plain one's width."""
+
+    num_moe_experts: PositiveInt
+    """E, feed-forward networks of every layer."""
+    routing: Literal["expert_choice", "topk"] = "expert_choice"
+    """expert_choice: experts choose among the tower's tokens of a micro-batch, so no auxiliary loss
+    is needed, but a token's experts depend on later tokens. topk: tokens choose experts."""
+    capacity_factor: PositiveFloat | None = None
+    """Expert choice: mean number of experts per token, c; absent: 1. Top-k: experts drop what
+    exceeds this many times an equal share; absent: nothing is dropped."""
+    topk: PositiveInt | None = None
+    """Top-k: experts per token; absent: 1. Expert choice: must be absent."""
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What turns router logits into the weight of an expert's output."""
+    aux_loss_coefficient: NonNegativeFloat = 0.0
+    """Top-k: coefficient of the load-balancing loss, a mean over the tower's tokens."""
+    z_loss_coefficient: NonNegativeFloat = 0.0
+    """Coefficient of the mean square of the router's log-partition."""
+    causal_router: bool = False
+    """Expert choice: train beside the model a router that predicts the experts' choices from the
+    token alone, for generation and honest evaluation; the model itself trains as without it."""
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of experts that a token runs through, when nothing is dropped."""
+        if self.routing == "topk":
+            return float(self.topk or 1)
+        return self.capacity_factor or 1.0
+
+    @property
+    def sees_the_future(self) -> bool:
+        """Whether, as trained, the experts of a token depend on later tokens."""
+        return self.routing == "expert_choice" or self.capacity_factor is not None
+
+    @property
+    def can_be_causal(self) -> bool:
+        """Whether tokens can be routed without later ones."""
+        return self.routing == "topk" or self.causal_router
+
+
+class TowerConfig(Section):
+    """What one tower has that the others need not have."""
+
+    experts: ExpertsConfig | None = None
+    """A mixture of experts as its feed-forward network; absent: a plain one."""
+
+
 class UntiedConfig(Section):
     """Which components have one set of weights per tower; the others are shared by all towers."""
 
@@ -113,6 +161,8 @@ class ModelConfig(Section):
     """Kernel of the global attention; auto: flex on CUDA, sdpa elsewhere."""
     modalities: dict[str, ModalityConfig] = Field(min_length=1)
     """Every modality of the corpus, by its name there."""
+    towers: dict[str, TowerConfig] = {}
+    """Settings of single towers, by the names that ``modalities`` use."""
     untied: UntiedConfig = UntiedConfig()
     """Which components are untied."""
 
@@ -131,6 +181,27 @@ class ModelConfig(Section):
         """Tower index of every modality, in the order of ``modalities``."""
         names = self.tower_names
         return tuple(names.index(modality.tower) for modality in self.modalities.values())
+
+    @property
+    def experts_of_towers(self) -> tuple[ExpertsConfig | None, ...]:
+        """The mixture of every tower, K of them; None for a plain feed-forward network."""
+        plain = TowerConfig()
+        return tuple(self.towers.get(name, plain).experts for name in self.tower_names)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any tower is a mixture of experts."""
+        return any(self.experts_of_towers)
+
+    @property
+    def sees_the_future(self) -> bool:
+        """Whether, as trained, a token's experts depend on later tokens."""
+        return any(experts and experts.sees_the_future for experts in self.experts_of_towers)
+
+    @property
+    def can_be_causal(self) -> bool:
+        """Whether every tower can route tokens without later ones."""
+        return all(experts is None or experts.can_be_causal for experts in self.experts_of_towers)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
@@ -179,6 +250,8 @@ class ParallelConfig(Section):
     """Per rank of a modality group, the share of each tower's tokens: {text = 1.0, image = 0.5}."""
     attention_exchange: Literal["sequence", "heads"] = "sequence"
     """A rank of a modality group attends for its sequences, or for the group's in some heads."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks, of those that hold a tower, over which its experts are spread."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO over data parallel: 1 optimizer states, 2 + gradients, 3 + weights."""
     offload: Literal["none", "optimizer"] = "none"
@@ -385,13 +458,22 @@ def _explain(error: ValidationError) -> str:
     return message + more
 
 
+_SECTIONS_BY_NAME: dict[str, type[Section]] = {"modalities": ModalityConfig, "towers": TowerConfig}
+
+
 def _section_at(location: tuple[int | str, ...]) -> type[Section]:
     section: type[Section] = Config
+    named = False
     for part in location:
-        if section is ModelConfig and part == "modalities":
-            return ModalityConfig
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, Section)
-        section = annotation
+        if section is ModelConfig and part in _SECTIONS_BY_NAME:
+            section = _SECTIONS_BY_NAME[str(part)]
+            named = True
+            continue
+        if named:  # the name of a modality or tower
+            named = False
+            continue
+        # An optional section is a union with None.
+        annotation: Any = section.model_fields[str(part)].annotation
+        section = next(kind for kind in get_args(annotation) or (annotation,) if kind)
+        assert issubclass(section, Section)
     return section

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mot_megatron.config import Config
+    from mot_megatron.config import Config, ExpertsConfig
 
 VOCABULARY_MULTIPLE = 128
 """A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
@@ -27,6 +27,7 @@ def check(config: Config, source: str) -> None:
     _check_tensor_parallel(config, source)
     _check_pipeline(config, source)
     _check_modality_parallel(config, source)
+    _check_experts(config, source)
     _check_zero(config, source)
     _check_training(config, source)
 
@@ -234,6 +235,84 @@ def _check_placement(config: Config, source: str) -> None:
             )
 
 
+def _check_experts(config: Config, source: str) -> None:
+    model, parallel = config.model, config.parallel
+    unknown = sorted(set(model.towers) - set(model.tower_names))
+    if unknown:
+        raise ConfigError(
+            f"{source}: model.towers.{unknown[0]} is no tower of model.modalities; allowed:"
+            f" {', '.join(model.tower_names)}"
+        )
+    for name, experts in zip(model.tower_names, model.experts_of_towers, strict=True):
+        if experts is not None:
+            _check_mixture(config, experts, f"{source}: model.towers.{name}.experts")
+    size = parallel.expert_model_parallel_size
+    if not model.has_experts:
+        if size > 1:
+            raise ConfigError(
+                f"{source}: parallel.expert_model_parallel_size = {size}, but no tower has"
+                " experts; allowed without model.towers.NAME.experts: 1"
+            )
+        return
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"{source}: parallel.tensor_model_parallel_size ="
+            f" {parallel.tensor_model_parallel_size} with experts needs"
+            " parallel.sequence_parallel = true"
+        )
+    if not model.untied.feed_forward and model.num_towers > 1:
+        raise ConfigError(
+            f"{source}: model.untied.feed_forward = false shares one feed-forward network among"
+            " the towers, so none of them can have experts; allowed: true, or a single tower"
+        )
+
+
+def _check_mixture(config: Config, experts: ExpertsConfig, key: str) -> None:
+    size = config.parallel.expert_model_parallel_size
+    number = experts.num_moe_experts
+    if number % size:
+        raise ConfigError(
+            f"{key}.num_moe_experts = {number} is not divisible by"
+            f" parallel.expert_model_parallel_size = {size}; nearest legal"
+            f" parallel.expert_model_parallel_size: {_nearest(_divisors(number), size)}"
+        )
+    if experts.routing == "expert_choice":
+        _check_expert_choice(config, experts, key)
+        return
+    if (experts.topk or 1) > number:
+        raise ConfigError(
+            f"{key}.topk = {experts.topk} is above num_moe_experts = {number}; allowed: 1 to"
+            f" {number}"
+        )
+    if experts.causal_router:
+        raise ConfigError(
+            f'{key}.causal_router = true is for routing = "expert_choice"; top-k routing is causal'
+        )
+
+
+def _check_expert_choice(config: Config, experts: ExpertsConfig, key: str) -> None:
+    number, factor = experts.num_moe_experts, experts.experts_per_token
+    for name, value in (
+        ("topk", experts.topk),
+        ("aux_loss_coefficient", experts.aux_loss_coefficient),
+    ):
+        if value:
+            raise ConfigError(
+                f'{key}.{name} = {value} is for routing = "topk"; expert choice balances by itself'
+            )
+    if factor > number:
+        raise ConfigError(
+            f"{key}.capacity_factor = {factor:g} is above num_moe_experts = {number}: no token can"
+            f" run through more; allowed: at most {number}"
+        )
+    tokens = config.data.seq_length * config.training.micro_batch_size
+    if tokens * factor < number:
+        raise ConfigError(
+            f"{key}.capacity_factor = {factor:g} leaves each of {number} experts less than one of"
+            f" a micro-batch's {tokens} tokens; allowed: at least {number / tokens:g}"
+        )
+
+
 def _check_zero(config: Config, source: str) -> None:
     parallel = config.parallel
     stage = parallel.zero_stage
@@ -248,6 +327,12 @@ def _check_zero(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: parallel.zero_stage = {stage} with parallel.modality_parallel_size ="
             f" {modality}: legal with modality parallelism are zero_stage 1 and 2"
+        )
+    if parallel.expert_model_parallel_size > 1 and stage not in (1, 2):
+        raise ConfigError(
+            f"{source}: parallel.zero_stage = {stage} with parallel.expert_model_parallel_size ="
+            f" {parallel.expert_model_parallel_size}: legal with expert parallelism are zero_stage"
+            " 1 and 2"
         )
     if parallel.offload != "none" and stage == 0:
         raise ConfigError(

@@ -73,11 +73,21 @@ def build_micro_batch(
         "attended_pairs": int(grouped["positions"].sum()) + token_ids.size,
         **grouped,
     }
+    used = np.arange(seq_length) < filled[:, None]
     if shard is not None:
-        used = np.arange(seq_length) < filled[:, None]
         modalities = np.where(used, modality_of_id[token_ids], -1)
         fields = take_shard(fields, modalities, shard, slot_multiple)
+    fields.update(_filled_slots(fields, used.ravel()))
     return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})
+
+
+def _filled_slots(fields: dict[str, Any], used: np.ndarray) -> dict[str, Any]:
+    """Which slots hold documents' tokens, and how many of each tower; ``used`` by position."""
+    in_slots = used[fields["group_index"]]
+    in_slots[fields["padding_slots"]] = False
+    ends = np.cumsum(fields["tower_slots"])
+    counts = [int(part.sum()) for part in np.split(in_slots, ends[:-1])]
+    return {"filled": in_slots, "tower_filled": tuple(counts)}
 
 
 def _tensor(value: Any) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import nn
 
-from mot_megatron.model.sharding import layout_of
+from mot_megatron.model.sharding import parts_of
 
 
 def initialise_parameters(
@@ -22,13 +22,15 @@ def initialise_parameters(
     Norm weights, the only vectors, are made as ones.
     """
     for name, parameter in model.named_parameters():
-        layout = layout_of(parameter)
-        if len(layout.global_shape) == 1:
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        whole = torch.empty(layout.global_shape).normal_(0.0, std, generator=generator)
-        if layout.shard_dim is not None:
-            whole = whole.chunk(tensor_size, layout.shard_dim)[tensor_rank]
-        with torch.no_grad():
-            parameter.copy_(whole.reshape(parameter.shape))
+        for part in parts_of(name, parameter):
+            shape, shard_dim = part.layout.global_shape, part.layout.shard_dim
+            if len(shape) == 1:
+                continue
+            digest = hashlib.sha256(f"{seed}/{part.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+            if shard_dim is not None:
+                whole = whole.chunk(tensor_size, shard_dim)[tensor_rank]
+            with torch.no_grad():
+                rows = parameter[part.rows]
+                rows.copy_(whole.reshape(rows.shape))

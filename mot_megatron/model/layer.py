@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from mot_megatron.config import ModelConfig
 from mot_megatron.model.attention_core import AttentionCore
 from mot_megatron.model.exchange import ModalityExchange
+from mot_megatron.model.experts import ExpertFeedForward
 from mot_megatron.model.grouping import Grouping
 from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.rotary import RotaryAngles
+from mot_megatron.model.routing import RoutingMode, RoutingPool
 from mot_megatron.model.towers import ParallelLinears, PerTower
 
 Stream = tuple[torch.Tensor, ...]
@@ -33,6 +35,8 @@ class Flow:
     grouping: Grouping | ModalityExchange
     rotary: RotaryAngles
     attend: AttentionCore
+    pools: tuple[RoutingPool, ...]
+    """Per tower held."""
 
 
 class Attention(nn.Module):
@@ -53,9 +57,9 @@ class Attention(nn.Module):
         # Rows lie group by group (its queries, its key, its value), so that any TP size that
         # divides the groups cuts between them.
         shape = (groups * sum(self.group_width) * d,)
-        self.qkv = PerTower(lambda: linears.column(config.hidden_size, shape), towers, untied.qkv)
+        self.qkv = PerTower(lambda _: linears.column(config.hidden_size, shape), towers, untied.qkv)
 
-        def qk_norm() -> nn.Module:
+        def qk_norm(_tower: int) -> nn.Module:
             if config.qk_norm:
                 return RMSNorm(d, config.norm_eps, linears.partial_heads)
             return nn.Identity()
@@ -63,7 +67,7 @@ class Attention(nn.Module):
         self.q_norm = PerTower(qk_norm, towers, untied.qk_norm)
         self.k_norm = PerTower(qk_norm, towers, untied.qk_norm)
         self.output_projection = PerTower(
-            lambda: linears.row(heads * d, config.hidden_size),
+            lambda _: linears.row(heads * d, config.hidden_size),
             towers,
             untied.output_projection,
         )
@@ -104,8 +108,8 @@ class FeedForward(nn.Module):
         self.gate_up = linears.column(config.hidden_size, (2, size))
         self.down = linears.row(size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> [n, h]."""
+    def forward(self, x: torch.Tensor, _pool: RoutingPool) -> torch.Tensor:
+        """[n, h] -> [n, h]; every row goes through, whatever pool a router would see."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -117,19 +121,28 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, linears: ParallelLinears, index: int, recompute_core: bool
+        self,
+        config: ModelConfig,
+        linears: ParallelLinears,
+        index: int,
+        recompute_core: bool,
+        routing: RoutingMode,
     ) -> None:
         super().__init__()
         towers, untied = linears.groups.towers_held(config.num_towers), config.untied
 
-        def norm() -> nn.Module:
+        def norm(_tower: int) -> nn.Module:
             return RMSNorm(config.hidden_size, config.norm_eps, linears.partial_rows)
 
         self.attention = Attention(config, linears, index, recompute_core)
         self.attention_norm = PerTower(norm, towers, untied.norms)
-        self.feed_forward = PerTower(
-            lambda: FeedForward(config, linears), towers, untied.feed_forward
-        )
+
+        def feed_forward(tower: int) -> nn.Module:
+            if config.experts_of_towers[tower] is None:
+                return FeedForward(config, linears)
+            return ExpertFeedForward(config, linears, tower, routing)
+
+        self.feed_forward = PerTower(feed_forward, towers, untied.feed_forward)
         self.feed_forward_norm = PerTower(norm, towers, untied.norms)
         self.post_norm = config.norm_placement == "post"
 
@@ -137,9 +150,9 @@ class Layer(nn.Module):
         """K x [g_k, h] -> K x [g_k, h]."""
         if self.post_norm:
             stream = _add(stream, self.attention_norm(self.attention(stream, flow)))
-            return _add(stream, self.feed_forward_norm(self.feed_forward(stream)))
+            return _add(stream, self.feed_forward_norm(self.feed_forward(stream, flow.pools)))
         stream = _add(stream, self.attention(self.attention_norm(stream), flow))
-        return _add(stream, self.feed_forward(self.feed_forward_norm(stream)))
+        return _add(stream, self.feed_forward(self.feed_forward_norm(stream), flow.pools))
 
 
 def run_layer(layer: nn.Module, stream: Stream, flow: Flow, recompute: bool) -> Stream:

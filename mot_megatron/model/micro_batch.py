@@ -80,10 +80,15 @@ class MicroBatch:
     """
     padding_slots: torch.Tensor
     """[g - t] int64: slots that hold no token."""
+    filled: torch.Tensor
+    """[g] bool: slots that hold a token of a document; the others hold padding of sequences or of
+    slots, which no router may see."""
     tower_slots: tuple[int, ...]
     """Slots per tower, K of them, summing to g."""
     tower_tokens: tuple[int, ...]
     """Tokens per tower without padding slots, summing to t."""
+    tower_filled: tuple[int, ...]
+    """Filled slots per tower, K of them."""
     modality_tokens: tuple[int, ...]
     """Document tokens per modality, M of them; unfilled positions are not counted."""
     modality_labels: tuple[int, ...]

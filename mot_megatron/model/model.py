@@ -22,6 +22,7 @@ from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
+from mot_megatron.model.routing import RoutingMode, RoutingPool
 from mot_megatron.model.sharding import (
     SHARED,
     ParameterLayout,
@@ -108,13 +109,18 @@ class MixtureOfTransformers(nn.Module):
         linears = ParallelLinears(groups, self.sequence_parallel, dtype)
         self.pieces = pieces_of_stage(config, groups.pipeline_rank)
         self.towers = groups.towers_held(model.num_towers)
+        self.routing = RoutingMode((1.0,) * model.num_towers)
         self.heads = self._head_slices(config.parallel.attention_exchange)
         if self.pieces[0].first:
             self._add_embedding(linears)
         self.layers = nn.ModuleDict(
             {
                 str(index): Layer(
-                    model, linears, index, recompute_core=training.recompute == "selective"
+                    model,
+                    linears,
+                    index,
+                    recompute_core=training.recompute == "selective",
+                    routing=self.routing,
                 )
                 for piece in self.pieces
                 for index in piece.layers
@@ -147,7 +153,7 @@ class MixtureOfTransformers(nn.Module):
         model = self.config
         rows, hidden, untied = model.num_vocabulary_rows, model.hidden_size, model.untied
         self.final_norm = PerTower(
-            lambda: RMSNorm(hidden, model.norm_eps, linears.partial_rows),
+            lambda _: RMSNorm(hidden, model.norm_eps, linears.partial_rows),
             self.towers,
             untied.final_norm,
         )
@@ -254,6 +260,14 @@ class MixtureOfTransformers(nn.Module):
             grouping,
             RotaryAngles.of(micro_batch.positions, model.head_dim, model.rotary_base, self.dtype),
             attend or build_attention_core(micro_batch, model.attention_backend),
+            self._pools(micro_batch),
+        )
+
+    def _pools(self, micro_batch: MicroBatch) -> tuple[RoutingPool, ...]:
+        filled = self._cut(self._own_rows(micro_batch.filled, micro_batch), micro_batch)
+        return tuple(
+            RoutingPool(rows, micro_batch.tower_filled[tower])
+            for tower, rows in zip(self.towers, filled, strict=True)
         )
 
     def _run_layers(self, layers: range, stream: Stream, flow: Flow) -> Stream:
@@ -270,6 +284,13 @@ class MixtureOfTransformers(nn.Module):
         # Chameleon, section 2.4.3.
         z_loss = self.config.z_loss_coefficient * log_z.square()
         return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights)
+
+    def _own_rows(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """[g] in grouped order -> of the rows of this rank's stream."""
+        if not self.sequence_parallel:
+            return values
+        ordered, ranks = self._stream_order(values, micro_batch), self.groups.tensor_size
+        return ordered.chunk(ranks)[self.groups.tensor_rank]
 
     def _stream_order(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         ranks = self.groups.tensor_size if self.sequence_parallel else 1

@@ -34,6 +34,17 @@ class ParameterLayout:
         return tuple(shape)
 
 
+@dataclass(frozen=True)
+class NamedPart:
+    """What checkpoints and initialisation know by one name: a parameter, or one expert's rows."""
+
+    name: str
+    """Global."""
+    rows: slice
+    """Rows of the parameter (elements of a vector)."""
+    layout: ParameterLayout
+
+
 def set_layout(parameter: torch.nn.Parameter | None, layout: ParameterLayout) -> None:
     """Attach ``layout`` to ``parameter``; megatron types its weights as possibly absent."""
     assert parameter is not None
@@ -69,3 +80,44 @@ def mark_replica(module: torch.nn.Module) -> None:
 def is_replica(parameter: torch.nn.Parameter) -> bool:
     """Whether ``mark_replica`` was called for the parameter."""
     return getattr(parameter, "replica", False)
+
+
+def mark_experts(parameter: torch.nn.Parameter, experts: range) -> None:
+    """Say that the parameter stacks the rows of these experts, by their global indices.
+
+    Its layout is that of a single expert. Experts lie on the ranks of ``ExpertGroups.data``.
+    """
+    parameter.experts = experts  # type: ignore[attr-defined]
+
+
+def experts_of(parameter: torch.nn.Parameter) -> range | None:
+    """The experts attached by ``mark_experts``; None for what is no expert's."""
+    return getattr(parameter, "experts", None)
+
+
+def parts_of(name: str, parameter: torch.nn.Parameter) -> list[NamedPart]:
+    """The parameter by its global name, or expert by expert: ``experts.<i>`` for ``experts``.
+
+    No name depends on where an expert lies, so that any layout can read what another wrote.
+    """
+    layout, experts = layout_of(parameter), experts_of(parameter)
+    if experts is None:
+        return [NamedPart(name, slice(None), layout)]
+    # ZeRO-3 leaves a parameter without its shape.
+    num_rows = getattr(parameter, "ds_shape", parameter.shape)[0] // len(experts)
+    stem, _, kind = name.rpartition(".")
+    return [
+        NamedPart(f"{stem}.{expert}.{kind}", slice(at * num_rows, (at + 1) * num_rows), layout)
+        for at, expert in enumerate(experts)
+    ]
+
+
+def mark_auxiliary(module: torch.nn.Module) -> None:
+    """Say that ``module`` learns beside the model: its gradients must not change how that learns."""
+    for parameter in module.parameters():
+        parameter.auxiliary = True  # type: ignore[attr-defined]
+
+
+def is_auxiliary(parameter: torch.nn.Parameter) -> bool:
+    """Whether ``mark_auxiliary`` was called for the parameter."""
+    return getattr(parameter, "auxiliary", False)

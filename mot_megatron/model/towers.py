@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,26 +27,33 @@ class PerTower(nn.Module):
     Parameters are named ``towers.<k>...`` or ``shared...`` and carry an attribute ``tower``.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], towers: Sequence[int], untied: bool) -> None:
+    def __init__(
+        self, make: Callable[[int], nn.Module], towers: Sequence[int], untied: bool
+    ) -> None:
+        """Call ``make`` with the index of every tower held; with the first's for one that all share."""
         super().__init__()
         self.num_held = len(towers)
         if untied:
-            self.towers = nn.ModuleDict({str(tower): make() for tower in towers})
+            self.towers = nn.ModuleDict({str(tower): make(tower) for tower in towers})
             for tower, module in self.towers.items():
                 mark_tower(module, int(tower))
         else:
-            self.shared = make()
+            self.shared = make(towers[0])
             mark_tower(self.shared, SHARED)
         self.untied = untied
 
-    def forward(self, slices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, slices: Sequence[torch.Tensor], *others: Sequence[Any]
+    ) -> tuple[torch.Tensor, ...]:
         """Each tower's module on that tower's slice, zero rows included; one slice per tower held.
 
-        An absent modality must still run: its weights then get zero gradients, and every rank
+        What else a module needs comes in ``others``, each one item per tower held. An absent modality must still run: its weights then get zero gradients, and every rank
         calls every collective in the same order.
         """
         modules = self.towers.values() if self.untied else [self.shared] * self.num_held
-        return tuple(module(part) for module, part in zip(modules, slices, strict=True))
+        return tuple(
+            module(*of_tower) for module, *of_tower in zip(modules, slices, *others, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from mot_megatron.model.sharding import tower_of
+from mot_megatron.model.sharding import experts_of, tower_of
 
 if TYPE_CHECKING:
     from mot_megatron.parallel.groups import ProcessGroups
@@ -38,24 +38,32 @@ class Owned:
 
 
 def has_owned_towers(groups: ProcessGroups) -> bool:
-    """Whether some tower lives on a part of the data-parallel ranks; all ranks agree."""
-    return any(group is not groups.data for group in groups.holders)
+    """Whether some tower or expert lives on a part of the data-parallel ranks; all ranks agree."""
+    split = any(group is not groups.data for group in groups.holders)
+    return split or groups.expert_size > 1
 
 
 def by_owners(parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> list[Owned]:
     """Sort this rank's parameters by their owners; no collective.
 
-    What all data-parallel ranks own comes first, then the rest by the owners' lowest tower.
+    What all data-parallel ranks own comes first, then the rest by the owners' lowest tower, its
+    experts last.
     """
     found: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
     for parameter in parameters:
-        found.setdefault(groups.reduction_group(tower_of(parameter)), []).append(parameter)
+        group = groups.reduction_group(tower_of(parameter), experts_of(parameter) is not None)
+        found.setdefault(group, []).append(parameter)
     owned = [
         # A name is used for one group only, however many engines a process makes.
         Owned(group, None if group is groups.data else f"holders_{group.group_name}", held)
         for group, held in found.items()
     ]
-    return sorted(owned, key=lambda o: (o.name is not None, min(map(tower_of, o.parameters))))
+
+    def order(group: Owned) -> tuple[bool, int, bool]:
+        of_experts = (experts_of(parameter) is not None for parameter in group.parameters)
+        return group.name is not None, min(map(tower_of, group.parameters)), all(of_experts)
+
+    return sorted(owned, key=order)
 
 
 class OwnersModule(MoE):

@@ -1,8 +1,9 @@
 """The adaptation of megatron-core to machines without CUDA; nothing else patches or calls it.
 
-Three things of megatron's are not for the CPU: buffers on ``torch.cuda.current_device()``, a
-counter on the device "cuda" in its pipeline schedules, and messages between stages that rely on
-NCCL's order.
+Five things of megatron's are not for the CPU: buffers on ``torch.cuda.current_device()``, a
+counter on the device "cuda" in its pipeline schedules, messages between stages that rely on NCCL's
+order, the stream on which its dispatcher of tokens to experts copies sizes to the host, and gathers
+of unequal parts, which gloo refuses.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 _ACTIVATION, _GRADIENT = 0, 1
+_gather_equal_parts = mappings._gather_along_first_dim
+_reduce_scatter_equal_parts = mappings._reduce_scatter_along_first_dim
+_NO_STREAM = object()
+"""Where the dispatcher would otherwise make a CUDA stream."""
 
 
 def adapt_megatron_to_cpu() -> None:
@@ -27,6 +34,10 @@ def adapt_megatron_to_cpu() -> None:
         torch.cuda.current_device = _host_device  # type: ignore[assignment]
         schedules.torch = _HostTorch("torch")  # type: ignore[attr-defined]
         p2p_communication._p2p_ops = _tagged_messages
+        mappings._gather_along_first_dim = _gather
+        mappings._reduce_scatter_along_first_dim = _reduce_scatter
+        MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NO_STREAM
+        MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _sizes_on_host
 
 
 def _host_device() -> str:
@@ -42,6 +53,54 @@ class _HostTorch(ModuleType):
     @staticmethod
     def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
         return torch.zeros(*size, device="cpu" if device == "cuda" else device, **options)
+
+
+def _gather(
+    part: torch.Tensor,
+    group: dist.ProcessGroup,
+    output_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """All ranks' parts, of these sizes, one after the other."""
+    if output_split_sizes is None or group.size() == 1:
+        return _gather_equal_parts(part, group, output_split_sizes, use_global_buffer)
+    gathered = part.new_empty(sum(output_split_sizes), *part.shape[1:])
+    copies = torch.cat([part] * group.size())
+    sizes = [len(part)] * group.size()
+    dist.all_to_all_single(gathered, copies, output_split_sizes, sizes, group=group)
+    return gathered
+
+
+def _reduce_scatter(
+    whole: torch.Tensor,
+    group: dist.ProcessGroup,
+    input_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """This rank's part, of these sizes, of the sum over all ranks."""
+    if input_split_sizes is None or group.size() == 1:
+        return _reduce_scatter_equal_parts(whole, group, input_split_sizes, use_global_buffer)
+    own = input_split_sizes[group.rank()]
+    parts = whole.new_empty(group.size(), own, *whole.shape[1:])
+    sizes = [own] * group.size()
+    dist.all_to_all_single(
+        parts.flatten(0, 1), whole.contiguous(), sizes, input_split_sizes, group=group
+    )
+    return parts.sum(0)
+
+
+def _sizes_on_host(
+    dispatcher: MoEAlltoAllTokenDispatcher,
+    point: str,
+    tokens_per_expert: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Nothing is to be copied or waited for; sizes become arrays, as the copy makes them."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            sizes = getattr(dispatcher, name)
+            if sizes is not None:
+                setattr(dispatcher, name, sizes.numpy())
+    return tokens_per_expert
 
 
 def _tagged_messages(

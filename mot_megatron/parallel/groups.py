@@ -21,6 +21,23 @@ from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)
+class ExpertGroups:
+    """Where the experts of a tower that this rank holds lie."""
+
+    expert: dist.ProcessGroup
+    """Ranks that hold the tower's experts together, equally many each, in the experts' order."""
+    tensor_expert: dist.ProcessGroup
+    """Their tensor-parallel groups together; tensor parallelism is fastest."""
+    data: dist.ProcessGroup
+    """Ranks that hold the same experts: gradients are summed over these."""
+
+    def held(self, num_experts: int) -> range:
+        """The experts that this rank holds, of ``num_experts``, which the group's size divides."""
+        share = num_experts // self.expert.size()
+        return range(self.expert.rank() * share, (self.expert.rank() + 1) * share)
+
+
+@dataclass(frozen=True)
 class ProcessGroups:
     """The groups this rank belongs to, and where it works."""
 
@@ -41,6 +58,8 @@ class ProcessGroups:
 
     Empty without modality parallelism, where every data-parallel rank holds every tower.
     """
+    experts: tuple[ExpertGroups | None, ...]
+    """Per tower; None if this rank does not hold it. One entry for all without modality parallelism."""
     mesh: Mesh
     placement: Placement | None
     """None without modality parallelism."""
@@ -87,14 +106,30 @@ class ProcessGroups:
         """Ranks in the modality-parallel group."""
         return self.mesh.modality
 
+    @property
+    def expert_size(self) -> int:
+        """Ranks over which the experts of a tower are spread."""
+        return next(groups.expert.size() for groups in self.experts if groups is not None)
+
     def towers_held(self, num_towers: int) -> tuple[int, ...]:
         """The towers whose weights this rank holds, ascending."""
         if self.placement is None:
             return tuple(range(num_towers))
         return self.placement.towers(self.modality_rank)
 
-    def reduction_group(self, tower: int) -> dist.ProcessGroup:
-        """The ranks over which gradients of a tower, or of SHARED (-1) weights, are summed."""
+    def experts_of(self, tower: int) -> ExpertGroups:
+        """Where the experts of a tower lie, which this rank holds."""
+        found = self.experts[tower if self.holders else 0]
+        assert found is not None, f"this rank holds no weights of tower {tower}"
+        return found
+
+    def reduction_group(self, tower: int, of_experts: bool = False) -> dist.ProcessGroup:
+        """The ranks over which gradients of a tower, or of SHARED (-1) weights, are summed.
+
+        Those of its routed experts, if ``of_experts``, lie on fewer ranks under expert parallelism.
+        """
+        if of_experts:
+            return self.experts_of(tower).data
         if tower < 0 or not self.holders:
             return self.data
         group = self.holders[tower]
@@ -107,13 +142,15 @@ def build_process_groups(
     device: torch.device,
     *,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     placement: Placement | None = None,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> ProcessGroups:
     """Make the groups of a world that ``torch.distributed`` has already set up.
 
     Every rank calls this once, with the same arguments; the world size must be divisible by the
-    product of the sizes, that of the modality-parallel groups being the placement's. ``timeout``
+    product of the sizes, that of the modality-parallel groups being the placement's, and the
+    holders of every tower by ``expert_model_parallel_size``. ``timeout``
     holds for collectives of the new groups, in whole minutes (megatron takes no others).
     """
     if device.type == "cpu":
@@ -130,7 +167,7 @@ def build_process_groups(
         pipeline_model_parallel_size,
         1 if placement is None else placement.num_ranks,
     )
-    return _initialised_groups(mesh, placement, device, timeout)
+    return _initialised_groups(mesh, placement, device, timeout, expert_model_parallel_size)
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
@@ -148,13 +185,18 @@ def build_single_process_groups(device: torch.device) -> ProcessGroups:
 
 
 def _initialised_groups(
-    mesh: Mesh, placement: Placement | None, device: torch.device, timeout: timedelta
+    mesh: Mesh,
+    placement: Placement | None,
+    device: torch.device,
+    timeout: timedelta,
+    expert_size: int = 1,
 ) -> ProcessGroups:
     rank, data = dist.get_rank(), _present(parallel_state.get_data_parallel_group())
     modality, holders = None, ()
     if placement is not None:
         modality = _own_group(mesh.modality_groups(), rank, timeout)
         holders = _holder_groups(mesh, placement, data, rank, timeout)
+    experts = _expert_groups(mesh, placement, holders or (data,), rank, timeout, expert_size)
     at_an_end = mesh.pipeline > 1 and mesh.pipeline_rank(rank) in (0, mesh.pipeline - 1)
     return ProcessGroups(
         tensor=_present(parallel_state.get_tensor_model_parallel_group()),
@@ -164,6 +206,7 @@ def _initialised_groups(
         embedding=_present(parallel_state.get_embedding_group()) if at_an_end else None,
         modality=modality,
         holders=holders,
+        experts=experts,
         mesh=mesh,
         placement=placement,
         rank=rank,
@@ -183,6 +226,34 @@ def _holder_groups(
         if holders not in made:
             made[holders] = _own_group(mesh.holder_groups(holders), rank, timeout)
     return tuple(made[placement.holders(tower)] for tower in range(placement.num_towers))
+
+
+def _expert_groups(
+    mesh: Mesh,
+    placement: Placement | None,
+    holders: tuple[dist.ProcessGroup | None, ...],
+    rank: int,
+    timeout: timedelta,
+    size: int,
+) -> tuple[ExpertGroups | None, ...]:
+    """As ``holders``: one set of groups for towers that are held together."""
+    if size == 1:
+        alone = _present(parallel_state.get_expert_model_parallel_group())
+        tensor = _present(parallel_state.get_tensor_model_parallel_group())
+        return tuple(group and ExpertGroups(alone, tensor, group) for group in holders)
+    made: dict[tuple[int, ...], ExpertGroups | None] = {}
+    everyone = tuple(range(mesh.modality))
+    of_towers = [
+        placement.holders(tower) if placement else everyone for tower in range(len(holders))
+    ]
+    for ranks in of_towers:
+        if ranks in made:
+            continue
+        expert = _own_group(mesh.expert_groups(ranks, size), rank, timeout)
+        both = _own_group(mesh.tensor_expert_groups(ranks, size), rank, timeout)
+        data = _own_group(mesh.expert_data_groups(ranks, size), rank, timeout)
+        made[ranks] = ExpertGroups(expert, both, data) if expert and both and data else None
+    return tuple(made[ranks] for ranks in of_towers)
 
 
 def _own_group(

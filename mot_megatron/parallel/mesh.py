@@ -80,3 +80,27 @@ class Mesh:
             [rank for rank in group if self.modality_rank(rank) in chosen]
             for group in self.data_groups()
         ]
+
+    def expert_groups(self, modality_ranks: Iterable[int], size: int) -> list[list[int]]:
+        """Runs of ``size`` holders of a tower, which hold its experts together."""
+        return [
+            holders[first : first + size]
+            for holders in self.holder_groups(modality_ranks)
+            for first in range(0, len(holders), size)
+        ]
+
+    def expert_data_groups(self, modality_ranks: Iterable[int], size: int) -> list[list[int]]:
+        """Holders of a tower that hold the same of its experts."""
+        return [
+            holders[position::size]
+            for holders in self.holder_groups(modality_ranks)
+            for position in range(size)
+        ]
+
+    def tensor_expert_groups(self, modality_ranks: Iterable[int], size: int) -> list[list[int]]:
+        """The expert groups of all ranks of a tensor-parallel group in one, that rank fastest."""
+        return [
+            [rank + tensor for rank in group for tensor in range(self.tensor)]
+            for group in self.expert_groups(modality_ranks, size)
+            if self.tensor_rank(group[0]) == 0
+        ]

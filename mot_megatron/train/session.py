@@ -95,6 +95,7 @@ def build_groups(config: Config, corpus: Corpus, device: torch.device) -> Proces
         parallel.tensor_model_parallel_size,
         device,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         placement=choose_placement(config, corpus),
     )
 

@@ -21,7 +21,7 @@ from mot_megatron.checkpoint.load import load_checkpoint
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
-from mot_megatron.model.sharding import ParameterLayout, is_replica, layout_of, tower_of
+from mot_megatron.model.sharding import experts_of, is_replica, layout_of, parts_of, tower_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
 
@@ -92,19 +92,14 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
             f"{checkpoint.path}/metadata.json: not written by a training run: {error}"
         ) from error
     session.loader.load_state_dict(data)
-    layouts = {name: layout_of(parameter) for name, parameter in session.model.named_parameters()}
-    parts = {
-        f"{kind}/{name}": _empty_part(layout, session.groups)
-        for name, layout in layouts.items()
-        for kind in _STATE_KINDS
-    }
-    tensors = [
-        NamedTensor(f"{kind}/{name}", parts[f"{kind}/{name}"], layout)
-        for name, layout in layouts.items()
-        for kind in _STATE_KINDS
-    ]
+    states: dict[str, torch.Tensor] = {}
+    tensors: list[NamedTensor] = []
+    for name, parameter in session.model.named_parameters():
+        for kind in _STATE_KINDS:
+            state = states[f"{kind}/{name}"] = _empty_part(parameter, session.groups)
+            tensors += _named_parts(f"{kind}/", name, parameter, state)
     load_checkpoint(checkpoint, tensors, session.groups)
-    session.engine.import_state(_LoadedState(parts, session.groups.device), optimizer_steps)
+    session.engine.import_state(_LoadedState(states, session.groups.device), optimizer_steps)
     return progress
 
 
@@ -118,18 +113,29 @@ def load_weights(
     Raises:
         CheckpointError: it is another model's.
     """
-    parts = {
+    weights = {
         name: torch.empty(parameter.shape, dtype=torch.float32)
         for name, parameter in model.named_parameters()
     }
     tensors = [
-        NamedTensor(WEIGHT_PREFIX + name, parts[name], layout_of(parameter))
+        tensor
         for name, parameter in model.named_parameters()
+        for tensor in _named_parts(WEIGHT_PREFIX, name, parameter, weights[name])
     ]
     load_checkpoint(checkpoint, tensors, groups, prefix=WEIGHT_PREFIX)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(parts[name])
+            parameter.copy_(weights[name])
+
+
+def _named_parts(
+    prefix: str, name: str, parameter: nn.Parameter, values: torch.Tensor
+) -> list[NamedTensor]:
+    """What checkpoints call the parts of a parameter, as views of ``values`` of its shape."""
+    return [
+        NamedTensor(prefix + part.name, values[part.rows], part.layout)
+        for part in parts_of(name, parameter)
+    ]
 
 
 class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
@@ -160,20 +166,19 @@ def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
     parameters = dict(session.model.named_parameters())
     tensors: list[NamedTensor] = []
     broken: list[str] = []
-    seen: Counter[int] = Counter()  # per tower: ranks that hold one count alike
+    # Per tower and its experts: ranks that hold one count alike.
+    seen: Counter[tuple[int, bool]] = Counter()
     for name, state in session.engine.export_state():
         parameter = parameters[name]
         if not all(torch.isfinite(state[kind]).all() for kind in _STATE_KINDS):
             broken.append(name)
-        tower = tower_of(parameter)
-        holders = groups.reduction_group(tower)
-        writes = seen[tower] % holders.size() == holders.rank()
-        seen[tower] += 1
+        owner = tower_of(parameter), experts_of(parameter) is not None
+        holders = groups.reduction_group(*owner)
+        writes = seen[owner] % holders.size() == holders.rank()
+        seen[owner] += 1
         if writes and not is_replica(parameter):
-            layout = layout_of(parameter)
-            tensors += [
-                NamedTensor(f"{kind}/{name}", state[kind].cpu(), layout) for kind in _STATE_KINDS
-            ]
+            for kind in _STATE_KINDS:
+                tensors += _named_parts(f"{kind}/", name, parameter, state[kind].cpu())
     _check_finite(broken, step)
     return tensors
 
@@ -190,12 +195,13 @@ def _check_finite(broken: list[str], step: int) -> None:
         )
 
 
-def _empty_part(layout: ParameterLayout, groups: ProcessGroups) -> torch.Tensor:
+def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
     """Room on the host for this rank's whole part, in the parameter's own shape.
 
     ZeRO-3 leaves the parameter itself without one. Parameters are matrices or vectors: leading
-    dimensions of the layout are stacked rows.
+    dimensions of the layout, and experts, are stacked rows.
     """
-    *rows, width = layout.local_shape(groups.tensor_size)
-    shape = (math.prod(rows), width) if rows else (width,)
+    *rows, width = layout_of(parameter).local_shape(groups.tensor_size)
+    stacked = len(experts_of(parameter) or (0,))
+    shape = (stacked * math.prod(rows), width) if rows else (width,)
     return torch.empty(shape, dtype=torch.float32)

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from mot_megatron.data.corpus import Corpus
-from mot_megatron.model.sharding import ParameterLayout, layout_of
+from mot_megatron.model.sharding import ParameterLayout, parts_of
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.step import evaluate, train_step
 from tests.ranks import run_ranks
@@ -81,6 +81,12 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
         losses.append(result.modality_bits)
         norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
     held_out = evaluate(session, session.held_out_batches())
+    parameters = dict(session.model.named_parameters())
+    weights, layouts = {}, {}
+    for name, state in session.engine.export_state():
+        for part in parts_of(name, parameters[name]):
+            weights[part.name] = state["weight"][part.rows].clone()
+            layouts[part.name] = part.layout
     return Outcome(
         groups.tensor_rank,
         groups.tensor_size,
@@ -89,8 +95,8 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
         losses,
         norms,
         held_out,
-        {name: state["weight"].clone() for name, state in session.engine.export_state()},
-        {name: layout_of(parameter) for name, parameter in session.model.named_parameters()},
+        weights,
+        layouts,
         lacking,
     )
 
