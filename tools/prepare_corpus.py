@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from mot_megatron.data.builders.mixed import DebPackages, build_mixed
 from mot_megatron.data.builders.openmoji import build_openmoji
 from mot_megatron.data.builders.stamps import build_stamps
 from mot_megatron.data.corpus import Corpus
@@ -26,7 +27,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     stamps.add_argument(
         "--deb", type=Path, required=True, help="from apt-get download tuxpaint-stamps-default"
     )
-    for builder in (openmoji, stamps):
+    mixed = builders.add_parser(
+        "mixed", help="both of these, clip art and WordNet's glosses: 13 million tokens"
+    )
+    for option, package in (
+        ("--stamps-deb", "tuxpaint-stamps-default"),
+        ("--clipart-deb", "openclipart-svg"),
+        ("--wordnet-deb", "wordnet-base"),
+    ):
+        mixed.add_argument(
+            option, type=Path, required=True, help=f"from apt-get download {package}"
+        )
+    for builder in (openmoji, stamps, mixed):
         builder.add_argument("--output", type=Path, required=True, help="new or empty directory")
         builder.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
         builder.add_argument("--workers", type=_positive, default=2, help="processes (default 2)")
@@ -51,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.builder == "stamps":
             build_stamps(options.deb, options.output, **shared)
+        elif options.builder == "mixed":
+            packages = DebPackages(options.stamps_deb, options.clipart_deb, options.wordnet_deb)
+            build_mixed(packages, options.output, **shared)
         else:
             build_openmoji(options.output, **shared)
         corpus = Corpus.open(options.output)

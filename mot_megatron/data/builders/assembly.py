@@ -32,6 +32,9 @@ LONGEST_SPEECH_UNITS = 200
 SAMPLES_FILE = "samples.npz"
 """Held-out pictures as they were before coding, to set beside their reconstructions."""
 NUM_SAMPLES = 96
+_PICTURES_PER_SLICE, _UNITS_PER_SLICE = 1 << 13, 1 << 18
+"""Coded at a time: float32 copies of millions of vectors at once would not fit in memory. Multiples
+of the codebooks' own slices, so that slicing changes no sum's order."""
 _DELIMITERS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<boa>", "<eoa>")
 _TEXT, _IMAGE, _SPEECH = "text", "image", "speech"
 
@@ -164,7 +167,7 @@ def _code_pictures(
     keys = [draft.key for draft in drafts if draft.picture is not None]
     pictures = np.stack([draft.picture for draft in drafts if draft.picture is not None])
     writer.add_file(SAMPLES_FILE, pack_arrays(pictures=_samples(drafts)))
-    return dict(zip(keys, codec.encode(pictures), strict=True))
+    return dict(zip(keys, _encode(codec, pictures, _PICTURES_PER_SLICE, "images"), strict=True))
 
 
 def _samples(drafts: Sequence[Draft]) -> np.ndarray:
@@ -189,9 +192,19 @@ def _code_speech(
     codec = UnitCodec(modality, centroids, mean.astype(np.float32))
     _add_codebook(writer, modality, codec.save())
     spoken = {draft.key: draft.speech.units for draft in drafts if draft.speech is not None}
-    ids = codec.encode(np.concatenate(list(spoken.values())))
+    units = np.concatenate(list(spoken.values()))
+    ids = _encode(codec, units, _UNITS_PER_SLICE, "speech")
     ends = np.cumsum([len(units) for units in spoken.values()])
     return dict(zip(spoken, np.split(ids, ends[:-1]), strict=True))
+
+
+def _encode(
+    codec: PatchCodec | UnitCodec, items: np.ndarray, per_slice: int, description: str
+) -> np.ndarray:
+    """Ids of ``items``, coded ``per_slice`` at a time."""
+    starts = range(0, len(items), per_slice)
+    bar = tqdm(starts, desc=f"coding {description}", ncols=100)
+    return np.concatenate([codec.encode(items[start : start + per_slice]) for start in bar])
 
 
 def _add_codebook(writer: CorpusWriter, modality: Modality, content: bytes) -> None:

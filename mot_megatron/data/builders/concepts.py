@@ -6,7 +6,21 @@ two stamps); a split by name would validate on what training has seen.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+
+_REMARK = re.compile(r"\([^)]*\)")
+_WORD = re.compile(r"[^\W\d_]+")
+_ARTICLES = {"a", "an", "the", "some"}
+
+
+def name_words(name: str) -> str:
+    """What an English name names: its words without articles, numbers and remarks in brackets.
+
+    ``The dogs (2)`` and ``dogs 3`` are the same, ``a dog`` is not.
+    """
+    words = _WORD.findall(_REMARK.sub(" ", name.lower()))
+    return " ".join(word for word in words if word not in _ARTICLES) or name.lower()
 
 
 def join_concepts(marks: Mapping[str, Iterable[str]]) -> dict[str, str]:

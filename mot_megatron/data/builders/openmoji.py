@@ -102,8 +102,8 @@ def _base_name(english: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A document to be made."""
+class EmojiPlan:
+    """A document to be made of an emoji."""
 
     key: str
     emoji: Emoji
@@ -111,7 +111,8 @@ class _Plan:
     utterance: Utterance
 
 
-def _plan(emoji: list[Emoji], seed: int) -> list[_Plan]:
+def plan_emoji(emoji: list[Emoji], seed: int) -> list[EmojiPlan]:
+    """A document for each name of each emoji, four for a skin tone; sorted by language."""
     plans = []
     for each in emoji:
         languages = list(each.names)
@@ -123,7 +124,7 @@ def _plan(emoji: list[Emoji], seed: int) -> list[_Plan]:
             key = f"{each.characters}/{language}"
             random = generator(seed, key, "utterance")
             utterance = random_utterance(each.names[language], VOICES[language], random)
-            plans.append(_Plan(key, each, language, utterance))
+            plans.append(EmojiPlan(key, each, language, utterance))
     # By language, since espeak-ng loads its dictionary anew with every change of it.
     return sorted(plans, key=lambda plan: plan.language)
 
@@ -172,7 +173,7 @@ def build_openmoji(
         emoji = list_emoji()
         if limit is not None:
             emoji = emoji[:: max(1, len(emoji) // limit)]
-        plans = _plan(emoji, seed)
+        plans = plan_emoji(emoji, seed)
         paths = [each.svg for each in emoji]
         drawing = start_stage(pool, _draw, paths, _PICTURES_PER_TASK, "drawing")
         sentences = [plan.utterance for plan in plans]
@@ -190,7 +191,7 @@ def build_openmoji(
 
 
 def _draft(
-    plan: _Plan, concept: str, master: np.ndarray, speech: SpeechFeatures, seed: int
+    plan: EmojiPlan, concept: str, master: np.ndarray, speech: SpeechFeatures, seed: int
 ) -> Draft:
     picture = vary_picture(master, generator(seed, plan.key, "picture"), mirror=False)
     text = plan.emoji.names[plan.language]

@@ -15,6 +15,10 @@ MASTER_PIXELS = 64
 """Width and height of a master, from which every document's picture is scaled down."""
 _RENDERED_PIXELS = 80
 _SMALLEST_PIXELS = 26
+_STRETCH = (0.8, 1.2)
+"""Size of a strongly varied picture; what goes over the edge is cut off."""
+_ASPECT, _TURN_DEGREES, _SHIFT = 0.1, 14.0, 0.12
+_INK, _BLEND = (0.55, 1.1), 0.3
 _DOTS_PER_INCH = 96.0  # resvg fails on SVGs sized in points without it
 
 
@@ -75,3 +79,50 @@ def vary_picture(master: np.ndarray, random: np.random.Generator, *, mirror: boo
     small = image.resize((side, side), Image.Resampling.BOX)
     picture[top : top + side, left : left + side] = np.asarray(small)
     return picture
+
+
+def vary_strongly(master: np.ndarray, random: np.random.Generator, *, mirror: bool) -> np.ndarray:
+    """A picture for training: stretched, turned, moved and coloured anew, still on white.
+
+    Args:
+        master: uint8 [64, 64, 3].
+        random: Chooses everything.
+        mirror: Whether it may also be mirrored.
+
+    Returns:
+        uint8 [32, 32, 3].
+    """
+    moved = _move(Image.fromarray(master), random, mirror=mirror)
+    small = moved.resize((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.BOX)
+    return _colour(np.asarray(small), random)
+
+
+def _move(image: Image.Image, random: np.random.Generator, *, mirror: bool) -> Image.Image:
+    scale = random.uniform(*_STRETCH)
+    across, down = scale * random.uniform(1 - _ASPECT, 1 + _ASPECT, size=2)
+    angle = np.deg2rad(random.uniform(-_TURN_DEGREES, _TURN_DEGREES))
+    shift = random.uniform(-_SHIFT, _SHIFT, size=2) * MASTER_PIXELS
+    if mirror and random.random() < 0.5:
+        across = -across
+    # PIL wants the map from the new picture's places to the old one's: p = A (q - middle - shift)
+    # + middle, where A undoes stretching and turning.
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    matrix = np.diag([1 / across, 1 / down]) @ turn
+    middle = np.full(2, MASTER_PIXELS / 2)
+    offset = middle - matrix @ (middle + shift)
+    coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        tuple(float(value) for value in coefficients),
+        resample=Image.Resampling.BILINEAR,
+        fillcolor="white",
+    )
+
+
+def _colour(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Other colours for [h, w, 3]: what is white stays white, and grey stays grey."""
+    order, blend = random.permutation(3), random.uniform(0, _BLEND)
+    mixing = (1 - blend) * np.eye(3) + blend * np.eye(3)[order]
+    ink = (255.0 - picture) @ mixing * random.uniform(*_INK)
+    return np.clip(np.rint(255.0 - ink), 0, 255).astype(np.uint8)

@@ -97,16 +97,18 @@ def concepts_of(stamps: Iterable[Stamp], files: Mapping[str, bytes]) -> dict[str
     Two stamps share content if their English captions have the same words, or if their picture or
     any recording is the same byte for byte.
     """
-    return join_concepts({stamp.name: _marks(stamp, files) for stamp in stamps})
+    return join_concepts({stamp.name: marks_of(stamp, files) for stamp in stamps})
 
 
-def _marks(stamp: Stamp, files: Mapping[str, bytes]) -> list[str]:
+def marks_of(stamp: Stamp, files: Mapping[str, bytes]) -> list[str]:
+    """What identifies a stamp: its English caption's words, its picture and its recordings."""
     words = re.findall(r"\w+", stamp.captions["en"].lower())
     contents = [files[name] for name in (stamp.picture, *stamp.recordings.values())]
     return [" ".join(words), *(hashlib.sha256(content).hexdigest() for content in contents)]
 
 
-def _draw(tasks: list[tuple[str, bytes]]) -> list[np.ndarray]:
+def draw_pictures(tasks: list[tuple[str, bytes]]) -> list[np.ndarray]:
+    """Masters of drawings and photographs, given as names and contents of their files."""
     return [
         render_svg(content.decode("utf-8", "replace"), name)
         if name.endswith(".svg")
@@ -115,7 +117,8 @@ def _draw(tasks: list[tuple[str, bytes]]) -> list[np.ndarray]:
     ]
 
 
-def _listen(tasks: list[tuple[str, bytes]]) -> list[SpeechFeatures]:
+def listen(tasks: list[tuple[str, bytes]]) -> list[SpeechFeatures]:
+    """Features of recordings, given as names and contents of their files."""
     return [speech_features(_sound(name, content)) for name, content in tasks]
 
 
@@ -128,7 +131,13 @@ def _sound(name: str, content: bytes) -> np.ndarray:
     return trim_silence(resample(samples.mean(axis=1), rate))
 
 
-def _read_package(path: Path) -> dict[str, bytes]:
+def read_package(path: Path) -> dict[str, bytes]:
+    """Files of the package's folder of stamps; names are relative to it.
+
+    Raises:
+        DataError: The file is missing, damaged, or another package.
+    """
+
     def wanted(name: str) -> bool:
         return name.startswith(_FOLDER) and PurePosixPath(name).suffix in _SUFFIXES
 
@@ -184,7 +193,7 @@ def build_stamps(
         licences=LICENCES,
     )
     with writer, worker_pool(workers) as pool:
-        files = _read_package(deb)
+        files = read_package(deb)
         stamps = list_stamps(files)
         # Of all stamps, also those the limit leaves out: it must not change what is held out.
         concepts = concepts_of(stamps, files)
@@ -193,8 +202,8 @@ def build_stamps(
         pictures = [(stamp.picture, files[stamp.picture]) for stamp in stamps]
         names = _recordings(stamps)
         recordings = [(name, files[name]) for name in names]
-        drawing = start_stage(pool, _draw, pictures, _PICTURES_PER_TASK, "drawing")
-        hearing = start_stage(pool, _listen, recordings, _RECORDINGS_PER_TASK, "listening")
+        drawing = start_stage(pool, draw_pictures, pictures, _PICTURES_PER_TASK, "drawing")
+        hearing = start_stage(pool, listen, recordings, _RECORDINGS_PER_TASK, "listening")
         masters = dict(zip((stamp.name for stamp in stamps), drawing.results(), strict=True))
         heard = dict(zip(names, hearing.results(), strict=True))
         write_documents(writer, _drafts(stamps, concepts, masters, heard, seed))
