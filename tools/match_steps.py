@@ -1,0 +1,155 @@
+"""Match steps: what part of a baseline's steps, FLOPs and seconds candidates need for its losses.
+
+The first run is of the baseline; runs that differ in run.seed only are seeds of one arm, in any
+order. A slope of 0.5 is half the steps. The range reached is the part of the baseline's training
+whose losses the candidate comes to at all: a slope speaks of that part alone.
+
+Example: match_steps.py runs/dense-* runs/mot-* --output matched
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mot_megatron.errors import DataError, UserError
+from mot_megatron.scaling.curves import (
+    AXES,
+    SPLITS,
+    Axis,
+    RunCurves,
+    Split,
+    group_seeds,
+    read_csv,
+    read_run,
+)
+from mot_megatron.scaling.match_plots import plot_losses, plot_matches, write_figures
+from mot_megatron.scaling.step_matching import Match, match_arms
+
+SLOPES_FILE = "slopes.json"
+_OTHER_AXES: tuple[Axis, Axis] = ("flops", "seconds")
+_HEADER = (
+    f"{'arm':<22} {'modality':<9} {'slope':>6} {'95% interval':>15} {'at end':>6} {'FLOPs':>6}"
+    f" {'seconds':>7} {'reached':>7} {'points':>6} {'dropped':>7} {'unreached':>9} {'seeds':>5}"
+)
+
+
+def read(path: Path) -> RunCurves:
+    """The curves of a run's folder, or those kept of one in a CSV."""
+    return read_csv(path) if path.suffix == ".csv" else read_run(path)
+
+
+def match_all(arms: Mapping[str, Sequence[RunCurves]]) -> list[Match]:
+    """Every arm but the first against the first."""
+    (_, baseline), *candidates = arms.items()
+    return [match for name, runs in candidates for match in match_arms(baseline, runs, name=name)]
+
+
+def table(matches: Sequence[Match], split: Split, baseline: str) -> str:
+    """The matches of one split as a person reads them, a line per arm and modality.
+
+    At most 120 columns wide. Whatever is not said to be of FLOPs or seconds is of steps.
+    """
+    found = {
+        (match.arm, match.modality, match.axis): match for match in matches if match.split == split
+    }
+    first = next(iter(found.values()))
+    lines = [
+        f"{split.replace('_', ' ')} loss, steps of {baseline}"
+        f" ({first.baseline_seeds} seed{'s' if first.baseline_seeds > 1 else ''}) matched:",
+        _HEADER,
+    ]
+    for (arm, modality, axis), match in found.items():
+        if axis != "steps":
+            continue
+        interval = "-" if match.interval is None else "{:.3f} to {:.3f}".format(*match.interval)
+        flops, seconds = (found[arm, modality, other].slope for other in _OTHER_AXES)
+        lines.append(
+            f"{_cut(arm, 22):<22} {_cut(modality, 9):<9} {_number(match.slope):>6} {interval:>15}"
+            f" {_number(match.end_point_ratio):>6} {_number(flops):>6} {_number(seconds):>7}"
+            f" {match.range_reached:>7.1%} {match.points:>6} {match.dropped:>7}"
+            f" {match.unreached:>9} {match.seeds:>5}"
+        )
+    return "\n".join(lines)
+
+
+def write_all(
+    arms: Mapping[str, Sequence[RunCurves]], matches: Sequence[Match], axis: Axis, output: Path
+) -> None:
+    """Write slopes.json, and the plots as PNG and into tensorboard/.
+
+    Raises:
+        DataError: one cannot be written.
+    """
+    baseline = next(iter(arms))
+    splits = _splits(matches)
+    figures = {
+        f"matched_{axis}_{split}": plot_matches(matches, split=split, axis=axis, baseline=baseline)
+        for split in splits
+    }
+    figures |= {f"losses_{split}": plot_losses(arms, split=split) for split in splits}
+    slopes = json.dumps([match.to_json() for match in matches], indent=1)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SLOPES_FILE).write_text(slopes + "\n", encoding="utf-8")
+        paths = write_figures(figures, output)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+    for path in (output / SLOPES_FILE, *paths, output / "tensorboard"):
+        print(f"wrote {path}")
+
+
+def _splits(matches: Sequence[Match]) -> list[Split]:
+    return [split for split in SPLITS if any(match.split == split for match in matches)]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables and write what was asked for; 2 after bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("baseline", type=Path, metavar="RUN_DENSE", help="folder of a run, or CSV")
+    parser.add_argument(
+        "candidates", type=Path, nargs="+", metavar="RUN", help="more seeds, and the candidates"
+    )
+    parser.add_argument("--output", type=Path, help="folder for slopes.json, plots, tensorboard/")
+    parser.add_argument(
+        "--axis", choices=AXES, default="steps", help="of the plots (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        paths = tqdm(
+            (options.baseline, *options.candidates), "reading", delay=5, ncols=100, leave=False
+        )
+        arms = group_seeds([read(path) for path in paths])
+        if len(arms) < 2:
+            raise DataError(
+                f"{options.baseline}: all runs are seeds of one arm, expected another arm to match"
+            )
+        baseline = next(iter(arms))
+        matches = match_all(arms)
+        print("\n\n".join(table(matches, split, baseline) for split in _splits(matches)))
+        if options.output:
+            print()
+            write_all(arms, matches, options.axis, options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
