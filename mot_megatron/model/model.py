@@ -5,6 +5,8 @@ Letters as in layer.py; M modalities, V vocabulary rows, g all grouped slots of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -22,7 +24,7 @@ from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.routing import RoutingMode, RoutingPool
+from mot_megatron.model.routing import RoutingMode, RoutingPool, check_can_be_causal
 from mot_megatron.model.sharding import (
     SHARED,
     ParameterLayout,
@@ -193,6 +195,22 @@ class MixtureOfTransformers(nn.Module):
         if cache is not None:
             return (self.sequence_logits(micro_batch, cache),)
         return self._losses(self.hidden_states(micro_batch), micro_batch)
+
+    @contextmanager
+    def routed_causally(self) -> Iterator[None]:
+        """Within it, no token's experts depend on later tokens: causal routers choose, none drops.
+
+        Without experts it changes nothing.
+
+        Raises:
+            ConfigError: A tower's experts choose their tokens, and it has no causal router.
+        """
+        check_can_be_causal(self.config)
+        before, self.routing.causal = self.routing.causal, True
+        try:
+            yield
+        finally:
+            self.routing.causal = before
 
     def run_piece(
         self, piece: Piece, micro_batch: MicroBatch, flow: Flow, arrived: torch.Tensor | None

@@ -26,7 +26,8 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import nn
 
-from mot_megatron.config import ExpertsConfig
+from mot_megatron.config import ExpertsConfig, ModelConfig
+from mot_megatron.errors import ConfigError
 from mot_megatron.model.sharding import ParameterLayout, mark_auxiliary, set_layout
 
 
@@ -168,7 +169,11 @@ class Router(nn.Module):
         return (rows.sort(dim=0).values.T if group is None else None), chosen
 
     def with_losses(
-        self, routing: Routing, logits: torch.Tensor, pool: RoutingPool, losses: dict[str, torch.Tensor]
+        self,
+        routing: Routing,
+        logits: torch.Tensor,
+        pool: RoutingPool,
+        losses: dict[str, torch.Tensor],
     ) -> Routing:
         """Let backward through ``routing`` also be backward of auxiliary losses; keep statistics.
 
@@ -265,7 +270,9 @@ class ExpertChoiceRouter(Router):
         predicted, target = self.causal(x.detach()), routing.assigned.float()
         each = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
         agreed = ((predicted.detach() > 0) == routing.assigned) & pool.filled[:, None]
-        self.statistics.add({"causal_agreed": agreed.sum().float()}, torch.zeros_like(target[:1].sum(0)))
+        self.statistics.add(
+            {"causal_agreed": agreed.sum().float()}, torch.zeros_like(target[:1].sum(0))
+        )
         return (each.mean(-1) * pool.filled).sum()
 
 
@@ -331,6 +338,21 @@ class TopKRouter(Router):
             moe_aux_loss_coeff=1.0,
         )
         return loss * pool.num_tokens
+
+
+def check_can_be_causal(model: ModelConfig) -> None:
+    """Refuse a model that can only route tokens by looking at later ones.
+
+    Raises:
+        ConfigError: a tower's experts choose their tokens, and no causal router stands in for them.
+    """
+    for name, experts in zip(model.tower_names, model.experts_of_towers, strict=True):
+        if experts is not None and not experts.can_be_causal:
+            raise ConfigError(
+                f"model.towers.{name}.experts.causal_router = false: its experts choose among later"
+                " tokens too, so the model cannot generate; needed, from the start of training:"
+                f" model.towers.{name}.experts.causal_router = true"
+            )
 
 
 def _rounded_up(number: float) -> int:
