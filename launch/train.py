@@ -32,7 +32,13 @@ _ALONE = {
 def main() -> int:
     """Run on this rank; 0 on success, 2 after an error the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, required=True, help="TOML configuration file")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        required=True,
+        help="TOML configuration file; of several, later ones override earlier ones",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -62,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def run(config_path: Path, overrides: list[str], world: World, where: Whereabouts) -> None:
+def run(config_paths: list[Path], overrides: list[str], world: World, where: Whereabouts) -> None:
     """Check what can be checked alone, then join the other ranks and train."""
     # Under the watch: these take seconds, and where one of them fails on one node (a package is
     # missing), the others must hear of it.
@@ -76,7 +82,7 @@ def run(config_path: Path, overrides: list[str], world: World, where: Whereabout
     from mot_megatron.train.refusals import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 
-    config = load_config(config_path, overrides)
+    config = load_config(config_paths, overrides)
     check_world_size(config, world.size)
     check_device(config, works_on_gpus())
     corpus = Corpus.open(config.data.corpus)

@@ -1,4 +1,4 @@
-"""The typed, immutable configuration: TOML in, overrides by dotted key; cross-checks in rules.py.
+"""The typed, immutable configuration: TOML files in, overrides by dotted key; rules.py cross-checks.
 
 A field's docstring gives its unit and whose view it is. Unknown keys are errors: a misspelt key
 must never train a different model silently.
@@ -394,36 +394,85 @@ class Config(Section):
         return self.training.global_batch_size // self.sequences_per_pass(data_parallel_size)
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a TOML file, apply ``section.key=value`` overrides and check what it says.
+def load_config(paths: Path | Sequence[Path], overrides: list[str] | None = None) -> Config:
+    """Read TOML files, apply ``section.key=value`` overrides and check what they say together.
+
+    Tables of several files merge; other values of a file, arrays too, replace those of files
+    before it.
 
     Raises:
-        ConfigError: one line that names the file, the key, its value and what is allowed.
+        ConfigError: one line that names the file, the key, its value and what is allowed. All
+            files are named if what they say is legal in each and not together.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return parse_config(text, str(path), overrides)
+    files = [paths] if isinstance(paths, Path) else paths
+    return _build([(str(path), _parse(_read(path), str(path))) for path in files], overrides)
 
 
 def parse_config(text: str, source: str, overrides: list[str] | None = None) -> Config:
     """``load_config`` of a text; ``source`` names it in errors."""
+    return _build([(source, _parse(text, source))], overrides)
+
+
+_Tree = dict[str, Any]
+"""A TOML file's tables, or one of them."""
+
+
+def _read(path: Path) -> str:
     try:
-        tree = tomllib.loads(text)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _parse(text: str, source: str) -> _Tree:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from error
+
+
+def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> Config:
+    merged: _Tree = {}
+    for _, tree in files:
+        merged = _merge(merged, tree)
     for override in overrides or []:
-        _apply_override(tree, override)
+        _apply_override(merged, override)
+    everything = " + ".join(source for source, _ in files)
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-    check(config, source)
+        problem = error.errors(include_url=False)[0]
+        named = _source_of(problem["loc"], problem["input"], files) or everything
+        raise ConfigError(f"{named}: {_explain(error)}") from error
+    check(config, everything)
     return config
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _merge(base: _Tree, tree: _Tree) -> _Tree:
+    """``base`` as ``tree`` overrides it; both stay as they are."""
+    merged = dict(base)
+    for key, value in tree.items():
+        old = merged.get(key)
+        if isinstance(value, dict):
+            value = _merge(old if isinstance(old, dict) else {}, value)
+        merged[key] = value
+    return merged
+
+
+def _source_of(
+    location: Sequence[int | str], value: Any, files: Sequence[tuple[str, _Tree]]
+) -> str | None:
+    """The last file that has ``value`` there; None: no single file says so."""
+    for source, tree in reversed(files):
+        found: Any = tree
+        for part in location:
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None and found == value:
+            return source
+    return None
+
+
+def _apply_override(tree: _Tree, override: str) -> None:
     key, separator, value = override.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):

@@ -193,3 +193,82 @@ def test_corpus_that_does_not_fit() -> None:
 def test_written_configuration_reads_back_equal() -> None:
     config = parse("model.num_query_groups=2", "optimizer.lr=1e-4", "run.directory=a b")
     assert parse_config(config.to_toml(), "written") == config
+
+
+def write_files(folder: Path, *texts: str) -> list[Path]:
+    """Configuration files of these contents, a.toml, b.toml and so on."""
+    paths = [folder / f"{name}.toml" for name in "abcd"[: len(texts)]]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return paths
+
+
+def test_later_files_override_earlier_ones_key_by_key(tmp_path: Path) -> None:
+    placement = "[parallel]\nmodality_parallel_size = 2\nplacement = {}\n"
+    paths = write_files(
+        tmp_path,
+        GOOD + placement.format("[{ text = 1.0 }, { vision = 1.0 }]"),
+        "[model]\nhidden_size = 96\n[model.modalities]\nimage = { tower = 'text' }\n",
+        "[model.modalities.speech]\ntower = 'vision'\n[parallel]\n"
+        "placement = [{ vision = 1.0 }, { text = 1.0 }]\n",
+    )
+    config = load_config(paths, ["model.num_layers=5"])
+    model = config.model
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads) == (5, 96, 8)
+    assert {name: modality.tower for name, modality in model.modalities.items()} == {
+        "text": "text",
+        "image": "text",
+        "speech": "vision",
+    }
+    assert model.loss_weights == (1.0, 0.5, 1.0)  # what a later file does not say stays
+    assert config.parallel.placement == ({"vision": 1.0}, {"text": 1.0})  # arrays are replaced
+    first, *_ = paths
+    assert load_config([first]) == load_config(first)
+
+
+def test_table_replaces_a_value_and_a_value_a_table(tmp_path: Path) -> None:
+    table, value = "[run]\nname = 'other'\n", "run = 3\n"
+    paths = write_files(tmp_path, value, GOOD, table)
+    assert load_config(paths).run.name == "other"
+    with pytest.raises(ConfigError, match=re.escape(f"{paths[0]}: run = 3: ")):
+        load_config([paths[1], paths[0]])
+
+
+@pytest.mark.parametrize(
+    ("later", "named", "message"),
+    [
+        (
+            "[model]\nhiden_size = 64",
+            "b",
+            "model.hiden_size: unknown key; did you mean hidden_size",
+        ),
+        ("[model]\nhidden_size = 'x'", "b", "model.hidden_size = 'x': "),
+        ("[optimizer]\nlr = 0.1", "a", "training.train_steps = 0: "),
+        ("[training]\ntrain_steps = 9\n[optimizer]\nmin_lr = 1.0", "a + b", "optimizer.min_lr"),
+    ],
+)
+def test_the_file_that_is_wrong_is_named(
+    tmp_path: Path, later: str, named: str, message: str
+) -> None:
+    paths = write_files(tmp_path, GOOD.replace("train_steps = 10", "train_steps = 0"), later)
+    if named != "a":
+        paths[0].write_text(GOOD)
+    source = " + ".join(str(path) for path in paths if path.stem in named)
+    with pytest.raises(ConfigError, match=re.escape(f"{source}: {message}")) as caught:
+        load_config(paths)
+    assert str(caught.value).startswith(source)
+
+
+def test_an_override_that_is_wrong_is_not_blamed_on_a_file(tmp_path: Path) -> None:
+    paths = write_files(tmp_path, GOOD, "[model]\nhidden_size = 96\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(paths, ["model.hidden_size=big"])
+    assert str(caught.value).startswith(f"{paths[0]} + {paths[1]}: model.hidden_size = 'big'")
+
+
+def test_the_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    paths = write_files(tmp_path, GOOD, "[run\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{paths[1]}: not valid TOML")):
+        load_config(paths)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'c.toml'}: cannot be read")):
+        load_config([paths[0], tmp_path / "c.toml"])

@@ -254,7 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="TOML configuration file")
+    parser.add_argument(
+        "--config", type=Path, action="append", required=True,
+        help="TOML configuration file; of several, later ones override earlier ones",
+    )  # fmt: skip
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
         help="override a key of the configuration; may be repeated",
