@@ -95,6 +95,17 @@ class RunCurves:
     seconds: np.ndarray
     """[m] seconds spent in training steps so far."""
 
+    def curve(self, split: Split, modality: str) -> Curve | None:
+        """The curve, or None where there is none.
+
+        A model that never sees the future, one without any curve of ``held_out_causal``, has its
+        ``held_out`` for it.
+        """
+        causal: Split = "held_out_causal"
+        if split == causal and not any(found == causal for found, _ in self.curves):
+            split = "held_out"
+        return self.curves.get((split, modality))
+
     def along(self, curve: Curve, axis: Axis) -> np.ndarray:
         """Where the points of ``curve``, one of this run's, lie on ``axis``: [n] float64."""
         if axis == "steps":

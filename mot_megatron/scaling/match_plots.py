@@ -67,11 +67,13 @@ def plot_matches(
         baseline: Its name.
     """
     drawn = [match for match in matches if (match.split, match.axis) == (split, axis)]
-    styles = _styles(list(dict.fromkeys(match.arm for match in drawn)))
+    # Of all arms, so that each has the same colour in every plot.
+    styles = _styles(list(dict.fromkeys(match.arm for match in matches)))
     modalities = list(dict.fromkeys(match.modality for match in drawn))
-    # Arms, baseline and title, below every panel.
+    num_arms = len({match.arm for match in drawn})
+    # And the baseline and a title, below every panel.
     figure, panels = _panels(
-        modalities, f"Step matching, {_SPLIT_TITLES[split]}", legend_lines=len(styles) + 2
+        modalities, f"Step matching, {_SPLIT_TITLES[split]}", legend_lines=num_arms + 2
     )
     unit = _AXIS_TITLES[axis]
     for panel, modality in zip(panels, modalities, strict=True):
@@ -102,7 +104,7 @@ def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Fig
 
     Args:
         arms: Name -> its runs; the baseline first.
-        split: To draw, which at least one run has; arms without it are not drawn.
+        split: To draw, which at least one run has.
     """
     modalities = list(
         dict.fromkeys(
@@ -123,9 +125,7 @@ def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Fig
     for panel, modality in zip(panels, modalities, strict=True):
         lows, highs = [], []
         for name, runs in arms.items():
-            curves = [
-                run.curves[split, modality] for run in runs if (split, modality) in run.curves
-            ]
+            curves = [curve for run in runs if (curve := run.curve(split, modality))]
             if curves:
                 _draw_losses(panel, name, curves, styles[name])
                 lows.append(min(curve.bits.min() for curve in curves))

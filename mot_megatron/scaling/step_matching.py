@@ -326,11 +326,7 @@ def _splits_and_modalities(runs: Sequence[RunCurves]) -> list[tuple[Split, str]]
 
 
 def _curve_of(run: RunCurves, split: Split, modality: str) -> Curve:
-    curve = run.curves.get((split, modality))
-    if curve is None and split == "held_out_causal":
-        # A model that never sees the future has no curve of the kind, for any modality.
-        sees_future = any(found == split for found, _ in run.curves)
-        curve = None if sees_future else run.curves.get(("held_out", modality))
+    curve = run.curve(split, modality)
     if curve is None:
         raise DataError(f"{run.source}: no points of loss_{split}/{modality}, which others have")
     return curve
