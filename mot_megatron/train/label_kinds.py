@@ -1,0 +1,111 @@
+"""Held-out loss of a trained model by kind of label: what a mean over a modality hides.
+
+Some labels are far easier than others: special tokens, whose place is almost given, and the most
+common code of a modality, which for pictures is the background. They would otherwise stand for a
+good part of the modality's loss. Letters: M modalities, V vocabulary rows, t positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.loader import DataShard, evaluation_batches
+from mot_megatron.model.micro_batch import NO_LABEL, MicroBatch
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
+from mot_megatron.train.trained import TrainedModel
+
+Kind = Literal["special tokens", "most common", "others"]
+KINDS: tuple[Kind, ...] = ("special tokens", "most common", "others")
+
+
+@dataclass(frozen=True)
+class KindLoss:
+    """Held-out loss of one kind of a modality's labels."""
+
+    modality: str
+    kind: Kind
+    labels: int
+    bits: float
+    """Per token; NaN without labels."""
+
+
+def held_out_by_kind(trained: TrainedModel, limit_sequences: int | None = None) -> list[KindLoss]:
+    """Evaluate on the validation split, in this process; M x 3 losses, modality by modality.
+
+    Routed as the model is at the moment: see ``MixtureOfTransformers.routed_causally``.
+
+    Args:
+        trained: A model that this process holds whole.
+        limit_sequences: Packed sequences to use; None: all.
+    """
+    config, corpus = trained.config, trained.corpus
+    batches = evaluation_batches(
+        corpus,
+        HELD_OUT_SPLIT,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        grouping=grouping_plan(config),
+        shard=DataShard(0, 1),
+        limit_sequences=limit_sequences,
+    )
+    sums, counts = _sums(trained.model, batches, torch.from_numpy(kind_of_id(corpus)))
+    losses = []
+    for place, modality in enumerate(corpus.description.modalities):
+        for at, kind in enumerate(KINDS, start=place * len(KINDS)):
+            labels = int(counts[at])
+            bits = float(sums[at]) / labels / math.log(2) if labels else math.nan
+            losses.append(KindLoss(modality.name, kind, labels, bits))
+    return losses
+
+
+def kind_of_id(corpus: Corpus) -> np.ndarray:
+    """[V] int64: modality index * 3 + index in KINDS of every id.
+
+    The most common id of a modality is that of the training split, special tokens aside; of text
+    it is a word or a comma, which is not easy at all, but one rule for all modalities is clearer.
+    """
+    description = corpus.description
+    special = np.zeros(description.vocab_size, dtype=bool)
+    special[list(description.special_tokens.values())] = True
+    counts = np.zeros(description.vocab_size, dtype=np.int64)
+    for document in corpus.split(TRAIN_SPLIT):
+        counts += np.bincount(document, minlength=description.vocab_size)
+    counts[special] = -1
+    kinds = description.modality_of_id.astype(np.int64) * len(KINDS)
+    most_common = [
+        modality.first_id + int(counts[modality.first_id :][: modality.size].argmax())
+        for modality in description.modalities
+    ]
+    kinds += KINDS.index("others")
+    kinds[special] += KINDS.index("special tokens") - KINDS.index("others")
+    kinds[most_common] += KINDS.index("most common") - KINDS.index("others")
+    return kinds
+
+
+@torch.no_grad()
+def _sums(
+    model: MixtureOfTransformers, batches: Iterable[MicroBatch], kinds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of cross entropy in nats and numbers of labels, by kind of label."""
+    size = len(model.config.modalities) * len(KINDS)
+    sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
+    for batch in tqdm(batches, "held out", delay=5, ncols=100, leave=False):
+        here = batch.to(model.groups.device)
+        logits = model.sequence_logits(here).float()
+        labels = here.labels[here.ungroup_index]
+        losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none").cpu()
+        labelled = labels.cpu() != NO_LABEL
+        found = kinds[labels.cpu()[labelled]]
+        sums.index_add_(0, found, losses[labelled].double())
+        counts.index_add_(0, found, torch.ones_like(found))
+    return sums, counts
