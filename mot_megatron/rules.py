@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mot_megatron.config import Config, ExpertsConfig
 
 VOCABULARY_MULTIPLE = 128
@@ -56,6 +58,8 @@ def check_world_size(config: Config, world_size: int) -> None:
     data_parallel = world_size // (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     )
+    if parallel.modality_parallel_size == 1:
+        check_expert_holders(config, dict.fromkeys(config.model.tower_names, data_parallel))
     per_step = config.sequences_per_pass(data_parallel)
     size = config.training.global_batch_size
     what = "training.micro_batch_size * data-parallel size"
@@ -73,6 +77,29 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"training.global_batch_size = {size} is not divisible by {what} = {factors};"
             f" nearest legal: {_nearest_multiples(size, per_step)}"
         )
+
+
+def check_expert_holders(config: Config, holders: Mapping[str, int]) -> None:
+    """Every tower with experts needs equally many on each of its ranks.
+
+    Args:
+        config: With its experts.
+        holders: By tower the data-parallel ranks that hold it; with modality parallelism that
+            depends on its placement.
+
+    Raises:
+        ConfigError: the tower, its ranks and the sizes that divide them.
+    """
+    size = config.parallel.expert_model_parallel_size
+    model = config.model
+    for tower, experts in zip(model.tower_names, model.experts_of_towers, strict=True):
+        if experts is not None and holders[tower] % size:
+            common = math.gcd(holders[tower], experts.num_moe_experts)
+            raise ConfigError(
+                f"parallel.expert_model_parallel_size = {size} does not divide the"
+                f" {holders[tower]} data-parallel ranks that hold tower {tower}; nearest legal:"
+                f" {_nearest(_divisors(common), size)}"
+            )
 
 
 def check_device(config: Config, on_gpus: bool) -> None:

@@ -108,8 +108,8 @@ class ProcessGroups:
 
     @property
     def expert_size(self) -> int:
-        """Ranks over which the experts of a tower are spread."""
-        return next(groups.expert.size() for groups in self.experts if groups is not None)
+        """Ranks over which the experts of this rank's towers are spread."""
+        return max(groups.expert.size() for groups in self.experts if groups is not None)
 
     def towers_held(self, num_towers: int) -> tuple[int, ...]:
         """The towers whose weights this rank holds, ascending."""
@@ -149,9 +149,9 @@ def build_process_groups(
     """Make the groups of a world that ``torch.distributed`` has already set up.
 
     Every rank calls this once, with the same arguments; the world size must be divisible by the
-    product of the sizes, that of the modality-parallel groups being the placement's, and the
-    holders of every tower by ``expert_model_parallel_size``. ``timeout``
-    holds for collectives of the new groups, in whole minutes (megatron takes no others).
+    product of the sizes, that of the modality-parallel groups being the placement's. Towers whose
+    holders ``expert_model_parallel_size`` does not divide cannot have experts. ``timeout`` holds
+    for collectives of the new groups, in whole minutes (megatron takes no others).
     """
     if device.type == "cpu":
         adapt_megatron_to_cpu()
@@ -237,17 +237,18 @@ def _expert_groups(
     size: int,
 ) -> tuple[ExpertGroups | None, ...]:
     """As ``holders``: one set of groups for towers that are held together."""
-    if size == 1:
-        alone = _present(parallel_state.get_expert_model_parallel_group())
-        tensor = _present(parallel_state.get_tensor_model_parallel_group())
-        return tuple(group and ExpertGroups(alone, tensor, group) for group in holders)
+    alone = _present(parallel_state.get_expert_model_parallel_group())
+    tensor = _present(parallel_state.get_tensor_model_parallel_group())
     made: dict[tuple[int, ...], ExpertGroups | None] = {}
     everyone = tuple(range(mesh.modality))
     of_towers = [
         placement.holders(tower) if placement else everyone for tower in range(len(holders))
     ]
-    for ranks in of_towers:
+    for ranks, holding in zip(of_towers, holders, strict=True):
         if ranks in made:
+            continue
+        if size == 1 or len(ranks) * mesh.data // mesh.modality % size:
+            made[ranks] = holding and ExpertGroups(alone, tensor, holding)
             continue
         expert = _own_group(mesh.expert_groups(ranks, size), rank, timeout)
         both = _own_group(mesh.tensor_expert_groups(ranks, size), rank, timeout)

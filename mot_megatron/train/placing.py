@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mot_megatron.config import Config, ModelConfig
 from mot_megatron.model.flops import step_flops
 from mot_megatron.parallel.placement import Placement, balanced_placement
+from mot_megatron.rules import check_expert_holders
 
 
 def tokens_of_towers(model: ModelConfig, tokens_per_modality: Mapping[str, int]) -> tuple[int, ...]:
@@ -48,3 +49,22 @@ def place_towers(config: Config, tower_tokens: Sequence[int]) -> Placement | Non
             for shares in parallel.placement
         )
     )
+
+
+def check_experts_placed(config: Config, placement: Placement | None, world_size: int) -> None:
+    """Refuse a placement whose holders of a tower cannot share its experts equally.
+
+    Raises:
+        ConfigError: see ``check_expert_holders``.
+    """
+    if placement is None:
+        return  # all data-parallel ranks hold all towers, as ``check_world_size`` has seen
+    parallel = config.parallel
+    copies = world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.modality_parallel_size
+    )
+    names = config.model.tower_names
+    holders = {name: len(placement.holders(tower)) for tower, name in enumerate(names)}
+    check_expert_holders(config, {name: ranks * copies for name, ranks in holders.items()})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
@@ -19,7 +20,12 @@ from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.pipeline import Pipeline
-from mot_megatron.train.placing import flops_of_towers, place_towers, tokens_of_towers
+from mot_megatron.train.placing import (
+    check_experts_placed,
+    flops_of_towers,
+    place_towers,
+    tokens_of_towers,
+)
 from mot_megatron.train.whereabouts import Whereabouts
 
 TRAIN_SPLIT = "train"
@@ -89,14 +95,19 @@ def _tower_tokens(config: Config, corpus: Corpus) -> tuple[int, ...]:
 
 
 def build_groups(config: Config, corpus: Corpus, device: torch.device) -> ProcessGroups:
-    """Process groups for a resolved configuration, in the world that has been joined."""
-    parallel = config.parallel
+    """Process groups for a resolved configuration, in the world that has been joined.
+
+    Raises:
+        ConfigError: experts cannot be spread over the ranks that the towers are placed on.
+    """
+    parallel, placement = config.parallel, choose_placement(config, corpus)
+    check_experts_placed(config, placement, dist.get_world_size())
     return build_process_groups(
         parallel.tensor_model_parallel_size,
         device,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        placement=choose_placement(config, corpus),
+        placement=placement,
     )
 
 
