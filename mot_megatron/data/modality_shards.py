@@ -141,7 +141,7 @@ def _plan(
         receive_rows=tuple(sum(len(rows) for rows in row) for row in arriving),
         arrival_index=torch.from_numpy(arrival),
         position_index=torch.from_numpy(place),
-        rank_tokens=tuple(sum(len(rows) for rows in row) for row in rows_of),
+        rank_tokens=tuple(tuple(len(rows) for rows in row) for row in rows_of),
         rank_pairs=tuple(int(of_rank) for of_rank in rank_pairs),
     )
 

@@ -1,8 +1,10 @@
 """Parameters and floating-point operations of a model in closed form, tower by tower.
 
 Only matrix multiplications count, as is usual for model FLOPs utilisation: one multiply-add is two
-operations, and backward costs twice as much as forward. Recomputed activations do not count.
-Letters: h hidden size, d head size, f feed-forward width, L layers, V vocabulary rows, K towers.
+operations, and backward costs twice as much as forward. Recomputed activations do not count. Nor do
+causal routers: they learn beside the model, which computes the same without them.
+Letters: h hidden size, d head size, f feed-forward width, L layers, V vocabulary rows, K towers, E
+experts.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config import ExpertsConfig, ModelConfig
 
 FORWARD_AND_BACKWARD = 3
 """One matrix multiplication forward, two backward (gradients of input and weight)."""
@@ -21,14 +23,22 @@ class ParameterCount:
     """Elements of the global parameters."""
 
     towers: tuple[int, ...]
-    """Untied parameters of every tower, K of them."""
+    """Untied parameters of every tower, K of them: of all experts and their routers."""
     shared: int
     """Embedding, head and components that are not untied."""
+    causal_routers: int = 0
+    """Of all towers. They predict the experts' choices and change nothing of what is trained, so
+    arms are compared without them."""
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """The model's: all but causal routers."""
         return sum(self.towers) + self.shared
+
+    @property
+    def stored(self) -> int:
+        """All that ranks hold and checkpoints keep."""
+        return self.total + self.causal_routers
 
 
 @dataclass(frozen=True)
@@ -55,22 +65,31 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         ConfigError: the vocabulary is not resolved.
     """
     h, untied = model.hidden_size, model.untied
-    matrices = _layer_matrices(model)
+    qkv, output_projection = _attention_matrices(model)
     qk_norms = 2 * model.head_dim if model.qk_norm else 0
-    # (elements, untied?) of every component of all layers, then of the final norm.
+    # (elements, untied?) of every component of all layers but the feed-forward network, then of
+    # the final norm.
     components = [
-        (model.num_layers * matrices.qkv, untied.qkv),
-        (model.num_layers * matrices.output_projection, untied.output_projection),
-        (model.num_layers * matrices.feed_forward, untied.feed_forward),
+        (model.num_layers * qkv, untied.qkv),
+        (model.num_layers * output_projection, untied.output_projection),
         (model.num_layers * 2 * h, untied.norms),
         (model.num_layers * qk_norms, untied.qk_norm),
         (h, untied.final_norm),
     ]
     of_tower = sum(size for size, is_untied in components if is_untied)
     shared = sum(size for size, is_untied in components if not is_untied)
+    networks = [
+        model.num_layers * _stored_network(model, experts) for experts in model.experts_of_towers
+    ]
+    if not untied.feed_forward:  # towers that share one network all have the same
+        shared += networks[0]
+        networks = [0] * model.num_towers
     vocabulary_matrices = 2 if model.untie_embeddings_and_output_weights else 1
     shared += vocabulary_matrices * model.num_vocabulary_rows * h
-    return ParameterCount((of_tower,) * model.num_towers, shared)
+    causal = sum(_causal_router(model, experts) for experts in model.experts_of_towers)
+    return ParameterCount(
+        tuple(of_tower + network for network in networks), shared, model.num_layers * causal
+    )
 
 
 def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int) -> FlopCount:
@@ -82,34 +101,58 @@ def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: 
         attended_pairs: Pairs of a query and a key that it sees, over all documents: n (n + 1) / 2
             for a document of n tokens, whatever a kernel computes and masks.
     """
-    per_token = 2 * FORWARD_AND_BACKWARD * model.num_layers * _layer_matrices(model).total
     # Two products of 2 * heads * d operations a pair; grouped queries share keys, not products.
     per_pair = 4 * FORWARD_AND_BACKWARD * model.num_layers * model.hidden_size
     head = 2 * FORWARD_AND_BACKWARD * model.hidden_size * model.num_vocabulary_rows
+    pairs = zip(active_flops_per_token(model), tower_tokens, strict=True)
     return FlopCount(
-        towers=tuple(per_token * tokens for tokens in tower_tokens),
+        towers=tuple(FORWARD_AND_BACKWARD * per_token * tokens for per_token, tokens in pairs),
         attention=per_pair * attended_pairs,
         head=head * sum(tower_tokens),
     )
 
 
-@dataclass(frozen=True)
-class _LayerMatrices:
-    """Elements of the matrices that one token meets in a layer."""
+def active_flops_per_token(model: ModelConfig) -> tuple[int, ...]:
+    """Forward operations of a token in the layers' matrices, by its tower, K of them.
 
-    qkv: int
-    output_projection: int
-    feed_forward: int
-
-    @property
-    def total(self) -> int:
-        return self.qkv + self.output_projection + self.feed_forward
-
-
-def _layer_matrices(model: ModelConfig) -> _LayerMatrices:
-    h, d = model.hidden_size, model.head_dim
-    return _LayerMatrices(
-        qkv=h * d * (model.num_attention_heads + 2 * model.num_key_value_heads),
-        output_projection=h * h,
-        feed_forward=3 * h * model.feed_forward_size,
+    Without attention's products, which depend on documents, and without the head, which all towers
+    share. Of a mixture count the router and as many experts as a token runs through on average
+    when none drops any: for expert choice the capacity factor.
+    """
+    attention = sum(_attention_matrices(model))
+    return tuple(
+        round(2 * model.num_layers * (attention + _active_network(model, experts)))
+        for experts in model.experts_of_towers
     )
+
+
+def _attention_matrices(model: ModelConfig) -> tuple[int, int]:
+    """Elements of the projections before and after attention, in one layer."""
+    h, d = model.hidden_size, model.head_dim
+    return h * d * (model.num_attention_heads + 2 * model.num_key_value_heads), h * h
+
+
+def _network(model: ModelConfig) -> int:
+    """Elements of one feed-forward network, be it an expert."""
+    return 3 * model.hidden_size * model.feed_forward_size
+
+
+def _stored_network(model: ModelConfig, experts: ExpertsConfig | None) -> int:
+    """Elements that a tower has in place of a feed-forward network, without a causal router."""
+    if experts is None:
+        return _network(model)
+    return experts.num_moe_experts * (_network(model) + model.hidden_size)
+
+
+def _active_network(model: ModelConfig, experts: ExpertsConfig | None) -> float:
+    """Elements of them that a token meets, on average."""
+    if experts is None:
+        return _network(model)
+    router = experts.num_moe_experts * model.hidden_size
+    return experts.experts_per_token * _network(model) + router
+
+
+def _causal_router(model: ModelConfig, experts: ExpertsConfig | None) -> int:
+    if experts is None or not experts.causal_router:
+        return 0
+    return model.hidden_size // 2 * (model.hidden_size + experts.num_moe_experts)

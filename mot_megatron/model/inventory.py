@@ -2,16 +2,16 @@
 
 The list equals ``named_parameters()`` of the model that the rank would build, in its order, so that
 memory and ownership in layouts of any size can be told on one machine. Letters: h hidden size, d
-head size, f feed-forward width, V vocabulary rows.
+head size, f feed-forward width, V vocabulary rows, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mot_megatron.config import Config
+from mot_megatron.config import Config, ExpertsConfig
 from mot_megatron.model.pieces import pieces_of_stage
 from mot_megatron.model.sharding import SHARED
 
@@ -21,7 +21,7 @@ class HeldParameter:
     """One rank's part of one parameter."""
 
     name: str
-    """Global, as in checkpoints."""
+    """The same on all ranks that hold a part of it."""
     shape: tuple[int, ...]
     """Of this rank's part."""
     tower: int
@@ -30,6 +30,9 @@ class HeldParameter:
     """Whether tensor-parallel ranks hold different parts; they hold the same otherwise."""
     replica: bool = False
     """Whether it is a copy of another pipeline stage's: a tied embedding on the last stage."""
+    experts: bool = False
+    """Whether it stacks experts, of which the ranks of an expert-parallel group hold different ones.
+    """
 
     @property
     def size(self) -> int:
@@ -44,12 +47,14 @@ class _Weight:
     name: str
     shape: tuple[int, ...]
     tensor_parallel: bool
+    experts: bool = False
 
 
 def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[HeldParameter]:
     """Parameters of a rank of pipeline stage ``stage`` that holds ``towers`` (ascending).
 
-    Ranks of a tensor-parallel group hold parts of the same shapes.
+    Ranks of a tensor-parallel group hold parts of the same shapes, and so do those of an
+    expert-parallel group.
 
     Raises:
         ConfigError: the vocabulary is not resolved.
@@ -66,7 +71,7 @@ def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[H
             held += _layer(config, index, towers)
     if last:
         norm = _Weight("weight", (model.hidden_size,), tensor_parallel=False)
-        held += _per_tower("final_norm", [norm], towers, model.untied.final_norm)
+        held += _alike("final_norm", [norm], towers, model.untied.final_norm)
         if not tied:
             held.append(_vocabulary_matrix(config, "head.linear.weight"))
         elif not first:
@@ -76,37 +81,68 @@ def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[H
 
 def _layer(config: Config, index: int, towers: Sequence[int]) -> Iterator[HeldParameter]:
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    h, d, f, untied = model.hidden_size, model.head_dim, model.feed_forward_size, model.untied
+    h, d, untied = model.hidden_size, model.head_dim, model.untied
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     qkv = _Weight("linear.weight", ((heads + 2 * groups) * d // tensor, h), tensor_parallel=True)
     output = _Weight("linear.weight", (h, heads * d // tensor), tensor_parallel=True)
     qk_norm = [_Weight("weight", (d,), tensor_parallel=False)] if model.qk_norm else []
     norm = _Weight("weight", (h,), tensor_parallel=False)
-    feed_forward = [
-        _Weight("gate_up.linear.weight", (2 * f // tensor, h), tensor_parallel=True),
-        _Weight("down.linear.weight", (h, f // tensor), tensor_parallel=True),
-    ]
+    networks = {tower: _feed_forward(config, model.experts_of_towers[tower]) for tower in towers}
     prefix = f"layers.{index}"
-    yield from _per_tower(f"{prefix}.attention.qkv", [qkv], towers, untied.qkv)
-    yield from _per_tower(f"{prefix}.attention.q_norm", qk_norm, towers, untied.qk_norm)
-    yield from _per_tower(f"{prefix}.attention.k_norm", qk_norm, towers, untied.qk_norm)
-    yield from _per_tower(
+    yield from _alike(f"{prefix}.attention.qkv", [qkv], towers, untied.qkv)
+    yield from _alike(f"{prefix}.attention.q_norm", qk_norm, towers, untied.qk_norm)
+    yield from _alike(f"{prefix}.attention.k_norm", qk_norm, towers, untied.qk_norm)
+    yield from _alike(
         f"{prefix}.attention.output_projection", [output], towers, untied.output_projection
     )
-    yield from _per_tower(f"{prefix}.attention_norm", [norm], towers, untied.norms)
-    yield from _per_tower(f"{prefix}.feed_forward", feed_forward, towers, untied.feed_forward)
-    yield from _per_tower(f"{prefix}.feed_forward_norm", [norm], towers, untied.norms)
+    yield from _alike(f"{prefix}.attention_norm", [norm], towers, untied.norms)
+    yield from _per_tower(f"{prefix}.feed_forward", networks, untied.feed_forward)
+    yield from _alike(f"{prefix}.feed_forward_norm", [norm], towers, untied.norms)
+
+
+def _feed_forward(config: Config, experts: ExpertsConfig | None) -> list[_Weight]:
+    """A tower's network, or its mixture of them: the router, then this rank's experts stacked."""
+    parallel, h = config.parallel, config.model.hidden_size
+    f = config.model.feed_forward_size // parallel.tensor_model_parallel_size
+    if experts is None:
+        return [
+            _Weight("gate_up.linear.weight", (2 * f, h), tensor_parallel=True),
+            _Weight("down.linear.weight", (h, f), tensor_parallel=True),
+        ]
+    number = experts.num_moe_experts
+    held = number // parallel.expert_model_parallel_size
+    causal = [
+        _Weight("router.causal.hidden", (h // 2, h), tensor_parallel=False),
+        _Weight("router.causal.output", (number, h // 2), tensor_parallel=False),
+    ]
+    return [
+        _Weight("router.weight", (number, h), tensor_parallel=False),
+        *(causal if experts.causal_router else []),
+        _Weight("experts.gate_up", (held * 2 * f, h), tensor_parallel=True, experts=True),
+        _Weight("experts.down", (held * h, f), tensor_parallel=True, experts=True),
+    ]
+
+
+def _alike(
+    component: str, weights: Sequence[_Weight], towers: Sequence[int], untied: bool
+) -> Iterator[HeldParameter]:
+    """A component whose weights have the same shapes in every tower."""
+    return _per_tower(component, dict.fromkeys(towers, weights), untied)
 
 
 def _per_tower(
-    component: str, weights: Sequence[_Weight], towers: Sequence[int], untied: bool
+    component: str, weights: Mapping[int, Sequence[_Weight]], untied: bool
 ) -> Iterator[HeldParameter]:
-    """A component's weights once per tower held, or once for all."""
-    places = [(f"towers.{tower}", tower) for tower in towers] if untied else [("shared", SHARED)]
-    for place, tower in places:
-        for weight in weights:
+    """A component's weights of every tower held, or of one for all."""
+    places = {tower: f"towers.{tower}" for tower in weights}
+    for tower, place in places.items() if untied else [(next(iter(weights)), "shared")]:
+        for weight in weights[tower]:
             yield HeldParameter(
-                f"{component}.{place}.{weight.name}", weight.shape, tower, weight.tensor_parallel
+                f"{component}.{place}.{weight.name}",
+                weight.shape,
+                tower if untied else SHARED,
+                weight.tensor_parallel,
+                experts=weight.experts,
             )
 
 

@@ -38,8 +38,8 @@ class ExchangePlan:
     """[a] int64: position, in the order of ``positions``, of each row as it arrives."""
     position_index: torch.Tensor
     """[a] int64: the inverse, the arrived row of each position."""
-    rank_tokens: tuple[int, ...]
-    """[P]: rows of every rank's stream."""
+    rank_tokens: tuple[tuple[int, ...], ...]
+    """[P][K]: rows of every tower in every rank's stream."""
     rank_pairs: tuple[int, ...]
     """[P]: ``attended_pairs`` of every rank."""
 

@@ -108,8 +108,8 @@ def _imbalance(batch: MicroBatch, model: ModelConfig) -> float:
     """
     if batch.exchange is None:
         return 1.0
-    # All towers have one shape, so it does not matter whose tokens they are.
-    of_tokens = [step_flops(model, [n], 0).total for n in batch.exchange.rank_tokens]
-    of_pairs = [step_flops(model, [0], n).total for n in batch.exchange.rank_pairs]
+    of_tokens = [step_flops(model, tokens, 0).total for tokens in batch.exchange.rank_tokens]
+    no_tokens = [0] * model.num_towers
+    of_pairs = [step_flops(model, no_tokens, n).total for n in batch.exchange.rank_pairs]
     busiest, total = max(of_tokens) + max(of_pairs), sum(of_tokens) + sum(of_pairs)
     return busiest * len(of_tokens) / total

@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mot_megatron.config import UntiedConfig, load_config
-from mot_megatron.model.flops import count_parameters, step_flops
+from mot_megatron.model.flops import active_flops_per_token, count_parameters, step_flops
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import SHARED
+from mot_megatron.model.sharding import SHARED, is_auxiliary
 from mot_megatron.parallel.groups import build_single_process_groups
 from tests.model.small_models import random_tokens, single_rank_model, small_config
 
@@ -50,6 +50,48 @@ def test_parameters_of_a_built_paper_model(name: str) -> None:
     assert count_parameters(config.model).total == sum(p.numel() for p in model.parameters())
 
 
+EXPERTS = "num_moe_experts=4,capacity_factor=1.25,causal_router=true"
+
+
+def test_parameters_of_towers_with_experts() -> None:
+    """The towers differ, and causal routers stand apart."""
+    config = small_config(
+        THREE_TOWERS,
+        f"model.towers.image.experts={{{EXPERTS}}}",
+        "model.towers.speech.experts={num_moe_experts=2,routing='topk',topk=2}",
+    )
+    model, count = single_rank_model(config), count_parameters(config.model)
+    auxiliary = [p for p in model.parameters() if is_auxiliary(p)]
+    # W1 [16, 32] and W2 [4, 16] in each of 2 layers
+    assert count.causal_routers == sum(p.numel() for p in auxiliary) == 2 * (16 * 32 + 4 * 16)
+    text, image, speech = (elements(model, k) for k in range(3))
+    assert count.towers == (text, image - count.causal_routers, speech)
+    assert count.stored == sum(p.numel() for p in model.parameters())
+    assert count.total == count.stored - count.causal_routers
+
+
+def test_a_single_tower_that_shares_its_experts() -> None:
+    towers = dict.fromkeys(THREE_TOWERS, "all")
+    overrides = f"model.towers.all.experts={{{EXPERTS}}}", "model.untied.feed_forward=false"
+    config = small_config(towers, *overrides)
+    model, count = single_rank_model(config), count_parameters(config.model)
+    assert count.towers == (elements(model, 0),)
+    assert count.shared == elements(model, SHARED) - count.causal_routers
+
+
+def test_active_operations_compare_arms() -> None:
+    """With one expert per token a mixture costs its router more than a plain network."""
+    towers = {"text": "text", "image": "image"}
+    plain = active_flops_per_token(small_config(towers).model)
+    # Two operations in two layers: projections of 4 * 32 * 32, a network of 3 * 32 * 40.
+    assert plain == (2 * 2 * (4 * 32**2 + 3 * 32 * 40),) * 2
+    model = small_config(towers, f"model.towers.image.experts={{{EXPERTS}}}").model
+    text, image = active_flops_per_token(model)
+    assert text == plain[0]
+    assert image == 2 * 2 * (4 * 32**2 + 1.25 * 3 * 32 * 40 + 4 * 32)
+    assert step_flops(model, (5, 7), 0).towers == (3 * 5 * text, 3 * 7 * image)
+
+
 def plain_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Every query on every key by plain products, which torch's counter sees on a CPU."""
     del layer
@@ -58,12 +100,27 @@ def plain_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return torch.einsum("hqk,khd->qhd", scores, v)
 
 
-@pytest.mark.parametrize("override", ["model.num_query_groups=2", "model.norm_placement=pre"])
+def grouped_mm_flops(a: list[int], b: list[int], *_: object, **__: object) -> int:
+    """Of experts on their rows, [r, p] x [e, p, q] or, for weights, [p, r] x [r, q]: 2 r p q."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.num_query_groups=2",
+        "model.norm_placement=pre",
+        # 24 tokens of images and c = 1.5: each of two experts takes 18.
+        "model.towers.image.experts={num_moe_experts=2,capacity_factor=1.5}",
+        "model.towers.text.experts={num_moe_experts=4,routing='topk',topk=2}",
+    ],
+)
 def test_operations_equal_torchs_count(override: str) -> None:
     config = small_config(THREE_TOWERS, override)
     tokens = random_tokens(3, list(THREE_TOWERS), (1, 1, 1), shape=(2, 40))
     model, batch = single_rank_model(config), tokens.micro_batch(config)
-    with FlopCounterMode(display=False) as counter:
+    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model.logits(batch, attend=plain_attention).sum().backward()
     assert step_flops(config.model, batch.tower_tokens, 80 * 80).total == counter.get_total_flops()
 

@@ -8,7 +8,7 @@ import torch
 from mot_megatron.config import Config
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import is_replica, layout_of, tower_of
+from mot_megatron.model.sharding import experts_of, is_replica, layout_of, tower_of
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.parallel.placement import balanced_placement
 from tests.fake_world import fake_world
@@ -18,6 +18,11 @@ THREE = {"text": "text", "image": "image", "speech": "speech"}
 TIED = "model.untie_embeddings_and_output_weights=false"
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
+EP2 = "parallel.expert_model_parallel_size=2"
+EXPERTS = [
+    "model.towers.text.experts={num_moe_experts=4,causal_router=true}",
+    "model.towers.speech.experts={num_moe_experts=2,routing='topk'}",
+]
 FOUR_LAYERS = "model.num_layers=4"
 
 
@@ -29,6 +34,7 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
         parallel.tensor_model_parallel_size,
         torch.device("cpu"),
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         placement=placement,
     )
     assert groups.mesh.world_size == world_size
@@ -53,6 +59,11 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
         (2, ["parallel.modality_parallel_size=2", "model.untied.output_projection=false"]),
         (4, ["parallel.modality_parallel_size=4", "model.untied.qk_norm=false"]),
         (8, [TP2, PP2, "parallel.modality_parallel_size=2", TIED]),
+        (1, EXPERTS),
+        (2, [*EXPERTS, EP2]),
+        (4, [*EXPERTS, EP2, TP2, "parallel.sequence_parallel=true"]),
+        (4, [*EXPERTS, EP2, PP2]),
+        (4, [*EXPERTS, EP2, "parallel.modality_parallel_size=2"]),
     ],
 )
 def test_inventory_is_the_built_models(world_size: int, overrides: list[str]) -> None:
@@ -68,14 +79,17 @@ def test_inventory_is_the_built_models(world_size: int, overrides: list[str]) ->
                 tower_of(parameter),
                 layout_of(parameter).shard_dim is not None,
                 is_replica(parameter),
+                experts_of(parameter) is not None,
             )
             for name, parameter in model.named_parameters()
         ]
         held = held_parameters(config, model.groups.pipeline_rank, model.towers)
-        assert [(p.name, p.shape, p.tower, p.tensor_parallel, p.replica) for p in held] == built
+        assert [
+            (p.name, p.shape, p.tower, p.tensor_parallel, p.replica, p.experts) for p in held
+        ] == built
         assert sum(p.size for p in held) == sum(p.numel() for p in model.parameters())
         seen.update(built)
-    replicas = [name for name, *_, replica in seen if replica]
+    replicas = [name for name, *_, replica, _ in seen if replica]
     assert replicas == (
         ["embedding.lookup.weight"] if PP2 in overrides and TIED in overrides else []
     )

@@ -16,10 +16,14 @@ from tests.model.small_models import random_tokens, small_config
 NAMES = ["text", "image"]
 
 
-def imbalance_of(rank_tokens: tuple[int, ...], rank_pairs: tuple[int, ...]) -> float:
-    config = small_config({name: name for name in NAMES})
+def imbalance_of(
+    rank_tokens: tuple[int, int], rank_pairs: tuple[int, int], *overrides: str
+) -> float:
+    """Of two ranks with a tower each."""
+    config = small_config({name: name for name in NAMES}, *overrides)
     nothing = torch.zeros(0, dtype=torch.int64)
-    plan = ExchangePlan(((0,),), (0,), nothing, nothing, rank_tokens, rank_pairs)
+    of_towers = ((rank_tokens[0], 0), (0, rank_tokens[1]))
+    plan = ExchangePlan(((0,),), (0,), nothing, nothing, of_towers, rank_pairs)
     batch = dataclasses.replace(random_tokens(0, NAMES, (1, 1)).micro_batch(config), exchange=plan)
     groups = build_single_process_groups(torch.device("cpu"))
     return GlobalCounts.gather([batch, batch], config.model, groups).imbalance
@@ -33,11 +37,20 @@ def test_the_busiest_with_tokens() -> None:
     assert imbalance_of((60, 20), (0, 0)) == pytest.approx(1.5)  # 60 / 40
 
 
+def test_a_tower_of_experts_costs_what_a_token_runs_through() -> None:
+    experts = "model.towers.image.experts={num_moe_experts=4,capacity_factor=2.0}"
+    model = small_config({name: name for name in NAMES}, experts).model
+    text, image = (step_flops(model, tokens, 0).total for tokens in ([1, 0], [0, 1]))
+    # Two feed-forward networks of 3 * 32 * 40 in place of one, and a router of 4 * 32, in 2 layers.
+    assert image - text == 6 * 2 * (3 * 32 * 40 + 4 * 32)
+    assert imbalance_of((40, 40), (0, 0), experts) == pytest.approx(2 * image / (text + image))
+
+
 def test_ranks_meet_before_and_after_attention() -> None:
     """Attention on one rank does not make up for tokens on the other."""
     model = small_config({name: name for name in NAMES}).model
-    per_token = step_flops(model, [1], 0).total
-    per_pair = step_flops(model, [0], 1).total
+    per_token = step_flops(model, [1, 0], 0).total
+    per_pair = step_flops(model, [0, 0], 1).total
     pairs = 30 * per_token // per_pair
     # One rank has 60 tokens' worth of work and the other 30 and 30: together 1.5 of the mean.
     assert imbalance_of((60, 30), (0, pairs)) == pytest.approx(90 / 60, rel=1e-3)
