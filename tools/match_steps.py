@@ -32,6 +32,8 @@ from mot_megatron.scaling.match_plots import plot_losses, plot_matches, write_fi
 from mot_megatron.scaling.step_matching import Match, match_arms
 
 SLOPES_FILE = "slopes.json"
+_OVERFITS_BEFORE = 0.9
+"""Share of the steps: what is lowest later may be so by chance."""
 _OTHER_AXES: tuple[Axis, Axis] = ("flops", "seconds")
 _HEADER = (
     f"{'arm':<22} {'modality':<9} {'slope':>6} {'95% interval':>15} {'at end':>6} {'FLOPs':>6}"
@@ -64,9 +66,8 @@ def table(matches: Sequence[Match], split: Split, baseline: str) -> str:
         f" ({first.baseline_seeds} seed{'s' if first.baseline_seeds > 1 else ''}) matched:",
         _HEADER,
     ]
-    for (arm, modality, axis), match in found.items():
-        if axis != "steps":
-            continue
+    of_steps = {key: match for key, match in found.items() if match.axis == "steps"}
+    for (arm, modality, _), match in of_steps.items():
         interval = "-" if match.interval is None else "{:.3f} to {:.3f}".format(*match.interval)
         flops, seconds = (found[arm, modality, other].slope for other in _OTHER_AXES)
         lines.append(
@@ -75,6 +76,13 @@ def table(matches: Sequence[Match], split: Split, baseline: str) -> str:
             f" {match.range_reached:>7.1%} {match.points:>6} {match.dropped:>7}"
             f" {match.unreached:>9} {match.seeds:>5}"
         )
+    lowest = {match.modality: match.baseline_lowest for match in of_steps.values()}
+    lines += [
+        f"{modality}: the loss of {baseline} is lowest after {part:.0%} of its steps and rises then;"
+        " what counts behind is the lowest"
+        for modality, part in lowest.items()
+        if part < _OVERFITS_BEFORE
+    ]
     return "\n".join(lines)
 
 

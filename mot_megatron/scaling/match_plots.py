@@ -214,7 +214,8 @@ def _draw_match(panel: Axes, match: Match, style: Mapping[str, Any], area: float
 
 def _label(match: Match) -> str:
     if match.slope is None:
-        return f"{match.arm}: none of the losses reached"
+        when = "before its first point" if match.range_reached else "never"
+        return f"{match.arm}: losses reached {when}"
     label = f"{match.arm}: {match.slope:.3f}"
     if match.interval is not None:
         low, high = match.interval

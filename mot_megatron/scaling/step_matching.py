@@ -3,7 +3,8 @@
 For every step t of a baseline, tau(t) is the first step at which a candidate has reached the
 baseline's loss at t; the slope s = sum(t tau) / sum(t^2) is 0.5 for half the steps. Both curves are
 smoothed by a *centred* mean (a trailing one would lag, by more steps the slower a curve falls) and
-made monotone by isotonic regression. The paper names no way of fitting; this is ours.
+made monotone by isotonic regression up to their lowest point, behind which a model that overfits
+keeps its best loss. The paper names no way of fitting; this is ours.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Match:
     split: Split
     axis: Axis
     slope: float | None
-    """sum(t tau) / sum(t^2); None if the candidate reaches no loss of the baseline's."""
+    """sum(t tau) / sum(t^2); None if the candidate reaches none of the baseline's losses, or all
+    before its own first point."""
     end_point_ratio: float | None
     """tau / t at the last t that is reached; None as the slope is."""
     interval: tuple[float, float] | None
@@ -61,6 +63,9 @@ class Match:
     """Runs of the candidate."""
     baseline_seeds: int
     """Runs of the baseline."""
+    baseline_lowest: float
+    """Where the baseline's loss is lowest, as a fraction of its range: well below 1, it overfits,
+    and what lies behind makes slopes smaller."""
     t: np.ndarray
     """[points] where the baseline has a loss, in units of ``axis``."""
     tau: np.ndarray
@@ -126,6 +131,7 @@ def match_arms(
                     unreached=fit.unreached,
                     seeds=len(candidate),
                     baseline_seeds=len(baseline),
+                    baseline_lowest=fit.lowest,
                     t=fit.t,
                     tau=fit.tau,
                     baseline_end=fit.end,
@@ -158,6 +164,24 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     half = np.minimum(np.minimum(index, n - 1 - index), window // 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+
+
+def falling(values: np.ndarray) -> np.ndarray:
+    """Isotonic regression up to the lowest value, and that value from there on.
+
+    Over all of a curve that rises again it would put the mean of fall and rise where the lowest
+    values are: of a curve with its best at 60%, only 16% would then count as reached.
+
+    Args:
+        values: [n].
+
+    Returns:
+        [n], never rising.
+    """
+    lowest = int(np.argmin(values))
+    result = np.full_like(values, values[lowest])
+    result[: lowest + 1] = isotonic_regression(values[: lowest + 1], increasing=False)
+    return result
 
 
 def steps_to_match(loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -197,6 +221,8 @@ class Fit:
     """Points not kept."""
     unreached: int
     """Of them those that the candidate never reaches."""
+    lowest: float
+    """First t of the baseline's lowest loss over ``end``."""
 
     @property
     def slope(self) -> float | None:
@@ -230,6 +256,7 @@ def match_curves(t: np.ndarray, loss: np.ndarray, x: np.ndarray, candidate: np.n
         range_reached=float(reached[-1] / t[-1]) if len(reached) else 0.0,
         dropped=int((~kept).sum()),
         unreached=int((tau == np.inf).sum()),
+        lowest=float(t[np.searchsorted(-loss, -loss[-1])] / t[-1]),
     )
 
 
@@ -283,8 +310,8 @@ class _Arm:
         """Places [n] and losses [n], smooth and falling, of the mean over all or the drawn runs."""
         runs = list(range(self.seeds) if drawn is None else drawn)
         bits = self.bits[runs].mean(axis=0)
-        falling = isotonic_regression(smooth(bits, default_window(len(bits))), increasing=False)
-        return self.along[axis][runs].mean(axis=0), falling
+        smoothed = smooth(bits, default_window(len(bits)))
+        return self.along[axis][runs].mean(axis=0), falling(smoothed)
 
 
 def _bootstrap(baseline: _Arm, candidate: _Arm, axis: Axis) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ from mot_megatron.scaling.curves import Axis, RunCurves, Split
 from mot_megatron.scaling.step_matching import (
     Match,
     default_window,
+    falling,
     match_arms,
     match_curves,
     smooth,
@@ -51,6 +52,12 @@ def test_smoothing_is_centred_and_shrinks_symmetrically() -> None:
 
 def test_default_windows_are_odd_and_small() -> None:
     assert [default_window(points) for points in (5, 40, 300, 1200)] == [1, 1, 13, 49]
+
+
+def test_monotone_up_to_the_lowest_value() -> None:
+    # 4 and 6 rise, so both become 5; what rises behind 2 stays at 2.
+    np.testing.assert_array_equal(falling(np.array([8.0, 4, 6, 3, 2, 5, 9])), [8, 5, 5, 3, 2, 2, 2])
+    np.testing.assert_array_equal(falling(np.array([1.0, 2])), [1, 1])
 
 
 def test_steps_to_match_by_hand() -> None:
@@ -134,6 +141,23 @@ def test_candidate_that_reaches_only_the_beginning() -> None:
     # Of 300 points, 5 steps apart, 14 lie before step 75 and 180 behind step 600.
     assert found.unreached == pytest.approx(180, abs=2)
     assert found.dropped == found.unreached + 14
+
+
+def test_baseline_that_overfits() -> None:
+    def overfitted(steps: np.ndarray) -> np.ndarray:
+        return power_law(steps) + np.maximum(0, steps - 900) / 2000
+
+    found = match(curves(overfitted), curves(losses(0.5)))
+    assert found.baseline_lowest == pytest.approx(0.6, abs=0.02)
+    # tau = t / 2 up to 900, then that of 900: 450.
+    t = np.arange(75, 1501, 5)
+    expected = (t * np.minimum(t / 2, 450)).sum() / (t**2).sum()
+    assert found.slope == pytest.approx(expected, abs=0.01)
+    # The other way round, the overfitted one never reaches what lies behind its best: 0.6 of it.
+    other = match(curves(power_law), curves(overfitted))
+    assert other.range_reached == pytest.approx(0.6, abs=0.02)
+    assert other.slope == pytest.approx(1, abs=0.02)
+    assert other.baseline_lowest == 1
 
 
 def test_losses_from_before_the_candidates_first_point_do_not_count() -> None:

@@ -117,6 +117,22 @@ def test_candidate_that_reaches_nothing_is_shown_so(
     assert {row["slope"] for row in slopes} == {None}
 
 
+def test_a_baseline_that_overfits_is_named(
+    runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = {f"loss_train/{name}": points_of(losses(1), 30) for name in ("text", "image")}
+    rising = {step: 5 + abs(step - 500) / 100 for step in range(100, 1600, 100)}
+    points |= {"loss_held_out/text": rising, "loss_held_out/image": points["loss_train/image"]}
+    overfitted = write_run(tmp_path, "wide", points, "model.num_layers=5")
+    assert main([str(overfitted), runs["mot"][0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # Step 500 of 1500.
+    said = "text: the loss of wide is lowest after 33% of its steps and rises then;"
+    assert [line.startswith(said) for line in lines].count(True) == 1
+    assert not any(line.startswith("image: ") for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
     errors = capsys.readouterr().err
