@@ -292,6 +292,23 @@ def _check_experts(config: Config, source: str) -> None:
             f"{source}: model.untied.feed_forward = false shares one feed-forward network among"
             " the towers, so none of them can have experts; allowed: true, or a single tower"
         )
+    _check_grouped_matmul(config, source)
+
+
+def _check_grouped_matmul(config: Config, source: str) -> None:
+    """What torch asks of the rows of the experts' matrices: multiples of 16 bytes."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    multiple = 8 if config.training.precision == "bf16" else 4
+    for key, columns, unit in (
+        ("model.hidden_size", model.hidden_size, multiple),
+        ("model.ffn_hidden_size", model.feed_forward_size, multiple * tensor),
+    ):
+        if columns % unit:
+            raise ConfigError(
+                f"{source}: {key} = {columns} with experts is not divisible by {unit}"
+                f" ({multiple} numbers of training.precision = {config.training.precision} on each"
+                f" tensor-parallel rank); nearest legal: {_nearest_multiples(columns, unit)}"
+            )
 
 
 def _check_mixture(config: Config, experts: ExpertsConfig, key: str) -> None:

@@ -276,12 +276,116 @@ TRAINING = [
         for key in (PIPELINE, MODALITY)
     ),
 ]
+TEXT = "model.towers.text.experts"
+EXPERT = "parallel.expert_model_parallel_size"
+
+
+def mixture(settings: str = "num_moe_experts = 4") -> str:
+    return f"{TEXT}={{ {settings} }}"
+
+
+EXPERTS = [
+    (
+        [mixture("num_moe_experts = 6"), f"{EXPERT}=4"],
+        [f"{TEXT}.num_moe_experts = 6", f"{EXPERT} = 4", f"nearest legal {EXPERT}: 1, 2, 3, 6"],
+        [f"{EXPERT}={size}" for size in (1, 2, 3, 6)],
+    ),
+    (
+        [mixture("num_moe_experts = 4, capacity_factor = 0.0625"), "data.seq_length=32"],
+        [f"{TEXT}.capacity_factor = 0.0625", "4 experts less than one", "32 tokens", "least 0.125"],
+        [mixture("num_moe_experts = 4, capacity_factor = 0.125"), "data.seq_length=64"],
+    ),
+    (
+        [mixture("num_moe_experts = 64"), "data.seq_length=16"],
+        [f"{TEXT}.capacity_factor = 1 ", "64 experts", "16 tokens", "at least 4"],
+        [mixture("num_moe_experts = 64, capacity_factor = 4"), "training.micro_batch_size=4"],
+    ),
+    (
+        [mixture("num_moe_experts = 4, capacity_factor = 4.5")],
+        [f"{TEXT}.capacity_factor = 4.5", "num_moe_experts = 4", "at most 4"],
+        [mixture("num_moe_experts = 4, capacity_factor = 4")],
+    ),
+    (
+        [mixture('num_moe_experts = 4, routing = "topk", topk = 5')],
+        [f"{TEXT}.topk = 5", "num_moe_experts = 4", "1 to 4"],
+        [mixture('num_moe_experts = 4, routing = "topk", topk = 4')],
+    ),
+    *(
+        (
+            [mixture(f"num_moe_experts = 4, {key} = {value}")],
+            [f"{TEXT}.{key} = {value}", 'routing = "topk"'],
+            [
+                mixture(f'num_moe_experts = 4, routing = "topk", {key} = {value}'),
+                f"{TEXT}.routing=topk",
+            ],
+        )
+        for key, value in (("topk", 1), ("aux_loss_coefficient", 0.01))
+    ),
+    (
+        [mixture('num_moe_experts = 4, routing = "topk", causal_router = true')],
+        [f"{TEXT}.causal_router = true", 'routing = "expert_choice"'],
+        [f"{TEXT}.routing=expert_choice", f"{TEXT}.causal_router=false"],
+    ),
+    (
+        [f"{EXPERT}=2"],
+        [f"{EXPERT} = 2", "no tower has experts", "allowed without model.towers.NAME.experts: 1"],
+        [f"{EXPERT}=1", mixture()],
+    ),
+    (
+        [mixture(), f"{TENSOR}=2"],
+        [f"{TENSOR} = 2 with experts", "parallel.sequence_parallel = true"],
+        ["parallel.sequence_parallel=true", f"{TENSOR}=1"],
+    ),
+    (
+        ["model.towers.image.experts={ num_moe_experts = 4 }"],
+        ["model.towers.image is no tower", "allowed: text, vision, audio"],
+        ["model.modalities.image.tower=image"],
+    ),
+    (
+        [mixture(), "model.untied.feed_forward=false"],
+        ["model.untied.feed_forward = false", "allowed: true, or a single tower"],
+        [
+            "model.untied.feed_forward=true",
+            'model.modalities={ text = { tower = "text" } }',
+        ],
+    ),
+    *(
+        (
+            [mixture(), f"{EXPERT}=2", f"{ZERO}={stage}"],
+            [f"{ZERO} = {stage}", f"{EXPERT} = 2", "zero_stage 1 and 2"],
+            [f"{ZERO}=1", f"{ZERO}=2", f"{EXPERT}=1"],
+        )
+        for stage in (0, 3)
+    ),
+    (
+        [mixture(), "model.ffn_hidden_size=90"],
+        ["model.ffn_hidden_size = 90 with experts", "by 4 (4 numbers of", "fp32", "88 or 92"],
+        ["model.ffn_hidden_size=88", "model.ffn_hidden_size=92"],
+    ),
+    (
+        [
+            mixture(),
+            "model.ffn_hidden_size=88",
+            f"{TENSOR}=2",
+            "parallel.sequence_parallel=true",
+            "training.precision=bf16",
+        ],
+        ["model.ffn_hidden_size = 88 with experts", "by 16 (8 numbers of", "bf16", "80 or 96"],
+        ["model.ffn_hidden_size=96", "training.precision=fp32"],
+    ),
+    (
+        [mixture(), "model.hidden_size=10", "model.num_attention_heads=1"],
+        ["model.hidden_size = 10 with experts", "legal: 8 or 12"],
+        ["model.hidden_size=8", "model.hidden_size=12"],
+    ),
+]
 ILLEGAL = [
     *SHAPES,
     *TENSOR_PARALLEL,
     *PIPELINES,
     *EXCHANGES,
     *PLACEMENTS,
+    *EXPERTS,
     *ZERO_STAGES,
     *TRAINING,
 ]
@@ -329,6 +433,17 @@ def test_keys_that_contradict_each_other(
         [f"{ZERO}=0"],
         [f"{ZERO}=3", f"{TENSOR}=2", "training.precision=bf16"],
         ["logging.sample_interval_steps=5", f"{TENSOR}=2"],
+        [mixture('num_moe_experts = 1, gate = "softmax"')],
+        [mixture(), "model.towers.vision.experts={ num_moe_experts = 8 }", f"{EXPERT}=4"],
+        [mixture("num_moe_experts = 4, causal_router = true"), f"{ZERO}=3"],
+        [mixture(), f"{EXPERT}=2", f"{MODALITY}=2", f"{ZERO}=2"],
+        [
+            mixture('num_moe_experts = 4, routing = "topk", topk = 2, capacity_factor = 1.25'),
+            f"{EXPERT}=4",
+            f"{TENSOR}=2",
+            f"{PIPELINE}=2",
+            "parallel.sequence_parallel=true",
+        ],
     ],
     ids=" ".join,
 )
@@ -398,3 +513,24 @@ def test_world_sizes_that_divide() -> None:
         check_world_size(config, world_size)
     assert config.accumulation_steps(data_parallel_size=2) == 4  # 16 / (2 * 2)
     check_world_size(parse(f"{TENSOR}=2", f"{PIPELINE}=2", f"{MODALITY}=2"), 32)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts", "legal"),
+    [
+        ([f"{EXPERT}=2"], 3, [f"{EXPERT} = 2", "the 3 data", "tower text", "legal: 1"], [1]),
+        ([f"{EXPERT}=4"], 2, [f"{EXPERT} = 4", "the 2 data", "nearest legal: 1, 2"], [1, 2]),
+        ([f"{EXPERT}=2", f"{PIPELINE}=2"], 2, ["the 1 data-parallel", "nearest legal: 1"], [1]),
+    ],
+)
+def test_ranks_that_experts_do_not_divide(
+    overrides: list[str], world_size: int, parts: list[str], legal: list[int]
+) -> None:
+    batch = f"training.global_batch_size={world_size}"
+    with pytest.raises(ConfigError) as caught:
+        check_world_size(parse(mixture(), batch, *overrides), world_size)
+    assert_one_line(str(caught.value))
+    for part in parts:
+        assert part in str(caught.value)
+    for size in legal:
+        check_world_size(parse(mixture(), batch, *overrides, f"{EXPERT}={size}"), world_size)

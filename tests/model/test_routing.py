@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mot_megatron.config import ExpertsConfig
-from mot_megatron.model.routing import Router, RoutingMode, RoutingPool, build_router
+from mot_megatron.model.routing import (
+    ExpertChoiceRouter,
+    Router,
+    RoutingMode,
+    RoutingPool,
+    build_router,
+)
 from mot_megatron.model.sharding import is_auxiliary
 
 HIDDEN = 8
@@ -178,6 +184,7 @@ def test_causal_router_takes_what_is_likelier_than_not() -> None:
 def test_causal_router_learns_the_choices_and_changes_nothing_else() -> None:
     with_router, without = router_of(12, causal_router=True), router_of(12)
     without.load_state_dict({"weight": with_router.weight.detach()})
+    assert isinstance(with_router, ExpertChoiceRouter)
     assert with_router.causal is not None
     optimizer = torch.optim.AdamW(with_router.causal.parameters(), lr=1e-2)
     with_router.mode.token_weights = (1 / 64,)
