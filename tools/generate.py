@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from mot_megatron.config import ModelConfig
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.errors import DataError, UserError
 from mot_megatron.train.generate import Generator
@@ -91,6 +92,8 @@ def generate_files(options: argparse.Namespace) -> None:
         print(f"skipped {line}", file=sys.stderr)
     print(f"checkpoint {trained.checkpoint.path}, step {trained.checkpoint.step}")
     generator = Generator(trained.model, trained.corpus, trained.config.data.seq_length)
+    if trained.config.model.sees_the_future:
+        print(_how_tokens_are_routed(trained.config.model))
     # A later modality's wrong name should not show only after an earlier one was generated.
     modalities = [generator.rules(name).modality.name for name in options.into or generator.codecs]
     try:
@@ -104,6 +107,13 @@ def generate_files(options: argparse.Namespace) -> None:
                 print(f"{path}: {len(item.token_ids)} tokens{shown}")
     except OSError as error:
         raise DataError(f"{options.output}: cannot be written: {error.strerror}") from error
+
+
+def _how_tokens_are_routed(model: ModelConfig) -> str:
+    """By what other than in training: there, later tokens had a say."""
+    if any(experts and experts.causal_router for experts in model.experts_of_towers):
+        return "tokens are routed by the causal router"
+    return "tokens are routed without a capacity: no expert drops any"
 
 
 def main(arguments: list[str] | None = None) -> int:

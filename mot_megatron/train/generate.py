@@ -2,7 +2,8 @@
 
 The same function serves the command line and the samples that training shows. A token runs
 through its own modality's tower only, as in training: a step of n samples is a micro-batch of n
-sequences of one token.
+sequences of one token. Experts that chose among later tokens in training cannot do so here: causal
+routers choose for them, and no expert drops tokens.
 
 Letters: n samples, p prompt tokens, s new tokens, V vocabulary rows.
 """
@@ -27,6 +28,7 @@ from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError
 from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.routing import check_can_be_causal
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.kv_cache import KeyValueCache
 from mot_megatron.train.sampling import SamplingSettings, choose_tokens, draw_uniforms
@@ -55,6 +57,9 @@ class Decoder:
 
         Returns:
             Logits [1 or n, V] after the last token, equal on all tensor-parallel ranks.
+
+        Raises:
+            ConfigError: The model cannot route tokens without later ones.
         """
         model = self.model
         micro_batch = build_micro_batch(
@@ -68,7 +73,8 @@ class Decoder:
         positions = micro_batch.positions + self.cache.length
         micro_batch = dataclasses.replace(micro_batch, positions=positions)
         # Called, not model.sequence_logits: ZeRO-3 gathers weights during a module's call only.
-        (logits,) = model(micro_batch.to(model.groups.device), self.cache)
+        with model.routed_causally():
+            (logits,) = model(micro_batch.to(model.groups.device), self.cache)
         self.cache.advance(token_ids.shape[1])
         last = logits.view(*token_ids.shape, -1)[:, -1].contiguous()
         return gather_from_tensor_model_parallel_region(last, group=model.groups.tensor)
@@ -103,6 +109,7 @@ def generate(
 
     Raises:
         DataError: The prompt is empty, or leaves too little room.
+        ConfigError: The model cannot route tokens without later ones.
         TrainingError: The model's logits are not finite.
     """
     begun = len(rules.open_item(prompt))
@@ -219,10 +226,12 @@ class Generator:
     Codecs are loaded once, here; a modality without one is never generated.
 
     Raises:
+        ConfigError: The model cannot route tokens without later ones.
         DataError: A codebook cannot be read.
     """
 
     def __init__(self, model: MixtureOfTransformers, corpus: Corpus, seq_length: int) -> None:
+        check_can_be_causal(model.config)
         self.model = model
         self.corpus = corpus
         self.seq_length = seq_length

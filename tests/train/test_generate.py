@@ -13,13 +13,13 @@ from megatron.core import parallel_state
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader
-from mot_megatron.errors import DataError
+from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_process_groups, build_single_process_groups
 from mot_megatron.train.generate import Decoder, Generator
 from mot_megatron.train.sampling import SamplingSettings
 from mot_megatron.train.segments import SegmentRules, held_out_prompt
-from mot_megatron.train.session import build_session, grouping_plan
+from mot_megatron.train.session import build_groups, build_session, grouping_plan
 from tests.model.algorithm_one import AlgorithmOne
 from tests.model.small_models import modality_of_id, random_tokens, single_rank_model, small_config
 from tests.ranks import run_ranks
@@ -98,6 +98,47 @@ def test_cached_logits_equal_the_full_forward(
         torch.testing.assert_close(
             torch.stack(cached, dim=1), full[:, prompt_tokens - 1 :], rtol=tolerance, atol=tolerance
         )
+
+
+EXPERTS = {
+    "causal router": "{num_moe_experts=4,causal_router=true,capacity_factor=2.0}",
+    "no drops": '{num_moe_experts=4,routing="topk",capacity_factor=0.5}',
+}
+MIXTURES = [f"model.towers.{tower}.experts=" for tower in ("text", "image")]
+
+
+@pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS)
+def test_cached_logits_equal_the_full_forward_without_later_tokens(experts: str):
+    """In training, experts see later tokens: only causal routing lets a prefix stand alone."""
+    towers = TOWERS[3]
+    overrides = ("model.init_std=0.3", *(mixture + experts for mixture in MIXTURES))
+    model = single_rank_model(small_config(towers, *overrides))  # grouped_mm knows no fp64
+    table = modality_of_id(list(towers))
+    ids = random_tokens(2, list(towers), (1, 1, 1), (3, 24)).token_ids
+    ids[:, :9] = ids[0, :9]
+    with torch.no_grad():
+        with model.routed_causally():
+            full = one_document(model, ids, table)
+        decoder = Decoder(model, table, num_samples=3, capacity=ids.shape[1])
+        cached = [decoder.feed(ids[:1, :9]).expand(3, -1)]
+        cached += [decoder.feed(column[:, None]) for column in ids[:, 9:].T]
+        as_trained = one_document(model, ids, table)
+    torch.testing.assert_close(torch.stack(cached, dim=1), full[:, 8:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(as_trained, full, atol=1e-2)
+
+
+def test_causal_routing_ends_with_an_error():
+    experts = MIXTURES[0] + EXPERTS["causal router"]
+    model = single_rank_model(small_config(TOWERS[3], experts))
+
+    def fail() -> None:
+        with model.routed_causally():
+            assert model.routing.causal
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not model.routing.causal
 
 
 def test_sequence_logits_stand_in_sequence_order():
@@ -254,6 +295,19 @@ def test_length_stays_within_the_sequence(generator: Generator):
     assert max(len(item.token_ids) for item in items) <= room
 
 
+def test_experts_that_need_later_tokens_generate_nothing(corpus: Corpus):
+    config = make_config(corpus, MIXTURES[1] + "{num_moe_experts=4}")
+    model = MixtureOfTransformers(config, build_single_process_groups(CPU))
+    needed = (
+        r"needed, from the start of training: model\.towers\.image\.experts\.causal_router = true"
+    )
+    with pytest.raises(ConfigError, match=needed):
+        Generator(model, corpus, config.data.seq_length)
+    decoder = Decoder(model, corpus.description.modality_of_id, num_samples=1, capacity=2)
+    with pytest.raises(ConfigError, match=needed):
+        decoder.feed(np.array([[BOS]]))
+
+
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor": (2, ("parallel.tensor_model_parallel_size=2",)),
     "sequence": (
@@ -338,3 +392,27 @@ def test_every_layout_generates_the_same(corpus: Corpus):
     for results in run_ranks(generate_on_ranks, 2, corpus.directory):
         for name in LAYOUTS:
             assert results[name] == expected, name
+
+
+WITH_EXPERTS = MIXTURES[0] + EXPERTS["causal router"]
+EXPERT_LAYOUTS = (("parallel.expert_model_parallel_size=2",), LAYOUTS["sequence"][1])
+
+
+def generate_with_experts(directory: Path) -> list[Mapping[str, list[list[int]]]]:
+    corpus = Corpus.open(directory)
+    results = []
+    for overrides in EXPERT_LAYOUTS:
+        config = make_config(corpus, WITH_EXPERTS, *overrides)
+        groups = build_groups(config, corpus, CPU)
+        model = MixtureOfTransformers(config, groups)
+        results.append(generated_ids(Generator(model, corpus, config.data.seq_length)))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def test_experts_on_several_ranks_generate_the_same(corpus: Corpus):
+    config = make_config(corpus, WITH_EXPERTS)
+    model = MixtureOfTransformers(config, build_single_process_groups(CPU))
+    expected = generated_ids(Generator(model, corpus, config.data.seq_length))
+    for results in run_ranks(generate_with_experts, 2, corpus.directory):
+        assert results == [expected] * len(EXPERT_LAYOUTS)
