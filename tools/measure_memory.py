@@ -5,8 +5,8 @@ Example: measure_memory.py --config configs/quickstart.toml --ranks 1 --set trai
 The bytes are read from tensors, on the CPU: weights (what forward reads), gradients, optimizer (fp32
 weights and both moments) at their most between micro-batches and before the step, and activations,
 the most that autograd keeps for backward. Buffers of collectives are left out. The same is measured
-for the dense twin, which is the configuration with one tower for all modalities and without
-modality parallelism, on two numbers of ranks. On ranks / parallel.modality_parallel_size, where both
+for the dense twin, which is the configuration with one tower without experts for all modalities and
+without modality parallelism, on two numbers of ranks. On ranks / parallel.modality_parallel_size, where both
 have as many replicas of the model: against this one a rank's model state should be at most 1.1 times
 as much. And on as many ranks, where ZeRO shares the dense model's state among more replicas.
 """
@@ -68,16 +68,21 @@ class World:
 
 
 def dense_twin(config: Config) -> Config:
-    """The same model with one tower, which every data-parallel rank holds."""
+    """The same model with one plain tower, which every data-parallel rank holds."""
     model, parallel = config.model, config.parallel
     modalities = {
         name: ModalityConfig(tower=DENSE, loss_weight=modality.loss_weight)
         for name, modality in model.modalities.items()
     }
-    plain = {"modality_parallel_size": 1, "placement": "auto", "attention_exchange": "sequence"}
+    plain = {
+        "modality_parallel_size": 1,
+        "placement": "auto",
+        "attention_exchange": "sequence",
+        "expert_model_parallel_size": 1,
+    }
     return config.model_copy(
         update={
-            "model": model.model_copy(update={"modalities": modalities}),
+            "model": model.model_copy(update={"modalities": modalities, "towers": {}}),
             "parallel": parallel.model_copy(update=plain),
         }
     )

@@ -5,6 +5,11 @@ which has no fused kernel, the normalised rows, both in fp32), SwiGLU its two ha
 result, attention q, k, v, its output and the softmax's divisors, the loss the softmax. Tensors
 that live within an operation, and buffers of collectives and messages, come on top.
 
+Of a mixture of experts it is what balanced experts keep: every tower's token runs through the mean
+number of them. Expert choice balances the experts of a micro-batch exactly; where expert parallelism
+brings a rank other ranks' tokens, those are taken to be as many as its own; top-k without a capacity
+promises nothing, and in the worst case one rank's experts get all tokens.
+
 Letters: g rows of the stream, a attended positions, both of one micro-batch on one rank; h hidden
 size, d head size, f feed-forward width, H query heads and G key-value heads that a tensor-parallel
 rank projects (H', G' those that it attends with), V vocabulary rows, all but h and d divided by the
@@ -13,11 +18,12 @@ tensor-parallel size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mot_megatron.config import Config
+from mot_megatron.config import Config, ExpertsConfig
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 
 FP32, INT64 = 4, 8
@@ -28,10 +34,16 @@ Device = Literal["cpu", "cuda"]
 class Rows:
     """How much of a micro-batch a rank works on."""
 
-    stream: int
-    """g: slots of the towers that it holds, before sequence parallelism cuts them."""
+    towers: tuple[int, ...]
+    """Slots of every tower, none of those that it does not hold, before sequence parallelism cuts
+    them."""
     attended: int
     """a: positions of the sequences that it attends for."""
+
+    @property
+    def stream(self) -> int:
+        """g: slots of all towers that it holds."""
+        return sum(self.towers)
 
 
 def activation_bytes(
@@ -82,7 +94,6 @@ class _Sizes:
     a: int
     h: int
     d: int
-    f: int
     heads: int
     groups: int
     attended_heads: int
@@ -95,6 +106,10 @@ class _Sizes:
     in_place: bool
     """Whether v stays a part of the projection's result: with one tower nothing is reordered."""
     fused_norm: bool
+    feed_forward_inputs: int
+    """Bytes that the towers' networks keep of what they are given, in a layer."""
+    feed_forward: int
+    """Bytes that they keep besides."""
 
     @classmethod
     def of(cls, config: Config, rows: Rows, device: Device) -> _Sizes:
@@ -102,24 +117,58 @@ class _Sizes:
         tensor, modality = parallel.tensor_model_parallel_size, parallel.modality_parallel_size
         heads, groups = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
         slices = modality if parallel.attention_exchange == "heads" else 1
+        networks = [
+            _feed_forward(config, experts, slots)
+            for experts, slots in zip(model.experts_of_towers, rows.towers, strict=True)
+        ]
         return cls(
             g=rows.stream,
-            s=rows.stream // tensor if parallel.sequence_parallel else rows.stream,
+            s=_cut(config, rows.stream),
             a=rows.attended,
             h=model.hidden_size,
             d=model.head_dim,
-            f=model.feed_forward_size // tensor,
             heads=heads,
             groups=groups,
             attended_heads=heads // slices,
             attended_groups=max(groups // slices, 1),
             vocabulary=model.num_vocabulary_rows // tensor,
-            element=2 if config.training.precision == "bf16" else FP32,
+            element=_element(config),
             tensor_parallel=tensor > 1,
             exchanged=modality > 1,
             in_place=modality == 1 and model.num_towers == 1,
             fused_norm=device == "cuda",
+            feed_forward_inputs=sum(inputs for inputs, _ in networks),
+            feed_forward=sum(inner for _, inner in networks),
         )
+
+
+def _element(config: Config) -> int:
+    return 2 if config.training.precision == "bf16" else FP32
+
+
+def _cut(config: Config, slots: int) -> int:
+    """Rows of the stream between the linear layers: sequence parallelism cuts them."""
+    parallel = config.parallel
+    return slots // parallel.tensor_model_parallel_size if parallel.sequence_parallel else slots
+
+
+def _feed_forward(config: Config, experts: ExpertsConfig | None, slots: int) -> tuple[int, int]:
+    """What a tower's network keeps of its input, and besides, for so many slots."""
+    e, h, s = _element(config), config.model.hidden_size, _cut(config, slots)
+    f = config.model.feed_forward_size // config.parallel.tensor_model_parallel_size
+    swiglu = 4 * f * e  # of a row: gate and up, silu(gate), their product
+    if experts is None:
+        return s * h * e, slots * swiglu
+    # The router reads the input in fp32 and keeps, of a row and an expert, the gate and whether
+    # it is open; the causal one reads it as it is.
+    inputs = s * h * FP32
+    router = s * experts.num_moe_experts * (FP32 + 1)
+    if experts.causal_router:
+        inputs += s * h * e if e != FP32 else 0
+        router += s * (h * e + 3 * experts.num_moe_experts * FP32)
+    routed = math.ceil(experts.experts_per_token * slots)
+    # Of a routed row its input, its output before it is weighted, the weight and its place.
+    return inputs, router + routed * (swiglu + 2 * h * e + FP32 + INT64)
 
 
 def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
@@ -133,7 +182,7 @@ def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
         layer = _layer(config, z, core_kept=False)
         core = z.a * (2 * z.attended_heads + z.attended_groups) * z.d * z.element + angles
         # By then the layer's feed-forward network has run backward.
-        again = max(0, core - 4 * z.g * z.f * z.element)
+        again = max(0, core - z.feed_forward)
     else:
         layer, again = whole, 0
     head = _head(z) if piece.last else 0
@@ -150,11 +199,10 @@ def _layer(config: Config, z: _Sizes, core_kept: bool) -> int:
     e, stream = z.element, z.s * z.h
     norms = 2 * _norm(z, stream, z.s)
     # Post-norm: the two linear layers keep the stream; pre-norm: they keep the norms' results.
-    linear_inputs = 2 * stream * e
+    linear_inputs = stream * e + z.feed_forward_inputs
     projection = z.g * z.heads * z.d * e
-    feed_forward = 4 * z.g * z.f * e  # gate and up, silu(gate), their product
     attention = _qkv(z, config.model.qk_norm, core_kept) + _core(z, core_kept)
-    return norms + linear_inputs + projection + feed_forward + attention
+    return norms + linear_inputs + projection + z.feed_forward + attention
 
 
 def _qkv(z: _Sizes, normed: bool, core_kept: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, pairwise, product
 from typing import Literal
 
 from mot_megatron.config import Config, ParallelConfig
@@ -15,7 +15,7 @@ from mot_megatron.parallel.placement import Placement
 from mot_megatron.rules import check, check_world_size
 from mot_megatron.scaling.activations import Device, Rows, activation_bytes
 from mot_megatron.scaling.memory import StateBytes, mesh_of, state_bytes
-from mot_megatron.train.placing import place_towers
+from mot_megatron.train.placing import check_experts_placed, place_towers
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -51,8 +51,9 @@ class Plan:
         """Sorts layouts: first those whose ranks talk and wait least.
 
         Tensor parallelism talks most, twice in every half of a layer; pipelines talk little, but
-        stages wait for each other; modality parallelism talks around attention, and less than data
-        parallelism over gradients; ZeRO-3 gathers weights in every pass.
+        stages wait for each other; modality parallelism talks around attention, expert parallelism
+        around the experts, and so less than data parallelism over gradients; ZeRO-3 gathers weights
+        in every pass.
         """
         parallel = self.config.parallel
         return (
@@ -60,25 +61,36 @@ class Plan:
             parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size or 1,
             parallel.modality_parallel_size,
+            parallel.expert_model_parallel_size,
             parallel.zero_stage,
             int(parallel.attention_exchange == "heads"),
         )
 
 
-def legal_layouts(config: Config, num_gpus: int, gpus_per_node: int) -> list[Config]:
+def legal_layouts(
+    config: Config, num_gpus: int, gpus_per_node: int, tower_tokens: Sequence[int]
+) -> list[Config]:
     """The configuration in every layout that the rules of training allow, and that makes sense.
 
     Tensor and modality parallelism, which talk in every layer, stay together inside a node;
     sequence parallelism goes with tensor parallelism always, as it saves memory for nothing.
     Samples during training, which some layouts cannot draw, are given up.
+
+    Args:
+        config: With its vocabulary.
+        num_gpus: Ranks.
+        gpus_per_node: Of them on a node.
+        tower_tokens: Of the training split, K of them: they place the towers, and a tower's
+            experts need ranks that can share them equally.
     """
     logging = config.logging.model_copy(update={"sample_interval_steps": None})
     config = config.model_copy(update={"logging": logging})
     sizes = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
     inside = [size for size in sizes if size <= gpus_per_node]
     layouts = []
-    for tensor, stages, pieces, modality, zero in product(
-        inside, sizes, _PIECES_PER_STAGE, inside, (0, 1, 2, 3)
+    spreads = sizes if config.model.has_experts else [1]
+    for tensor, stages, pieces, modality, experts, zero in product(
+        inside, sizes, _PIECES_PER_STAGE, inside, spreads, (0, 1, 2, 3)
     ):
         if tensor * modality > gpus_per_node or (pieces and stages == 1):
             continue
@@ -90,10 +102,11 @@ def legal_layouts(config: Config, num_gpus: int, gpus_per_node: int) -> list[Con
                 "virtual_pipeline_model_parallel_size": pieces,
                 "modality_parallel_size": modality,
                 "attention_exchange": exchange,
+                "expert_model_parallel_size": experts,
                 "zero_stage": zero,
             }
             layout = _in_layout(config, wanted)
-            if _is_legal(layout, num_gpus):
+            if _is_legal(layout, num_gpus, tower_tokens):
                 layouts.append(layout)
     return layouts
 
@@ -124,10 +137,12 @@ def _placement(parallel: ParallelConfig) -> object:
     return placement if is_meant else "auto"
 
 
-def _is_legal(config: Config, num_gpus: int) -> bool:
+def _is_legal(config: Config, num_gpus: int, tower_tokens: Sequence[int]) -> bool:
     try:
         check(config, "layout")
         check_world_size(config, num_gpus)
+        if config.model.has_experts:
+            check_experts_placed(config, place_towers(config, tower_tokens), num_gpus)
     except ConfigError:
         return False
     return True
@@ -199,15 +214,17 @@ def _rows(
 ) -> Rows:
     """Of a micro-batch whose tokens are shared among towers as the split's are."""
     positions = config.training.micro_batch_size * config.data.seq_length
-    if placement is None:
-        return Rows(positions, positions)
-    shares = placement.shares[mesh.modality_rank(rank)]
-    held = sum(share * tokens for share, tokens in zip(shares, tower_tokens, strict=True))
+    shares = (1.0,) * len(tower_tokens)
+    if placement is not None:
+        shares = placement.shares[mesh.modality_rank(rank)]
+    held = accumulate(share * tokens for share, tokens in zip(shares, tower_tokens, strict=True))
     # Ranks that exchange by sequence bring a micro-batch each to their group; those that exchange
     # heads share one, and attend for all of it.
     is_shared = config.parallel.attention_exchange == "heads"
     of_group = positions * (1 if is_shared else mesh.modality)
-    return Rows(stream=math.ceil(held / sum(tower_tokens) * of_group), attended=positions)
+    total = sum(tower_tokens)
+    ends = [0, *(math.ceil(tokens / total * of_group) for tokens in held)]
+    return Rows(tuple(end - begin for begin, end in pairwise(ends)), attended=positions)
 
 
 def _activations(

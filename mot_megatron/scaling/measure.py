@@ -6,12 +6,12 @@ under way: storages of tensors, each counted once, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 
 from mot_megatron.model.micro_batch import MicroBatch
-from mot_megatron.scaling.activations import Rows
+from mot_megatron.scaling.activations import Rows, activation_bytes
 from mot_megatron.scaling.kept import KeptForBackward
 from mot_megatron.scaling.memory import RankMemory, StateBytes
 from mot_megatron.train.session import Session
@@ -40,6 +40,10 @@ def measure_step(session: Session) -> RankMemory:
                 session.engine.backward(session.engine.forward(batch)[0])
                 states.append(_state(session))
     names = session.config.model.tower_names
+
+    def needed(rows: Rows) -> int:
+        return activation_bytes(session.config, groups.pipeline_rank, rows, accumulation, "cpu")
+
     return RankMemory(
         stage=groups.pipeline_rank,
         towers=tuple(names[tower] for tower in model.towers),
@@ -49,12 +53,13 @@ def measure_step(session: Session) -> RankMemory:
             optimizer=max(state.optimizer for state in states),
         ),
         activations=kept.peak_bytes,
-        rows=max((_rows(batch, model.towers) for batch in batches), key=lambda rows: rows.stream),
+        rows=max((_rows(batch, model.towers) for batch in batches), key=needed),
     )
 
 
-def _rows(batch: MicroBatch, towers: Iterable[int]) -> Rows:
-    return Rows(sum(batch.tower_slots[tower] for tower in towers), batch.positions.numel())
+def _rows(batch: MicroBatch, towers: Container[int]) -> Rows:
+    slots = [count if tower in towers else 0 for tower, count in enumerate(batch.tower_slots)]
+    return Rows(tuple(slots), batch.positions.numel())
 
 
 def _state(session: Session) -> StateBytes:

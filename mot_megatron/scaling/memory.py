@@ -1,7 +1,7 @@
 """Model state in closed form: the bytes of weights, gradients and optimizer on a rank.
 
 DeepSpeed lays a rank's parameters out group by group (those that the same ranks own, matrices
-apart from vectors), each in a flat buffer that it pads so that the owners get equal pieces at even
+apart from vectors; under expert parallelism fewer ranks own an expert than its tower), each in a flat buffer that it pads so that the owners get equal pieces at even
 offsets. ZeRO-3 pads every parameter by itself. With that, the numbers are those of the tensors.
 
 Buffers of collectives are not model state: besides, a rank needs one for gradients of up to the
@@ -64,7 +64,7 @@ class RankMemory:
     activations: int
     """The most that autograd keeps at one time."""
     rows: Rows
-    """Of its largest micro-batch."""
+    """Of the micro-batch that needs most."""
 
 
 def mesh_of(config: Config, world_size: int) -> Mesh:
@@ -96,7 +96,7 @@ def state_bytes(config: Config, mesh: Mesh, placement: Placement | None, rank: i
         return StateBytes(weight * elements, FP32 * elements, moments * elements)
     if zero_stage == 3:
         return _scattered(config, held, mesh.data, weight)
-    return _flat(config, _buffers(held, mesh, placement, rank), weight)
+    return _flat(config, _buffers(config, held, mesh, placement, rank), weight)
 
 
 def held_by_rank(
@@ -146,23 +146,30 @@ class _Buffer:
 
 
 def _buffers(
-    held: Iterable[HeldParameter], mesh: Mesh, placement: Placement | None, rank: int
+    config: Config,
+    held: Iterable[HeldParameter],
+    mesh: Mesh,
+    placement: Placement | None,
+    rank: int,
 ) -> list[_Buffer]:
-    sizes: dict[tuple[tuple[int, ...], bool], list[int]] = defaultdict(list)
+    sizes: dict[tuple[tuple[int, ...], int, bool], list[int]] = defaultdict(list)
     everyone = tuple(range(mesh.modality))
+    expert_size = config.parallel.expert_model_parallel_size
     for parameter in held:
         holders = everyone
         if placement is not None and parameter.tower != SHARED:
             holders = placement.holders(parameter.tower)
-        sizes[holders, len(parameter.shape) > 1].append(parameter.size)
+        stride = expert_size if parameter.experts else 1
+        sizes[holders, stride, len(parameter.shape) > 1].append(parameter.size)
     group, place = divmod(mesh.data_rank(rank), mesh.modality)
     return [
         _Buffer(
             tuple(of_group),
-            owners=mesh.data // mesh.modality * len(holders),
-            owner=group * len(holders) + holders.index(place),
+            # Every so many-th of the holders has the same experts.
+            owners=mesh.data // mesh.modality * len(holders) // stride,
+            owner=(group * len(holders) + holders.index(place)) // stride,
         )
-        for (holders, _), of_group in sizes.items()
+        for (holders, stride, _), of_group in sizes.items()
     ]
 
 

@@ -27,6 +27,9 @@ from tests.train.small_runs import small_config, write_corpus
 # Sizes that no number of ranks divides, so that every buffer is padded.
 ODD = ["model.hidden_size=30", "model.num_attention_heads=3", "model.num_query_groups=1",
        "model.ffn_hidden_size=45"]  # fmt: skip
+# Grouped matrix products want rows of whole 16 bytes.
+ALIGNED = ["model.hidden_size=36", "model.num_attention_heads=3", "model.num_query_groups=1",
+           "model.ffn_hidden_size=44"]  # fmt: skip
 DENSE = [f"model.modalities.{name}.tower=one" for name in ("text", "image", "speech")]
 TP2 = "parallel.tensor_model_parallel_size=2"
 SP = "parallel.sequence_parallel=true"
@@ -39,6 +42,10 @@ ZERO0, ZERO2, ZERO3 = (f"parallel.zero_stage={stage}" for stage in (0, 2, 3))
 OFFLOAD = "parallel.offload=optimizer"
 BF16 = "training.precision=bf16"
 TIED = "model.untie_embeddings_and_output_weights=false"
+EP2 = "parallel.expert_model_parallel_size=2"
+CHOSEN = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
+DOUBLE = "model.towers.image.experts={num_moe_experts=2,capacity_factor=2.0}"
+TOP2 = "model.towers.image.experts={num_moe_experts=4,routing='topk',topk=2,gate='softmax'}"
 FOUR_LAYERS = "model.num_layers=4"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 
@@ -90,6 +97,9 @@ def _compare(config: Config) -> Comparison:
                 [FULL, FOUR_LAYERS, "data.seq_length=96"],
                 [BF16, "model.num_query_groups=4"],
                 ["model.untied.feed_forward=false", "model.untied.norms=false", TIED],
+                [CHOSEN, DOUBLE],
+                [CHOSEN, TOP2, BF16, "model.norm_placement=pre"],
+                [CHOSEN, TOP2, SELECTIVE],
             ],
         ),
         (
@@ -105,6 +115,9 @@ def _compare(config: Config) -> Comparison:
                 [MP2, *ODD],
                 [MP2, HEADS, BF16],
                 [MP2, ZERO2, SELECTIVE],
+                [CHOSEN, EP2],
+                [CHOSEN, TOP2, EP2, ZERO2, BF16],
+                [CHOSEN, TP2, SP],
             ],
         ),
         (
@@ -118,6 +131,10 @@ def _compare(config: Config) -> Comparison:
                 [TP2, OFFLOAD, ZERO3],
                 [OFFLOAD],
                 [OFFLOAD, BF16, ZERO2],
+                [CHOSEN, DOUBLE, EP2, *ALIGNED],
+                [CHOSEN, DOUBLE, EP2, ZERO2, FULL],
+                [CHOSEN, DOUBLE, EP2, MP2, BF16],
+                [CHOSEN, EP2, PP2],
             ],
         ),
     ],

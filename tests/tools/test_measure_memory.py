@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from mot_megatron.config import load_config
+from mot_megatron.rules import check
 from mot_megatron.scaling.activations import Rows
 from mot_megatron.scaling.memory import RankMemory, StateBytes
 from tests.train.small_runs import CONFIG, write_corpus
@@ -84,7 +85,7 @@ def test_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_twins_are_told_apart(config_file: Path) -> None:
     """By what they have in common with the configuration, as the one bounds memory."""
     worlds = worlds_of(load_config(config_file, [MP2]), 4)
-    rank = RankMemory(0, ("text",), StateBytes(100, 100, 300), 10, Rows(1, 1))
+    rank = RankMemory(0, ("text",), StateBytes(100, 100, 300), 10, Rows((1,), 1))
     lines = text(worlds, {name: [rank] for name in worlds}).splitlines()
     assert [line for line in lines if line.startswith("fullest rank / ")] == [
         "fullest rank / dense twin on 2 ranks"
@@ -92,6 +93,14 @@ def test_twins_are_told_apart(config_file: Path) -> None:
         "fullest rank / dense twin on 4 ranks (as many ranks):",
     ]
     assert max(map(len, lines)) <= 120
+
+
+def test_the_twin_of_experts_is_plain(config_file: Path) -> None:
+    overrides = ["model.towers.text.experts={num_moe_experts=4}",
+                 "parallel.expert_model_parallel_size=2"]  # fmt: skip
+    twin = worlds_of(load_config(config_file, overrides), 2)["dense_same_ranks"].config
+    check(twin, "twin")
+    assert not twin.model.has_experts
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from tests.train.small_runs import CONFIG, write_corpus
 from tools.plan_layout import main
 
 VOCABULARY = "model.vocab_size=1024"
+EVEN = (1, 1, 1)
+EXPERTS = "model.towers.text.experts={num_moe_experts=4}"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def planned(
 
 def test_layouts_are_those_that_training_accepts(config_file: Path) -> None:
     config = load_config(config_file, [VOCABULARY])
-    layouts = legal_layouts(config, 8, gpus_per_node=8)
+    layouts = legal_layouts(config, 8, gpus_per_node=8, tower_tokens=EVEN)
     for layout in layouts:
         check(layout, "layout")
         check_world_size(layout, 8)
@@ -71,9 +73,43 @@ def test_layouts_are_those_that_training_accepts(config_file: Path) -> None:
     stages = {parallel.zero_stage for parallel in apart}
     assert stages == {1, 2}
     # Tensor and modality parallelism stay inside a node.
-    for layout in legal_layouts(config, 8, gpus_per_node=2):
+    for layout in legal_layouts(config, 8, gpus_per_node=2, tower_tokens=EVEN):
         parallel = layout.parallel
         assert parallel.tensor_model_parallel_size * parallel.modality_parallel_size <= 2
+
+
+def test_experts_are_spread_where_training_can(config_file: Path) -> None:
+    config = load_config(config_file, [VOCABULARY, EXPERTS])
+    layouts = legal_layouts(config, 4, gpus_per_node=4, tower_tokens=EVEN)
+    spread = {
+        (
+            layout.parallel.tensor_model_parallel_size,
+            layout.parallel.pipeline_model_parallel_size,
+            layout.parallel.modality_parallel_size,
+            layout.parallel.expert_model_parallel_size,
+        )
+        for layout in layouts
+        if layout.parallel.expert_model_parallel_size > 1
+    }
+    # As many ranks as hold the text tower share its experts equally: 4 / (tp pp) without modality
+    # parallelism, half of that with groups of two; of a group of four, two ranks hold it.
+    assert spread == {
+        (1, 1, 1, 2),
+        (1, 1, 1, 4),
+        (2, 1, 1, 2),
+        (1, 2, 1, 2),
+        (1, 1, 2, 2),
+        (1, 1, 4, 2),
+    }
+    alone, four = (
+        plan(load_config(config_file, [VOCABULARY, EXPERTS, *extra]), 4, EVEN)
+        for extra in ([], ["parallel.expert_model_parallel_size=4"])
+    )
+    # Three experts less, of 3 * 32 * 48 elements in each of two layers.
+    assert alone.state.weights - four.state.weights == 4 * 2 * 3 * (3 * 32 * 48)
+    # Their states were shared by four ranks: no rank has fewer now, though nobody shares its own.
+    assert alone.state.optimizer == four.state.optimizer
+    assert alone.activations == four.activations
 
 
 def test_the_fullest_rank_decides(config_file: Path) -> None:
@@ -142,7 +178,7 @@ def test_table_without_a_corpus(config_file: Path, capsys: pytest.CaptureFixture
     assert max(map(len, lines)) <= 120
     assert lines[0].startswith("tokens shared equally among towers: ")
     # Least communication first: plain data parallelism.
-    assert lines[4].split()[:6] == ["1", "1", "-", "1", "-", "0"]
+    assert lines[4].split()[:7] == ["1", "1", "-", "1", "1", "-", "0"]
     assert lines[-1] == "all legal layouts fit"
 
 
@@ -173,7 +209,7 @@ def test_bad_input_is_one_line(
 def test_an_illegal_layout_is_left_out_for_a_reason(config_file: Path) -> None:
     """Not by rules of the planner's own: training says of the same layout what is wrong."""
     config = load_config(config_file, [VOCABULARY])
-    layouts = legal_layouts(config, 16, gpus_per_node=8)
+    layouts = legal_layouts(config, 16, gpus_per_node=8, tower_tokens=EVEN)
     assert layouts
     assert all(
         layout.parallel.pipeline_model_parallel_size > 1
@@ -189,8 +225,12 @@ def test_samples_during_training_forbid_no_layout(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = "logging.sample_interval_steps=5"
-    plain = legal_layouts(load_config(config_file, [VOCABULARY]), 4, gpus_per_node=4)
-    sampling = legal_layouts(load_config(config_file, [VOCABULARY, samples]), 4, gpus_per_node=4)
+    plain = legal_layouts(
+        load_config(config_file, [VOCABULARY]), 4, gpus_per_node=4, tower_tokens=EVEN
+    )
+    sampling = legal_layouts(
+        load_config(config_file, [VOCABULARY, samples]), 4, gpus_per_node=4, tower_tokens=EVEN
+    )
     assert [layout.parallel for layout in sampling] == [layout.parallel for layout in plain]
     assert main(arguments(config_file, 4, 1.0, VOCABULARY, samples)) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -204,7 +244,7 @@ def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> Non
     config = load_config(config_file, [VOCABULARY, *listed])
     layers = {
         layout.parallel.pipeline_model_parallel_size: layout.parallel.pipeline_layers
-        for layout in legal_layouts(config, 4, gpus_per_node=4)
+        for layout in legal_layouts(config, 4, gpus_per_node=4, tower_tokens=EVEN)
         if layout.parallel.virtual_pipeline_model_parallel_size is None
     }
     assert layers == {1: None, 2: (1, 3), 4: None}
@@ -214,7 +254,7 @@ def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> Non
     config = load_config(config_file, [VOCABULARY, *overrides])
     placed = {
         layout.parallel.modality_parallel_size: plan(layout, 4, [5, 3, 2]).placement
-        for layout in legal_layouts(config, 4, gpus_per_node=4)
+        for layout in legal_layouts(config, 4, gpus_per_node=4, tower_tokens=EVEN)
     }
     assert placed[1] is None
     assert placed[2] is not None
