@@ -9,6 +9,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from mot_megatron.train.interval import Interval
+from mot_megatron.train.step import HeldOut
 
 WIDTH = 120
 
@@ -68,12 +69,21 @@ class Console:
                 f" which costs about {interval.imbalance_percent:.0f}% of the step"
             )
 
-    def held_out(self, step: int, modality_bits: Sequence[float]) -> None:
-        """The line of an evaluation."""
-        self.say(
-            f"held out, step {step:>{len(str(self.last_step))}}: {self._bits(modality_bits)}"
-            " bits per token"
-        )
+    def held_out(self, step: int, held_out: HeldOut, sees_the_future: bool) -> None:
+        """The line of an evaluation, with a second one where the first is not honest.
+
+        Args:
+            step: Steps done.
+            held_out: What was reached.
+            sees_the_future: Whether the routing of training looks at later tokens.
+        """
+        beginning = f"held out, step {step:>{len(str(self.last_step))}}: "
+        line = f"{beginning}{self._bits(held_out.as_trained)} bits per token"
+        self.say(f"{line}, routed with later tokens" if sees_the_future else line)
+        if held_out.causal is not None:
+            label = "routed causally: ".rjust(len(beginning))
+            bits = self._bits(held_out.causal)
+            self.say(f"{label}{bits} bits per token, honest: as generation routes")
 
     def _bits(self, modality_bits: Sequence[float]) -> str:
         return "  ".join(

@@ -22,10 +22,11 @@ from mot_megatron.train.console import Console
 from mot_megatron.train.hardware import peak_flops, peak_memory_bytes
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.metrics import TensorBoardLog
+from mot_megatron.train.routing_log import RoutingLog, expert_charts
 from mot_megatron.train.samples import log_samples
 from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
-from mot_megatron.train.step import StepResult, evaluate, train_step
+from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
 from mot_megatron.train.stop import StopRequest
 from mot_megatron.train.summary import has_summary, write_summary
 from mot_megatron.train.whereabouts import Whereabouts
@@ -43,6 +44,8 @@ class _Run:
     """Of all ranks together."""
     logged: bool
     """Whether the last step's points and samples are in the log already."""
+    routing: RoutingLog | None
+    """None without experts."""
     saved_steps: int | None = None
     recent: list[StepResult] = field(default_factory=list)
     """Steps since the last report."""
@@ -87,7 +90,8 @@ def train(
     ):
         for line in search.skipped:
             console.say(f"skipped {line}")
-        run = _Run(session, console, log, progress, _peak_flops(session), logged=finished)
+        routing = RoutingLog(session.model) if config.model.has_experts else None
+        run = _Run(session, console, log, progress, _peak_flops(session), finished, routing)
         _announce(run, search.checkpoint.path if search.checkpoint else None)
         _train_steps(run, stop)
 
@@ -148,6 +152,8 @@ def _report(run: _Run) -> None:
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
         run.log.log_progress(progress)
+    if run.routing:
+        run.routing.report(run.log, progress.steps)
 
 
 def _flops(config: Config, result: StepResult) -> float:
@@ -163,15 +169,17 @@ def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
     return int(largest)
 
 
-def _evaluate(run: _Run, whole: bool = False) -> tuple[float, ...]:
-    session = run.session
+def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
+    session, step = run.session, run.progress.steps
     session.where.enter("evaluation")
-    bits = evaluate(session, session.held_out_batches(whole))
-    run.console.held_out(run.progress.steps, bits)
+    held_out = evaluate_held_out(session, whole)
+    run.console.held_out(step, held_out, run.config.model.sees_the_future)
     if run.log:
         run.log.log_progress(run.progress)
-        run.log.log_held_out(run.progress.steps, bits)
-    return bits
+        run.log.log_held_out(step, held_out)
+    if run.routing:
+        run.routing.draw(run.log, step)
+    return held_out
 
 
 def _save(run: _Run) -> None:
@@ -188,6 +196,11 @@ def _sample(run: _Run) -> None:
             "no samples: no rank holds the whole model; tools/generate.py draws them from the"
             " checkpoint"
         )
+    elif not run.config.model.can_be_causal:
+        run.console.say(
+            "no samples: experts choose among later tokens, and without"
+            " model.towers.NAME.experts.causal_router = true nothing can be generated"
+        )
     else:
         log_samples(run.session, run.log, run.progress.steps)
 
@@ -195,11 +208,11 @@ def _sample(run: _Run) -> None:
 def _finish(run: _Run) -> None:
     _save(run)
     # What is reported stands beside entropies of the whole split.
-    bits = _evaluate(run, whole=True)
+    held_out = _evaluate(run, whole=True)
     if not run.logged:
         _sample(run)
     parameters = count_parameters(run.config.model).total
-    path = on_first_rank(lambda: write_summary(run.session, run.progress, bits, parameters))
+    path = on_first_rank(lambda: write_summary(run.session, run.progress, held_out, parameters))
     run.console.say(f"done: {path}")
 
 
@@ -216,6 +229,8 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
         # Points of steps that will be done again must not stand twice.
         start_step=progress.steps + 1,
         modality_parallel=session.groups.modality_size > 1,
+        causal_loss=config.model.sees_the_future and config.model.can_be_causal,
+        experts=expert_charts(config.model),
     )
 
 

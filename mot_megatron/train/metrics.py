@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.state import Progress
+from mot_megatron.train.step import HeldOut
+
+Charts = dict[str, list[str | list[str]]]
+"""One page of TensorBoard's "Custom Scalars": kind and tags of every chart, by title."""
 
 GIB = 2**30
 PIXELS_PER_PIXEL = 4
@@ -28,6 +33,8 @@ class TensorBoardLog:
         towers: Sequence[str],
         start_step: int,
         modality_parallel: bool = False,
+        causal_loss: bool = False,
+        experts: Charts | None = None,
     ) -> None:
         """Open ``directory``; what an earlier part of the run wrote after ``start_step`` is hidden.
 
@@ -37,13 +44,15 @@ class TensorBoardLog:
             towers: Names, by tower index.
             start_step: First step that will be written: the resumed one, or 0.
             modality_parallel: Whether to show how equal the work of a modality group's ranks is.
+            causal_loss: Whether held-out losses come routed causally too.
+            experts: Charts about routing, if there are experts.
         """
         self.modalities = tuple(modalities)
         self.towers = tuple(towers)
         self.writer = SummaryWriter(str(directory), purge_step=start_step)
         self.modality_parallel = modality_parallel
         self.progress_step = -1
-        layout = _layout(self.modalities, self.towers)
+        layout = _layout(self.modalities, self.towers, causal_loss)
         if modality_parallel:
             layout["4 Modality parallelism"] = {
                 "FLOPs of the busiest rank over the mean": [
@@ -55,6 +64,8 @@ class TensorBoardLog:
                     ["modality_parallel/waiting_percent"],
                 ],
             }
+        if experts:
+            layout["5 Experts"] = experts
         self.writer.add_custom_scalars(layout)
 
     def log_interval(self, step: int, interval: Interval, mfu: float, memory_bytes: int) -> None:
@@ -80,17 +91,27 @@ class TensorBoardLog:
             scalars[f"tokens_per_second/{name}"] = rate
         for name, bits in zip(self.modalities, interval.modality_bits, strict=True):
             scalars[f"loss_train/{name}"] = bits
+        self.log_scalars(scalars, step)
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Write points by tag; a modality without labels has no loss: no point, not a NaN point."""
         for tag, value in scalars.items():
-            # A modality without labels in these steps has no loss: no point, not a NaN point.
             if not math.isnan(value):
                 self.writer.add_scalar(tag, value, step)
 
-    def log_held_out(self, step: int, modality_bits: Sequence[float]) -> None:
-        """Write the held-out loss of every modality, in bits per token."""
-        for name, bits in zip(self.modalities, modality_bits, strict=True):
-            if not math.isnan(bits):
-                self.writer.add_scalar(f"loss_held_out/{name}", bits, step)
+    def log_held_out(self, step: int, held_out: HeldOut) -> None:
+        """Write the held-out losses of every modality, in bits per token."""
+        losses = {"loss_held_out": held_out.as_trained}
+        if held_out.causal is not None:
+            losses["loss_held_out_causal"] = held_out.causal
+        for prefix, of_modalities in losses.items():
+            pairs = zip(self.modalities, of_modalities, strict=True)
+            self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)
         self.writer.flush()
+
+    def log_figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Write a picture that is in none of pyplot's windows."""
+        self.writer.add_figure(tag, figure, step, close=False)
 
     def log_progress(self, progress: Progress) -> None:
         """Write what the run has taken so far, once per step: the other axes of its curves."""
@@ -122,17 +143,18 @@ class TensorBoardLog:
 
 
 def _layout(
-    modalities: Sequence[str], towers: Sequence[str]
-) -> dict[str, dict[str, list[str | list[str]]]]:
+    modalities: Sequence[str], towers: Sequence[str], causal_loss: bool
+) -> dict[str, Charts]:
     """The "Custom Scalars" page: what a person asks first stands first."""
 
     def chart(prefix: str, names: Sequence[str]) -> list[str | list[str]]:
         return ["Multiline", [f"{prefix}/{name}" for name in names]]
 
-    losses: dict[str, list[str | list[str]]] = {
+    kinds = ["loss_train", "loss_held_out"] + ["loss_held_out_causal"] * causal_loss
+    losses: Charts = {
         f"{name}: train and held out, bits per token": [
             "Multiline",
-            [f"loss_train/{name}", f"loss_held_out/{name}"],
+            [f"{kind}/{name}" for kind in kinds],
         ]
         for name in modalities
     }

@@ -13,19 +13,18 @@ from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.hardware import device_name
 from mot_megatron.train.session import Session
 from mot_megatron.train.state import Progress
+from mot_megatron.train.step import HeldOut
 
 SUMMARY_FILE = "summary.json"
 
 
-def write_summary(
-    session: Session, progress: Progress, held_out_bits: tuple[float, ...], parameters: int
-) -> Path:
+def write_summary(session: Session, progress: Progress, held_out: HeldOut, parameters: int) -> Path:
     """Write the summary into the run's folder and return its path; on one rank only.
 
     Args:
         session: The run.
         progress: How far it has come.
-        held_out_bits: Held-out loss of every modality, bits per token; NaN without labels.
+        held_out: Losses on the held-out split.
         parameters: Of the whole model.
 
     Raises:
@@ -48,9 +47,10 @@ def write_summary(
         **layout(config, session.groups.placement),
         "precision": config.training.precision,
         "device": device_name(session.groups.device),
+        "routed_with_later_tokens": config.model.sees_the_future,
         "modalities": {
-            name: _modality(bits, statistics.get(name))
-            for name, bits in zip(config.model.modalities, held_out_bits, strict=True)
+            name: _modality(held_out, index, statistics.get(name))
+            for index, name in enumerate(config.model.modalities)
         },
     }
     path = config.run_directory / SUMMARY_FILE
@@ -81,6 +81,7 @@ def layout(config: Config, placement: Placement | None) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "modality_parallel_size": parallel.modality_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "placement": shares,
         "attention_exchange": parallel.attention_exchange if placement else None,
         "zero_stage": parallel.zero_stage,
@@ -98,14 +99,25 @@ def has_summary(run_directory: Path, steps: int) -> bool:
         return False
 
 
-def _modality(bits: float, statistics: ModalityStatistics | None) -> dict[str, float | None]:
+def _modality(
+    held_out: HeldOut, index: int, statistics: ModalityStatistics | None
+) -> dict[str, float | None]:
     """Bits per token of the held-out split: the model's beside those of counting tables.
 
-    None for what a modality without held-out tokens does not have.
+    None for what a modality without held-out tokens does not have. The loss with causal routing
+    stands there only if training routes otherwise and causal routing is possible.
     """
     entropies = statistics.all_tokens if statistics else None
+    causal = {}
+    if held_out.causal is not None:
+        causal["held_out_bits_per_token_causal"] = _rounded(held_out.causal[index])
     return {
-        "held_out_bits_per_token": None if math.isnan(bits) else round(bits, 4),
+        "held_out_bits_per_token": _rounded(held_out.as_trained[index]),
+        **causal,
         "unigram_entropy": round(entropies.unigram, 4) if entropies else None,
         "two_token_context_entropy": round(entropies.two_tokens, 4) if entropies else None,
     }
+
+
+def _rounded(bits: float) -> float | None:
+    return None if math.isnan(bits) else round(bits, 4)

@@ -9,7 +9,7 @@ import pytest
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.train.console import WIDTH, Console, duration
 from mot_megatron.train.interval import Interval
-from mot_megatron.train.step import StepSeconds
+from mot_megatron.train.step import HeldOut, StepSeconds
 
 MODALITIES = ("text", "image", "speech")
 
@@ -32,7 +32,7 @@ def printed(capsys: pytest.CaptureFixture[str], on: bool = True) -> list[str]:
     bits = (7.25, math.nan, 6.5)
     with Console(MODALITIES, 0, 200, on) as console:
         console.interval(20, interval_of(bits, 12_345.0, 1.5), 0.42, seconds_left=75)
-        console.held_out(20, bits)
+        console.held_out(20, HeldOut(bits), sees_the_future=False)
     return capsys.readouterr().out.splitlines()
 
 
@@ -49,13 +49,25 @@ def test_lines_of_long_runs_fit(capsys: pytest.CaptureFixture[str]) -> None:
     interval = interval_of((12.25, 12.25, 12.25), rate=987_654.0, norm=12.34, imbalance=1.25)
     with Console(MODALITIES, 0, 200_000, on=True) as console:
         console.interval(100_000, interval, 0.42, seconds_left=359_999)
-        console.held_out(100_000, (12.25, 12.25, 12.25))
+        console.held_out(100_000, HeldOut((12.25,) * 3, (12.5,) * 3), sees_the_future=True)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert max(map(len, lines)) <= WIDTH
     assert lines[0].endswith("|mfu 42%|left 99:59:59")
     # (1 - 1 / 1.25) * 0.2 s / 0.6 s = 7%
     assert lines[1].endswith("has 1.25 of the mean FLOPs, which costs about 7% of the step")
+
+
+def test_a_reader_sees_which_loss_is_honest(capsys: pytest.CaptureFixture[str]) -> None:
+    bits, causal = (7.25, math.nan, 6.5), (7.5, math.nan, 6.75)
+    with Console(MODALITIES, 0, 200, on=True) as console:
+        console.held_out(20, HeldOut(bits, causal), sees_the_future=True)
+        console.held_out(40, HeldOut(bits), sees_the_future=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "held out, step  20: text 7.250  image -  speech 6.500 bits per token, routed with later tokens",
+        "   routed causally: text 7.500  image -  speech 6.750 bits per token, honest: as generation routes",
+        "held out, step  40: text 7.250  image -  speech 6.500 bits per token, routed with later tokens",
+    ]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from mot_megatron.train.interval import Interval
 from mot_megatron.train.loop import train
 from mot_megatron.train.metrics import PIXELS_PER_PIXEL, TensorBoardLog
 from mot_megatron.train.state import Progress
-from mot_megatron.train.step import StepSeconds
+from mot_megatron.train.step import HeldOut, StepSeconds
 from tests.ranks import run_ranks
 from tests.train.small_corpus import make_config, make_corpus
 
@@ -50,13 +50,14 @@ def test_scalars_hold_the_interval(tmp_path: Path) -> None:
     log.log_interval(
         10, interval_with((7.5, 6.5), imbalance=1.25), mfu=0.25, memory_bytes=3 * 2**29
     )
-    log.log_held_out(10, (8.5, 9.5))
+    log.log_held_out(10, HeldOut((8.5, 9.5), causal=(8.75, 9.75)))
     log.close()
     events = read(tmp_path)
     expected = {
         "loss_train/text": 7.5,
         "loss_train/image": 6.5,
         "loss_held_out/image": 9.5,
+        "loss_held_out_causal/image": 9.75,
         "gradient_norm/tower_only": 4.0,
         "gradient_norm/shared": 3.0,
         "gradient_norm/total": 5.0,
@@ -76,11 +77,12 @@ def test_scalars_hold_the_interval(tmp_path: Path) -> None:
 def test_a_modality_without_labels_has_no_point(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
     log.log_interval(5, interval_with((7.5, math.nan)), mfu=0.2, memory_bytes=1)
-    log.log_held_out(5, (math.nan, 9.5))
+    log.log_held_out(5, HeldOut((math.nan, 9.5)))
     log.close()
     tags = read(tmp_path).Tags()["scalars"]
     assert {"loss_train/text", "loss_held_out/image"} <= set(tags)
     assert not {"loss_train/image", "loss_held_out/text"} & set(tags)
+    assert not any(tag.startswith("loss_held_out_causal") for tag in tags)
 
 
 def test_steps_done_again_are_shown_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mot_megatron.data.corpus import Corpus
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.state import Progress
+from mot_megatron.train.step import HeldOut
 from mot_megatron.train.summary import layout, write_summary
 from tests.ranks import run_ranks
 
@@ -31,6 +32,7 @@ def test_one_rank() -> None:
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "modality_parallel_size": 1,
+        "expert_model_parallel_size": 1,
         "placement": None,
         "attention_exchange": None,
         "zero_stage": 2,
@@ -52,6 +54,7 @@ def test_every_axis() -> None:
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": None,
         "modality_parallel_size": 2,
+        "expert_model_parallel_size": 1,
         "placement": [{"text": 1.0, "image": 0.5}, {"image": 0.5, "speech": 1.0}],
         "attention_exchange": "heads",
         "zero_stage": 1,
@@ -68,7 +71,7 @@ def write(corpus_directory: Path, runs: Path) -> None:
     session = build_session(config, corpus, build_groups(config, corpus, torch.device("cpu")))
     if session.is_first_rank:
         config.run_directory.mkdir()
-        write_summary(session, Progress(), (1.0, 2.0, math.nan), 3)
+        write_summary(session, Progress(), HeldOut((1.0, 2.0, math.nan), (1.5, 2.5, math.nan)), 3)
 
 
 def test_the_file_has_the_placement_that_was_chosen(tmp_path: Path) -> None:
@@ -77,4 +80,6 @@ def test_the_file_has_the_placement_that_was_chosen(tmp_path: Path) -> None:
     assert summary["modality_parallel_size"] == 2
     # Three towers of much the same size on two ranks.
     assert sorted(map(len, summary["placement"])) == [1, 2]
-    assert summary["modalities"]["image"]["held_out_bits_per_token"] == 2.0
+    image, speech = (summary["modalities"][name] for name in ("image", "speech"))
+    assert (image["held_out_bits_per_token"], image["held_out_bits_per_token_causal"]) == (2.0, 2.5)
+    assert speech["held_out_bits_per_token_causal"] is None
