@@ -13,7 +13,7 @@ from mot_megatron.checkpoint.find import (
     read_metadata,
     resolve_resume,
 )
-from mot_megatron.checkpoint.load import load_checkpoint
+from mot_megatron.checkpoint.load import load_checkpoint, read_whole_tensors
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 
@@ -26,6 +26,7 @@ __all__ = [
     "open_checkpoint",
     "read_config_text",
     "read_metadata",
+    "read_whole_tensors",
     "resolve_resume",
     "save_checkpoint",
 ]

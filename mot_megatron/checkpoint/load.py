@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,28 @@ def load_checkpoint(
         on_every_rank(lambda: _read(checkpoint, described, set().union(*names), prefix))
     except CheckpointError as error:
         raise CheckpointError(f"cannot load checkpoint {checkpoint.path}: {error}") from error
+
+
+def read_whole_tensors(checkpoint: CheckpointInfo, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Some of a verified checkpoint's tensors, whole; this process only, no collectives.
+
+    Raises:
+        CheckpointError: It lacks one, or cannot be read.
+    """
+    try:
+        index = read_index(checkpoint.path)
+        stored, wanted = stored_tensors(index), set(names)
+        missing = sorted(wanted - stored.keys())
+        if missing:
+            raise _of_another_model(f"it lacks {_shorten(missing)}")
+        tensors = {
+            name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+            for name in sorted(wanted)
+        }
+        read_tensors(checkpoint.path, index, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load checkpoint {checkpoint.path}: {error}") from error
+    return tensors
 
 
 def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:

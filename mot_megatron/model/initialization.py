@@ -7,6 +7,7 @@ starts from the same model, whatever the order in which modules are built.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,11 +27,16 @@ def initialise_parameters(
             shape, shard_dim = part.layout.global_shape, part.layout.shard_dim
             if len(shape) == 1:
                 continue
-            digest = hashlib.sha256(f"{seed}/{part.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+            whole = initial_values(part.name, shape, seed, std)
             if shard_dim is not None:
                 whole = whole.chunk(tensor_size, shard_dim)[tensor_rank]
             with torch.no_grad():
                 rows = parameter[part.rows]
                 rows.copy_(whole.reshape(rows.shape))
+
+
+def initial_values(name: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor:
+    """The whole matrix of that global name, fp32 on the host."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)

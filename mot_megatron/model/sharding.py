@@ -105,11 +105,16 @@ def parts_of(name: str, parameter: torch.nn.Parameter) -> list[NamedPart]:
         return [NamedPart(name, slice(None), layout)]
     # ZeRO-3 leaves a parameter without its shape.
     num_rows = getattr(parameter, "ds_shape", parameter.shape)[0] // len(experts)
-    stem, _, kind = name.rpartition(".")
     return [
-        NamedPart(f"{stem}.{expert}.{kind}", slice(at * num_rows, (at + 1) * num_rows), layout)
+        NamedPart(name_of_expert(name, expert), slice(at * num_rows, (at + 1) * num_rows), layout)
         for at, expert in enumerate(experts)
     ]
+
+
+def name_of_expert(name: str, expert: int) -> str:
+    """What checkpoints call one expert's part of the parameter ``name``, which stacks several."""
+    stem, _, kind = name.rpartition(".")
+    return f"{stem}.{expert}.{kind}"
 
 
 def mark_auxiliary(module: torch.nn.Module) -> None:

@@ -26,7 +26,7 @@ from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
 
 WEIGHT_PREFIX = "weight/"
-_STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
+STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -95,7 +95,7 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     states: dict[str, torch.Tensor] = {}
     tensors: list[NamedTensor] = []
     for name, parameter in session.model.named_parameters():
-        for kind in _STATE_KINDS:
+        for kind in STATE_KINDS:
             state = states[f"{kind}/{name}"] = _empty_part(parameter, session.groups)
             tensors += _named_parts(f"{kind}/", name, parameter, state)
     load_checkpoint(checkpoint, tensors, session.groups)
@@ -146,14 +146,14 @@ class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
         self._device = device
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
-        return {kind: self._parts[f"{kind}/{name}"].to(self._device) for kind in _STATE_KINDS}
+        return {kind: self._parts[f"{kind}/{name}"].to(self._device) for kind in STATE_KINDS}
 
     def __iter__(self) -> Iterator[str]:
         prefix = WEIGHT_PREFIX
         return (name.removeprefix(prefix) for name in self._parts if name.startswith(prefix))
 
     def __len__(self) -> int:
-        return len(self._parts) // len(_STATE_KINDS)
+        return len(self._parts) // len(STATE_KINDS)
 
 
 def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
@@ -170,14 +170,14 @@ def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
     seen: Counter[tuple[int, bool]] = Counter()
     for name, state in session.engine.export_state():
         parameter = parameters[name]
-        if not all(torch.isfinite(state[kind]).all() for kind in _STATE_KINDS):
+        if not all(torch.isfinite(state[kind]).all() for kind in STATE_KINDS):
             broken.append(name)
         owner = tower_of(parameter), experts_of(parameter) is not None
         holders = groups.reduction_group(*owner)
         writes = seen[owner] % holders.size() == holders.rank()
         seen[owner] += 1
         if writes and not is_replica(parameter):
-            for kind in _STATE_KINDS:
+            for kind in STATE_KINDS:
                 tensors += _named_parts(f"{kind}/", name, parameter, state[kind].cpu())
     _check_finite(broken, step)
     return tensors

@@ -1,0 +1,189 @@
+"""A new run from an old checkpoint: towers that are copies, mixtures whose experts are copies.
+
+Only weights are taken over: the new run begins at step 0 with empty moments, at the beginning of
+its data and of its learning-rate schedule. No model is built, and the host holds the old weights
+once, however often they are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from mot_megatron.checkpoint import (
+    CheckpointInfo,
+    NamedTensor,
+    open_checkpoint,
+    read_config_text,
+    read_metadata,
+    read_whole_tensors,
+    save_checkpoint,
+)
+from mot_megatron.config import Config, parse_config
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
+from mot_megatron.errors import CheckpointError
+from mot_megatron.model.initialization import initial_values
+from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
+from mot_megatron.train.state import (
+    STATE_KINDS,
+    WEIGHT_PREFIX,
+    Progress,
+    checkpoint_directory,
+)
+from mot_megatron.train.trained import load_trained_model
+from mot_megatron.train.upcycle_plan import TensorPlan, check_upcycling, plan_tensors
+
+_ALONE = DataShard(0, 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that is copied."""
+
+    checkpoint: CheckpointInfo
+    config: Config
+    skipped: tuple[str, ...]
+    """A line for each checkpoint that was passed over, with the reason."""
+
+
+def open_source(path: Path, corpus: Corpus) -> Source:
+    """The newest verified checkpoint at ``path``: a run's folder or one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is none, or its ids mean something else than those of ``corpus``.
+    """
+    inside = checkpoint_directory(path)
+    search = open_checkpoint(inside if inside.is_dir() else path)
+    checkpoint = search.checkpoint
+    assert checkpoint is not None  # open_checkpoint raises instead
+    config = parse_config(read_config_text(checkpoint), f"{checkpoint.path}: its configuration")
+    if read_metadata(checkpoint).get("data", {}).get("corpus") != corpus.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on another corpus than {corpus.directory}, whose ids"
+            " mean something else"
+        )
+    return Source(checkpoint, config, search.skipped)
+
+
+def upcycle(
+    source: Source, config: Config, corpus: Corpus, towers: Mapping[str, str]
+) -> CheckpointInfo:
+    """Write the folder of a run that training continues from step 0. One process, without a model.
+
+    Args:
+        source: What is copied.
+        config: Of the new run, resolved.
+        corpus: That of both.
+        towers: See ``source_towers``.
+
+    Raises:
+        ConfigError: see ``check_upcycling``.
+        CheckpointError: the run has checkpoints already, or a file cannot be read or written.
+    """
+    check_upcycling(source.config.model, config.model, towers)
+    directory = checkpoint_directory(config.run_directory)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise CheckpointError(
+            f"{directory} is not empty; the new run needs another name than run.name ="
+            f" {config.run.name}"
+        )
+    plan = plan_tensors(source.config, config, towers)
+    checkpoint = save_checkpoint(
+        directory,
+        0,
+        _tensors(source.checkpoint, plan, config),
+        metadata={
+            "progress": asdict(Progress()),
+            "optimizer_steps": 0,
+            "data": _beginning(config, corpus),
+            "upcycled_from": {"checkpoint": str(source.checkpoint.path), "towers": dict(towers)},
+        },
+        config_text=config.to_toml(),
+        groups=None,
+        keep=1,
+    )
+    path = config.run_directory / "config.toml"
+    try:
+        path.write_text(config.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    return checkpoint
+
+
+def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> list[NamedTensor]:
+    """Weights, of which copies share memory, and moments, which share a single zero."""
+    old = read_whole_tensors(checkpoint, {WEIGHT_PREFIX + name for name in plan.copied.values()})
+    weights = {new: old[WEIGHT_PREFIX + name] for new, name in plan.copied.items()}
+    for name, shape in plan.drawn.items():
+        weights[name] = initial_values(name, shape, config.run.seed, config.model.init_std)
+    zero, (_, *moments) = torch.zeros(()), STATE_KINDS
+    tensors = []
+    for name, weight in weights.items():
+        layout = ParameterLayout(tuple(weight.shape))
+        tensors.append(NamedTensor(WEIGHT_PREFIX + name, weight, layout))
+        tensors += [
+            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), layout) for kind in moments
+        ]
+    return tensors
+
+
+def _beginning(config: Config, corpus: Corpus) -> dict[str, int | str]:
+    """The data position of a run that has not begun."""
+    return PackedLoader(
+        corpus,
+        TRAIN_SPLIT,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        grouping=grouping_plan(config),
+        shard=_ALONE,
+        seed=config.run.seed,
+        packing=config.data.packing,
+    ).state_dict()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the logits of two models on the same tokens."""
+
+    largest: float
+    """Largest absolute difference."""
+    scale: float
+    """Largest absolute logit of the source."""
+    tokens: int
+
+
+def compare_logits(source: Source, upcycled: CheckpointInfo, corpus: Corpus) -> Difference:
+    """Run both models, one after the other, on the first held-out sequence, in fp32 on the CPU.
+
+    As in training: experts that choose do so among all of the sequence's tokens.
+
+    Raises:
+        DataError: the corpus has no held-out split, or a document of it is too long.
+    """
+    seq_length = source.config.data.seq_length
+    old = _logits(source.checkpoint, corpus, seq_length)
+    new = _logits(upcycled, corpus, seq_length)
+    return Difference(float((new - old).abs().max()), float(old.abs().max()), len(old))
+
+
+@torch.no_grad()
+def _logits(checkpoint: CheckpointInfo, corpus: Corpus, seq_length: int) -> torch.Tensor:
+    """[documents' tokens, V] in the order of the sequence."""
+    trained = load_trained_model(checkpoint.path, torch.device("cpu"), corpus.directory)
+    batch = next(
+        evaluation_batches(
+            corpus,
+            HELD_OUT_SPLIT,
+            seq_length=seq_length,
+            micro_batch_size=1,
+            grouping=grouping_plan(trained.config),
+            shard=_ALONE,
+        )
+    )
+    # Where no document is, no expert takes anything.
+    return trained.model.sequence_logits(batch)[batch.filled[batch.ungroup_index]]

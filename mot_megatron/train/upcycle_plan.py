@@ -1,0 +1,225 @@
+"""Which tensor of an old model each tensor of a new one is a copy of, and what that computes.
+
+A tower's weights are a tower's of the source. A mixture's experts are copies of a plain tower's
+feed-forward network, and its routers are new; or they are a mixture's, as many.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mot_megatron.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, UntiedConfig
+from mot_megatron.errors import ConfigError
+from mot_megatron.model.inventory import held_parameters
+from mot_megatron.model.sharding import name_of_expert
+
+_ALIKE = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "ffn_hidden_size": "feed_forward_size",
+    "vocab_size": "vocab_size",
+    "norm_placement": "norm_placement",
+    "norm_eps": "norm_eps",
+    "qk_norm": "qk_norm",
+    "rotary_base": "rotary_base",
+    "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+}
+"""Keys of the model that must not differ, and the attributes that hold their values."""
+_PLACE = re.compile(r"(?P<component>.+)\.(?:shared|towers\.(?P<tower>\d+))\.(?P<weight>.+)")
+_OF_EXPERT = re.compile(r"experts\.\d+\.(?P<matrix>.+)")
+
+
+@dataclass(frozen=True)
+class FirstForward:
+    """What a tower of the new model computes before its first step, against the one it copies."""
+
+    tower: str
+    source: str
+    equal: bool
+    reason: str
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.equal else "differs"
+        return f"tower {self.tower} from {self.source}: first forward {verdict}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Where every tensor of the new model comes from; global names."""
+
+    copied: dict[str, str] = field(default_factory=dict)
+    """New name -> old name."""
+    drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """New name -> shape, of what the old model has nothing of: routers."""
+
+
+def source_towers(
+    source: ModelConfig, target: ModelConfig, wanted: Mapping[str, str]
+) -> dict[str, str]:
+    """Which tower each of the target's copies, by name.
+
+    Where ``wanted`` says nothing: the only tower of the source, or the one of the same name.
+
+    Raises:
+        ConfigError: a name that is no tower's, or a tower of the target that nothing is said of.
+    """
+    for what, names, allowed in (
+        ("the new model", wanted.keys(), target.tower_names),
+        ("the source", wanted.values(), source.tower_names),
+    ):
+        unknown = sorted(set(names) - set(allowed))
+        if unknown:
+            raise ConfigError(f"{unknown[0]} is no tower of {what}; allowed: {', '.join(allowed)}")
+    chosen = {}
+    for name in target.tower_names:
+        same = name if name in source.tower_names else None
+        chosen[name] = wanted.get(name) or (
+            source.tower_names[0] if source.num_towers == 1 else same
+        )
+        if chosen[name] is None:
+            raise ConfigError(
+                f"tower {name} of the new model: the source has no tower of the name; needed:"
+                f" which it copies, one of {', '.join(source.tower_names)}"
+            )
+    return chosen
+
+
+def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[str, str]) -> None:
+    """Refuse what copies cannot make.
+
+    Args:
+        source: Resolved.
+        target: Resolved.
+        towers: Which of the source's towers each of the target's copies.
+
+    Raises:
+        ConfigError: shapes differ, weights would have to be merged, or experts to go.
+    """
+    for key, attribute in _ALIKE.items():
+        old, new = getattr(source, attribute), getattr(target, attribute)
+        if old != new:
+            raise ConfigError(
+                f"model.{key} = {new}, but the source has {old}: weights are copied as they are,"
+                " so the two must be equal"
+            )
+    for key in UntiedConfig.model_fields:
+        merged = getattr(source.untied, key) and not getattr(target.untied, key)
+        if merged and source.num_towers > 1:
+            raise ConfigError(
+                f"model.untied.{key} = false, but every tower of the source has its own: several"
+                " cannot become one; allowed: true"
+            )
+    for name, old_name in towers.items():
+        new, old = _experts(target, name), _experts(source, old_name)
+        if old is None:
+            continue
+        if new is None or new.num_moe_experts != old.num_moe_experts:
+            raise ConfigError(
+                f"tower {name} has {_number(new)}, but tower {old_name} of the source"
+                f" {_number(old)}: a mixture keeps its experts; allowed:"
+                f" model.towers.{name}.experts.num_moe_experts = {old.num_moe_experts}"
+            )
+
+
+def first_forwards(
+    source: ModelConfig, target: ModelConfig, towers: Mapping[str, str]
+) -> list[FirstForward]:
+    """For every tower whether it computes at first what its source does, and why."""
+    return [
+        FirstForward(name, old_name, *_compare(target, _experts(source, old_name), experts))
+        for (name, old_name), experts in zip(towers.items(), target.experts_of_towers, strict=True)
+    ]
+
+
+def _compare(
+    target: ModelConfig, old: ExpertsConfig | None, new: ExpertsConfig | None
+) -> tuple[bool, str]:
+    if new is None:
+        return True, "a copy"
+    if old is not None:
+        keys = {"routing", "capacity_factor", "topk", "gate"}
+        is_same = old.model_dump(include=keys) == new.model_dump(include=keys)
+        return is_same, "experts and routers copied" if is_same else "routed otherwise"
+    number, each = new.num_moe_experts, new.experts_per_token
+    copies = f"{number} experts that are copies"
+    if _weights_sum_to_one(new):
+        return True, f"{copies}, weights that sum to one"
+    # All logits are near zero at first.
+    factor = each * (0.5 if new.gate == "sigmoid" else 1 / number)
+    reason = f"{copies}, but weights that sum to about {factor:.3g}"
+    if new.routing == "expert_choice":
+        reason += f" on average (c = {each:g}): 0 for tokens that no expert takes"
+    if target.norm_placement == "post":
+        reason += "; the norm behind them cancels any factor but 0, up to norm_eps"
+    return False, reason
+
+
+def _weights_sum_to_one(experts: ExpertsConfig) -> bool:
+    """Of every token's experts, whatever the router says."""
+    takes_all = experts.experts_per_token == experts.num_moe_experts
+    if experts.routing == "expert_choice":
+        return takes_all and experts.gate == "softmax"
+    if experts.capacity_factor is not None and not (takes_all and experts.capacity_factor >= 1):
+        return False
+    # Of several chosen experts, sigmoid gates are divided by their sum.
+    return takes_all if experts.gate == "softmax" else experts.experts_per_token > 1
+
+
+def plan_tensors(source: Config, target: Config, towers: Mapping[str, str]) -> TensorPlan:
+    """What to copy for a target that ``check_upcycling`` lets pass; arguments are its."""
+    known = {name for name, _, _ in _tensors(source)}
+    old_towers = source.model.tower_names
+    plan = TensorPlan()
+    for name, tower, shape in _tensors(target):
+        old_tower = old_towers.index(towers[target.model.tower_names[tower]])
+        old_name = next((old for old in _old_names(name, old_tower) if old in known), None)
+        if old_name is not None:
+            plan.copied[name] = old_name
+        else:
+            assert ".router." in name, name
+            plan.drawn[name] = shape
+    return plan
+
+
+def _tensors(config: Config) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Name, tower and shape of all tensors.
+
+    What towers share has the first tower, and an expert the shape of all stacked.
+    """
+    whole, model = config.model_copy(update={"parallel": ParallelConfig()}), config.model
+    for parameter in held_parameters(whole, 0, range(model.num_towers)):
+        tower = max(parameter.tower, 0)
+        names = [parameter.name]
+        if parameter.experts:
+            experts = model.experts_of_towers[tower]
+            assert experts is not None
+            names = [name_of_expert(parameter.name, e) for e in range(experts.num_moe_experts)]
+        for name in names:
+            yield name, tower, parameter.shape
+
+
+def _old_names(name: str, old_tower: int) -> Iterator[str]:
+    """What the tensor may be called in the source, the likest first."""
+    found = _PLACE.fullmatch(name)
+    if found is None:
+        yield name
+        return
+    weights = [found["weight"]]
+    expert = _OF_EXPERT.fullmatch(found["weight"])
+    if expert is not None:
+        weights.append(f"{expert['matrix']}.linear.weight")
+    for weight in weights:
+        yield f"{found['component']}.towers.{old_tower}.{weight}"
+        yield f"{found['component']}.shared.{weight}"
+
+
+def _experts(model: ModelConfig, tower: str) -> ExpertsConfig | None:
+    return model.experts_of_towers[model.tower_names.index(tower)]
+
+
+def _number(experts: ExpertsConfig | None) -> str:
+    return "a plain network" if experts is None else f"{experts.num_moe_experts} experts"

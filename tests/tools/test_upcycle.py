@@ -1,0 +1,248 @@
+"""A run made of copies computes what its source does where it says so, and training goes on from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mot_megatron.checkpoint import (
+    NamedTensor,
+    open_checkpoint,
+    read_whole_tensors,
+    save_checkpoint,
+)
+from mot_megatron.checkpoint.storage import read_index, stored_tensors
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.model.initialization import initial_values
+from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.sharding import parts_of
+from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.train.session import resolve_config
+from mot_megatron.train.state import STATE_KINDS, checkpoint_directory
+from tests.model.small_models import vary_norm_weights
+from tests.ranks import run_ranks
+from tests.train.small_runs import CONFIG, small_config, write_corpus
+from tests.train.test_resume import run_training
+from tools.upcycle import main
+
+DENSE = [f"model.modalities.{name}.tower=one" for name in ("text", "image", "speech")]
+PRE = "model.norm_placement=pre"
+ALL = "model.towers.text.experts={num_moe_experts=4,capacity_factor=4.0,gate='softmax'}"
+TOP2 = "model.towers.image.experts={num_moe_experts=4,routing='topk',topk=2}"
+TOP1 = "model.towers.text.experts={num_moe_experts=4,routing='topk',gate='softmax'}"
+CHOSEN = "model.towers.text.experts={num_moe_experts=4}"
+CAUSAL = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("upcycle") / "corpus")
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, corpus: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.format(corpus=corpus))
+    return path
+
+
+def save_source(folder: Path, corpus: Path, overrides: list[str]) -> Path:
+    """The checkpoint of a run at step 7, of random weights."""
+    opened = Corpus.open(corpus)
+    config = resolve_config(small_config(corpus, overrides), opened)
+    model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")))
+    vary_norm_weights(model)
+    tensors = [
+        NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.layout)
+        for kind in STATE_KINDS
+        for name, parameter in model.named_parameters()
+        for part in parts_of(name, parameter)
+    ]
+    save_checkpoint(
+        checkpoint_directory(folder),
+        7,
+        tensors,
+        metadata={"data": {"corpus": opened.fingerprint}},
+        config_text=config.to_toml(),
+        groups=None,
+        keep=1,
+    )
+    return folder
+
+
+def arguments(source: Path, config_file: Path, *settings: str) -> list[str]:
+    overrides = [f'run.directory="{config_file.parent / "runs"}"', *settings]
+    where = ["--from", str(source), "--config", str(config_file)]
+    return where + [part for override in overrides for part in ("--set", override)]
+
+
+def upcycled(
+    capsys: pytest.CaptureFixture[str], command: list[str]
+) -> tuple[list[str], float, float]:
+    """What is said of each tower, and the largest difference and the largest of all logits."""
+    assert main([*command, "--check"]) == 0
+    *lines, _, last = capsys.readouterr().out.splitlines()[1:]
+    found = re.fullmatch(r"logits of \d+ held-out .* at most (\S+) \(largest logit (\S+)\)", last)
+    assert found is not None
+    return lines, float(found[1]), float(found[2])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (DENSE, []),
+        ([*DENSE, PRE], [PRE, "model.untied.qkv=false", "model.untied.final_norm=false"]),
+        (["model.untied.norms=false"], []),
+        ([*DENSE, PRE, "model.untied.feed_forward=false"], [PRE, ALL, TOP2]),
+        ([], [ALL]),
+        ([CHOSEN, TOP2], [CAUSAL, TOP2]),
+    ],
+)
+def test_equal_where_it_says_so(
+    corpus: Path,
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    old: list[str],
+    new: list[str],
+) -> None:
+    source = save_source(config_file.parent / "source", corpus, old)
+    lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
+    assert len(lines) == 3
+    assert all("first forward equal: " in line for line in lines)
+    assert scale > 0.5
+    assert difference < 1e-6 * max(scale, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [
+        ([TOP1, PRE], "weights that sum to about 0.25"),
+        ([CHOSEN, PRE], "about 0.5 on average (c = 1): 0 for tokens that no expert takes"),
+        ([TOP1], "about 0.25; the norm behind them cancels any factor but 0, up to norm_eps"),
+        ([ALL.replace("softmax", "sigmoid"), PRE], "about 2 on average (c = 4)"),
+    ],
+)
+def test_differs_where_it_says_so(
+    corpus: Path,
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    new: list[str],
+    reason: str,
+) -> None:
+    dense = [*DENSE, *(key for key in new if key == PRE)]
+    source = save_source(config_file.parent / "source", corpus, dense)
+    lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
+    text, *others = lines
+    assert text.startswith("tower text from one: first forward differs: 4 experts that are copies")
+    assert reason in text
+    assert all("first forward equal: a copy" in line for line in others)
+    if PRE in new:
+        assert difference > 0.05 * scale
+    else:  # every token has an expert, and only norm_eps is left of its weight
+        assert 1e-6 < difference < 0.02 * scale
+
+
+def test_weights_of_the_result(
+    corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_source(config_file.parent / "source", corpus, [])
+    mapped = ["--map", "text=image", "image=text", "speech=speech"]
+    assert main([*arguments(source, config_file, CAUSAL), *mapped]) == 0
+    assert "tower text from image: first forward differs" in capsys.readouterr().out
+    old, new = (read_all(path) for path in (source, config_file.parent / "runs" / "small"))
+    for layer in ("layers.0", "layers.1"):
+        network = f"{layer}.feed_forward.towers"
+        for expert in range(4):
+            for matrix in ("gate_up", "down"):
+                name = f"weight/{network}.0.experts.{expert}.{matrix}"
+                assert torch.equal(new[name], old[f"weight/{network}.1.{matrix}.linear.weight"])
+        for router in ("weight", "causal.hidden", "causal.output"):
+            name = f"{network}.0.router.{router}"
+            value = new[f"weight/{name}"]
+            assert torch.equal(value, initial_values(name, value.shape, seed=3, std=0.1))
+        norms = f"weight/{layer}.attention_norm.towers"
+        assert torch.equal(new[f"{norms}.0.weight"], old[f"{norms}.1.weight"])
+        assert torch.equal(new[f"{norms}.2.weight"], old[f"{norms}.2.weight"])
+    assert not any(new[name].any() for name in new if not name.startswith("weight/"))
+
+
+def read_all(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    checkpoint = open_checkpoint(checkpoint_directory(run)).checkpoint
+    assert checkpoint is not None
+    return read_whole_tensors(checkpoint, stored_tensors(read_index(checkpoint.path)))
+
+
+def test_training_goes_on(
+    corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From copies as from the source, on any layout; then towers and experts learn apart."""
+    source = save_source(config_file.parent / "source", corpus, DENSE)
+    steps = ["training.train_steps=3", f'run.directory="{config_file.parent / "runs"}"']
+    layouts = {
+        "dense": (1, DENSE),
+        "towers": (1, []),
+        "experts": (2, [ALL, TOP2, "parallel.expert_model_parallel_size=2"]),
+    }
+    losses = {}
+    for name, (ranks, overrides) in layouts.items():
+        settings = [f"run.name={name}", *overrides, *steps]
+        assert main(arguments(source, config_file, *settings)) == 0
+        outcomes = run_ranks(run_training, ranks, corpus, settings, None)
+        assert all(outcome.optimizer_steps == 3 for outcome in outcomes)
+        losses[name] = torch.tensor(outcomes[0].losses)
+        assert len(losses[name]) == 3
+    capsys.readouterr()
+    for name in ("towers", "experts"):
+        torch.testing.assert_close(losses[name][0], losses["dense"][0], rtol=1e-6, atol=1e-6)
+        assert (losses[name][2] - losses["dense"][2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "more", "message"),
+    [
+        (DENSE, ["model.hidden_size=64"], [], "model.hidden_size = 64, but the source has 32"),
+        (DENSE, [], ["--map", "voice=one"], "voice is no tower of the new model; allowed: text,"),
+        (DENSE, [], ["--map", "text=two"], "two is no tower of the source; allowed: one"),
+        (DENSE, [], ["--map", "text"], "--map text: expected NEW=OLD"),
+        ([], DENSE, [], "tower one of the new model: the source has no tower of the name; needed:"),
+        ([CHOSEN], [], [], "tower text has a plain network, but tower text of the source 4 exp"),
+        ([CHOSEN], [CHOSEN.replace("4", "2")], [], "num_moe_experts = 4"),
+        ([CHOSEN], [CHOSEN.replace("4", "8")], [], "text has 8 experts, but tower text of the sou"),
+        ([], ["model.untied.qkv=false"], [], "model.untied.qkv = false, but every tower of"),
+    ],
+)
+def test_bad_input_is_one_line(
+    corpus: Path,
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    old: list[str],
+    new: list[str],
+    more: list[str],
+    message: str,
+) -> None:
+    source = save_source(config_file.parent / "source", corpus, old)
+    assert main([*arguments(source, config_file, *new), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_no_run_is_overwritten(
+    corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = save_source(config_file.parent / "source", corpus, DENSE)
+    assert main(arguments(source, config_file)) == 0
+    capsys.readouterr()
+    assert main(arguments(source, config_file)) == 2
+    assert "is not empty; the new run needs another name than run.name = small" in (
+        capsys.readouterr().err
+    )
+    other = write_corpus(tmp_path / "other", without="speech")
+    assert main(arguments(source, config_file, f'data.corpus="{other}"', "run.name=b")) == 2
+    assert "was trained on another corpus than" in capsys.readouterr().err
