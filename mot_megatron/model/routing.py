@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,9 +42,8 @@ class RoutingPool:
     """N, over this rank and its tensor-parallel peers."""
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Where a pool's rows go."""
+class Routing(NamedTuple):
+    """Where a pool's rows go; a tuple, as ZeRO-3 looks for tensors in nothing else."""
 
     weights: torch.Tensor
     """[n, E] fp32: what an expert's output counts; zero where the row does not go."""
@@ -59,7 +59,7 @@ class RoutingMode:
 
     token_weights: tuple[float, ...]
     """Per tower: one over its tokens in the global batch, by which sums of auxiliary losses become
-    means."""
+    means; times what the engine multiplies the loss with."""
     causal: bool = False
     """Whether nothing may depend on later tokens: causal routers stand in for expert choice, and
     no capacity makes an expert drop tokens."""

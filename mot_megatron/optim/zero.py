@@ -160,6 +160,14 @@ class ZeroEngine:
         assert isinstance(outputs, torch.Tensor | tuple | list | dict), type(outputs)
         return outputs
 
+    @property
+    def loss_factor(self) -> int:
+        """What ``backward`` multiplies its loss with: ZeRO-3 divides gradients by the ranks.
+
+        So must whoever adds gradients of other losses inside the model.
+        """
+        return 1 if sums_gradients(self._settings) else self._groups.data_size
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of ``loss`` to those of the step.
 
@@ -178,12 +186,10 @@ class ZeroEngine:
         last = self._micro_batches == self._settings.gradient_accumulation_steps
         assert self._micro_batches <= self._settings.gradient_accumulation_steps
         self._engine.set_gradient_accumulation_boundary(last)
-        # ZeRO-3 divides by the ranks, which the factor undoes. The product is needed even with 1:
-        # DeepSpeed divides by the micro-batches wherever backward starts at a tensor that forward
-        # returned, whatever scale_wrt_gas says.
-        factor = 1 if sums_gradients(self._settings) else self._groups.data_size
+        # The product is needed even with 1: DeepSpeed divides by the micro-batches wherever
+        # backward starts at a tensor that forward returned, whatever scale_wrt_gas says.
         self._reached.clear()
-        self._engine.backward(loss * factor, scale_wrt_gas=False)
+        self._engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
         self._check_reached()
 
     def reduce_gradients(self) -> None:

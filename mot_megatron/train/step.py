@@ -82,7 +82,8 @@ def train_step(
     data_seconds = clock.lap()
 
     session.where.enter("forward and backward")
-    session.model.routing.token_weights = tuple(1 / max(n, 1) for n in counts.tower_filled)
+    factor = session.engine.loss_factor
+    session.model.routing.token_weights = tuple(factor / max(n, 1) for n in counts.tower_filled)
     sums = _accumulate_gradients(session, batches, divisor)
     bits = mean_bits(sums, counts.modality_labels, groups)
     _check_loss(bits, counts.modality_labels, list(config.model.modalities), step)
