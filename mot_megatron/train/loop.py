@@ -198,8 +198,8 @@ def _sample(run: _Run) -> None:
         )
     elif not run.config.model.can_be_causal:
         run.console.say(
-            "no samples: experts choose among later tokens, and without"
-            " model.towers.NAME.experts.causal_router = true nothing can be generated"
+            "no samples: experts choose among later tokens; generation needs"
+            " model.towers.NAME.experts.causal_router = true"
         )
     else:
         log_samples(run.session, run.log, run.progress.steps)
