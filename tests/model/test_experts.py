@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from mot_megatron.config import Config, ExpertsConfig
+from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.experts import ExpertFeedForward
+from mot_megatron.model.layer import FeedForward, Layer
 from mot_megatron.model.routing import RoutingMode, RoutingPool, RoutingStatistics
 from mot_megatron.model.sharding import ParameterLayout, parts_of
 from mot_megatron.model.towers import ParallelLinears
@@ -18,7 +21,14 @@ from mot_megatron.parallel.groups import (
     build_single_process_groups,
 )
 from tests.model.literal_experts import LiteralExperts, Outcome, expert_choice, top_k
-from tests.model.small_models import assert_all_close, cut, small_config
+from tests.model.small_models import (
+    assert_all_close,
+    cut,
+    random_tokens,
+    single_rank_model,
+    small_config,
+    take_gradients,
+)
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -323,3 +333,118 @@ def test_expert_and_tensor_ranks_equal_the_literal_formula(tensor: int, expert: 
     of_ranks = run_ranks(all_cases, tensor * expert, tensor, expert)
     for case, *outcomes in zip(divisible(tensor), *of_ranks, strict=True):
         check(case, outcomes, tensor)
+
+
+THREE_TOWERS = {"text": "text", "image": "image", "speech": "speech"}
+
+
+def test_one_expert_behind_a_softmax_is_the_plain_tower() -> None:
+    """Its gate is one and it takes every token: the hybrid is then the Mixture-of-Transformers."""
+    tokens = random_tokens(3, list(THREE_TOWERS), (1, 1, 1))
+    plain_config = small_config(THREE_TOWERS)
+    plain = single_rank_model(plain_config)
+    batch = tokens.micro_batch(plain_config)
+    losses = plain(batch)
+    losses[0].backward()
+    weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    gradients = take_gradients(plain)
+    for routing in ("expert_choice", "topk"):
+        settings = f'{{ num_moe_experts = 1, gate = "softmax", routing = "{routing}" }}'
+        config = small_config(THREE_TOWERS, f"model.towers.text.experts={settings}")
+        hybrid = single_rank_model(config)
+        mine = {name: name for name, _ in hybrid.named_parameters() if ".router." not in name}
+        for name in mine:
+            for kind in ("gate_up", "down"):
+                if name.endswith(f".experts.{kind}"):
+                    mine[name] = name.replace(f".experts.{kind}", f".{kind}.linear.weight")
+        assert set(mine.values()) == set(weights)
+        with torch.no_grad():
+            for name, parameter in hybrid.named_parameters():
+                if name in mine:
+                    parameter.copy_(weights[mine[name]])
+        outputs = hybrid(batch)
+        outputs[0].backward()
+        for output, expected in zip(outputs, losses, strict=True):
+            torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+        found = take_gradients(hybrid)
+        assert all(found[name].abs().max() < 1e-6 for name in found if ".router." in name)
+        assert_all_close({old: found[new] for new, old in mine.items()}, gradients, 1e-5)
+
+
+@pytest.mark.parametrize("c", [1.0, 2.5, 4.0])
+def test_equal_experts_behind_sigmoids_scale_the_plain_network(c: float) -> None:
+    """Four copies: (sum of the sigmoids of the experts that took the token) * ffn(x)."""
+    case = Case(choice(capacity_factor=c), num_rows=24, seed=41)
+    groups = build_single_process_groups(CPU)
+    linears = ParallelLinears(groups, sequence_parallel=False, dtype=torch.float32)
+    plain = FeedForward(case.config().model, linears)
+    mixture = build(case, groups, sequence_parallel=False)
+    literal = case.weights()
+    with torch.no_grad():
+        for linear, weight in ((plain.gate_up, literal.gate_up), (plain.down, literal.down)):
+            linear.linear.load_state_dict({"weight": weight[0]}, strict=False)
+        mixture.experts.gate_up.copy_(literal.gate_up[0].repeat(4, 1))
+        mixture.experts.down.copy_(literal.down[0].repeat(4, 1))
+    x, _, _ = case.pool()
+    sigmoids = torch.sigmoid(x @ literal.router.T)
+    share = int(c * 24 / 4)
+    # The share-th largest of every expert.
+    taken = sigmoids >= sigmoids.sort(0, descending=True).values[share - 1]
+    assert taken.sum(0).tolist() == [share] * 4
+    pool = RoutingPool(torch.ones(24, dtype=torch.bool), 24)
+    expected = (sigmoids * taken).sum(-1, keepdim=True) * plain(x, pool)
+    outputs = mixture(x, pool)
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    assert bool((taken.sum(-1) == 0).any()) == (c < 4)
+    assert torch.equal(outputs.abs().sum(-1) == 0, ~taken.any(-1))
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "topk"])
+def test_tokens_of_other_towers_never_enter(routing: str) -> None:
+    settings = f'{{ num_moe_experts = 4, routing = "{routing}", capacity_factor = 0.5 }}'
+    config = small_config(THREE_TOWERS, f"model.towers.image.experts={settings}")
+    model = single_rank_model(config)
+    batch = random_tokens(5, list(THREE_TOWERS), (1, 2, 1)).micro_batch(config)
+    pools = model.flow(batch).pools
+    layer = model.layers["0"]
+    assert isinstance(layer, Layer)
+    streams = [[torch.randn(len(p.filled), 32) for p in pools] for _ in range(2)]
+    streams[1][1] = streams[0][1]
+    first, other = (layer.feed_forward(stream, pools) for stream in streams)
+    assert torch.equal(first[1], other[1])
+    assert not torch.equal(first[0], other[0])
+    (mixture,) = (part for part in layer.modules() if isinstance(part, ExpertFeedForward))
+    counts = mixture.router.statistics.take(CPU)
+    assert counts[0] == 2 * batch.tower_filled[1] < 2 * sum(batch.tower_filled)
+
+
+def test_what_stands_behind_the_documents_never_enters() -> None:
+    """Padding of sequences, of whatever modality, changes no document's hidden states."""
+    settings = "{ num_moe_experts = 4, causal_router = true }"
+    names = list(THREE_TOWERS)
+    config = small_config(
+        THREE_TOWERS, *(f"model.towers.{name}.experts={settings}" for name in names)
+    )
+    model = single_rank_model(config)
+    tokens = random_tokens(6, names, (1, 1, 1))
+    filled = np.array([15, 20])
+    documents = tokens.document_ids.copy()
+    for row, end in enumerate(filled):
+        documents[row, end:] = 1000
+    used = (np.arange(24) < filled[:, None]).ravel()
+    found = []
+    for padding in (3, 17, 70, 110):  # text, text, image, speech
+        ids = np.where(used.reshape(2, 24), tokens.token_ids, padding)
+        batch = build_micro_batch(
+            ids,
+            documents,
+            tokens.modality_of_id,
+            (0, 1, 2),
+            num_towers=3,
+            filled_tokens=filled,
+        )
+        with torch.no_grad():
+            rows = torch.cat(model.hidden_states(batch))
+        found.append(rows[batch.ungroup_index][torch.from_numpy(used)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
