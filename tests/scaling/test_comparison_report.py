@@ -1,0 +1,244 @@
+"""The report: its tables hold the numbers, its sentences claim no more than they carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mot_megatron.errors import DataError
+from mot_megatron.scaling.comparison import load_experiment
+from mot_megatron.scaling.comparison_report import honest_matches, write_report
+from mot_megatron.scaling.comparison_words import sentence, tally, verdict
+from mot_megatron.scaling.step_matching import Match
+from tests.scaling.small_comparison import keep_run, plan
+from tests.scaling.synthetic_runs import losses, power_law
+
+# Slopes of text and image; dense's speech gets worse from half of its steps on.
+SLOPES = {"dense": (1.0, 1.0), "mot": (0.5, 1.0), "pair": (2.0, 0.8)}
+
+
+def memorised(steps: np.ndarray) -> np.ndarray:
+    return power_law(steps) + 0.001 * np.maximum(steps - 750, 0)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    output = folder / "out"
+    for number, run in enumerate(plan(folder)):
+        text, image = SLOPES[run.arm]
+        curves = {
+            "text": losses(text, 0.003, number),
+            "image": losses(image, 0.003, 50 + number),
+            "speech": memorised if run.arm == "dense" else losses(1.0),
+        }
+        keep_run(run, output, curves, causal=run.arm == "pair")
+    write_report(load_experiment(folder / "configs"), output)
+    return output
+
+
+def section(output: Path, heading: str) -> str:
+    text = (output / "report.md").read_text()
+    (found,) = re.findall(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return found
+
+
+def row(table: str, *start: str) -> list[str]:
+    """Cells after those of ``start``."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    (found,) = (cells for cells in rows if cells[: len(start)] == list(start))
+    return found[len(start) :]
+
+
+def test_slopes_of_every_split_and_axis(compared: Path) -> None:
+    train = section(compared, "Training loss")
+    slope, flops, seconds, ending, reached = row(train, "mot", "text")
+    value, low, high = map(float, re.findall(r"\d\.\d+", slope))
+    assert value == pytest.approx(0.5, abs=0.02)
+    assert low <= value <= high
+    # Synthetic steps all take as many FLOPs and seconds.
+    assert [text.split()[0] for text in (flops, seconds)] == [slope.split()[0]] * 2
+    assert float(ending) == pytest.approx(0.5, abs=0.05)
+    assert reached == "100%"
+    slope, *_, reached = row(train, "pair", "text")
+    assert float(slope) == pytest.approx(2.0, abs=0.06)  # one seed: no interval
+    assert float(reached[:-1]) == pytest.approx(50, abs=6)
+    causal = section(compared, "Held-out loss, routed causally")
+    assert "| mot |" not in causal
+    assert row(causal, "pair", "image")[0] == "-"  # above all of dense's losses
+    slopes = json.loads((compared / "slopes.json").read_text())
+    assert len(slopes) == 3 * 3 * (2 + 3)  # modalities, axes, splits of mot and of pair
+
+
+def test_sentences_speak_of_the_honest_loss(compared: Path) -> None:
+    text = section(compared, "What came out")
+    assert "against dense (2 seeds)" in text
+    mot, pair = text.index("**mot** (2 seeds)"), text.index("**pair** (1 seed)")
+    of_pair, of_mot = text[pair:mot], text[mot:]
+    assert re.search(r"- text: comes to dense's best loss after (4\d|5\d)% of the steps", of_mot)
+    assert "fewer steps)." in of_mot
+    assert "image: comes to none of dense's losses" in of_pair
+    assert re.search(r"dense is at its best after (4|5)\d% of its steps; what lies behind", of_mot)
+
+
+def test_arms_losses_paper_and_memorising(compared: Path) -> None:
+    arms = section(compared, "The arms")
+    towers, parameters, flops, seconds, seeds = row(arms, "mot")
+    assert (towers, seeds) == ("text, image, speech", "1, 2")
+    assert int(parameters.replace(",", "")) > 30_000
+    assert len(set(flops.split(" / "))) == 1
+    assert seconds == "0.500 (1.00)"
+    assert 'mot: `model.modalities.text.tower = "text"`' in arms
+    final = section(compared, "Held-out loss at the end")
+    # Seeds 1 and 2 end at 2.1 and 2.2 bits.
+    assert row(final, "mot", "as trained") == ["2", "2.150 ± 0.071", *["2.150 ± 0.071"] * 2]
+    assert row(final, "pair", "as trained") == ["1", "2.100", "2.100", "2.100"]
+    assert row(final, "pair", "causal") == ["1", "2.600", "2.600", "2.600"]
+    assert row(final, "counting: unigram") == ["", "", "7.500", "7.500", "7.500"]
+    ours, theirs = row(section(compared, "Beside the paper"), "mot", "text")
+    assert float(ours.split()[0]) == pytest.approx(0.5, abs=0.02)
+    assert theirs == "37M 0.546, 7B (3) 0.558"
+    memorising = section(compared, "Memorising")
+    *_, step, risen = row(memorising, "dense", "speech")
+    assert (int(step.replace(",", "")), float(risen)) == (
+        pytest.approx(750, abs=151),
+        pytest.approx(0.5, abs=0.2),
+    )
+    assert float(row(memorising, "mot", "text")[-1]) < 0.02
+
+
+def test_setting_commands_and_plots(compared: Path) -> None:
+    text = (compared / "report.md").read_text()
+    assert "- Machine: abacus, 2 cores, torch 2, Python 3; at most 2 runs side by side" in text
+    assert "1,500 steps of 8 x 64 = 512 token slots" in text
+    assert "Corpus synthetic (tests 1): train 20 tokens (text 10, image 5, speech 5)" in text
+    assert "2026-01-02T03:04:05+00:00" in text
+    assert "python tools/compare.py x" in section(compared, "Commands")
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(plots) == 2 * 3
+    for plot in plots:
+        assert Image.open(compared / plot).size[0] > 800
+
+
+def test_a_report_needs_curves_and_records_alone(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Drawing takes seconds.
+    monkeypatch.setattr("mot_megatron.scaling.comparison_report.write_figures", lambda *_: [])
+    for folder in ("curves", "records"):
+        (tmp_path / folder).mkdir()
+        for file in (compared / folder).iterdir():
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    experiment = load_experiment(compared.parent / "configs")
+    write_report(experiment, tmp_path)
+    assert (tmp_path / "report.md").read_text() == (compared / "report.md").read_text()
+    (tmp_path / "curves" / "mot-s1.csv").unlink()
+    with pytest.raises(DataError, match=r"mot-s1\.csv"):
+        write_report(experiment, tmp_path)
+
+
+MATCH = Match(
+    arm="mot",
+    modality="text",
+    split="held_out",
+    axis="steps",
+    slope=0.8,
+    end_point_ratio=0.75,
+    interval=(0.7, 0.9),
+    range_reached=1.0,
+    points=10,
+    dropped=1,
+    unreached=0,
+    seeds=3,
+    baseline_seeds=3,
+    baseline_lowest=1.0,
+    t=np.ones(1),
+    tau=np.ones(1),
+    baseline_end=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {},
+            "text: comes to dense's best loss after 75% of the steps that dense"
+            " was trained for. Over the whole course the slope"
+            " is 0.80 (95% interval 0.70 to 0.90: fewer steps).",
+        ),
+        (
+            {"interval": (0.7, 1.0)},
+            "text: comes to dense's best loss after 75% of the steps that dense"
+            " was trained for. Over the whole course the slope"
+            " is 0.80 (95% interval 0.70 to 1.00: which includes 1, no difference that can be"
+            " told).",
+        ),
+        (
+            {"interval": (0.95, 0.99)},
+            "text: comes to dense's best loss after 75% of the steps that dense"
+            " was trained for. Over the whole course the slope is 0.80 (95% interval 0.95 to 0.99:"
+            " within 0.02 of 1, no difference that can be told).",
+        ),
+        (
+            {"interval": (1.1, 1.3), "slope": 1.2, "unreached": 4, "range_reached": 0.62},
+            "text: does not come to dense's best loss, but to the one that dense has after 62% of"
+            " its steps. Up to there the slope is 1.20 (95% interval 1.10 to 1.30: more steps).",
+        ),
+        (
+            {"interval": None, "seeds": 1},
+            "text: comes to dense's best loss after 75% of the steps that dense"
+            " was trained for. Over the whole course the slope"
+            " is 0.80, from one seed, which cannot tell it from chance.",
+        ),
+        (
+            {"interval": None, "unreached": 9, "range_reached": 0.1},
+            "text: does not come to dense's best loss, but to the one that dense has after 10% of"
+            " its steps. Up to there the slope is 0.80, without an interval: with some draws of the"
+            " seeds there is no slope.",
+        ),
+        (
+            {"slope": None, "end_point_ratio": None, "interval": None, "unreached": 10},
+            "text: comes to none of dense's losses, the first steps' left aside.",
+        ),
+        (
+            {"slope": None, "end_point_ratio": None, "interval": None},
+            "text: begins, at its first report, below all of dense's losses, the first steps' left"
+            " aside.",
+        ),
+    ],
+)
+def test_sentences(changes: dict[str, object], expected: str) -> None:
+    assert sentence(dataclasses.replace(MATCH, **changes), "dense") == expected  # type: ignore[arg-type]
+
+
+def test_a_tally_counts_what_the_intervals_tell() -> None:
+    intervals = [(0.7, 0.9), (0.7, 1.1), (1.1, 1.2), None, (0.5, 0.6), (1.01, 1.05)]
+    matches = [dataclasses.replace(MATCH, interval=interval) for interval in intervals]
+    assert [verdict(match) for match in matches] == [
+        "fewer",
+        "same",
+        "more",
+        "untold",
+        "fewer",
+        "same",
+    ]
+    assert tally(matches) == (
+        "fewer steps than the baseline: 2; more steps: 1; no difference that can be told: 2;"
+        " not enough seeds to tell: 1"
+    )
+
+
+def test_an_arm_with_a_causal_router_is_judged_by_it() -> None:
+    blind = dataclasses.replace(MATCH, arm="moe")
+    causal = dataclasses.replace(MATCH, arm="moe", split="held_out_causal")
+    seconds, train = (
+        dataclasses.replace(MATCH, **change) for change in ({"axis": "seconds"}, {"split": "train"})
+    )
+    assert honest_matches([MATCH, blind, causal, seconds, train]) == [MATCH, causal]

@@ -1,0 +1,166 @@
+"""Runs side by side, with a trainer that pretends: order, logs, failures, stops, the lock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mot_megatron.errors import DataError
+from mot_megatron.scaling.comparison import PlannedRun
+from mot_megatron.scaling.comparison_runs import (
+    Launch,
+    last_error,
+    sole_user,
+    steps_done,
+    train_all,
+)
+from tests.scaling.small_comparison import plan
+
+# Takes its steps at once, unless a file "slow" stands beside it: then it waits for SIGTERM.
+TRAINER = """
+import json, pathlib, signal, sys, time
+settings = dict(word.split("=", 1) for word in sys.argv if "=" in word)
+name, folder = settings["run.name"], pathlib.Path(settings["run.directory"])
+here = pathlib.Path(__file__).parent
+with (here / "order").open("a") as order:
+    order.write(name + "\\n")
+if (here / "slow").exists():
+    def leave(*_):
+        print("asked to stop: saved")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, leave)
+    print("step  3/9 | text 3.0 bits", flush=True)
+    time.sleep(60)
+if name == "pair-s1":
+    print("Traceback of a kind\\nerror: the loss of text is not finite\\nand a warning")
+    sys.exit(2)
+if name == "mot-s2":
+    sys.exit(0)
+(folder / name).mkdir(parents=True, exist_ok=True)
+(folder / name / "summary.json").write_text(json.dumps({"steps": 1500}))
+print("step 1500/1500 | text 3.0 bits")
+"""
+
+
+class Workshop:
+    """A small comparison and the pretending trainer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = plan(folder)
+        (folder / "trainer.py").write_text(TRAINER)
+        self.launch = Launch(
+            [sys.executable, str(folder / "trainer.py")], dict(os.environ), folder / "logs", 2
+        )
+        self.ended: list[str] = []
+
+    def on_end(self, run: PlannedRun) -> None:
+        self.ended.append(run.name)
+
+    def started(self) -> list[str]:
+        path = self.folder / "order"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+def test_all_runs_are_run_and_a_failure_stops_no_other(
+    shop: Workshop, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with sole_user(shop.folder / "out") as lock:
+        outcome = train_all(shop.runs[1:], shop.runs[:1], shop.launch, lock, shop.on_end)
+    assert not outcome.stopped
+    assert set(shop.ended) == {"mot-s1", "dense-s2"}
+    assert sorted(shop.started()) == ["dense-s2", "mot-s1", "mot-s2", "pair-s1"]
+    assert set(shop.started()[:2]) == {"pair-s1", "mot-s1"}  # two at a time, in order
+    log = shop.folder / "logs" / "pair-s1.log"
+    failures = sorted(outcome.failures)
+    assert failures == [
+        "mot-s2 failed: it was stopped before its last step"
+        f" (console in {shop.folder}/logs/mot-s2.log)",
+        f"pair-s1 failed: status 2: error: the loss of text is not finite (console in {log})",
+    ]
+    printed = capfd.readouterr().out
+    assert "mot-s1: started" in printed
+    assert "done, 3 of 5 runs" in printed
+    assert log.read_text().startswith(f"$ {sys.executable} ")
+
+
+def test_what_cannot_be_kept_is_a_failure(shop: Workshop) -> None:
+    def on_end(run: PlannedRun) -> None:
+        raise DataError(f"{run.name}: no points")
+
+    with sole_user(shop.folder / "out") as lock:
+        outcome = train_all(shop.runs[:1], [], shop.launch, lock, on_end)
+    (failure,) = outcome.failures
+    assert failure.startswith("dense-s1 failed: dense-s1: no points (console in ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_is_passed_on_and_what_is_left_runs_later(
+    shop: Workshop, number: signal.Signals
+) -> None:
+    slow = shop.folder / "slow"
+    slow.touch()
+
+    def stop() -> None:
+        logs = [shop.launch.log(run) for run in shop.runs[:2]]
+        deadline = time.monotonic() + 30
+        while [steps_done(log) for log in logs] != [3, 3] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    begun = time.monotonic()
+    with sole_user(shop.folder / "out") as lock:
+        thread = threading.Thread(target=stop)
+        thread.start()
+        outcome = train_all(shop.runs, [], shop.launch, lock, shop.on_end)
+        thread.join()
+        assert outcome.stopped
+        assert not outcome.failures
+        assert not shop.ended
+        assert sorted(shop.started()) == ["dense-s1", "pair-s1"]  # none started after the stop
+        assert "asked to stop: saved" in shop.launch.log(shop.runs[0]).read_text()
+        slow.unlink()
+        train_all(shop.runs[:1], [], shop.launch, lock, shop.on_end)
+    assert shop.ended == ["dense-s1"]
+    assert time.monotonic() - begun < 40
+
+
+def test_one_comparison_per_folder_runs_left_behind_included(tmp_path: Path) -> None:
+    with sole_user(tmp_path) as lock:
+        with pytest.raises(DataError, match="another comparison"), sole_user(tmp_path):
+            pass
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    try:
+        with pytest.raises(DataError, match="a run that one left behind"), sole_user(tmp_path):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with sole_user(tmp_path):
+        pass
+
+
+def test_consoles_are_read(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert steps_done(log) == 0
+    log.write_text("step   10/1500 | text\nheld out, step   20/1500: x\nsome step 30/9\n")
+    assert steps_done(log) == 10
+    log.write_text("x" * 100_000 + "\nstep 1490/1500 |\nerror: one\nerror: two\nnoise\n\n")
+    assert steps_done(log) == 1490
+    assert last_error(log) == "error: two"
+    log.write_text("Segmentation fault\n")
+    assert last_error(log) == "Segmentation fault"
+    log.write_text("")
+    assert last_error(log) == "nothing on its console"

@@ -1,0 +1,83 @@
+"""From configurations to a report, through a stop, with real training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mot_megatron.scaling.comparison_runs import sole_user, steps_done
+from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wait_until
+from tests.scaling.small_comparison import write_configs
+from tests.scaling.small_comparison import write_description as write_corpus_toml
+from tests.train.small_runs import write_corpus
+from tools.compare import main
+
+SCRIPT = "tools/compare.py"
+STEPS = 240
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    fast = ("training.micro_batch_size=8", "evaluation.interval_steps=40", "data.packing=sequence")
+    settings = [part for setting in fast for part in ("--set", setting)]
+    return [str(folder / "configs"), "--output", str(folder / "out"), *settings, *more]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def assert_status(finished: Finished, status: int) -> None:
+    assert finished.status == status, finished.output + finished.errors
+
+
+def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    write_configs(tmp_path / "configs", corpus, STEPS)
+    command = arguments(tmp_path, "--arms", "dense", "mot", "--seeds", "1")
+    output = tmp_path / "out"
+    logs = [output / "logs" / f"{arm}-s1.log" for arm in ("dense", "mot")]
+    with EntryPoint(tmp_path / "first", SCRIPT, *command) as running:
+        wait_until(lambda: all(map(steps_done, logs)), "the first steps of both runs")
+        os.kill(running.pid, signal.SIGTERM)
+        stopped = running.wait()
+    assert_status(stopped, 1)
+    assert stopped.output.splitlines()[-1].startswith("stopped; the same command goes on from here")
+    assert not (output / "records").exists()
+    reached = [steps_done(log) for log in logs]
+    assert max(reached) < STEPS
+
+    assert_status(run_entry_point(tmp_path / "second", SCRIPT, *command), 0)
+    for log in logs:
+        text = log.read_text()
+        assert text.count("$ ") == 2  # two starts in one console
+        assert "continuing from" in text
+        assert "asked to stop: saved" in text
+    report = (output / "report.md").read_text()
+    assert "comes to" in report or "does not come to" in report
+    assert len(json.loads((output / "slopes.json").read_text())) == 2 * 3 * 3
+
+    # All has ended: nothing is trained again, and without the runs the report is the same.
+    (output / "runs").rename(tmp_path / "gone")
+    assert main([*command, "--report-only"]) == 0
+    assert (output / "report.md").read_text() == report
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    output = str(tmp_path / "out")
+    assert "experiment.toml: cannot be read" in refusal(capsys, nowhere, "--output", output)
+    configs = str(write_configs(tmp_path / "configs", tmp_path / "corpus"))
+    assert "corpus.toml: cannot be read" in refusal(capsys, configs, "--output", output)
+    write_corpus_toml(tmp_path / "corpus")
+    assert "--arms moth" in refusal(capsys, configs, "--output", output, "--arms", "moth")
+    assert "--parallel 0" in refusal(capsys, configs, "--output", output, "--parallel", "0")
+    with sole_user(tmp_path / "out"):
+        assert "another comparison" in refusal(capsys, configs, "--output", output)
+    only = refusal(capsys, configs, "--output", output, "--report-only")
+    assert "nothing to compare yet" in only

@@ -1,0 +1,121 @@
+"""Train the arms of a comparison, match their steps against the baseline's, and report.
+
+CONFIG_DIR holds base.toml, the arms' files and experiment.toml (see configs/compare). A run is one
+process with one thread; --parallel of them work side by side. What has ended is not run again:
+Ctrl-C or SIGTERM saves all runs and leaves, and the same command goes on from there. In DIR stay
+
+    runs/       the runs' own folders        logs/       their consoles
+    curves/     their scalars as CSV         records/    what each was
+    report.md   slopes.json   *.png          tensorboard/
+
+of which curves/ and records/ are all that --report-only needs.
+
+Example: compare.py configs/compare --output comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mot_megatron.errors import ConfigError, TrainingError, UserError
+
+TRAINER = Path(__file__).resolve().parents[1] / "launch" / "train.py"
+STOPPED = 1
+
+
+def compare(options: argparse.Namespace, command: str) -> bool:
+    """Train what has not ended; False if asked to stop before all had.
+
+    Raises:
+        UserError: bad input, or a run that failed, after all others have ended.
+    """
+    # They import torch and megatron, which takes seconds; --help should not.
+    import torch
+
+    from mot_megatron.scaling.comparison import Circumstances, PlannedRun, is_kept, keep, plan_runs
+    from mot_megatron.scaling.comparison_runs import Launch, sole_user, train_all
+    from mot_megatron.train.distributed import works_on_gpus
+    from mot_megatron.train.hardware import describe_machine
+
+    output: Path = options.output
+    runs = plan_runs(
+        options.config_dir,
+        output,
+        arms=options.arms,
+        seeds=options.seeds,
+        overrides=options.overrides,
+    )
+    device = torch.device("cuda" if works_on_gpus() else "cpu")
+    circumstances = Circumstances(command, options.parallel, describe_machine(device))
+    launch = Launch(
+        trainer=(sys.executable, os.path.relpath(TRAINER)),
+        environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        logs=output / "logs",
+        parallel=options.parallel,
+    )
+
+    def on_end(run: PlannedRun) -> None:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        trained_by = shlex.join(["python", *launch.command(run)[1:]])
+        keep(run, output, circumstances, ended=now, command=trained_by)
+
+    with sole_user(output) as lock:
+        ended = [run for run in runs if is_kept(run, output)]
+        for run in runs:
+            # A comparison that was killed has no record of what ended last.
+            if run not in ended and run.has_ended:
+                on_end(run)
+                ended.append(run)
+        waiting = [run for run in runs if run not in ended]
+        outcome = train_all(waiting, ended, launch, lock, on_end)
+    if outcome.failures:
+        more = f" (and {len(outcome.failures) - 1} more)" if len(outcome.failures) > 1 else ""
+        raise TrainingError(f"{outcome.failures[0]}{more}")
+    return not outcome.stopped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare and report; 1 if asked to stop before the end, 2 after bad input or a failed run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config_dir", type=Path, metavar="CONFIG_DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
+    parser.add_argument("--parallel", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="override a key of every run's configuration; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report-only", action="store_true", help="train nothing; report what has ended"
+    )
+    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        if options.parallel < 1:
+            raise ConfigError(f"--parallel {options.parallel}: needed: 1 or more")
+        command = shlex.join(["python", os.path.relpath(__file__), *given])
+        if not options.report_only and not compare(options, command):
+            print(f"stopped; the same command goes on from here: {command}")
+            return STOPPED
+        from mot_megatron.scaling.comparison import load_experiment
+        from mot_megatron.scaling.comparison_report import write_report
+
+        for path in write_report(load_experiment(options.config_dir), options.output):
+            print(f"wrote {path}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
