@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.config import Config, ModalityConfig, Section, UntiedConfig, load_config
+from mot_megatron.config import (
+    Config,
+    ExpertsConfig,
+    ModalityConfig,
+    Section,
+    UntiedConfig,
+    load_config,
+)
 from mot_megatron.data.corpus import Corpus
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +25,7 @@ def sections() -> dict[str, type[Section]]:
     """Section names as README writes them."""
     named: dict[str, type[Section]] = {
         "model.modalities.NAME": ModalityConfig,
+        "model.towers.NAME.experts": ExpertsConfig,
         "model.untied": UntiedConfig,
     }
     for name, field in Config.model_fields.items():
@@ -29,7 +37,7 @@ def sections() -> dict[str, type[Section]]:
 @pytest.mark.parametrize(("name", "section"), sections().items())
 def test_every_key_stands_in_its_section(name: str, section: type[Section]) -> None:
     row = next(line for line in README.splitlines() if line.startswith(f"| `[{name}]`"))
-    tables = {"modalities", "untied"}  # sections of their own
+    tables = {"modalities", "towers", "untied"}  # sections of their own
     missing = [key for key in section.model_fields if f"`{key}`" not in row and key not in tables]
     assert not missing
 
