@@ -1,6 +1,7 @@
 """Grouping against a plain NumPy reference, and the properties the model relies on."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from mot_megatron.data import _native
 from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.errors import DataError
 from mot_megatron.model.micro_batch import NO_LABEL, MicroBatch
+from mot_megatron.parallel.placement import Placement
 
 IDS_PER_MODALITY = 5
 
@@ -100,6 +103,7 @@ def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...]]:
         result[slot] = values
         return result
 
+    filled = grouped(used.ravel(), False).astype(bool)
     modalities = len(case.towers_of_modalities)
     counted = label_modality[labels != NO_LABEL]
     return {
@@ -111,6 +115,8 @@ def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...]]:
         "group_index": grouped(np.arange(total), 0),
         "ungroup_index": slot,
         "padding_slots": np.setdiff1d(np.arange(slots), slot),
+        "filled": filled,
+        "tower_filled": tuple(np.bincount(tower[used.ravel()], minlength=case.num_towers).tolist()),
         "tower_slots": tuple(tower_slots.tolist()),
         "tower_tokens": tuple(tower_tokens.tolist()),
         "modality_tokens": tuple(
@@ -126,7 +132,8 @@ def test_equals_the_reference(case: Case) -> None:
     for name, expected in reference_group(case).items():
         found = getattr(batch, name)
         if isinstance(expected, np.ndarray):
-            assert found.dtype == (torch.int32 if name == "document_ids" else torch.int64), name
+            kinds = {"document_ids": torch.int32, "filled": torch.bool}
+            assert found.dtype == kinds.get(name, torch.int64), name
             assert np.array_equal(found.numpy(), expected), name
         else:
             assert found == expected, name
@@ -160,6 +167,42 @@ def test_each_tower_is_one_slice_of_its_own_tokens(case: Case) -> None:
     assert begin == len(batch.token_ids)
 
 
+@given(cases(), st.integers(1, 3), st.sampled_from(["sequence", "heads"]))
+def test_shards_fill_what_the_whole_fills(
+    case: Case, ranks: int, exchange: Literal["sequence", "heads"]
+) -> None:
+    """Rows of a modality group's ranks: documents' tokens are marked, padding of any kind is not."""
+    length = case.token_ids.shape[1]
+    batch = {
+        "token_ids": np.tile(case.token_ids, (ranks, 1)),
+        "document_ids": np.tile(case.document_ids, (ranks, 1)),
+        "filled_tokens": np.tile(case.filled, ranks),
+        "modality_of_id": case.modality_of_id,
+        "towers_of_modalities": case.towers_of_modalities,
+        "num_towers": case.num_towers,
+    }
+    used = (np.arange(length) < batch["filled_tokens"][:, None]).ravel()
+    # The first tower is everywhere, the others on one rank each.
+    rows = [[1.0 / ranks] + [0.0] * (case.num_towers - 1) for _ in range(ranks)]
+    for tower in range(1, case.num_towers):
+        rows[tower % ranks][tower] = 1.0
+    placement = Placement(tuple(map(tuple, rows)))
+    seen, counts = [], np.zeros(case.num_towers, dtype=int)
+    for rank in range(ranks):
+        shard = ModalityShard(placement, rank, exchange)
+        part = build_micro_batch(**batch, slot_multiple=case.slot_multiple, shard=shard)
+        padding = np.isin(np.arange(len(part.filled)), part.padding_slots.numpy())
+        source = part.group_index.numpy()
+        assert np.array_equal(part.filled.numpy(), used[source] & ~padding)
+        seen += source[part.filled.numpy()].tolist()
+        ends = np.cumsum(part.tower_slots)[:-1]
+        of_towers = tuple(int(s.sum()) for s in np.split(part.filled.numpy(), ends))
+        assert part.tower_filled == of_towers
+        counts += of_towers
+    assert sorted(seen) == np.flatnonzero(used).tolist()
+    assert tuple(counts) == build_micro_batch(**batch).tower_filled
+
+
 def test_a_batch_worked_by_hand() -> None:
     # Modalities: ids 0..4 and 5..9, towers 1 and 0. Two documents of three and two tokens, then one
     # unfilled position.
@@ -183,6 +226,8 @@ def test_a_batch_worked_by_hand() -> None:
     assert batch.labels.tolist() == [6, none, none, none, 5, 7, none, none]
     assert batch.label_modalities.tolist() == [1, 0, 0, 0, 1, 1, 0, 0]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0]
+    assert batch.filled.tolist() == [True] * 3 + [False] + [True] * 2 + [False] * 2
+    assert batch.tower_filled == (3, 2)
     assert batch.modality_tokens == (2, 3)  # the unfilled position is not counted
     assert batch.modality_labels == (0, 3)
 

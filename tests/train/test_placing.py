@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mot_megatron.config import Config, parse_config
+from mot_megatron.errors import ConfigError
 from mot_megatron.model.flops import step_flops
-from mot_megatron.train.placing import flops_of_towers, place_towers, tokens_of_towers
+from mot_megatron.train.placing import (
+    check_experts_placed,
+    flops_of_towers,
+    place_towers,
+    tokens_of_towers,
+)
 
 from .small_runs import CONFIG
 
@@ -40,3 +46,35 @@ def test_auto_balances_and_a_list_is_taken() -> None:
     placement = place_towers(listed, (2, 3, 5))
     assert placement is not None
     assert placement.shares == ((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("tower", "world_size", "ranks"),
+    [
+        ("text", 2, 1),  # the text tower is on one of two ranks
+        ("text", 6, 3),  # and on three ranks in three groups
+        ("image", 6, None),  # the image tower is on all six
+        ("image", 2, None),
+        ("text", 4, None),
+        ("speech", 4, None),
+    ],
+)
+def test_experts_are_refused_on_ranks_that_cannot_share_them(
+    tower: str, world_size: int, ranks: int | None
+) -> None:
+    config = config_of(
+        MP2,
+        "parallel.placement=[{text=1.0,image=0.5},{image=0.5,speech=1.0}]",
+        f"model.towers.{tower}.experts={{num_moe_experts=4}}",
+        "parallel.expert_model_parallel_size=2",
+    )
+    placement = place_towers(config, (1, 1, 1))
+    if ranks is None:
+        check_experts_placed(config, placement, world_size)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_experts_placed(config, placement, world_size)
+    assert str(caught.value) == (
+        f"parallel.expert_model_parallel_size = 2 does not divide the {ranks} data-parallel ranks"
+        f" that hold tower {tower}; nearest legal: 1"
+    )

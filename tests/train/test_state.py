@@ -1,4 +1,4 @@
-"""A step that overflowed is never saved as a good one."""
+"""What is saved: never a step that overflowed, and every expert by itself, wherever it lay."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from mot_megatron.checkpoint.find import CheckpointInfo
+from mot_megatron.checkpoint.load import read_whole_tensors
+from mot_megatron.checkpoint.storage import read_index, stored_tensors
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.train import state
-from mot_megatron.train.session import build_session, resolve_config
+from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
+from mot_megatron.train.step import train_step
 from tests.ranks import run_ranks
 from tests.train.small_runs import small_config, write_corpus
 
@@ -66,3 +70,52 @@ def test_flops_of_a_checkpoint_from_before_they_were_counted_are_unknown(tmp_pat
     assert counted == Progress(steps=1, seconds=2.0, tokens=3, flops=4e9)
     assert (uncounted.steps, uncounted.tokens) == (1, 3)
     assert math.isnan(uncounted.flops)
+
+
+EXPERTS = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
+EP2, EP4 = (f"parallel.expert_model_parallel_size={size}" for size in (2, 4))
+TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+
+
+def pass_on(
+    corpus_directory: Path, overrides: list[str], source: CheckpointInfo | None
+) -> tuple[CheckpointInfo, int]:
+    """Save what ``source`` says, or else two steps; and how many steps the optimizer has taken."""
+    corpus = Corpus.open(corpus_directory)
+    config = resolve_config(small_config(corpus_directory, [EXPERTS, *overrides]), corpus)
+    session = build_session(config, corpus, build_groups(config, corpus, torch.device("cpu")))
+    if source is None:
+        for step in range(2):
+            train_step(session, step=step + 1, learning_rate=1e-2)
+    else:
+        restore(session, source)
+    return save(session, Progress(steps=2)), session.engine.optimizer_steps
+
+
+def test_experts_move_between_layouts_by_their_own_names(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    source, first = None, {}
+    for number, (world_size, layout) in enumerate(
+        [(2, [EP2]), (4, [EP4]), (2, TP2), (1, []), (2, [EP2])]
+    ):
+        overrides = [*layout, f"run.directory={tmp_path / str(number)}"]
+        outcomes = run_ranks(pass_on, world_size, corpus, overrides, source)
+        source = outcomes[0][0]
+        assert {steps for _, steps in outcomes} == {2}
+        names = stored_tensors(read_index(source.path)).keys()
+        values = read_whole_tensors(source, names)
+        if not first:
+            first = values
+        assert values.keys() == first.keys()
+        assert all(torch.equal(values[name], first[name]) for name in first), layout
+    tower = "layers.1.feed_forward.towers.0"
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        found = {name for name in first if name.startswith(f"{kind}/{tower}.")}
+        of_experts = [f"experts.{e}.{part}" for e in range(4) for part in ("gate_up", "down")]
+        of_router = ["router.weight", "router.causal.hidden", "router.causal.output"]
+        assert found == {f"{kind}/{tower}.{part}" for part in of_experts + of_router}
+        # As a plain network's, so that either can be made from the other.
+        plain = f"{kind}/layers.1.feed_forward.towers.1.gate_up.linear.weight"
+        assert first[f"{kind}/{tower}.experts.3.gate_up"].shape == first[plain].shape
+    weights = [first[f"weight/{tower}.experts.{e}.down"] for e in range(4)]
+    assert not any(torch.equal(weights[0], other) for other in weights[1:])
