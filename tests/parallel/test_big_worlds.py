@@ -206,6 +206,68 @@ def test_process_groups_are_the_meshs(layout: Layout) -> None:
                     assert groups.holders[tower] is None
 
 
+@dataclass(frozen=True)
+class ExpertLayout:
+    """A world of 256 whose towers' experts are spread over ``experts`` ranks each."""
+
+    tensor: int
+    pipeline: int
+    experts: int
+    placement: Placement | None
+    divisible: tuple[bool, ...] = (True,)
+    """Per tower (one for all without a placement), whether it can have experts."""
+
+
+@pytest.mark.parametrize("rank", [0, 77, 130, 255])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ExpertLayout(1, 1, 8, None),
+        ExpertLayout(8, 4, 8, None),
+        ExpertLayout(2, 2, 4, balanced_placement((3.0, 1.0), 2), (True, True)),
+        # Four ranks hold the first tower, three the second, one the third, in 16 groups.
+        ExpertLayout(1, 2, 4, balanced_placement((4.0, 3.0, 1.0), 8), (True, True, True)),
+        # The same in one group: three ranks cannot share what two or four can.
+        ExpertLayout(4, 8, 4, balanced_placement((4.0, 3.0, 1.0), 8), (True, False, False)),
+    ],
+    ids=lambda x: f"tp{x.tensor}-pp{x.pipeline}-ep{x.experts}-k{len(x.divisible)}",
+)
+def test_expert_groups_are_the_meshs(layout: ExpertLayout, rank: int) -> None:
+    placement = layout.placement
+    with fake_world(rank, 256):
+        groups = build_process_groups(
+            layout.tensor,
+            torch.device("cpu"),
+            pipeline_model_parallel_size=layout.pipeline,
+            expert_model_parallel_size=layout.experts,
+            placement=placement,
+        )
+        mesh = groups.mesh
+        assert len(groups.experts) == len(layout.divisible)
+        for tower, divisible in enumerate(layout.divisible):
+            ranks = range(1)
+            if placement is not None:
+                ranks = placement.holders(tower)
+                if mesh.modality_rank(rank) not in ranks:
+                    assert groups.experts[tower] is None
+                    continue
+            found = groups.experts_of(tower)
+            if not divisible:  # held whole by each rank, so that a plain tower can lie here
+                assert members(found.expert) == [rank]
+                assert members(found.tensor_expert) == members(groups.tensor)
+                assert found.data is groups.reduction_group(tower)
+                continue
+            size = layout.experts
+            expected = own(mesh.expert_groups(ranks, size), rank)
+            assert members(found.expert) == expected
+            both = own(mesh.tensor_expert_groups(ranks, size), rank)
+            assert members(found.tensor_expert) == both
+            same = own(mesh.expert_data_groups(ranks, size), rank)
+            assert members(groups.reduction_group(tower, of_experts=True)) == same
+            first = 16 // size * expected.index(rank)
+            assert found.held(16) == range(first, first + 16 // size)
+
+
 def members(group: dist.ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
 

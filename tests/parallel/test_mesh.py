@@ -210,6 +210,31 @@ def test_holder_groups_are_data_groups_without_the_others(mesh: Mesh, data: st.D
         assert group == sorted(group)
 
 
+@settings(deadline=None)
+@given(meshes(), st.data())
+def test_expert_groups_share_out_the_holders(mesh: Mesh, data: st.DataObject) -> None:
+    chosen = data.draw(st.sets(st.integers(0, mesh.modality - 1), min_size=1))
+    holders = mesh.holder_groups(chosen)
+    divisors = [size for size in range(1, 17) if len(holders[0]) % size == 0]
+    size = data.draw(st.sampled_from(divisors))
+    groups = mesh.expert_groups(chosen, size)
+    same_experts = mesh.expert_data_groups(chosen, size)
+    everyone = sorted(rank for group in holders for rank in group)
+    for of_all in (groups, same_experts, mesh.tensor_expert_groups(chosen, size)):
+        assert sorted(rank for group in of_all for rank in group) == everyone
+    assert all(len(group) == size for group in groups)
+    # Every rank of an expert group holds other experts, at its place in the group.
+    place = {rank: group.index(rank) for group in groups for rank in group}
+    for group in same_experts:
+        assert len({place[rank] for rank in group}) == 1
+        assert any(set(group) <= set(whole) for whole in holders)
+        assert len(group) == len(holders[0]) // size
+    for group in mesh.tensor_expert_groups(chosen, size):
+        assert [mesh.tensor_rank(rank) for rank in group] == list(range(mesh.tensor)) * size
+        for first in range(mesh.tensor):
+            assert group[first :: mesh.tensor] in groups
+
+
 def test_ranks_that_talk_most_are_neighbours() -> None:
     mesh = Mesh(16, tensor=2, pipeline=2, modality=2)
     assert mesh.tensor_groups()[:4] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -217,6 +242,10 @@ def test_ranks_that_talk_most_are_neighbours() -> None:
     assert mesh.data_groups()[:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert mesh.pipeline_groups()[:2] == [[0, 8], [1, 9]]
     assert mesh.holder_groups([1])[0] == [2, 6]
+    assert mesh.expert_groups([0, 1], 2)[:3] == [[0, 2], [4, 6], [1, 3]]
+    assert mesh.expert_data_groups([0, 1], 2)[:3] == [[0, 4], [2, 6], [1, 5]]
+    assert mesh.tensor_expert_groups([0, 1], 2)[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert mesh.expert_groups([1], 2)[0] == [2, 6]
 
 
 def timeouts_of_groups(wanted: timedelta | None) -> dict[str, timedelta]:
