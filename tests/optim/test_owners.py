@@ -13,8 +13,10 @@ from megatron.core import parallel_state
 from torch import nn
 
 from mot_megatron.errors import ConfigError
+from mot_megatron.model.sharding import SHARED, mark_experts
 from mot_megatron.optim.deepspeed_setup import check_layout
 from mot_megatron.optim.norms import StepNorms
+from mot_megatron.optim.owners import by_owners, has_owned_towers
 from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from mot_megatron.parallel.placement import Placement
@@ -416,3 +418,56 @@ def test_stages_that_do_not_go_with_a_layout_are_refused(
     )
     with pytest.raises(ConfigError, match=named):
         check_layout(toy.settings(zero_stage=stage), groups)
+
+
+def _owners_of_experts(expert_size: int, shares: Shares) -> tuple[bool, list[Any]]:
+    """Whether anything is owned, and by owners: their ranks, whether named, and what they own."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    placement = Placement(tuple(tuple(row) for row in shares)) if len(shares) > 1 else None
+    groups = build_process_groups(
+        1, CPU, expert_model_parallel_size=expert_size, placement=placement
+    )
+    labels: dict[nn.Parameter, str] = {}
+    for tower in reversed([SHARED, *groups.towers_held(len(shares[0]))]):
+        for of_experts in (True, False) if tower != SHARED else (False,):
+            parameter = nn.Parameter(torch.zeros(4, 2))
+            parameter.tower = tower  # type: ignore[attr-defined]
+            if of_experts:
+                mark_experts(parameter, groups.experts_of(tower).held(4))
+            labels[parameter] = f"{tower}{'e' if of_experts else ''}"
+    found = [
+        (
+            torch.distributed.get_process_group_ranks(owned.group),
+            owned.name is not None,
+            [labels[parameter] for parameter in owned.parameters],
+        )
+        for owned in by_owners(labels, groups)
+    ]
+    return has_owned_towers(groups), found
+
+
+def test_experts_are_owned_by_the_ranks_that_hold_the_same():
+    plain = run_ranks(_owners_of_experts, 4, 1, WITHOUT)
+    everything = ["2e", "2", "1e", "1", "0e", "0", "-1"]
+    assert plain == [(False, [([0, 1, 2, 3], False, everything)])] * 4
+    spread = run_ranks(_owners_of_experts, 4, 2, [[1.0, 1.0]])
+    for rank, outcome in enumerate(spread):
+        same = [rank % 2, rank % 2 + 2]
+        # What all ranks own first, experts last.
+        owners = [([0, 1, 2, 3], False, ["1", "0", "-1"]), (same, True, ["1e", "0e"])]
+        assert outcome == (True, owners)
+
+
+def test_experts_of_placed_towers_follow_their_tower():
+    # Tower 0 on ranks 0 and 2, tower 1 on ranks 1 and 3: two groups of two.
+    for rank, outcome in enumerate(run_ranks(_owners_of_experts, 4, 2, ONE_EACH)):
+        tower = rank % 2
+        assert outcome == (
+            True,
+            [
+                ([0, 1, 2, 3], False, ["-1"]),
+                ([tower, tower + 2], True, [f"{tower}"]),
+                ([rank], True, [f"{tower}e"]),
+            ],
+        )
