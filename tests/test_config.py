@@ -76,6 +76,7 @@ def test_what_is_read_cannot_be_changed() -> None:
         ("model.modalities.text.los_weight", "loss_weight"),
         ("optimizer.lr_warmup", "lr_warmup_steps"),
         ("training.train_step", "train_steps"),
+        ("model.towers.text.expert", "experts"),
         ("paralel.zero_stage", "parallel"),
     ],
 )
@@ -272,3 +273,43 @@ def test_the_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(paths)
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'c.toml'}: cannot be read")):
         load_config([paths[0], tmp_path / "c.toml"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_token", "sees_the_future", "can_be_causal"),
+    [
+        ("", 1.0, True, False),
+        (", capacity_factor = 1.5, causal_router = true", 1.5, True, True),
+        (', routing = "topk"', 1.0, False, True),
+        # Which tokens a full expert drops depends on the others.
+        (', routing = "topk", topk = 2, capacity_factor = 1.25', 2.0, True, True),
+    ],
+)
+def test_experts_say_what_routing_costs_and_sees(
+    settings: str, per_token: float, sees_the_future: bool, can_be_causal: bool
+) -> None:
+    config = parse(f"model.towers.vision.experts={{ num_moe_experts = 4{settings} }}")
+    plain, experts = config.model.experts_of_towers
+    assert plain is None
+    assert experts is not None
+    assert experts.experts_per_token == per_token
+    assert config.model.has_experts
+    assert config.model.sees_the_future == sees_the_future
+    assert config.model.can_be_causal == can_be_causal
+    assert parse_config(config.to_toml(), "written") == config
+
+
+def test_a_model_without_experts_is_causal() -> None:
+    model = parse().model
+    assert (model.has_experts, model.sees_the_future, model.can_be_causal) == (False, False, True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["num_moe_experts = 0", "capacity_factor = 0.0", "topk = 0", 'gate = "tanh"', 'routing = "x"'],
+)
+def test_wrong_value_of_experts_is_named(setting: str) -> None:
+    given = setting if setting.startswith("num") else f"num_moe_experts = 4, {setting}"
+    message = refusal(f"model.towers.text.experts={{ {given} }}")
+    key = setting.split(" ")[0]
+    assert message.startswith(f"test.toml: model.towers.text.experts.{key} = ")
