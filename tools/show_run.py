@@ -40,7 +40,7 @@ def table(summary: dict[str, Any]) -> str:
         f"{'bits per token, held out':26}{'model':>8}{'unigram':>10}{'2-token context':>18}",
     ]
     for name, values in summary["modalities"].items():
-        bits = values["held_out_bits_per_token"]
+        bits = honest_bits(values)
         unigram, context = (values[key] for key in BASELINES.values())
         if bits is None or unigram is None:
             lines.append(f"{name:26}{'-':>8}{'-':>10}{'-':>18}   no held-out tokens")
@@ -51,14 +51,37 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(
             f"{name:26}{bits:8.3f}{unigram:10.3f}{context:18.3f}   below {' and '.join(beaten) or 'neither'}"
         )
+    if summary.get("routed_with_later_tokens"):
+        lines += ["", _how_routed(summary)]
     return "\n".join(lines)
+
+
+def honest_bits(values: dict[str, float | None]) -> float | None:
+    """A modality's held-out loss, routed causally where the model was evaluated so."""
+    as_trained = values["held_out_bits_per_token"]
+    return values.get("held_out_bits_per_token_causal", as_trained)
+
+
+def _how_routed(summary: dict[str, Any]) -> str:
+    """A line below the table of a model that trains with a look at later tokens."""
+    modalities = summary["modalities"]
+    if not any("held_out_bits_per_token_causal" in values for values in modalities.values()):
+        return (
+            "routed with later tokens, as in training: no causal router makes these losses honest"
+        )
+    with_later = ", ".join(
+        f"{name} {bits:.3f}"
+        for name, values in modalities.items()
+        if (bits := values["held_out_bits_per_token"]) is not None
+    )
+    return f"routed causally; as in training, where experts choose among later tokens: {with_later}"
 
 
 def missed(summary: dict[str, Any], baseline: str) -> list[str]:
     """Modalities whose loss is not below the baseline, or that have none."""
 
     def beaten(values: dict[str, float | None]) -> bool:
-        bits, entropy = values["held_out_bits_per_token"], values[BASELINES[baseline]]
+        bits, entropy = honest_bits(values), values[BASELINES[baseline]]
         return bits is not None and entropy is not None and bits < entropy
 
     return [name for name, values in summary["modalities"].items() if not beaten(values)]

@@ -77,3 +77,25 @@ def test_bad_summary_is_one_line(
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert "summary.json" in errors
+
+
+@pytest.mark.parametrize("has_causal_router", [True, False])
+def test_losses_that_saw_later_tokens_are_told_from_honest_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], has_causal_router: bool
+) -> None:
+    run = write_run(tmp_path / "run", 5.25)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["routed_with_later_tokens"] = True
+    if has_causal_router:
+        for modality, bits in (("text", 7.5), ("image", 3.75)):
+            summary["modalities"][modality]["held_out_bits_per_token_causal"] = bits
+    (run / "summary.json").write_text(json.dumps(summary))
+    # 7.5 is above the unigram entropy of 7, 5.25 is not.
+    assert main([str(run), "--require", "unigram"]) == int(has_causal_router)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+    if has_causal_router:
+        assert "7.500" in printed
+        assert "choose among later tokens: text 5.250, image 3.500" in printed
+    else:
+        assert "no causal router makes these losses honest" in printed
