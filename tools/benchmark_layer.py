@@ -11,6 +11,8 @@ a ratio compares a variant with dense in the same round, so a busy machine slows
   projection, which is how the code published with the paper works.
 - gather-scatter-K: the same with index select and index put by integer positions.
 
+``--experts`` adds expert-choice-4 and top-1-of-4: dense with four experts for its feed-forward network,
+of which a token runs through one (on average), so that the active FLOPs are dense's and a router's.
 ``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of modality-parallel ranks
 does to q, k, v and the output, without sending them. ``--compile`` adds dense and ours through
 torch.compile (minutes, on a CPU).
@@ -37,6 +39,7 @@ from mot_megatron.errors import UserError
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.scaling.layer_ranks import RANKS, PairSettings, measure_pair
 from mot_megatron.scaling.layer_variants import (
+    MIXTURES,
     NUM_TOWERS,
     Benchmark,
     Variant,
@@ -77,6 +80,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="also what modality parallelism's exchange does to its rows, without sending them",
     )
     parser.add_argument(
+        "--experts", action="store_true", help="also dense with a mixture of experts"
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="also dense and ours through torch.compile"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -94,11 +100,13 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error("--repeats 1: a spread needs at least 2")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no GPU here; allowed: cpu")
-    single = options.profile or options.exchange or options.compile or options.threads
+    single = (
+        options.profile or options.exchange or options.experts or options.compile or options.threads
+    )
     if options.ranks > 1 and (single or options.clock != "wall"):
         parser.error(
-            "--ranks 2 goes with wall time and a thread per rank, without --profile, --exchange"
-            " and --compile"
+            "--ranks 2 goes with wall time and a thread per rank, without --profile, --exchange,"
+            " --experts and --compile"
         )
     if (
         options.ranks > 1
@@ -210,6 +218,8 @@ def _benchmark_alone(options: argparse.Namespace) -> dict[str, Any] | str:
     dtype, groups = DTYPES[options.dtype], build_single_process_groups(device)
     setting = Benchmark(options.tokens, options.hidden, options.heads, device, dtype, groups)
     variants = setting.variants()
+    if options.experts:
+        variants += setting.mixtures()
     if options.exchange:
         variants += [setting.exchange_permutations(kind) for kind in ("sequence", "heads")]
     if options.compile:
@@ -217,9 +227,10 @@ def _benchmark_alone(options: argparse.Namespace) -> dict[str, Any] | str:
     if not options.profile:
         return benchmark(options, variants)
     by_name = {variant.name: variant for variant in variants}
+    ours = [f"mot-{num_towers}" for num_towers in NUM_TOWERS]
     return "\n".join(
-        profile_difference(by_name["dense"], by_name[f"mot-{num_towers}"], device)
-        for num_towers in NUM_TOWERS
+        profile_difference(by_name["dense"], by_name[name], device)
+        for name in [*ours, *(MIXTURES if options.experts else ())]
     )
 
 

@@ -1,6 +1,7 @@
 """One layer, forward and backward: ours and other ways to untie weights, on the same weights.
 
-Every variant has the same active FLOPs, kernels and attention (one causal document).
+Every variant has the same active FLOPs (mixtures of experts also their router's) and the same
+attention (one causal document).
 """
 
 from __future__ import annotations
@@ -27,12 +28,19 @@ from mot_megatron.model.initialization import initialise_parameters
 from mot_megatron.model.layer import Flow, Layer
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.rotary import RotaryAngles
+from mot_megatron.model.routing import RoutingMode, RoutingPool
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.parallel.placement import balanced_placement
 from mot_megatron.train.hardware import synchronize
 
 NUM_TOWERS = (2, 3)
+NUM_EXPERTS = 4
+MIXTURES = {
+    f"expert-choice-{NUM_EXPERTS}": 'routing = "expert_choice"',
+    f"top-1-of-{NUM_EXPERTS}": 'routing = "topk"',
+}
+"""A single tower whose tokens run through one expert each, on average or exactly."""
 LONGEST_RUN = 256
 """Tokens of one modality in a row, at most."""
 PROFILED_OPERATIONS = 15
@@ -110,7 +118,7 @@ def run_in_sequence_order(
     v = rows.merge(values).flatten(1, 2)
     mixed = flow.attend(0, q, k, v).flatten(1)
     x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
-    return x + rows.merge(layer.feed_forward_norm(layer.feed_forward(rows.pick(x))))
+    return x + rows.merge(layer.feed_forward_norm(layer.feed_forward(rows.pick(x), flow.pools)))
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,13 @@ class Benchmark:
             variants += [ours, *others]
         return variants
 
+    def mixtures(self) -> list[Variant]:
+        """The dense layer with a mixture of experts for its feed-forward network."""
+        return [
+            self._ours(1, name, f"num_moe_experts = {NUM_EXPERTS}\n{routing}\n")[0]
+            for name, routing in MIXTURES.items()
+        ]
+
     def compiled(self) -> list[Variant]:
         """Dense and ours through torch.compile, with the sizes of this one batch."""
         variants = [self.ours(1, "dense")] + [self.ours(k, f"mot-{k}") for k in NUM_TOWERS]
@@ -211,12 +226,14 @@ class Benchmark:
         """Our layer with all its towers on this rank; with one tower it is the dense layer."""
         return self._ours(num_towers, name)[0]
 
-    def _ours(self, num_towers: int, name: str) -> tuple[Variant, Flow, torch.Tensor]:
-        config = self._config(num_towers)
+    def _ours(
+        self, num_towers: int, name: str, experts: str | None = None
+    ) -> tuple[Variant, Flow, torch.Tensor]:
+        config = self._config(num_towers, experts)
         towers, batch = self._batch(num_towers)
         batch = batch.to(self.device)
         grouping = Grouping.of(batch)
-        flow = self._flow(config.model, batch, grouping)
+        flow = self._flow(config.model, batch, grouping, range(num_towers))
         layer = self._layer(config, self.groups)
         inputs = tuple(
             part.detach().requires_grad_() for part in grouping.to_towers(self._stream())
@@ -242,7 +259,8 @@ class Benchmark:
         batch = self._batch(num_towers, shard)[1].to(self.device)
         held = self.groups.towers_held(num_towers)
         heads = HeadSlices.of(exchange, self.heads, self.heads, placement.num_ranks)
-        flow = self._flow(config.model, batch, ModalityExchange.of(heads, held, batch, group))
+        exchange_of_group = ModalityExchange.of(heads, held, batch, group)
+        flow = self._flow(config.model, batch, exchange_of_group, held)
         layer = self._layer(config, self.groups)
         rows = [batch.tower_slots[tower] for tower in held]
         stream = self._stream(sum(rows)).split(rows)
@@ -256,15 +274,25 @@ class Benchmark:
 
     def _layer(self, config: Config, groups: ProcessGroups) -> Layer:
         linears = ParallelLinears(groups, sequence_parallel=False, dtype=self.dtype)
-        layer = Layer(config.model, linears, 0, recompute_core=False)
+        routing = RoutingMode((1 / self.tokens,) * config.model.num_towers)
+        layer = Layer(config.model, linears, 0, recompute_core=False, routing=routing)
         initialise_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
         return layer.to(device=self.device, dtype=self.dtype)
 
     def _flow(
-        self, model: ModelConfig, batch: MicroBatch, grouping: Grouping | ModalityExchange
+        self,
+        model: ModelConfig,
+        batch: MicroBatch,
+        grouping: Grouping | ModalityExchange,
+        held: Sequence[int],
     ) -> Flow:
         rotary = RotaryAngles.of(batch.positions, model.head_dim, model.rotary_base, self.dtype)
-        return Flow(grouping, rotary, build_attention_core(batch, "auto"))
+        filled = batch.filled.split([batch.tower_slots[tower] for tower in held])
+        pools = tuple(
+            RoutingPool(rows, batch.tower_filled[tower])
+            for tower, rows in zip(held, filled, strict=True)
+        )
+        return Flow(grouping, rotary, build_attention_core(batch, "auto"), pools)
 
     def _in_sequence_order(
         self, name: str, ours: Variant, flow: Flow, rows: MaskedRows | IndexedRows
@@ -279,9 +307,12 @@ class Benchmark:
             to_sequence=lambda stream: stream[0],
         )
 
-    def _config(self, num_towers: int) -> Config:
+    def _config(self, num_towers: int, experts: str | None = None) -> Config:
+        """Of so many towers, the first with the settings ``experts`` of a mixture, as TOML."""
         modalities = "".join(f'm{k} = {{ tower = "t{k}" }}\n' for k in range(num_towers))
         text = CONFIG.format(hidden=self.hidden, heads=self.heads) + modalities
+        if experts is not None:
+            text += f"[model.towers.t0.experts]\n{experts}"
         return parse_config(text, "benchmark_layer")
 
     def _stream(self, rows: int | None = None) -> torch.Tensor:

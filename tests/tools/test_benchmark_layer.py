@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.scaling.layer_variants import Benchmark, Variant
+from mot_megatron.scaling.layer_variants import MIXTURES, Benchmark, Variant
+from tests.model.test_flops import grouped_mm_flops
 from tools import benchmark_layer
 
 SMALL = ["--tokens", "64", "--hidden", "32", "--heads", "4", "--repeats", "2"]
@@ -49,6 +51,34 @@ def test_rows_of_the_exchange(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_layer.main([*SMALL, "--exchange", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["ratio_to_dense"]) - set(NAMES) == {"exchange-sequence", "exchange-heads"}
+
+
+def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
+    setting = Benchmark(
+        300,
+        32,
+        4,
+        torch.device("cpu"),
+        torch.float32,
+        build_single_process_groups(torch.device("cpu")),
+    )
+    counts = {}
+    for variant in (setting.ours(1, "dense"), *setting.mixtures()):
+        mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            variant.step()
+        counts[variant.name] = counter.get_total_flops()
+        assert all(parameter.grad is not None for parameter in variant.layer.parameters())
+    dense = counts.pop("dense")
+    assert counts.keys() == MIXTURES.keys()
+    # Of 300 tokens, forward and twice in backward, with 4 experts and h = 32.
+    assert {count - dense for count in counts.values()} == {3 * 2 * 300 * 4 * 32}
+
+
+def test_mixtures_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--experts", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["ratio_to_dense"]) - set(NAMES) == MIXTURES.keys()
 
 
 def test_every_tower_has_work() -> None:
