@@ -141,7 +141,7 @@ def _setting(arms: _Arms) -> list[str]:
         + "; ".join(f"{split} {counts}" for split, counts in of_split.items()),
         f"- {training.train_steps:,} steps of {training.global_batch_size} x {data.seq_length} ="
         f" {training.global_batch_size * data.seq_length:,} token slots; {tokens:,.0f} tokens up"
-        f" to the last report, {seen:.2f} of the train split",
+        f" to the last report, {seen:.2f} times the train split",
         f"- Precision {training.precision}; loss in bits per token",
     ]
 

@@ -43,21 +43,21 @@ def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
     output = tmp_path / "out"
     logs = [output / "logs" / f"{arm}-s1.log" for arm in ("dense", "mot")]
     with EntryPoint(tmp_path / "first", SCRIPT, *command) as running:
-        wait_until(lambda: all(map(steps_done, logs)), "the first steps of both runs")
+        wait_until(lambda: any(map(steps_done, logs)), "the first steps of a run")
         os.kill(running.pid, signal.SIGTERM)
         stopped = running.wait()
     assert_status(stopped, 1)
     assert stopped.output.splitlines()[-1].startswith("stopped; the same command goes on from here")
     assert not (output / "records").exists()
-    reached = [steps_done(log) for log in logs]
-    assert max(reached) < STEPS
+    assert max(map(steps_done, logs)) < STEPS
 
     assert_status(run_entry_point(tmp_path / "second", SCRIPT, *command), 0)
-    for log in logs:
-        text = log.read_text()
-        assert text.count("$ ") == 2  # two starts in one console
-        assert "continuing from" in text
-        assert "asked to stop: saved" in text
+    consoles = [log.read_text() for log in logs]
+    assert [text.count("$ ") for text in consoles] == [2, 2]  # two starts in one console
+    # The other run may not have come to its first step; then it begins anew.
+    saved = [text for text in consoles if "asked to stop: saved" in text]
+    assert saved
+    assert all("continuing from" in text for text in saved)
     report = (output / "report.md").read_text()
     assert "comes to" in report or "does not come to" in report
     assert len(json.loads((output / "slopes.json").read_text())) == 2 * 3 * 3
