@@ -77,7 +77,8 @@ class ExpertsConfig(Section):
     topk: PositiveInt | None = None
     """Top-k: experts per token; absent: 1. Expert choice: must be absent."""
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
-    """What turns router logits into the weight of an expert's output."""
+    """What turns router logits into the weight of an expert's output. Top-k with sigmoid and k
+    above 1: the weights of a token's experts are scaled to sum to 1, as in megatron."""
     aux_loss_coefficient: NonNegativeFloat = 0.0
     """Top-k: coefficient of the load-balancing loss, a mean over the tower's tokens."""
     z_loss_coefficient: NonNegativeFloat = 0.0

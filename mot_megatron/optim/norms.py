@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mot_megatron.model.sharding import SHARED, tower_of
+from mot_megatron.model.sharding import SHARED, is_auxiliary, tower_of
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class StepNorms:
     """Of the parameters that all towers share."""
     per_tower: tuple[float, ...]
     """Of each tower's untied parameters, by tower index."""
+    auxiliary: float = 0.0
+    """Of what learns beside the model, its causal routers; part of none of the others."""
 
     @property
     def finite(self) -> bool:
         """False if any gradient on any rank was NaN or infinite: the step was not taken."""
-        return math.isfinite(self.total)
+        return math.isfinite(self.total + self.auxiliary)
 
 
 def step_norms(
@@ -36,7 +38,7 @@ def step_norms(
 ) -> StepNorms:
     """Norms of a gradient whose parts are spread over all ranks.
 
-    One all-reduce of num_towers + 1 squared sums over the world.
+    One all-reduce of num_towers + 2 squared sums over the world.
 
     Args:
         gradients: (parameter, part of its gradient) pairs. Over all ranks of the world together
@@ -44,14 +46,19 @@ def step_norms(
         num_towers: K, the same on all ranks.
         device: Where the process group of the world communicates.
     """
-    parts: list[list[torch.Tensor]] = [[] for _ in range(num_towers + 1)]
+    parts: list[list[torch.Tensor]] = [[] for _ in range(num_towers + 2)]
     for parameter, gradient in gradients:
-        parts[tower_of(parameter) - SHARED].append(gradient)
+        parts[-1 if is_auxiliary(parameter) else tower_of(parameter) - SHARED].append(gradient)
     squares = torch.stack([_squared_norm(tensors).to(device) for tensors in parts])
     dist.all_reduce(squares)
-    values: list[float] = squares.tolist()
+    *values, of_auxiliary = squares.tolist()
     shared, *per_tower = map(math.sqrt, values)
-    return StepNorms(total=math.sqrt(sum(values)), shared=shared, per_tower=tuple(per_tower))
+    return StepNorms(
+        total=math.sqrt(sum(values)),
+        shared=shared,
+        per_tower=tuple(per_tower),
+        auxiliary=math.sqrt(of_auxiliary),
+    )
 
 
 def _squared_norm(tensors: list[torch.Tensor]) -> torch.Tensor:

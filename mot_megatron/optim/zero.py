@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mot_megatron.model.sharding import is_auxiliary, is_replica, tower_of
+from mot_megatron.model.sharding import is_replica, tower_of
 from mot_megatron.optim.adamw import GatedAdamW
 from mot_megatron.optim.deepspeed_setup import (
     Topology,
@@ -243,14 +243,12 @@ class ZeroEngine:
         """Each element of the model's gradient on one rank of the world.
 
         Of a parameter that all tensor-parallel ranks hold alike, the first rank's counts; of one
-        that two pipeline stages hold, the original. What learns beside the model does not count:
-        clipping would carry it over to the model. The partition sees to data parallelism.
+        that two pipeline stages hold, the original. The partition sees to data parallelism.
         """
         first = self._groups.tensor_rank == 0
         for parameter, gradient in self._partition.gradients():
             split = getattr(parameter, "tensor_model_parallel", False)
-            counted = not (is_replica(parameter) or is_auxiliary(parameter))
-            if (first or split) and counted:
+            if (first or split) and not is_replica(parameter):
                 yield parameter, gradient
 
     def _clip_coefficient(self, norm: float) -> float:

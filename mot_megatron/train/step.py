@@ -209,7 +209,11 @@ def _check_loss(
 def _check_norms(norms: StepNorms, towers: Sequence[str], step: int) -> None:
     if norms.finite:
         return
-    named = zip(("shared weights", *towers), (norms.shared, *norms.per_tower), strict=True)
+    named = zip(
+        ("shared weights", *towers, "the causal routers"),
+        (norms.shared, *norms.per_tower, norms.auxiliary),
+        strict=True,
+    )
     broken = [name for name, value in named if not math.isfinite(value)]
     raise TrainingError(
         f"step {step}: the gradient of {', '.join(broken)} is not finite; no weight was changed"
