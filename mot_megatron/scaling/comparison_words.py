@@ -1,7 +1,8 @@
 """What matches say, in words that claim no more than the numbers carry.
 
-A slope is told from 1 by its interval, if that is clear of 1 by what matching can resolve. Without one, a single seed, how much runs differ by
-chance is unknown, and the sentence says so. What lies beyond the range reached is not spoken of.
+A slope is told from 1 by its interval, if that is clear of 1 by what matching can resolve. Without
+one, from a single seed, it is unknown how much runs differ by chance, and the sentence says so. What
+lies beyond the range reached is not spoken of.
 """
 
 from __future__ import annotations
