@@ -1,13 +1,13 @@
 """Routers: which experts of its tower a token runs through, and with what weight.
 
-Expert choice (arXiv 2202.09368): the experts choose. S are the logits of all tokens of a pool, every
-expert takes the k = ceil(c n / E) tokens with its largest S, and its output counts with the gate's
-value. What is chosen depends on later tokens too, so for generation there is a second, causal router
-(arXiv 2407.21770), which learns to predict the choices and changes nothing else. Top-k: each token
-takes its k best experts, by megatron's functions.
+Expert choice (arXiv 2202.09368): the experts choose. Of the N tokens of a pool every expert takes
+the k = ceil(c N / E) with its largest scores, and its output counts with the gate's value. What is
+chosen depends on later tokens too, so for generation there is a second, causal router (arXiv
+2407.21770), which learns to predict the choices and changes nothing else. Top-k: each token takes
+its k best experts, by megatron's functions.
 
-The pool of a router is what one rank, with its tensor-parallel peers, holds of the tower's tokens in
-one micro-batch. Letters: n rows of this rank, N tokens of the pool, E experts, h hidden size.
+The pool of a router is what one rank, with its tensor-parallel peers, holds of the tower's tokens
+in one micro-batch. Letters: n rows of this rank, E experts, h hidden size.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def name_of_expert(name: str, expert: int) -> str:
 
 
 def mark_auxiliary(module: torch.nn.Module) -> None:
-    """Say that ``module`` learns beside the model: its gradients must not change how that learns."""
+    """Say that ``module`` learns beside the model, whose training it must not change."""
     for parameter in module.parameters():
         parameter.auxiliary = True  # type: ignore[attr-defined]
 

@@ -30,7 +30,7 @@ class PerTower(nn.Module):
     def __init__(
         self, make: Callable[[int], nn.Module], towers: Sequence[int], untied: bool
     ) -> None:
-        """Call ``make`` with the index of every tower held; with the first's for one that all share."""
+        """Call ``make`` with every tower's index; with the first's for a module that all share."""
         super().__init__()
         self.num_held = len(towers)
         if untied:
@@ -47,8 +47,9 @@ class PerTower(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Each tower's module on that tower's slice, zero rows included; one slice per tower held.
 
-        What else a module needs comes in ``others``, each one item per tower held. An absent modality must still run: its weights then get zero gradients, and every rank
-        calls every collective in the same order.
+        What else a module needs comes in ``others``, each one item per tower held. An absent
+        modality must still run: its weights then get zero gradients, and every rank calls every
+        collective in the same order.
         """
         modules = self.towers.values() if self.untied else [self.shared] * self.num_held
         return tuple(

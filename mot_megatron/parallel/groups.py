@@ -59,7 +59,7 @@ class ProcessGroups:
     Empty without modality parallelism, where every data-parallel rank holds every tower.
     """
     experts: tuple[ExpertGroups | None, ...]
-    """Per tower; None if this rank does not hold it. One entry for all without modality parallelism."""
+    """Per tower; None if this rank does not hold it. Without modality parallelism one for all."""
     mesh: Mesh
     placement: Placement | None
     """None without modality parallelism."""
