@@ -6,6 +6,7 @@ Every violation is found before any process group is made and explained in one l
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING
 
 from mot_megatron.errors import ConfigError
@@ -321,20 +322,25 @@ def _check_mixture(config: Config, experts: ExpertsConfig, key: str) -> None:
             f" parallel.expert_model_parallel_size: {_nearest(_divisors(number), size)}"
         )
     if experts.routing == "expert_choice":
-        _check_expert_choice(config, experts, key)
+        _check_expert_choice(experts, key)
+        _check_capacity(config, experts.experts_per_token, 1, number, key)
         return
-    if (experts.topk or 1) > number:
+    each = experts.topk or 1
+    if each > number:
         raise ConfigError(
             f"{key}.topk = {experts.topk} is above num_moe_experts = {number}; allowed: 1 to"
             f" {number}"
         )
     if experts.causal_router:
         raise ConfigError(
-            f'{key}.causal_router = true is for routing = "expert_choice"; top-k routing is causal'
+            f'{key}.causal_router = true is for routing = "expert_choice"; with top-k routing'
+            " tokens choose without later ones, and causally no capacity applies"
         )
+    if experts.capacity_factor is not None:
+        _check_capacity(config, experts.capacity_factor, each, number, key)
 
 
-def _check_expert_choice(config: Config, experts: ExpertsConfig, key: str) -> None:
+def _check_expert_choice(experts: ExpertsConfig, key: str) -> None:
     number, factor = experts.num_moe_experts, experts.experts_per_token
     for name, value in (
         ("topk", experts.topk),
@@ -349,11 +355,17 @@ def _check_expert_choice(config: Config, experts: ExpertsConfig, key: str) -> No
             f"{key}.capacity_factor = {factor:g} is above num_moe_experts = {number}: no token can"
             f" run through more; allowed: at most {number}"
         )
+
+
+def _check_capacity(config: Config, factor: float, each: int, number: int, key: str) -> None:
+    """Of experts that take ``factor`` equal shares when every token runs through ``each``."""
     tokens = config.data.seq_length * config.training.micro_batch_size
-    if tokens * factor < number:
+    # Not as a product, whose rounding could refuse what the line names.
+    if factor < number / (tokens * each):
+        least = Context(prec=6, rounding=ROUND_CEILING).divide(number, tokens * each)
         raise ConfigError(
             f"{key}.capacity_factor = {factor:g} leaves each of {number} experts less than one of"
-            f" a micro-batch's {tokens} tokens; allowed: at least {number / tokens:g}"
+            f" a micro-batch's {tokens} tokens; allowed: at least {float(least):g}"
         )
 
 

@@ -300,6 +300,32 @@ EXPERTS = [
         [f"{TEXT}.capacity_factor = 1 ", "64 experts", "16 tokens", "at least 4"],
         [mixture("num_moe_experts = 64, capacity_factor = 4"), "training.micro_batch_size=4"],
     ),
+    (  # 4 / 4096 = 0.0009765625: what the line names must be enough
+        [mixture("num_moe_experts = 4, capacity_factor = 0.000976562"), "data.seq_length=4096"],
+        [f"{TEXT}.capacity_factor = 0.000976562", "least 0.000976563"],
+        [f"{TEXT}.capacity_factor=0.000976563"],
+    ),
+    (  # nothing to round
+        [mixture("num_moe_experts = 4, capacity_factor = 0.099"), "data.seq_length=40"],
+        [f"{TEXT}.capacity_factor = 0.099", "least 0.1"],
+        [f"{TEXT}.capacity_factor=0.1"],
+    ),
+    (
+        [
+            mixture('num_moe_experts = 4, routing = "topk", capacity_factor = 0.0001'),
+            "data.seq_length=64",
+        ],
+        [f"{TEXT}.capacity_factor = 0.0001", "4 experts less than one", "64 tokens", "0.0625"],
+        [f"{TEXT}.capacity_factor=0.0625"],
+    ),
+    (  # a token's two experts make twice as many shares
+        [
+            mixture('num_moe_experts = 4, routing = "topk", topk = 2, capacity_factor = 0.03'),
+            "data.seq_length=64",
+        ],
+        [f"{TEXT}.capacity_factor = 0.03 ", "at least 0.03125"],
+        [f"{TEXT}.capacity_factor=0.03125"],
+    ),
     (
         [mixture("num_moe_experts = 4, capacity_factor = 4.5")],
         [f"{TEXT}.capacity_factor = 4.5", "num_moe_experts = 4", "at most 4"],
@@ -323,7 +349,7 @@ EXPERTS = [
     ),
     (
         [mixture('num_moe_experts = 4, routing = "topk", causal_router = true')],
-        [f"{TEXT}.causal_router = true", 'routing = "expert_choice"'],
+        [f"{TEXT}.causal_router = true", 'routing = "expert_choice"', "without later ones"],
         [f"{TEXT}.routing=expert_choice", f"{TEXT}.causal_router=false"],
     ),
     (
