@@ -11,14 +11,19 @@ from mot_megatron.train.session import HELD_OUT_SPLIT, Session
 
 _DOCUMENTS = 3
 _SETTINGS = SamplingSettings(temperature=0.9, top_p=0.95, max_tokens=100)
+_ROUTED_CAUSALLY = (
+    "routed causally: in training a token's experts depend on later tokens, here they do not"
+)
 
 
 def log_samples(session: Session, log: TensorBoardLog | None, step: int) -> None:
     """Generate every decodable modality of a few held-out documents from their other segments.
 
-    Every rank calls this, for the model's collectives; the one with a ``log`` writes.
+    Every rank calls this, for the model's collectives; the one with a ``log`` writes. Where the
+    model is routed otherwise than in training, the text of each prompt says so.
     """
     generator = Generator(session.model, session.corpus, session.config.data.seq_length)
+    note = f"\n\n({_ROUTED_CAUSALLY})" if session.config.model.sees_the_future else ""
     names = tqdm(
         generator.codecs, "samples", delay=5, ncols=100, leave=False, disable=None if log else True
     )
@@ -29,4 +34,4 @@ def log_samples(session: Session, log: TensorBoardLog | None, step: int) -> None
                 tag = f"samples_{name}/{number}"
                 log.log_media(f"{tag}_generated", sample.generated.media, step)
                 log.log_media(f"{tag}_truth", sample.truth.media, step)
-                log.log_text(f"{tag}_prompt", sample.prompt or "(no text)", step)
+                log.log_text(f"{tag}_prompt", (sample.prompt or "(no text)") + note, step)

@@ -113,7 +113,11 @@ def test_media(tmp_path: Path) -> None:
     assert b"two\nlines" in text.tensor_proto.string_val[0]
 
 
-def train_on_every_codec(directory: Path) -> None:
+def prompt_text(events: EventAccumulator, tag: str) -> bytes:
+    return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0]
+
+
+def train_on_every_codec(directory: Path, *overrides: str) -> None:
     corpus = make_corpus(directory / "corpus")
     config = make_config(
         corpus,
@@ -121,6 +125,7 @@ def train_on_every_codec(directory: Path) -> None:
         "training.train_steps=2",
         "logging.sample_interval_steps=1",
         "logging.peak_flops=1e9",
+        *overrides,
     )
     groups = build_process_groups(1, torch.device("cpu"))
     train(config, corpus, groups)
@@ -140,8 +145,18 @@ def test_training_shows_samples_beside_the_truth(tmp_path: Path) -> None:
         assert f"samples_text/{number}_generated/text_summary" in texts
         for name in ("text", "image", "speech"):
             assert f"samples_{name}/{number}_prompt/text_summary" in texts
+    assert b"causally" not in prompt_text(events, "samples_text/0_prompt")
     for tag in images:
         assert [image.step for image in events.Images(tag)] == [1, 2]
+
+
+def test_samples_of_a_model_that_is_routed_causally_for_them_say_so(tmp_path: Path) -> None:
+    experts = "model.towers.text.experts={ num_moe_experts = 2, causal_router = true }"
+    run_ranks(train_on_every_codec, 1, tmp_path, experts, "training.train_steps=1", timeout=180)
+    events = read(tmp_path / "runs" / "small" / "tensorboard")
+    for name in ("text", "image", "speech"):
+        text = prompt_text(events, f"samples_{name}/0_prompt")
+        assert b"routed causally: in training a token's experts depend on later tokens" in text
 
 
 def test_progress_is_logged_once_per_step(tmp_path: Path) -> None:
