@@ -99,7 +99,7 @@ def _sums(
     """Sums of cross entropy in nats and numbers of labels, by kind of label."""
     size = len(model.config.modalities) * len(KINDS)
     sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
-    for batch in tqdm(batches, "held out", delay=5, ncols=100, leave=False):
+    for batch in tqdm(batches, "held out", delay=5, ncols=100, leave=False, disable=None):
         here = batch.to(model.groups.device)
         logits = model.sequence_logits(here).float()
         labels = here.labels[here.ungroup_index]
