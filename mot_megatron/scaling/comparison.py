@@ -18,9 +18,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mot_megatron.config import Config, NonNegativeInt, load_config
-from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
+from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError
-from mot_megatron.scaling.curves import RunCurves, read_csv, read_run, write_csv
+from mot_megatron.scaling.curves import RunCurves, read_csv, read_description, read_run, write_csv
+from mot_megatron.scaling.step_matching import LEAST_POINTS
 from mot_megatron.train.summary import SUMMARY_FILE, has_summary
 
 BASE_FILE = "base.toml"
@@ -177,7 +178,8 @@ def plan_runs(
         overrides: Of every run's configuration.
 
     Raises:
-        ConfigError: a configuration is not legal, or an arm or a seed is not in experiment.toml.
+        ConfigError: a configuration is not legal or its curves will be too short to be matched, or
+            an arm or a seed is not in experiment.toml.
         DataError: the corpus cannot be read.
     """
     experiment = load_experiment(directory)
@@ -196,9 +198,10 @@ def plan_runs(
             config = load_config(paths, list(settings))
             corpus = config.data.corpus
             if corpus not in descriptions:
-                descriptions[corpus] = _read_description(corpus / DESCRIPTION_FILE)
+                descriptions[corpus] = read_description(corpus / DESCRIPTION_FILE)
             modalities = [modality.name for modality in descriptions[corpus].modalities]
             resolved = config.resolved_for(modalities, descriptions[corpus].vocab_size)
+            _check_points(resolved)
             runs.append(PlannedRun(name, seed, paths, settings, resolved))
     return runs
 
@@ -230,7 +233,7 @@ def keep(
     """
     directory = run.config.run_directory
     summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
-    corpus = _read_description(directory / DESCRIPTION_FILE)
+    corpus = read_description(directory / DESCRIPTION_FILE)
     record = RunRecord(
         arm=run.arm,
         seed=run.seed,
@@ -339,11 +342,18 @@ def _chosen(
     return {name: of_arm for name, of_arm in chosen.items() if of_arm}
 
 
-def _read_description(path: Path) -> CorpusDescription:
-    try:
-        return parse_description(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+def _check_points(config: Config) -> None:
+    """Check that a run's curves will have points enough, before it is trained."""
+    steps = config.training.train_steps
+    for key, interval, what in (
+        ("logging.interval_steps", config.logging.interval_steps, "reports"),
+        ("evaluation.interval_steps", config.evaluation.interval_steps, "evaluations"),
+    ):
+        if steps // interval < LEAST_POINTS:
+            raise ConfigError(
+                f"{key} = {interval}: {config.run.name} comes to {steps // interval} {what} in"
+                f" training.train_steps = {steps}; at least {LEAST_POINTS} are needed to match steps"
+            )
 
 
 def _record_path(output: Path, name: str) -> Path:

@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,12 @@ Split = Literal["train", "held_out", "held_out_causal"]
 Axis = Literal["steps", "flops", "seconds"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "held_out_causal")
 AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
+SPLIT_TITLES: dict[Split, str] = {
+    "train": "training loss",
+    "held_out": "held-out loss, as trained",
+    "held_out_causal": "held-out loss, without later tokens",
+}
+"""What a person reads for them."""
 
 _LOSS = "loss_"
 _PROGRESS = ("tokens", "flops", "seconds")
@@ -62,7 +69,9 @@ class RunIdentity(BaseModel):
     towers: tuple[str, ...]
     """Names of the towers; one: dense."""
     parameters: int
-    """Of the whole model."""
+    """Of the whole model, but for causal routers, which are trained beside it."""
+    sees_the_future: bool
+    """Whether a token's experts depend on later tokens in ``train`` and ``held_out``."""
     configuration: str
     """sha256 of the configuration without run.name, run.seed and run.directory: names the arm."""
 
@@ -95,14 +104,18 @@ class RunCurves:
     seconds: np.ndarray
     """[m] seconds spent in training steps so far."""
 
+    @property
+    def without_honest_loss(self) -> bool:
+        """Whether the model sees the future, and its loss without that is not known."""
+        known = any(split == "held_out_causal" for split, _ in self.curves)
+        return self.identity.sees_the_future and not known
+
     def curve(self, split: Split, modality: str) -> Curve | None:
         """The curve, or None where there is none.
 
-        A model that never sees the future, one without any curve of ``held_out_causal``, has its
-        ``held_out`` for it.
+        A model that never sees the future has its ``held_out`` for ``held_out_causal``.
         """
-        causal: Split = "held_out_causal"
-        if split == causal and not any(found == causal for found, _ in self.curves):
+        if split == "held_out_causal" and not self.identity.sees_the_future:
             split = "held_out"
         return self.curves.get((split, modality))
 
@@ -117,16 +130,14 @@ class RunCurves:
 def read_run(directory: Path) -> RunCurves:
     """The curves of the run in ``directory``, from config.toml, corpus.toml and tensorboard/.
 
-    Steps that a resumed run did again count once, as they were done last. If
-    evaluation.max_sequences is set, the last held-out point is left out: it alone is of the whole
-    split.
+    Steps that a resumed run did again count once, as they were done last.
 
     Raises:
         DataError: a file or a curve is missing or damaged; the line names it.
         ConfigError: config.toml is missing or not legal.
     """
     config = load_config(directory / "config.toml")
-    identity = _identity(config, _read_description(directory / DESCRIPTION_FILE))
+    identity = _identity(config, read_description(directory / DESCRIPTION_FILE))
     scalars = _read_scalars(directory / "tensorboard")
     losses: dict[tuple[Split, str], Points] = {
         (split, modality): points
@@ -134,8 +145,6 @@ def read_run(directory: Path) -> RunCurves:
         for modality in config.model.modalities
         if (points := scalars.get(f"{_LOSS}{split}/{modality}"))
     }
-    if config.evaluation.max_sequences is not None:
-        losses = _without_whole_evaluation(losses, config.training.train_steps)
     for split in ("train", "held_out"):
         if not any(split == found for found, _ in losses):
             raise DataError(
@@ -209,6 +218,30 @@ def read_csv(path: Path) -> RunCurves:
     return _assemble(path, identity, losses, {name: columns[name] for name in _PROGRESS})
 
 
+def read_description(path: Path) -> CorpusDescription:
+    """What a corpus.toml says, a corpus's own or the copy that a run keeps.
+
+    Raises:
+        DataError: it cannot be read or is not legal; the line names it.
+    """
+    try:
+        return parse_description(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: cannot be read: not UTF-8 text") from None
+
+
+def at_common_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Several runs' curves at the steps that all of them have.
+
+    Returns:
+        [n] steps, and [runs, n] bits there.
+    """
+    common = reduce(np.intersect1d, [curve.steps for curve in curves])
+    return common, np.stack([curve.bits[np.isin(curve.steps, common)] for curve in curves])
+
+
 def check_comparable(runs: Sequence[RunCurves]) -> None:
     """Check that all runs saw the same tokens, so that their losses mean the same.
 
@@ -265,19 +298,9 @@ def _identity(config: Config, corpus: CorpusDescription) -> RunIdentity:
         ),
         towers=config.model.tower_names,
         parameters=count_parameters(config.model).total,
+        sees_the_future=config.model.sees_the_future,
         configuration=hashlib.sha256(canonical).hexdigest(),
     )
-
-
-def _read_description(path: Path) -> CorpusDescription:
-    try:
-        return parse_description(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; a run keeps a copy of its corpus's {DESCRIPTION_FILE}"
-        ) from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
 
 
 def _read_scalars(directory: Path) -> dict[str, Points]:
@@ -313,16 +336,6 @@ def _check_records(path: Path) -> None:
     (checksum,) = struct.unpack("<I", head[8:])
     if masked_crc32c(head[:8]) != checksum or end + _RECORD_FRAME + length <= len(content):
         raise DataError(f"{path}: damaged after byte {end} of {len(content)}")
-
-
-def _without_whole_evaluation(
-    losses: Mapping[tuple[Split, str], Points], last: int
-) -> dict[tuple[Split, str], Points]:
-    kept = {
-        key: {step: bits for step, bits in points.items() if key[0] == "train" or step != last}
-        for key, points in losses.items()
-    }
-    return {key: points for key, points in kept.items() if points}
 
 
 def _assemble(

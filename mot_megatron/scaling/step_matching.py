@@ -4,7 +4,8 @@ For every step t of a baseline, tau(t) is the first step at which a candidate ha
 baseline's loss at t; the slope s = sum(t tau) / sum(t^2) is 0.5 for half the steps. Both curves are
 smoothed by a *centred* mean (a trailing one would lag, by more steps the slower a curve falls) and
 made monotone by isotonic regression up to their lowest point, behind which a model that overfits
-keeps its best loss. The paper names no way of fitting; this is ours.
+keeps its best loss. Only the baseline's steps up to its lowest point are matched: what it does after
+its best is no measure of others. The paper names no way of fitting; this is ours.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from mot_megatron.scaling.curves import (
     Curve,
     RunCurves,
     Split,
+    at_common_steps,
     check_comparable,
 )
 
 LEAST_POINTS = 5
 """Of a curve; fewer say nothing about its course."""
 DROPPED_BEGINNING = 0.05
-"""Share of the baseline's range whose points do not count: losses of the first steps say little."""
+"""Share of what is matched of the baseline whose points do not count: losses of the first steps say
+little."""
+OVERFITS_BEFORE = 0.9
+"""Share of the baseline's training: what is lowest later may be so by chance."""
 RESAMPLES = 1000
 CONFIDENCE_PERCENT = 95
 
@@ -52,26 +57,31 @@ class Match:
     interval: tuple[float, float] | None
     """95% bootstrap interval of the slope over seeds; None unless both arms have several."""
     range_reached: float
-    """Last t that is reached, as a fraction of the baseline's range."""
+    """Last t that is reached, as a fraction of the t at which the baseline's loss is lowest."""
     points: int
     """Points of the baseline that the slope comes from."""
     dropped: int
-    """Points of the baseline that it does not come from, the unreached ones among them."""
+    """Points of the baseline that it does not come from: its first ones, the unreached ones and
+    those after its lowest."""
     unreached: int
-    """Points of the baseline whose loss the candidate never reaches."""
+    """Points of the baseline, up to its lowest, whose loss the candidate never reaches."""
     seeds: int
     """Runs of the candidate."""
     baseline_seeds: int
     """Runs of the baseline."""
     baseline_lowest: float
-    """Where the baseline's loss is lowest, as a fraction of its range: well below 1, it overfits,
-    and what lies behind makes slopes smaller."""
+    """Where the baseline's loss is lowest, as a fraction of its range. Nothing behind is matched."""
     t: np.ndarray
     """[points] where the baseline has a loss, in units of ``axis``."""
     tau: np.ndarray
     """[points] where the candidate first has it."""
     baseline_end: float
     """The baseline's last point on ``axis``."""
+
+    @property
+    def baseline_overfits(self) -> bool:
+        """Whether the baseline's loss rises again well before its end."""
+        return self.baseline_lowest < OVERFITS_BEFORE
 
     def to_json(self) -> dict[str, Any]:
         """Everything but what is drawn, for slopes.json."""
@@ -93,8 +103,8 @@ def match_arms(
 ) -> list[Match]:
     """Match a candidate's curves, a mean over its runs, against the baseline's.
 
-    A model without expert choice does not see the future: against a candidate's
-    ``held_out_causal`` stands its ``held_out``.
+    Against a ``held_out_causal`` stands the ``held_out`` of a model that does not see the future.
+    Where one does and has no ``held_out_causal``, there is no match on that split.
 
     Args:
         baseline: Runs that differ in their seed only.
@@ -216,11 +226,11 @@ class Fit:
     end: float
     """Last t of the baseline, kept or not."""
     range_reached: float
-    """Last t reached, kept or not, over ``end``."""
+    """Last t reached, kept or not, over that of the baseline's lowest loss."""
     dropped: int
     """Points not kept."""
     unreached: int
-    """Of them those that the candidate never reaches."""
+    """Of them those up to the lowest that the candidate never reaches."""
     lowest: float
     """First t of the baseline's lowest loss over ``end``."""
 
@@ -238,7 +248,7 @@ class Fit:
 
 
 def match_curves(t: np.ndarray, loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> Fit:
-    """Match two monotone curves.
+    """Match two monotone curves, up to the first of the baseline's lowest losses.
 
     Args:
         t: [m] rising: where the baseline has its losses.
@@ -246,18 +256,35 @@ def match_curves(t: np.ndarray, loss: np.ndarray, x: np.ndarray, candidate: np.n
         x: [n] rising: where the candidate has its.
         candidate: [n] never rising.
     """
+    end, all_points = float(t[-1]), len(t)
+    matched = int(np.searchsorted(-loss, -loss[-1])) + 1
+    t, loss = t[:matched], loss[:matched]
     tau = steps_to_match(loss, x, candidate)
     reached = t[tau != np.inf]
     kept = np.isfinite(tau) & (t >= DROPPED_BEGINNING * t[-1])
     return Fit(
         t=t[kept],
         tau=tau[kept],
-        end=float(t[-1]),
+        end=end,
         range_reached=float(reached[-1] / t[-1]) if len(reached) else 0.0,
-        dropped=int((~kept).sum()),
+        dropped=all_points - int(kept.sum()),
         unreached=int((tau == np.inf).sum()),
-        lowest=float(t[np.searchsorted(-loss, -loss[-1])] / t[-1]),
+        lowest=float(t[-1] / end),
     )
+
+
+def splits_of(matches: Sequence[Match]) -> list[Split]:
+    """Those that any match is of, in their order."""
+    return [split for split in SPLITS if any(match.split == split for match in matches)]
+
+
+def smoothed_mean(curves: Sequence[Curve]) -> Curve:
+    """The mean of several runs at the steps that all of them have, as it is before it is matched.
+
+    Smooth, but not made monotone.
+    """
+    steps, bits = at_common_steps(curves)
+    return Curve(steps, smooth(bits.mean(axis=0), default_window(len(steps))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,28 +310,19 @@ class _Arm:
                     f" that of {runs[0].source} at {curves[0].steps[-1]}; runs of one arm must be"
                     " equally long (has each come to its end?)"
                 )
-        common = curves[0].steps
-        for curve in curves[1:]:
-            common = np.intersect1d(common, curve.steps)
+        common, bits = at_common_steps(curves)
         if len(common) < LEAST_POINTS:
             raise DataError(
                 f"{runs[0].source}: loss_{split}/{modality} has {len(common)} points, expected at"
                 f" least {LEAST_POINTS}; evaluation.interval_steps and logging.interval_steps set"
                 " their number"
             )
-        at = [np.searchsorted(curve.steps, common) for curve in curves]
-        return cls(
-            bits=np.stack([curve.bits[i] for curve, i in zip(curves, at, strict=True)]),
-            along={
-                axis: np.stack(
-                    [
-                        run.along(curve, axis)[i]
-                        for run, curve, i in zip(runs, curves, at, strict=True)
-                    ]
-                )
-                for axis in AXES
-            },
-        )
+        points = [Curve(common, row) for row in bits]
+        along = {
+            axis: np.stack([run.along(own, axis) for run, own in zip(runs, points, strict=True)])
+            for axis in AXES
+        }
+        return cls(bits, along)
 
     def mean(self, axis: Axis, drawn: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Places [n] and losses [n], smooth and falling, of the mean over all or the drawn runs."""
@@ -349,7 +367,9 @@ def _bootstrap(baseline: _Arm, candidate: _Arm, axis: Axis) -> tuple[float, floa
 def _splits_and_modalities(runs: Sequence[RunCurves]) -> list[tuple[Split, str]]:
     """Those that any run has, splits in their order, modalities in that of the curves."""
     found = dict.fromkeys(key for run in runs for key in run.curves)
-    return [key for split in SPLITS for key in found if key[0] == split]
+    honest = not any(run.without_honest_loss for run in runs)
+    splits = [split for split in SPLITS if honest or split != "held_out_causal"]
+    return [key for split in splits for key in found if key[0] == split]
 
 
 def _curve_of(run: RunCurves, split: Split, modality: str) -> Curve:

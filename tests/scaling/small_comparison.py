@@ -14,7 +14,8 @@ MODALITIES = ("text", "image", "speech")
 ARMS = {
     "dense": "".join(f"{name} = {{ tower = 'all' }}\n" for name in MODALITIES),
     "mot": "",
-    "pair": "image = { tower = 'text' }\n",
+    "pair": "image = { tower = 'text' }\n[model.towers.text.experts]\nnum_moe_experts = 4\n"
+    "causal_router = true\n",
 }
 EXPERIMENT = """
 baseline = "dense"

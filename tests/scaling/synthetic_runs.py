@@ -73,12 +73,13 @@ def curves(
     modalities: Sequence[str] = ("text",),
     seed: int = 0,
     name: str = "run",
+    sees_the_future: bool = False,
 ) -> RunCurves:
     """In memory, all curves alike but for their noise."""
     steps = log_steps(points, last)
     return RunCurves(
         source=Path(name),
-        identity=identity(name=name, seed=seed),
+        identity=identity(name=name, seed=seed, sees_the_future=sees_the_future),
         curves={
             (split, modality): Curve(steps, loss(steps))
             for split in splits
@@ -101,6 +102,7 @@ def identity(**changes: object) -> RunIdentity:
         "vocabulary": ("text 100 none", "image 60 none"),
         "towers": ("text", "image"),
         "parameters": 1000,
+        "sees_the_future": False,
         "configuration": "cc",
     }
     return RunIdentity.model_validate(values | changes)

@@ -37,8 +37,8 @@ def test_first_seeds_come_first_and_the_baseline_before_all(tmp_path: Path) -> N
 
 
 def test_a_run_is_its_arm_with_its_seed(tmp_path: Path) -> None:
-    run = plan(tmp_path, overrides=["training.train_steps=7"], seeds=[2])[0]
-    assert run.config.training.train_steps == 7
+    run = plan(tmp_path, overrides=["training.train_steps=70"], seeds=[2])[0]
+    assert run.config.training.train_steps == 70
     assert run.config.run.seed == 2
     assert run.config.run_directory == tmp_path / "out" / "runs" / "dense-s2"
     assert run.config.model.tower_names == ("all",)
@@ -46,7 +46,7 @@ def test_a_run_is_its_arm_with_its_seed(tmp_path: Path) -> None:
     configs = tmp_path / "configs"
     assert run.arguments == [
         *("--config", f"{configs}/base.toml", "--config", f"{configs}/dense.toml"),
-        *("--set", "training.train_steps=7", "--set", "run.name=dense-s2", "--set", "run.seed=2"),
+        *("--set", "training.train_steps=70", "--set", "run.name=dense-s2", "--set", "run.seed=2"),
         *("--set", f"run.directory={tmp_path}/out/runs"),
     ]
 
@@ -58,6 +58,15 @@ def test_a_run_is_its_arm_with_its_seed(tmp_path: Path) -> None:
         ({"seeds": [3]}, "--seeds 3: no chosen arm has it"),
         ({"arms": ["pair"], "seeds": [1, 2]}, "--seeds 2: no chosen arm has it"),
         ({"overrides": ["model.num_layer=3"]}, "num_layer: unknown key"),
+        (
+            {"overrides": ["training.train_steps=49"]},
+            "evaluation.interval_steps = 10: dense-s1 comes to 4 evaluations in"
+            " training.train_steps = 49; at least 5 are needed",
+        ),
+        (
+            {"overrides": ["logging.interval_steps=301"]},
+            "logging.interval_steps = 301: dense-s1 comes to 4 reports",
+        ),
     ],
 )
 def test_choice_that_is_not_there(tmp_path: Path, choice: dict[str, object], message: str) -> None:

@@ -84,7 +84,7 @@ def test_sentences_speak_of_the_honest_loss(compared: Path) -> None:
     assert re.search(r"- text: comes to dense's best loss after (4\d|5\d)% of the steps", of_mot)
     assert "fewer steps)." in of_mot
     assert "image: comes to none of dense's losses" in of_pair
-    assert re.search(r"dense is at its best after (4|5)\d% of its steps; what lies behind", of_mot)
+    assert re.search(r"dense is at its best after (4|5)\d% of its steps; none behind", of_mot)
 
 
 def test_arms_losses_paper_and_memorising(compared: Path) -> None:
@@ -170,21 +170,34 @@ MATCH = Match(
         (
             {},
             "text: comes to dense's best loss after 75% of the steps that dense"
-            " was trained for. Over the whole course the slope"
+            " takes to it. Over the whole course the slope"
             " is 0.80 (95% interval 0.70 to 0.90: fewer steps).",
         ),
         (
             {"interval": (0.7, 1.0)},
             "text: comes to dense's best loss after 75% of the steps that dense"
-            " was trained for. Over the whole course the slope"
+            " takes to it. Over the whole course the slope"
             " is 0.80 (95% interval 0.70 to 1.00: which includes 1, no difference that can be"
             " told).",
         ),
         (
             {"interval": (0.95, 0.99)},
             "text: comes to dense's best loss after 75% of the steps that dense"
-            " was trained for. Over the whole course the slope is 0.80 (95% interval 0.95 to 0.99:"
+            " takes to it. Over the whole course the slope is 0.80 (95% interval 0.95 to 0.99:"
             " within 0.02 of 1, no difference that can be told).",
+        ),
+        (
+            {"interval": (0.95, 1.05), "unreached": 4, "range_reached": 0.62},
+            "text: does not come to dense's best loss, but to the one that dense has after 62% of"
+            " its steps. Up to there the slope is 0.80 (95% interval 0.95 to 1.05: which includes 1,"
+            " no difference that can be told up to there, but dense's best loss is never reached).",
+        ),
+        (
+            {"unreached": 4, "range_reached": 0.5, "baseline_lowest": 0.6},
+            "text: does not come to dense's best loss, but to the one that dense has after 30% of"
+            " its steps. Up to there the slope is 0.80 (95% interval 0.70 to 0.90: fewer steps up to"
+            " there, but dense's best loss is never reached). dense is at its best after 60% of its"
+            " steps; none behind are matched.",
         ),
         (
             {"interval": (1.1, 1.3), "slope": 1.2, "unreached": 4, "range_reached": 0.62},
@@ -194,7 +207,7 @@ MATCH = Match(
         (
             {"interval": None, "seeds": 1},
             "text: comes to dense's best loss after 75% of the steps that dense"
-            " was trained for. Over the whole course the slope"
+            " takes to it. Over the whole course the slope"
             " is 0.80, from one seed, which cannot tell it from chance.",
         ),
         (
@@ -221,6 +234,11 @@ def test_sentences(changes: dict[str, object], expected: str) -> None:
 def test_a_tally_counts_what_the_intervals_tell() -> None:
     intervals = [(0.7, 0.9), (0.7, 1.1), (1.1, 1.2), None, (0.5, 0.6), (1.01, 1.05)]
     matches = [dataclasses.replace(MATCH, interval=interval) for interval in intervals]
+    matches += [
+        dataclasses.replace(match, unreached=3, range_reached=reached)
+        for match in matches[:4]
+        for reached in (0.9, 0.96)
+    ]
     assert [verdict(match) for match in matches] == [
         "fewer",
         "same",
@@ -228,10 +246,17 @@ def test_a_tally_counts_what_the_intervals_tell() -> None:
         "untold",
         "fewer",
         "same",
+        *("fewer at first", "fewer"),
+        *("same at first", "same"),
+        *("more", "more"),
+        *("untold", "untold"),
     ]
     assert tally(matches) == (
-        "fewer steps than the baseline: 2; more steps: 1; no difference that can be told: 2;"
-        " not enough seeds to tell: 1"
+        "fewer steps than the baseline: 3;"
+        " fewer steps at first, but never the baseline's best loss: 1; more steps: 3;"
+        " no difference that can be told: 3;"
+        " no difference at first, but never the baseline's best loss: 1;"
+        " not enough seeds to tell: 3"
     )
 
 

@@ -122,17 +122,28 @@ def test_a_last_record_cut_short_is_no_damage(tmp_path: Path) -> None:
     assert read_run(run).curves["train", "image"].steps.tolist() == [5]
 
 
-def test_the_evaluation_of_the_whole_split_is_no_point_of_the_curve(tmp_path: Path) -> None:
-    points = {"loss_train/text": {10: 5.0, 20: 4.0}, "loss_held_out/text": {10: 5.0, 20: 9.0}}
-    run = write_run(tmp_path, "part", points, "evaluation.max_sequences=4")
-    assert read_run(run).curves["held_out", "text"].steps.tolist() == [10]
-    assert read_run(run).curves["train", "text"].steps.tolist() == [10, 20]
-    whole = write_run(tmp_path, "whole", points)
-    assert read_run(whole).curves["held_out", "text"].steps.tolist() == [10, 20]
+def test_whose_loss_stands_for_the_honest_one(tmp_path: Path) -> None:
+    causal = {tag: points for tag, points in POINTS.items() if "causal" in tag}
+    rest = {tag: points for tag, points in POINTS.items() if "causal" not in tag}
+    experts = "model.towers.text.experts={num_moe_experts=4}"
+    dense = read_run(write_run(tmp_path, "dense", rest))
+    assert not dense.identity.sees_the_future
+    assert not dense.without_honest_loss
+    assert dense.curve("held_out_causal", "text") is dense.curves["held_out", "text"]
+    routed = read_run(write_run(tmp_path, "routed", rest | causal, experts))
+    assert routed.identity.sees_the_future
+    assert not routed.without_honest_loss
+    assert routed.curve("held_out_causal", "text") is routed.curves["held_out_causal", "text"]
+    blind = read_run(write_run(tmp_path, "blind", rest, experts))
+    assert blind.curve("held_out_causal", "text") is None
+    write_csv(blind, tmp_path / "blind.csv")
+    kept = read_csv(tmp_path / "blind.csv")
+    assert kept.without_honest_loss
+    assert kept.curve("held_out_causal", "text") is None
 
 
-def train_one(corpus_directory: Path, runs: Path) -> None:
-    overrides = [f"run.directory={runs}", "evaluation.interval_steps=3", "training.train_steps=6"]
+def train_one(corpus_directory: Path, runs: Path, *more: str) -> None:
+    overrides = [f"run.directory={runs}", "evaluation.interval_steps=3", *more]
     config = small_config(corpus_directory, overrides)
     corpus = Corpus.open(corpus_directory)
     train(resolve_config(config, corpus), corpus, build_process_groups(1, torch.device("cpu")))
@@ -140,7 +151,7 @@ def train_one(corpus_directory: Path, runs: Path) -> None:
 
 def test_a_real_run(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
-    run_ranks(train_one, 1, corpus, tmp_path / "runs")
+    run_ranks(train_one, 1, corpus, tmp_path / "runs", "training.train_steps=6")
     run = read_run(tmp_path / "runs" / "small")
     # Reports every 5 steps and at the end, evaluations every 3.
     assert run.curves["train", "text"].steps.tolist() == [5, 6]
@@ -191,7 +202,7 @@ def remove_config(run: Path) -> None:
         (damage_a_value, "damaged after byte"),
         (damage_a_length, "damaged after byte 0"),
         (zero_the_end, "damaged after byte"),
-        (remove_description, "corpus.toml: No such file"),
+        (remove_description, "corpus.toml: cannot be read: No such file"),
         (remove_config, "config.toml: cannot be read"),
     ],
 )

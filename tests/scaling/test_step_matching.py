@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mot_megatron.errors import DataError
-from mot_megatron.scaling.curves import Axis, RunCurves, Split
+from mot_megatron.scaling.curves import Axis, Curve, RunCurves, Split
 from mot_megatron.scaling.step_matching import (
     Match,
     default_window,
@@ -16,6 +16,7 @@ from mot_megatron.scaling.step_matching import (
     match_arms,
     match_curves,
     smooth,
+    smoothed_mean,
     steps_to_match,
 )
 from tests.scaling.synthetic_runs import curves, losses, power_law
@@ -149,15 +150,27 @@ def test_baseline_that_overfits() -> None:
 
     found = match(curves(overfitted), curves(losses(0.5)))
     assert found.baseline_lowest == pytest.approx(0.6, abs=0.02)
-    # tau = t / 2 up to 900, then that of 900: 450.
-    t = np.arange(75, 1501, 5)
-    expected = (t * np.minimum(t / 2, 450)).sum() / (t**2).sum()
-    assert found.slope == pytest.approx(expected, abs=0.01)
+    assert found.baseline_overfits
+    # Nothing behind step 900 counts, however early its losses are reached.
+    assert found.t[-1] == pytest.approx(900, abs=20)
+    assert found.slope == pytest.approx(0.5, abs=0.01)
+    assert (found.range_reached, found.unreached) == (1, 0)
+    assert found.dropped + found.points == 300
+    assert found.dropped == pytest.approx(120 + 9, abs=5)
+    assert found.baseline_end == 1500
     # The other way round, the overfitted one never reaches what lies behind its best: 0.6 of it.
     other = match(curves(power_law), curves(overfitted))
     assert other.range_reached == pytest.approx(0.6, abs=0.02)
     assert other.slope == pytest.approx(1, abs=0.02)
     assert other.baseline_lowest == 1
+    assert not other.baseline_overfits
+    # Against itself.
+    same = match(curves(overfitted), curves(overfitted))
+    assert (same.slope, same.end_point_ratio, same.range_reached) == (1, 1, 1)
+    # One that stalls where the baseline is after 450 of its best 900 steps reaches half of them.
+    stalled = match(curves(overfitted), curves(lambda steps: overfitted(np.minimum(steps, 450))))
+    assert stalled.range_reached == pytest.approx(0.5, abs=0.02)
+    assert stalled.slope == pytest.approx(1, abs=0.01)
 
 
 def test_losses_from_before_the_candidates_first_point_do_not_count() -> None:
@@ -195,7 +208,7 @@ def test_interval_shows_how_much_runs_differ() -> None:
 
 def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None:
     dense = curves(power_law)
-    experts = curves(losses(0.25), splits=("train", "held_out"))
+    experts = curves(losses(0.25), sees_the_future=True)
     causal = curves(losses(0.5), splits=("held_out_causal",))
     experts = RunCurves(
         experts.source,
@@ -210,6 +223,22 @@ def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None
     assert match(dense, experts, split="held_out_causal").slope == pytest.approx(0.5, abs=0.01)
     # As a baseline too.
     assert match(experts, dense, split="held_out_causal").range_reached == pytest.approx(0.5, 0.02)
+
+
+def test_a_loss_that_saw_the_future_stands_for_no_honest_one() -> None:
+    routed = curves(losses(0.5), splits=("train", "held_out", "held_out_causal"))
+    blind = curves(losses(0.25), sees_the_future=True)
+    for pair in ((routed, blind), (blind, routed)):
+        found = match_arms([pair[0]], [pair[1]], name="candidate")
+        assert [match.split for match in found if match.axis == "steps"] == ["train", "held_out"]
+
+
+def test_the_mean_of_runs_is_of_the_steps_that_all_have() -> None:
+    early = Curve(np.array([10, 20, 30]), np.array([3.0, 2.0, 1.0]))
+    late = Curve(np.array([20, 30, 40]), np.array([4.0, 2.0, 0.0]))
+    mean = smoothed_mean([early, late])
+    np.testing.assert_array_equal(mean.steps, [20, 30])
+    np.testing.assert_array_equal(mean.bits, [3.0, 1.5])
 
 
 def test_every_modality_split_and_axis_is_matched() -> None:
