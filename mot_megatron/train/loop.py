@@ -103,13 +103,16 @@ def _train_steps(run: _Run, stop: StopRequest) -> None:
         done = run.progress.steps
         if done % run.config.logging.interval_steps == 0 or done == last:
             _report(run)
+        evaluation_is_due = _due(done, run.config.evaluation.interval_steps) and done < last
         if result.counts.stop and done < last:
-            _save(run)
+            _save(run)  # at once: a launcher may not leave the ranks time for more
             run.console.say(
                 f"asked to stop: saved after step {done}/{last}; the same command goes on from here"
             )
+            if evaluation_is_due:  # the run that goes on from here begins behind it
+                _evaluate(run)
             return
-        if done % run.config.evaluation.interval_steps == 0 and done < last:
+        if evaluation_is_due:
             _evaluate(run)
         if done % run.config.checkpoint.interval_steps == 0 and done < last:
             _save(run)

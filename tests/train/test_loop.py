@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import UserError
@@ -58,6 +59,25 @@ def test_signal_to_one_rank_stops_all(corpus: Path, tmp_path: Path, layout: list
     saved = sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir())
     assert saved == ["step_00000004"]
     assert not (tmp_path / "small" / "summary.json").exists()
+
+
+def test_stop_leaves_no_gap_among_the_evaluations(corpus: Path, tmp_path: Path) -> None:
+    overrides = ["training.train_steps=8", "evaluation.interval_steps=2"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, 0) == [None]
+    assert evaluated_steps(tmp_path / "small") == [2, 4]  # it leaves after step 4
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
+    assert evaluated_steps(tmp_path / "small")[:3] == [2, 4, 6]
+
+
+def test_stop_between_evaluations_makes_none(corpus: Path, tmp_path: Path) -> None:
+    overrides = ["evaluation.interval_steps=3"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, 0) == [None]
+    assert evaluated_steps(tmp_path / "small") == [3]
+
+
+def evaluated_steps(run: Path) -> list[int]:
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [point.step for point in events.Scalars("loss_held_out/text")]
 
 
 def test_folder_that_only_the_first_rank_fails_to_make(corpus: Path, tmp_path: Path) -> None:
