@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def losses(slope: float, noise: float = 0.0, seed: int = 0) -> Loss:
     return lambda steps: power_law(steps / slope) + rng.normal(0, noise, len(steps))
 
 
+def seeing_the_future(run: RunCurves) -> RunCurves:
+    """The same curves, of a model with expert choice."""
+    identity = run.identity.model_copy(update={"sees_the_future": True})
+    return dataclasses.replace(run, identity=identity)
+
+
 def log_steps(points: int, last: int = LAST_STEP) -> np.ndarray:
     """Equally distant steps up to the last."""
     return np.round(np.linspace(last / points, last, points)).astype(np.int64)
@@ -73,13 +80,12 @@ def curves(
     modalities: Sequence[str] = ("text",),
     seed: int = 0,
     name: str = "run",
-    sees_the_future: bool = False,
 ) -> RunCurves:
     """In memory, all curves alike but for their noise."""
     steps = log_steps(points, last)
     return RunCurves(
         source=Path(name),
-        identity=identity(name=name, seed=seed, sees_the_future=sees_the_future),
+        identity=identity(name=name, seed=seed),
         curves={
             (split, modality): Curve(steps, loss(steps))
             for split in splits

@@ -19,7 +19,7 @@ from mot_megatron.scaling.step_matching import (
     smoothed_mean,
     steps_to_match,
 )
-from tests.scaling.synthetic_runs import curves, losses, power_law
+from tests.scaling.synthetic_runs import curves, losses, power_law, seeing_the_future
 
 
 def match(
@@ -208,7 +208,7 @@ def test_interval_shows_how_much_runs_differ() -> None:
 
 def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None:
     dense = curves(power_law)
-    experts = curves(losses(0.25), sees_the_future=True)
+    experts = seeing_the_future(curves(losses(0.25)))
     causal = curves(losses(0.5), splits=("held_out_causal",))
     experts = RunCurves(
         experts.source,
@@ -226,8 +226,8 @@ def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None
 
 
 def test_a_loss_that_saw_the_future_stands_for_no_honest_one() -> None:
-    routed = curves(losses(0.5), splits=("train", "held_out", "held_out_causal"))
-    blind = curves(losses(0.25), sees_the_future=True)
+    routed = seeing_the_future(curves(losses(0.5), splits=("train", "held_out", "held_out_causal")))
+    blind = seeing_the_future(curves(losses(0.25)))
     for pair in ((routed, blind), (blind, routed)):
         found = match_arms([pair[0]], [pair[1]], name="candidate")
         assert [match.split for match in found if match.axis == "steps"] == ["train", "held_out"]
