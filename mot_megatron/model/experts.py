@@ -138,6 +138,7 @@ def _dispatcher_config(
         # Any number makes it count the rows, rather than take k times as many as came in.
         moe_expert_capacity_factor=1.0,
         moe_token_dispatcher_type="alltoall",
+        cuda_graph_scope=[],  # its default warns of itself
         add_bias_linear=False,
         tensor_model_parallel_size=linears.groups.tensor_size,
         sequence_parallel=linears.sequence_parallel,

@@ -170,5 +170,8 @@ def _layout(
             "seconds per step": chart("step_seconds", ("data", "forward_backward", "optimizer")),
             "model FLOPs utilisation, percent": chart("utilisation", ("mfu_percent",)),
             "peak memory of the fullest rank, GiB": chart("memory", ("peak_gib",)),
+            "tokens so far": chart("progress", ("tokens",)),
+            "model FLOPs so far": chart("progress", ("flops",)),
+            "seconds of training so far": chart("progress", ("seconds",)),
         },
     }

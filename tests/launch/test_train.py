@@ -163,6 +163,7 @@ def test_tensorboard_content(finished_run: tuple[Workplace, Finished]) -> None:
         "learning_rate",
         *(f"loss_train/{name}" for name in NAMES),
         "memory/peak_gib",
+        *(f"progress/{name}" for name in ("tokens", "flops", "seconds")),
         *(f"step_seconds/{phase}" for phase in ("data", "forward_backward", "optimizer")),
         *(f"tokens_per_second/{name}" for name in ("total", *NAMES)),
         "utilisation/mfu_percent",
