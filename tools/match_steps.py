@@ -10,7 +10,6 @@ Example: match_steps.py runs/dense-* runs/mot-* --output matched
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mot_megatron.errors import DataError, UserError
+from mot_megatron.scaling.comparison_words import at_its_best, number
 from mot_megatron.scaling.curves import (
     AXES,
-    SPLITS,
+    SPLIT_TITLES,
     Axis,
     RunCurves,
     Split,
@@ -28,15 +28,12 @@ from mot_megatron.scaling.curves import (
     read_csv,
     read_run,
 )
-from mot_megatron.scaling.match_plots import plot_losses, plot_matches, write_figures
-from mot_megatron.scaling.step_matching import Match, match_arms
+from mot_megatron.scaling.match_files import draw_all, write_matches
+from mot_megatron.scaling.step_matching import Match, match_arms, splits_of
 
-SLOPES_FILE = "slopes.json"
-_OVERFITS_BEFORE = 0.9
-"""Share of the steps: what is lowest later may be so by chance."""
 _OTHER_AXES: tuple[Axis, Axis] = ("flops", "seconds")
 _HEADER = (
-    f"{'arm':<22} {'modality':<9} {'slope':>6} {'95% interval':>15} {'at end':>6} {'FLOPs':>6}"
+    f"{'arm':<22} {'modality':<9} {'slope':>6} {'95% interval':>15} {'last':>6} {'FLOPs':>6}"
     f" {'seconds':>7} {'reached':>7} {'points':>6} {'dropped':>7} {'unreached':>9} {'seeds':>5}"
 )
 
@@ -52,17 +49,19 @@ def match_all(arms: Mapping[str, Sequence[RunCurves]]) -> list[Match]:
     return [match for name, runs in candidates for match in match_arms(baseline, runs, name=name)]
 
 
-def table(matches: Sequence[Match], split: Split, baseline: str) -> str:
+def table(matches: Sequence[Match], split: Split, arms: Mapping[str, Sequence[RunCurves]]) -> str:
     """The matches of one split as a person reads them, a line per arm and modality.
 
-    At most 120 columns wide. Whatever is not said to be of FLOPs or seconds is of steps.
+    At most 120 columns wide. Whatever is not said to be of FLOPs or seconds is of steps; last is
+    tau / t at the last step that is reached.
     """
+    baseline = next(iter(arms))
     found = {
         (match.arm, match.modality, match.axis): match for match in matches if match.split == split
     }
     first = next(iter(found.values()))
     lines = [
-        f"{split.replace('_', ' ')} loss, steps of {baseline}"
+        f"{SPLIT_TITLES[split]}: steps of {baseline}"
         f" ({first.baseline_seeds} seed{'s' if first.baseline_seeds > 1 else ''}) matched:",
         _HEADER,
     ]
@@ -71,18 +70,23 @@ def table(matches: Sequence[Match], split: Split, baseline: str) -> str:
         interval = "-" if match.interval is None else "{:.3f} to {:.3f}".format(*match.interval)
         flops, seconds = (found[arm, modality, other].slope for other in _OTHER_AXES)
         lines.append(
-            f"{_cut(arm, 22):<22} {_cut(modality, 9):<9} {_number(match.slope):>6} {interval:>15}"
-            f" {_number(match.end_point_ratio):>6} {_number(flops):>6} {_number(seconds):>7}"
+            f"{_cut(arm, 22):<22} {_cut(modality, 9):<9} {number(match.slope):>6} {interval:>15}"
+            f" {number(match.end_point_ratio):>6} {number(flops):>6} {number(seconds):>7}"
             f" {match.range_reached:>7.1%} {match.points:>6} {match.dropped:>7}"
             f" {match.unreached:>9} {match.seeds:>5}"
         )
-    lowest = {match.modality: match.baseline_lowest for match in of_steps.values()}
+    of_modality = {match.modality: match for match in of_steps.values()}
     lines += [
-        f"{modality}: the loss of {baseline} is lowest after {part:.0%} of its steps and rises then;"
-        " what counts behind is the lowest"
-        for modality, part in lowest.items()
-        if part < _OVERFITS_BEFORE
+        f"{modality}: {at_its_best(match, _cut(baseline, 22))}"
+        for modality, match in of_modality.items()
+        if match.baseline_overfits
     ]
+    if split != "held_out_causal":
+        lines += [
+            f"{_cut(name, 22)}: its routing looked at later tokens, which flatters this loss"
+            for name, runs in arms.items()
+            if runs[0].identity.sees_the_future
+        ]
     return "\n".join(lines)
 
 
@@ -94,34 +98,13 @@ def write_all(
     Raises:
         DataError: one cannot be written.
     """
-    baseline = next(iter(arms))
-    splits = _splits(matches)
-    figures = {
-        f"matched_{axis}_{split}": plot_matches(matches, split=split, axis=axis, baseline=baseline)
-        for split in splits
-    }
-    figures |= {f"losses_{split}": plot_losses(arms, split=split) for split in splits}
-    slopes = json.dumps([match.to_json() for match in matches], indent=1)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SLOPES_FILE).write_text(slopes + "\n", encoding="utf-8")
-        paths = write_figures(figures, output)
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from None
-    for path in (output / SLOPES_FILE, *paths, output / "tensorboard"):
+    paths = write_matches(matches, draw_all(arms, matches, axis), output)
+    for path in (*paths, output / "tensorboard"):
         print(f"wrote {path}")
-
-
-def _splits(matches: Sequence[Match]) -> list[Split]:
-    return [split for split in SPLITS if any(match.split == split for match in matches)]
 
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,9 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise DataError(
                 f"{options.baseline}: all runs are seeds of one arm, expected another arm to match"
             )
-        baseline = next(iter(arms))
         matches = match_all(arms)
-        print("\n\n".join(table(matches, split, baseline) for split in _splits(matches)))
+        print("\n\n".join(table(matches, split, arms) for split in splits_of(matches)))
         if options.output:
             print()
             write_all(arms, matches, options.axis, options.output)

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from mot_megatron.errors import DataError
 from mot_megatron.model.flops import active_flops_per_token, count_parameters
-from mot_megatron.scaling.comparison import Experiment, KeptRun, differing_keys, read_kept
-from mot_megatron.scaling.comparison_words import sentence, tally
-from mot_megatron.scaling.curves import SPLITS, Split
-from mot_megatron.scaling.match_plots import plot_losses, plot_matches, write_figures
+from mot_megatron.scaling.comparison import (
+    EXPERIMENT_FILE,
+    Experiment,
+    KeptRun,
+    differing_keys,
+    read_kept,
+)
+from mot_megatron.scaling.comparison_words import number, sentence, tally
+from mot_megatron.scaling.curves import AXES, SPLIT_TITLES, Curve, Split
+from mot_megatron.scaling.match_files import draw_all, write_matches
 from mot_megatron.scaling.step_matching import (
     DROPPED_BEGINNING,
     RESAMPLES,
     Match,
-    default_window,
     match_arms,
-    smooth,
+    smoothed_mean,
+    splits_of,
 )
 
 REPORT_FILE = "report.md"
-SLOPES_FILE = "slopes.json"
-SPLIT_TITLES: dict[Split, str] = {
-    "train": "Training loss",
-    "held_out": "Held-out loss, routed as trained",
-    "held_out_causal": "Held-out loss, routed causally",
-}
 _ENDING = 0.05
 """Share of the steps whose mean is the training loss at the end."""
+_MARK = "†"
+"""Stands beside the name of an arm whose loss saw later tokens."""
 _Arms = Mapping[str, Sequence[KeptRun]]
 
 
@@ -54,19 +54,11 @@ def write_report(experiment: Experiment, output: Path) -> list[Path]:
         if name != baseline
         for match in match_arms(curves[baseline], runs, name=name)
     ]
-    splits = _splits(matches)
-    figures = {
-        f"matched_steps_{split}": plot_matches(matches, split=split, baseline=baseline)
-        for split in splits
-    }
-    figures |= {f"losses_{split}": plot_losses(curves, split=split) for split in splits}
-    slopes = json.dumps([match.to_json() for match in matches], indent=1)
-    paths = [output / REPORT_FILE, output / SLOPES_FILE]
+    figures = draw_all(curves, matches)
+    path = output / REPORT_FILE
+    paths = [path, *write_matches(matches, figures, output)]
     try:
-        paths[1].write_text(slopes + "\n", encoding="utf-8")
-        paths += write_figures(figures, output)
-        text = report(experiment, arms, matches, list(figures))
-        paths[0].write_text(text, encoding="utf-8")
+        path.write_text(report(experiment, arms, matches, list(figures)), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
     return paths
@@ -84,7 +76,7 @@ def report(
         figures: Names of the plots beside it.
     """
     baseline = experiment.baseline
-    splits = _splits(matches)
+    splits = splits_of(matches)
     sections = [
         ["# The comparison", *_setting(arms)],
         ["## What came out", *_findings(arms, matches, baseline)],
@@ -92,7 +84,7 @@ def report(
         ["## Held-out loss at the end", *_final_losses(arms)],
         ["## Step matching", *_how_matched()],
         *(_slope_table(matches, split, arms) for split in splits),
-        ["## Beside the paper", *_paper_table(experiment, matches)],
+        ["## Beside the paper", *_paper_table(experiment, arms, matches)],
         ["## Memorising", *_memorising(arms)],
         ["## Plots", *(f"![{name}]({name}.png)" for name in figures)],
         ["## Commands", *_commands(arms)],
@@ -103,8 +95,8 @@ def report(
 def honest_matches(matches: Sequence[Match]) -> list[Match]:
     """In steps, on the held-out split, for each arm without a look at the future.
 
-    An arm with expert choice is judged by its causal router. Where none of the arms has that, all
-    are judged by the loss as trained.
+    An arm that sees the future, or whose baseline does, is judged by the loss without later tokens;
+    where that is not known, by the loss as trained.
     """
     causal = {match.arm for match in matches if match.split == "held_out_causal"}
     return [
@@ -153,24 +145,20 @@ def _machine(machine: Mapping[str, object]) -> str:
 
 def _findings(arms: _Arms, matches: Sequence[Match], baseline: str) -> list[str]:
     honest = honest_matches(matches)
+    blind = [name for name, runs in arms.items() if runs[0].curves.without_honest_loss]
+    but_for = f" but for {', '.join(blind)}" if blind else ""
     lines = [
-        f"On held-out data, without a look at the future, in steps, against {baseline}"
+        f"On held-out data, without a look at later tokens{but_for}, in steps, against {baseline}"
         f" ({_seeds(arms[baseline])}). Slopes of all arms and modalities: {tally(honest)}."
     ]
     for name in dict.fromkeys(match.arm for match in honest):
         lines += ["", f"**{name}** ({_seeds(arms[name])})", ""]
         lines += [f"- {sentence(match, baseline)}" for match in honest if match.arm == name]
-    blind = [
-        name
-        for name, runs in arms.items()
-        if runs[0].record.config.model.sees_the_future
-        and not any(split == "held_out_causal" for split, _ in runs[0].curves.curves)
-    ]
     if blind:
         lines += [
             "",
-            f"No causal loss is known for {', '.join(blind)}: theirs above is of experts that chose"
-            " among later tokens too, which flatters them.",
+            f"Of {', '.join(blind)} no loss without later tokens is known: the one above is of a"
+            " routing that looked at them, which flatters.",
         ]
     return lines
 
@@ -232,7 +220,7 @@ def _final_losses(arms: _Arms) -> list[str]:
     for name, runs in arms.items():
         for label, key in (
             ("as trained", "held_out_bits_per_token"),
-            ("causal", "held_out_bits_per_token_causal"),
+            ("without later tokens", "held_out_bits_per_token_causal"),
         ):
             cells = [
                 _mean_and_spread(
@@ -271,11 +259,11 @@ def _how_matched() -> list[str]:
         "For every step t of the baseline, tau is the first at which an arm has reached its loss"
         " there; the slope is sum(t tau) / sum(t²) and below 1 where the arm needs less. Curves"
         " are means over seeds, smoothed by a centred mean and made monotone by isotonic"
-        " regression, and keep their best loss once they have it; the first"
-        f" {DROPPED_BEGINNING:.0%} of the baseline's range is left out, and"
-        " so are losses that the arm never reaches: the range reached says how far it comes."
-        f" Intervals are of {RESAMPLES} bootstrap draws of the seeds; over two or three seeds they"
-        " are rough, and rather too narrow.",
+        " regression, and keep their best loss once they have it. Only the baseline's steps up to"
+        f" its best loss are matched; the first {DROPPED_BEGINNING:.0%} of them are left out, and so"
+        " are losses that the arm never reaches: the range reached, a part of these steps, says how"
+        f" far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds; the fewer seeds,"
+        " the rougher they are, and rather too narrow.",
     ]
 
 
@@ -291,25 +279,47 @@ def _slope_table(matches: Sequence[Match], split: Split, arms: _Arms) -> list[st
             }
             if not along:
                 continue
-            cells = [
-                f"{_number(along[axis].slope)}{_interval(along[axis])}"
-                for axis in ("steps", "flops", "seconds")
-            ]
             steps = along["steps"]
-            ending = _number(steps.end_point_ratio)
-            rows.append([name, modality, *cells, ending, f"{steps.range_reached:.0%}"])
+            rows.append(
+                [
+                    _marked(name, arms) if split != "held_out_causal" else name,
+                    modality,
+                    *(f"{number(along[axis].slope)}{_interval(along[axis])}" for axis in AXES),
+                    number(steps.end_point_ratio),
+                    f"{steps.range_reached:.0%}",
+                    str(steps.points),
+                    str(steps.dropped),
+                    str(steps.unreached),
+                ]
+            )
     header = (
-        "arm", "modality", "slope in steps", "in FLOPs", "in seconds", "steps at the end",
-        "range reached",
+        "arm", "modality", "slope in steps", "in FLOPs", "in seconds", "tau / t at the last reached",
+        "range reached", "points", "dropped", "of them unreached",
     )  # fmt: skip
-    return [f"### {SPLIT_TITLES[split]}", *_table(header, rows)]
+    note = _what_the_mark_says(arms) if split != "held_out_causal" else []
+    return [f"### {SPLIT_TITLES[split].capitalize()}", *_table(header, rows), *note]
+
+
+def _marked(name: str, arms: _Arms) -> str:
+    """An arm's name, for tables of losses as trained."""
+    sees_the_future = arms[name][0].record.config.model.sees_the_future
+    return f"{name} {_MARK}" if sees_the_future else name
+
+
+def _what_the_mark_says(arms: _Arms) -> list[str]:
+    marked = [name for name in arms if _marked(name, arms) != name]
+    baseline = next(iter(arms))
+    if not marked:
+        return []
+    line = f"{_MARK} The routing looked at later tokens, which flatters this loss."
+    return ["", f"{line} So did that of {baseline}." if baseline in marked else line]
 
 
 def _interval(match: Match) -> str:
     return "" if match.interval is None else " ({:.2f} to {:.2f})".format(*match.interval)
 
 
-def _paper_table(experiment: Experiment, matches: Sequence[Match]) -> list[str]:
+def _paper_table(experiment: Experiment, arms: _Arms, matches: Sequence[Match]) -> list[str]:
     ours = {
         (match.arm, match.modality): match
         for match in matches
@@ -321,15 +331,27 @@ def _paper_table(experiment: Experiment, matches: Sequence[Match]) -> list[str]:
             match = ours.get((name, modality))
             if match is None:
                 continue
-            theirs = ", ".join(f"{size} {value:.3f}" for size, value in values.items())
-            rows.append([name, modality, f"{_number(match.slope)}{_interval(match)}", theirs])
+            rows.append(
+                [
+                    _marked(name, arms),
+                    modality,
+                    f"{number(match.slope)}{_interval(match)}",
+                    f"{match.range_reached:.0%}",
+                    ", ".join(f"{size} {value:.3f}" for size, value in values.items()),
+                ]
+            )
     if not rows:
-        return ["The paper prints nothing on these arms."]
+        return [f"{EXPERIMENT_FILE} has none of the paper's slopes for these arms."]
+    baseline = experiment.baseline
+    summary = arms[baseline][0].record.summary
+    parameters = count_parameters(arms[baseline][0].record.config.model).total
     return [
-        *_table(("arm", "modality", "here", "paper, by size of the dense model"), rows),
+        *_table(("arm", "modality", "here", "range reached here", "paper, by model size"), rows),
+        *_what_the_mark_says(arms),
         "",
-        "Slopes of the training loss in steps. The paper's batches are of one to three million"
-        " tokens and its models a hundred times larger and more; (3): with speech.",
+        f"Slopes of the training loss in steps. Here {baseline} has {parameters:,} parameters and is"
+        f" trained on {summary['tokens'] / summary['steps']:,.0f} tokens per step; the paper's"
+        f" sizes are called as in {EXPERIMENT_FILE}.",
     ]
 
 
@@ -342,18 +364,17 @@ def _memorising(arms: _Arms) -> list[str]:
             held_out = _mean_curve(runs, "held_out", modality)
             if train is None or held_out is None:
                 continue
-            steps, bits = train
-            at_end = float(bits[steps > (1 - _ENDING) * steps[-1]].mean())
-            evaluated, losses = held_out
+            at_end = float(train.bits[train.steps > (1 - _ENDING) * train.steps[-1]].mean())
+            losses = held_out.bits
             lowest = int(losses.argmin())
             rows.append(
                 [
-                    name,
+                    _marked(name, arms),
                     modality,
                     f"{at_end:.3f}",
                     f"{losses[-1]:.3f}",
                     f"{losses[-1] - at_end:+.3f}",
-                    f"{evaluated[lowest]:,}",
+                    f"{held_out.steps[lowest]:,}",
                     f"{losses[-1] - losses[lowest]:.3f}",
                 ]
             )
@@ -363,6 +384,7 @@ def _memorising(arms: _Arms) -> list[str]:
     )  # fmt: skip
     return [
         *_table(header, rows),
+        *_what_the_mark_says(arms),
         "",
         "Bits per token of the curves, means over seeds, routed as trained. A gap that grows from"
         " one arm to the next, and above all a held-out loss that rises again, are the marks of"
@@ -370,19 +392,9 @@ def _memorising(arms: _Arms) -> list[str]:
     ]
 
 
-def _mean_curve(
-    runs: Sequence[KeptRun], split: Split, modality: str
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps that all runs have, and the mean of their smoothed losses."""
-    curves = [run.curves.curve(split, modality) for run in runs]
-    known = [curve for curve in curves if curve is not None]
-    if not known:
-        return None
-    common = known[0].steps
-    for curve in known[1:]:
-        common = np.intersect1d(common, curve.steps)
-    bits = np.mean([curve.bits[np.isin(curve.steps, common)] for curve in known], axis=0)
-    return common, smooth(bits, default_window(len(bits)))
+def _mean_curve(runs: Sequence[KeptRun], split: Split, modality: str) -> Curve | None:
+    known = [curve for run in runs if (curve := run.curves.curve(split, modality))]
+    return smoothed_mean(known) if known else None
 
 
 def _commands(arms: _Arms) -> list[str]:
@@ -402,10 +414,6 @@ def _commands(arms: _Arms) -> list[str]:
     ]
 
 
-def _splits(matches: Sequence[Match]) -> list[Split]:
-    return [split for split in SPLITS if any(match.split == split for match in matches)]
-
-
 def _modalities(arms: _Arms) -> list[str]:
     return list(next(iter(arms.values()))[0].record.config.model.modalities)
 
@@ -414,12 +422,10 @@ def _seeds(runs: Sequence[KeptRun]) -> str:
     return f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    line: Callable[[Sequence[str]], str] = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
     return [line(header), f"|{'---|' * len(header)}", *map(line, rows)]
 
 

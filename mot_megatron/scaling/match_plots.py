@@ -7,7 +7,6 @@ and no display is asked for. Legends stand below the panels, where no line can r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 from torch.utils.tensorboard import SummaryWriter
 
-from mot_megatron.scaling.curves import Axis, Curve, RunCurves, Split
-from mot_megatron.scaling.step_matching import Match, default_window, smooth
+from mot_megatron.scaling.curves import SPLIT_TITLES, Axis, Curve, RunCurves, Split
+from mot_megatron.scaling.step_matching import Match, smoothed_mean
 
 # Okabe and Ito's colours, told apart with any colour vision; the baseline is grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINE_STYLES = ("-", (0, (6, 1, 1, 1)), (0, (1, 1)))
 _BASELINE_COLOUR = "#4D4D4D"
-_SPLIT_TITLES: dict[Split, str] = {
-    "train": "training loss",
-    "held_out": "held-out loss",
-    "held_out_causal": "held-out loss, causal router",
-}
 _AXIS_TITLES: dict[Axis, str] = {
     "steps": "steps",
     "flops": "FLOPs",
@@ -73,7 +67,7 @@ def plot_matches(
     num_arms = len({match.arm for match in drawn})
     # And the baseline and a title, below every panel.
     figure, panels = _panels(
-        modalities, f"Step matching, {_SPLIT_TITLES[split]}", legend_lines=num_arms + 2
+        modalities, f"Step matching, {SPLIT_TITLES[split]}", legend_lines=num_arms + 2
     )
     unit = _AXIS_TITLES[axis]
     for panel, modality in zip(panels, modalities, strict=True):
@@ -115,10 +109,9 @@ def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Fig
             if found == split
         )
     )
-    title = _SPLIT_TITLES[split]
     columns = min(len(arms), 2 * min(len(modalities), _PANELS_PER_ROW))
     figure, panels = _panels(
-        modalities, title[0].upper() + title[1:], legend_lines=-(-len(arms) // columns)
+        modalities, SPLIT_TITLES[split].capitalize(), legend_lines=-(-len(arms) // columns)
     )
     baseline, *others = arms
     styles = {baseline: {"color": _BASELINE_COLOUR, "ls": "-"}, **_styles(others)}
@@ -226,12 +219,11 @@ def _label(match: Match) -> str:
 
 
 def _draw_losses(panel: Axes, name: str, curves: Sequence[Curve], style: Mapping[str, Any]) -> None:
-    common = reduce(np.intersect1d, [curve.steps for curve in curves])
-    mean = np.mean([curve.bits[np.isin(curve.steps, common)] for curve in curves], axis=0)
+    mean = smoothed_mean(curves)
     for curve in curves:
         panel.plot(curve.steps, curve.bits, lw=0.6, alpha=0.35, color=style["color"])
     label = f"{name} ({len(curves)} seeds)" if len(curves) > 1 else name
-    panel.plot(common, smooth(mean, default_window(len(mean))), lw=1.9, label=label, **style)
+    panel.plot(mean.steps, mean.bits, lw=1.9, label=label, **style)
 
 
 def _highest_after_beginning(curve: Curve) -> float:

@@ -318,7 +318,7 @@ class _Arm:
                 " their number"
             )
         points = [Curve(common, row) for row in bits]
-        along = {
+        along: dict[Axis, np.ndarray] = {
             axis: np.stack([run.along(own, axis) for run, own in zip(runs, points, strict=True)])
             for axis in AXES
         }

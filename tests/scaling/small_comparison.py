@@ -30,6 +30,8 @@ files = ["mot.toml"]
 seeds = [1, 2]
 [arms.mot.paper]
 text = { "37M" = 0.546, "7B (3)" = 0.558 }
+[arms.pair.paper]
+text = { "443M (3)" = 0.875 }
 """
 
 
@@ -91,7 +93,8 @@ def write_summary(run: PlannedRun, causal: bool) -> None:
         }
         for name in MODALITIES
     }
-    summary = {"steps": run.config.training.train_steps, "seconds": 750, "modalities": modalities}
+    steps = run.config.training.train_steps
+    summary = {"steps": steps, "tokens": 500 * steps, "seconds": 750, "modalities": modalities}
     (run.config.run_directory / "summary.json").write_text(json.dumps(summary))
 
 

@@ -27,10 +27,11 @@ def write_arm(runs: Path, arm: str, seeds: int) -> list[str]:
             for split, number in (("train", 150), ("held_out", 30))
             for modality in ("text", "image")
         }
+        overrides = [f"run.seed={seed}", f"model.num_layers={LAYERS[arm]}"]
         if arm == "moe":
             causal = points_of(losses(1.6, 0.003, noise), 30)
             points |= {f"loss_held_out_causal/{name}": causal for name in ("text", "image")}
-        overrides = [f"run.seed={seed}", f"model.num_layers={LAYERS[arm]}"]
+            overrides.append("model.towers.text.experts={num_moe_experts=4,causal_router=true}")
         folders.append(str(write_run(runs, f"{arm}-seed{seed}", points, *overrides)))
     return folders
 
@@ -53,7 +54,12 @@ def test_everything_is_written(
     text = next(line for line in printed.splitlines() if line.startswith("mot "))
     assert text.split()[1] == "text"
     assert float(text.split()[2]) == pytest.approx(0.5, abs=0.02)
-    assert "train loss, steps of dense (2 seeds) matched:" in printed
+    assert "training loss: steps of dense (2 seeds) matched:" in printed
+    tables = dict.fromkeys(("training loss", "held-out loss, as trained"), True)
+    tables["held-out loss, without later tokens"] = False
+    flattered = {part.split(": steps")[0]: "moe: its routing" in part for part in parts(printed)}
+    assert flattered == tables
+    assert "mot: its routing" not in printed
 
     slopes = json.loads((output / "slopes.json").read_text())
     keys = {(row["arm"], row["split"], row["modality"], row["axis"]) for row in slopes}
@@ -79,6 +85,11 @@ def test_everything_is_written(
         # The blue of the first candidate is in every plot where there is one.
         blue = (pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum()
         assert (blue > 100) == (path.stem != "matched_steps_held_out_causal")
+
+
+def parts(printed: str) -> list[str]:
+    """The tables."""
+    return [part for part in printed.split("\n\n") if not part.startswith("wrote")]
 
 
 def test_csv_gives_the_same(
@@ -127,7 +138,7 @@ def test_a_baseline_that_overfits_is_named(
     assert main([str(overfitted), runs["mot"][0]]) == 0
     lines = capsys.readouterr().out.splitlines()
     # Step 500 of 1500.
-    said = "text: the loss of wide is lowest after 33% of its steps and rises then;"
+    said = "text: wide is at its best after 33% of its steps; none behind are matched"
     assert [line.startswith(said) for line in lines].count(True) == 1
     assert not any(line.startswith("image: ") for line in lines)
     assert max(map(len, lines)) <= 120
