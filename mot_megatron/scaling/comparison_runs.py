@@ -100,7 +100,7 @@ def train_all(
 ) -> Outcome:
     """Train ``runs`` in their order to their ends; after a failure the others go on.
 
-    Ctrl-C, SIGTERM and SIGUSR1 stop all runs, which save first.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal stop all runs, which save first.
 
     Args:
         runs: To train.
