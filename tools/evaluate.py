@@ -18,7 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from mot_megatron.errors import UserError
+from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.train.label_kinds import KINDS, KindLoss, held_out_by_kind
 from mot_megatron.train.trained import load_trained_model
 
@@ -43,7 +43,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Load, evaluate and print."""
+    """Load, evaluate and print.
+
+    Raises:
+        ConfigError: no number of sequences that can be evaluated.
+        UserError: see ``load_trained_model``.
+    """
+    if options.sequences is not None and options.sequences < 1:
+        raise ConfigError(f"--sequences {options.sequences}: needed: 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained_model(options.checkpoint, device, options.corpus)
     for line in trained.skipped:
