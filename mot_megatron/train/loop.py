@@ -173,13 +173,18 @@ def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
 
 
 def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
+    """Evaluate, on ``whole`` of the split or as much as is allowed, and show and log the losses."""
     session, step = run.session, run.progress.steps
     session.where.enter("evaluation")
+    # Between evaluations of a part its loss would be an outlier.
+    apart = whole and run.config.evaluation.max_sequences is not None
+    if apart:
+        run.console.say("the last evaluation, of the whole validation split:")
     held_out = evaluate_held_out(session, whole)
     run.console.held_out(step, held_out, run.config.model.sees_the_future)
     if run.log:
         run.log.log_progress(run.progress)
-        run.log.log_held_out(step, held_out)
+        run.log.log_held_out(step, held_out, apart)
     if run.routing:
         run.routing.draw(run.log, step)
     return held_out
@@ -210,6 +215,10 @@ def _sample(run: _Run) -> None:
 
 def _finish(run: _Run) -> None:
     _save(run)
+    evaluation = run.config.evaluation
+    limited = evaluation.max_sequences is not None
+    if limited and not run.logged and _due(run.progress.steps, evaluation.interval_steps):
+        _evaluate(run)
     # What is reported stands beside entropies of the whole split.
     held_out = _evaluate(run, whole=True)
     if not run.logged:

@@ -99,11 +99,18 @@ class TensorBoardLog:
             if not math.isnan(value):
                 self.writer.add_scalar(tag, value, step)
 
-    def log_held_out(self, step: int, held_out: HeldOut) -> None:
-        """Write the held-out losses of every modality, in bits per token."""
-        losses = {"loss_held_out": held_out.as_trained}
+    def log_held_out(self, step: int, held_out: HeldOut, apart: bool = False) -> None:
+        """Write the held-out losses of every modality, in bits per token.
+
+        Args:
+            step: Steps done.
+            held_out: To write.
+            apart: Of the whole split in a run that else evaluates a part: under tags of their own.
+        """
+        tag = "loss_held_out_whole" if apart else "loss_held_out"
+        losses = {tag: held_out.as_trained}
         if held_out.causal is not None:
-            losses["loss_held_out_causal"] = held_out.causal
+            losses[f"{tag}_causal"] = held_out.causal
         for prefix, of_modalities in losses.items():
             pairs = zip(self.modalities, of_modalities, strict=True)
             self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError, UserError
@@ -165,6 +167,34 @@ def test_a_real_run(tmp_path: Path) -> None:
     assert 0.5 < parameters_met / (run.identity.parameters / 2) < 1.5
     train_split = Corpus.open(corpus).description.splits["train"]
     assert run.identity.splits["train"] == train_split.sha256.bin
+
+
+def train_and_extend(corpus_directory: Path, runs: Path) -> None:
+    corpus = Corpus.open(corpus_directory)
+    groups = build_process_groups(1, torch.device("cpu"))
+    fixed = [f"run.directory={runs}", "evaluation.interval_steps=2", "evaluation.max_sequences=1"]
+    mixture = "model.towers.text.experts={num_moe_experts=2,causal_router=true}"
+    for steps in (4, 6, 7):
+        overrides = [*fixed, mixture, f"training.train_steps={steps}"]
+        train(resolve_config(small_config(corpus_directory, overrides), corpus), corpus, groups)
+
+
+def test_evaluations_of_the_whole_split_are_no_points_of_the_curves(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    run_ranks(train_and_extend, 1, corpus, tmp_path / "runs")
+    directory = tmp_path / "runs" / "small"
+    run = read_run(directory)
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    summary = json.loads((directory / "summary.json").read_text())["modalities"]["text"]
+    for split, key in (("held_out", ""), ("held_out_causal", "_causal")):
+        assert run.curves[split, "text"].steps.tolist() == [2, 4, 6]
+        whole = {
+            point.step: point.value for point in events.Scalars(f"loss_held_out_whole{key}/text")
+        }
+        assert list(whole) == [4, 6, 7]
+        assert whole[7] == pytest.approx(summary[f"held_out_bits_per_token{key}"], abs=1e-4)
+        # The split is longer than one sequence.
+        assert abs(whole[6] - run.curves[split, "text"].bits[2]) > 1e-4
 
 
 def remove_logs(run: Path) -> None:
