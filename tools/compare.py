@@ -22,18 +22,22 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from mot_megatron.errors import ConfigError, TrainingError, UserError
+
+if TYPE_CHECKING:
+    from mot_megatron.scaling.comparison_runs import Outcome
 
 TRAINER = Path(__file__).resolve().parents[1] / "launch" / "train.py"
 STOPPED = 1
 
 
-def compare(options: argparse.Namespace, command: str) -> bool:
-    """Train what has not ended; False if asked to stop before all had.
+def compare(options: argparse.Namespace, command: str) -> Outcome:
+    """Train what has not ended; a run that fails stops no other.
 
     Raises:
-        UserError: bad input, or a run that failed, after all others have ended.
+        UserError: bad input.
     """
     # They import torch and megatron, which takes seconds; --help should not.
     import torch
@@ -73,11 +77,34 @@ def compare(options: argparse.Namespace, command: str) -> bool:
                 on_end(run)
                 ended.append(run)
         waiting = [run for run in runs if run not in ended]
-        outcome = train_all(waiting, ended, launch, lock, on_end)
-    if outcome.failures:
-        more = f" (and {len(outcome.failures) - 1} more)" if len(outcome.failures) > 1 else ""
-        raise TrainingError(f"{outcome.failures[0]}{more}")
-    return not outcome.stopped
+        return train_all(waiting, ended, launch, lock, on_end)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Report what has ended.
+
+    Raises:
+        UserError: it is not enough to compare, or something cannot be read or written.
+    """
+    from mot_megatron.scaling.comparison import load_experiment
+    from mot_megatron.scaling.comparison_report import write_report
+
+    for path in write_report(load_experiment(options.config_dir), options.output):
+        print(f"wrote {path}")
+
+
+def report_rest(options: argparse.Namespace, failures: Sequence[str]) -> NoReturn:
+    """Report what has ended beside runs that failed.
+
+    Raises:
+        TrainingError: always, of the failures.
+    """
+    try:
+        report(options)
+    except UserError as error:
+        print(f"no report: {error}")
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    raise TrainingError(f"{failures[0]}{more}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,14 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.parallel < 1:
             raise ConfigError(f"--parallel {options.parallel}: needed: 1 or more")
         command = shlex.join(["python", os.path.relpath(__file__), *given])
-        if not options.report_only and not compare(options, command):
+        outcome = None if options.report_only else compare(options, command)
+        if outcome and outcome.failures:
+            report_rest(options, outcome.failures)
+        if outcome and outcome.stopped:
             print(f"stopped; the same command goes on from here: {command}")
             return STOPPED
-        from mot_megatron.scaling.comparison import load_experiment
-        from mot_megatron.scaling.comparison_report import write_report
-
-        for path in write_report(load_experiment(options.config_dir), options.output):
-            print(f"wrote {path}")
+        report(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,8 +11,9 @@ import pytest
 
 from mot_megatron.scaling.comparison_runs import sole_user, steps_done
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wait_until
-from tests.scaling.small_comparison import write_configs
+from tests.scaling.small_comparison import keep_run, plan, write_configs
 from tests.scaling.small_comparison import write_description as write_corpus_toml
+from tests.scaling.synthetic_runs import losses
 from tests.train.small_runs import write_corpus
 from tools.compare import main
 
@@ -66,6 +67,30 @@ def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
     (output / "runs").rename(tmp_path / "gone")
     assert main([*command, "--report-only"]) == 0
     assert (output / "report.md").read_text() == report
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_what_ended_beside_a_failed_run_is_reported(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    enough: bool,
+) -> None:
+    runs = plan(tmp_path, seeds=[1])
+    for run in runs[: 2 if enough else 1]:  # dense, pair; mot is left
+        keep_run(run, tmp_path / "out", {"text": losses(1.0)}, causal=run.arm == "pair")
+    monkeypatch.setattr("mot_megatron.scaling.comparison_report.draw_all", lambda *_: {})
+    trainer = tmp_path / "trainer.py"
+    trainer.write_text("import sys\nsys.exit('error: the loss of text is not finite')\n")
+    monkeypatch.setattr("tools.compare.TRAINER", trainer)
+    configs, output = str(tmp_path / "configs"), str(tmp_path / "out")
+    assert main([configs, "--output", output, "--seeds", "1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ")
+    assert "error: the loss of text is not finite" in printed.err.splitlines()[-1]
+    assert printed.err.splitlines()[-1].endswith(" more)") != enough
+    assert (tmp_path / "out" / "report.md").exists() == enough
+    assert ("no report: " in printed.out) != enough
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
