@@ -95,9 +95,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int) -> FlopCount:
     """Operations of forward and backward over some tokens, for example those of a step.
 
+    A tower's experts are charged for all of its tokens, also for positions that no document fills,
+    which no router sees and no expert takes: a step that is not full does a little less.
+
     Args:
         model: Shapes.
-        tower_tokens: Tokens of every tower, K of them.
+        tower_tokens: Tokens of every tower, K of them; a step's with unfilled positions.
         attended_pairs: Pairs of a query and a key that it sees, over all documents: n (n + 1) / 2
             for a document of n tokens, whatever a kernel computes and masks.
     """

@@ -85,7 +85,8 @@ def is_replica(parameter: torch.nn.Parameter) -> bool:
 def mark_experts(parameter: torch.nn.Parameter, experts: range) -> None:
     """Say that the parameter stacks the rows of these experts, by their global indices.
 
-    Its layout is that of a single expert. Experts lie on the ranks of ``ExpertGroups.data``.
+    Its layout is that of a single expert. The tower's experts are spread over the ranks of
+    ``ExpertGroups.expert``; those of ``ExpertGroups.data`` hold the same ones.
     """
     parameter.experts = experts  # type: ignore[attr-defined]
 

@@ -68,10 +68,11 @@ class RoutingLog:
                 tokens = sums[:, _NAMES.index("tokens")]
                 if tokens.any():  # all layers of a tower see the same tokens
                     percent = 100 * sums / tokens[:, None]
+                    untaken = percent[:, _NAMES.index("untaken")].numpy()
                     figure = draw_heat_map(
                         f"{name} tower, {_routing_in_words(experts)}",
                         percent[:, len(_NAMES) :][:, : experts.num_moe_experts].numpy(),
-                        percent[:, _NAMES.index("untaken")].numpy() if _leaves(experts) else None,
+                        untaken if experts.sees_the_future else None,
                         100 * experts.experts_per_token / experts.num_moe_experts,
                     )
                     log.log_figure(f"experts/{name}/heat_map", figure, step)
@@ -153,7 +154,8 @@ def _towers_with_experts(model: ModelConfig) -> list[tuple[int, str, ExpertsConf
 def _scalar_names(experts: ExpertsConfig) -> list[str]:
     """What there is to know of a tower's routing, besides the tokens of every expert."""
     there = {
-        "untaken_percent": _leaves(experts),
+        # Experts that look among later tokens leave some to none.
+        "untaken_percent": experts.sees_the_future,
         "entropy_nats": True,
         "aux_loss": experts.aux_loss_coefficient > 0,
         "z_loss": experts.z_loss_coefficient > 0,
@@ -161,11 +163,6 @@ def _scalar_names(experts: ExpertsConfig) -> list[str]:
         "causal_agreement_percent": experts.causal_router,
     }
     return [name for name, known in there.items() if known]
-
-
-def _leaves(experts: ExpertsConfig) -> bool:
-    """Whether there may be tokens that no expert takes: those that look among later tokens do."""
-    return experts.sees_the_future
 
 
 def _routing_in_words(experts: ExpertsConfig) -> str:
