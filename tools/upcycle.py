@@ -1,23 +1,27 @@
 """Make a new run from a trained model: a tower per modality, or a mixture of experts, from copies.
 
-Example: upcycle.py --from runs/dense --config configs/compare/base.toml --config configs/compare/mot.toml
+Example: upcycle.py --from runs/dense --config configs/compare/base.toml
+             --config configs/compare/mot.toml
 
 Writes the folder of the configuration's run, with a checkpoint of step 0, from which
 launch/train.py goes on with the same configuration. Every tower of it copies a tower of the source:
 the only one, the one of its name, or what ``--map NEW=OLD`` says. Where it has experts and the
 source's tower has none, each expert is a copy of that tower's feed-forward network, and routers are
-drawn from run.seed; a mixture is copied as it is, and never gets fewer experts or more. Only weights
-are taken over: the optimizer's moments, the position in the data, the learning rate's schedule and the
-counts of steps, tokens and FLOPs begin anew.
+drawn from run.seed; a mixture is copied as it is, and never gets fewer experts or more. Only
+weights are taken over: the optimizer's moments, the position in the data, the learning rate's
+schedule and the counts of steps, tokens and FLOPs begin anew.
 
 Copies alone change nothing of what the model computes. Nor do experts whose weights sum to one:
 softmax gates of all experts (expert choice with capacity_factor = num_moe_experts, or topk =
-num_moe_experts), and sigmoid gates of topk of two or more, which are divided by their sum. Otherwise
-the network's output comes multiplied by the sum of a token's gates, at first about: topk * 1/E or 1/2
-(softmax, sigmoid), for expert choice capacity_factor times that on average, and 0 for a token that no
-expert takes. Where the norm stands behind the network (norm_placement = "post") it cancels any
-factor but 0, up to norm_eps. The tool says of every tower which of these it is; ``--check`` runs both
-models on a held-out sequence and prints the largest difference of their logits.
+num_moe_experts), and sigmoid gates of topk of two or more, which are divided by their sum.
+Otherwise the network's output comes multiplied by the sum of a token's gates, at first about: topk
+* 1/E or 1/2 (softmax, sigmoid), for expert choice capacity_factor times that on average, and 0 for
+a token that no expert takes. Where the norm stands behind the network (norm_placement = "post") it
+cancels any factor but 0, up to norm_eps. The tool says of every tower which of these its weights
+are, and of the whole model whether it computes what the source does: it does not where attention
+carries one tower's difference to the others, or a modality's tokens run through copies of another
+tower than before. ``--check`` runs both models on a held-out sequence and prints the largest
+difference of their logits.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.train.session import resolve_config
 from mot_megatron.train.upcycle import compare_logits, open_source, upcycle
-from mot_megatron.train.upcycle_plan import first_forwards, source_towers
+from mot_megatron.train.upcycle_plan import first_forwards, source_towers, whole_model
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -113,8 +117,10 @@ def run(options: argparse.Namespace) -> None:
     towers = source_towers(old, new, parse_towers(options.towers))
     checkpoint = upcycle(source, config, corpus, towers)
     print(f"from {source.checkpoint.path}, step {source.checkpoint.step}")
-    for forward in first_forwards(old, new, towers):
+    forwards = first_forwards(old, new, towers)
+    for forward in forwards:
         print(forward)
+    print(whole_model(old, new, towers, forwards))
     print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0; weights only")
     if options.check:
         difference = compare_logits(source, checkpoint, corpus)

@@ -7,7 +7,7 @@ feed-forward network, and its routers are new; or they are a mixture's, as many.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mot_megatron.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, UntiedConfig
@@ -35,7 +35,10 @@ _OF_EXPERT = re.compile(r"experts\.\d+\.(?P<matrix>.+)")
 
 @dataclass(frozen=True)
 class FirstForward:
-    """What a tower of the new model computes before its first step, against the one it copies."""
+    """What a tower's weights compute before the first step, on the inputs of those it copies.
+
+    Attention mixes the towers, so that what one computes otherwise changes the inputs of all.
+    """
 
     tower: str
     source: str
@@ -43,8 +46,11 @@ class FirstForward:
     reason: str
 
     def __str__(self) -> str:
-        verdict = "equal" if self.equal else "differs"
-        return f"tower {self.tower} from {self.source}: first forward {verdict}: {self.reason}"
+        verdict = "the same as" if self.equal else "otherwise than"
+        return (
+            f"tower {self.tower}: its weights compute {verdict} tower {self.source} of the source:"
+            f" {self.reason}"
+        )
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,40 @@ def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[st
 def first_forwards(
     source: ModelConfig, target: ModelConfig, towers: Mapping[str, str]
 ) -> list[FirstForward]:
-    """For every tower whether it computes at first what its source does, and why."""
+    """For every tower whether its weights compute at first what those it copies do, and why."""
     return [
         FirstForward(name, old_name, *_compare(target, _experts(source, old_name), experts))
         for (name, old_name), experts in zip(towers.items(), target.experts_of_towers, strict=True)
     ]
+
+
+def whole_model(
+    source: ModelConfig,
+    target: ModelConfig,
+    towers: Mapping[str, str],
+    forwards: Sequence[FirstForward],
+) -> str:
+    """A line on whether the new model computes at first what the source does, and why not.
+
+    Args:
+        source: Resolved.
+        target: Resolved, of the same modalities.
+        towers: See ``source_towers``.
+        forwards: See ``first_forwards``.
+    """
+    reasons = []
+    differing = [forward.tower for forward in forwards if not forward.equal]
+    if differing:
+        reasons.append(
+            f"tower {', '.join(differing)} computes otherwise, and attention carries that to all"
+        )
+    for modality, settings in target.modalities.items():
+        copied, before = towers[settings.tower], source.modalities[modality].tower
+        if copied != before:
+            reasons.append(f"{modality} tokens ran through tower {before}, not {copied}")
+    if reasons:
+        return f"whole model: first forward differs from the source's: {'; '.join(reasons)}"
+    return "whole model: first forward equals the source's, to 1e-6 of the largest logit"
 
 
 def _compare(

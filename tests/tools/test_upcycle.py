@@ -1,4 +1,4 @@
-"""A run made of copies computes what its source does where it says so, and training goes on from it."""
+"""A run made of copies computes what its source does where it says so; training goes on from it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def arguments(source: Path, config_file: Path, *settings: str) -> list[str]:
 def upcycled(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> tuple[list[str], float, float]:
-    """What is said of each tower, and the largest difference and the largest of all logits."""
+    """What is said of towers and model, and the largest difference and the largest of all logits."""
     assert main([*command, "--check"]) == 0
     *lines, _, last = capsys.readouterr().out.splitlines()[1:]
     found = re.fullmatch(r"logits of \d+ held-out .* at most (\S+) \(largest logit (\S+)\)", last)
@@ -110,8 +110,10 @@ def test_equal_where_it_says_so(
 ) -> None:
     source = save_source(config_file.parent / "source", corpus, old)
     lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
-    assert len(lines) == 3
-    assert all("first forward equal: " in line for line in lines)
+    *towers, whole = lines
+    assert len(towers) == 3
+    assert all(": its weights compute the same as tower " in line for line in towers)
+    assert whole == "whole model: first forward equals the source's, to 1e-6 of the largest logit"
     assert scale > 0.5
     assert difference < 1e-6 * max(scale, 1.0)
 
@@ -135,14 +137,34 @@ def test_differs_where_it_says_so(
     dense = [*DENSE, *(key for key in new if key == PRE)]
     source = save_source(config_file.parent / "source", corpus, dense)
     lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
-    text, *others = lines
-    assert text.startswith("tower text from one: first forward differs: 4 experts that are copies")
+    text, *others, whole = lines
+    start = "tower text: its weights compute otherwise than tower one of the source: 4 experts that"
+    assert text.startswith(start)
     assert reason in text
-    assert all("first forward equal: a copy" in line for line in others)
+    assert all("compute the same as tower one of the source: a copy" in line for line in others)
+    assert whole == (
+        "whole model: first forward differs from the source's: tower text computes otherwise, and"
+        " attention carries that to all"
+    )
     if PRE in new:
         assert difference > 0.05 * scale
     else:  # every token has an expert, and only norm_eps is left of its weight
         assert 1e-6 < difference < 0.02 * scale
+
+
+def test_copies_of_another_modalitys_tower(
+    corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_source(config_file.parent / "source", corpus, [])
+    command = [*arguments(source, config_file), "--map", "image=text"]
+    lines, difference, scale = upcycled(capsys, command)
+    *towers, whole = lines
+    assert all(": its weights compute the same as tower " in line for line in towers)
+    assert whole == (
+        "whole model: first forward differs from the source's: image tokens ran through tower"
+        " image, not text"
+    )
+    assert difference > 0.05 * scale
 
 
 def test_weights_of_the_result(
@@ -151,7 +173,7 @@ def test_weights_of_the_result(
     source = save_source(config_file.parent / "source", corpus, [])
     mapped = ["--map", "text=image", "image=text", "speech=speech"]
     assert main([*arguments(source, config_file, CAUSAL), *mapped]) == 0
-    assert "tower text from image: first forward differs" in capsys.readouterr().out
+    assert "tower text: its weights compute otherwise than tower image" in capsys.readouterr().out
     old, new = (read_all(path) for path in (source, config_file.parent / "runs" / "small"))
     for layer in ("layers.0", "layers.1"):
         network = f"{layer}.feed_forward.towers"
