@@ -1,4 +1,4 @@
-"""The typed, immutable configuration: TOML files in, overrides by dotted key; rules.py cross-checks.
+"""The typed, immutable configuration: TOML files in, overrides by key; rules.py cross-checks.
 
 A field's docstring gives its unit and whose view it is. Unknown keys are errors: a misspelt key
 must never train a different model silently.
@@ -157,7 +157,7 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """Standard deviation of every initial matrix; norms begin at one."""
     z_loss_coefficient: NonNegativeFloat = 1e-5
-    """Coefficient of log(Z)^2, Z the softmax's denominator, which keeps the logits from drifting."""
+    """Coefficient of log(Z)^2, Z the softmax's denominator: keeps the logits from drifting."""
     attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
     """Kernel of the global attention; auto: flex on CUDA, sdpa elsewhere."""
     modalities: dict[str, ModalityConfig] = Field(min_length=1)

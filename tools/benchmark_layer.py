@@ -11,11 +11,11 @@ a ratio compares a variant with dense in the same round, so a busy machine slows
   projection, which is how the code published with the paper works.
 - gather-scatter-K: the same with index select and index put by integer positions.
 
-``--experts`` adds expert-choice-4 and top-1-of-4: dense with four experts for its feed-forward network,
-of which a token runs through one (on average), so that the active FLOPs are dense's and a router's.
-``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of modality-parallel ranks
-does to q, k, v and the output, without sending them. ``--compile`` adds dense and ours through
-torch.compile (minutes, on a CPU).
+``--experts`` adds expert-choice-4 and top-1-of-4: dense with four experts for its feed-forward
+network, of which a token runs through one (on average), so that the active FLOPs are dense's and a
+router's. ``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of
+modality-parallel ranks does to q, k, v and the output, without sending them. ``--compile`` adds
+dense and ours through torch.compile (minutes, on a CPU).
 
 ``benchmark_layer.py --ranks 2`` times a pair of ranks instead, each with a sequence of its own:
 dense, mot-2 with both towers on both ranks, and mot-2-mp2 with a tower on each and q, k, v and the
@@ -178,9 +178,9 @@ def show(result: dict[str, Any]) -> None:
     """Print what --json prints as a table for people."""
     ranks = f" on each of {result['ranks']} ranks" if "ranks" in result else ""
     print(
-        f"one layer, forward + backward: {result['tokens']} tokens{ranks}, hidden {result['hidden']}, "
-        f"{result['dtype']} on {result['device']}, {result['repeats']} rounds, "
-        f"{result['clock']} time"
+        f"one layer, forward + backward: {result['tokens']} tokens{ranks}, "
+        f"hidden {result['hidden']}, {result['dtype']} on {result['device']}, "
+        f"{result['repeats']} rounds, {result['clock']} time"
     )
     width = max(map(len, result["seconds"]))
     print(f"{'variant':{width}} {'ms':>9} {'ratio to dense':>15}  (quartiles)")

@@ -1,14 +1,16 @@
 """Run a training step on ranks of this machine and print the bytes that each of them holds.
 
-Example: measure_memory.py --config configs/quickstart.toml --ranks 1 --set training.micro_batch_size=1
+Example: measure_memory.py --config configs/quickstart.toml --ranks 1
+             --set training.micro_batch_size=1
 
-The bytes are read from tensors, on the CPU: weights (what forward reads), gradients, optimizer (fp32
-weights and both moments) at their most between micro-batches and before the step, and activations,
-the most that autograd keeps for backward. Buffers of collectives are left out. The same is measured
-for the dense twin, which is the configuration with one tower without experts for all modalities and
-without modality parallelism, on two numbers of ranks. On ranks / parallel.modality_parallel_size, where both
-have as many replicas of the model: against this one a rank's model state should be at most 1.1 times
-as much. And on as many ranks, where ZeRO shares the dense model's state among more replicas.
+The bytes are read from tensors, on the CPU: weights (what forward reads), gradients, optimizer
+(fp32 weights and both moments) at their most between micro-batches and before the step, and
+activations, the most that autograd keeps for backward. Buffers of collectives are left out. The
+same is measured for the dense twin, which is the configuration with one tower without experts for
+all modalities and without modality parallelism, on two numbers of ranks. On ranks /
+parallel.modality_parallel_size, where both have as many replicas of the model: against this one a
+rank's model state should be at most 1.1 times as much. And on as many ranks, where ZeRO shares the
+dense model's state among more replicas.
 """
 
 from __future__ import annotations

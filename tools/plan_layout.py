@@ -4,20 +4,21 @@ Example: plan_layout.py --config configs/paper/7b-mot-2.toml --gpus 64 --memory-
 
 Legal is what training accepts. Of that are listed: tensor and modality parallelism together inside
 a node, sequence parallelism wherever there is tensor parallelism, one, two or four pieces per
-pipeline stage, every ZeRO stage, and where towers have experts every expert-parallel size. Batch sizes, precision and offloading are the configuration's;
-samples during training (logging.sample_interval_steps), which need a layout without pipeline and
-modality parallelism, are left out of account.
+pipeline stage, every ZeRO stage, and where towers have experts every expert-parallel size. Batch
+sizes, precision and offloading are the configuration's; samples during training
+(logging.sample_interval_steps), which need a layout without pipeline and modality parallelism, are
+left out of account.
 
 The order is that of least communication first: fewer tensor-parallel ranks, then fewer stages and
-pieces, then smaller modality groups, then smaller expert groups, then lower ZeRO stages. Bytes are the fullest rank's, in GB
-of 10^9 bytes, on the device: model state as DeepSpeed lays it out, padding included, and
-activations as autograd keeps them on a GPU. Buffers of collectives, temporary tensors and the
-allocator's waste come on top: leave a tenth of the memory for them.
+pieces, then smaller modality groups, then smaller expert groups, then lower ZeRO stages. Bytes are
+the fullest rank's, in GB of 10^9 bytes, on the device: model state as DeepSpeed lays it out,
+padding included, and activations as autograd keeps them on a GPU. Buffers of collectives, temporary
+tensors and the allocator's waste come on top: leave a tenth of the memory for them.
 
 With modality parallelism a rank's activations are those of its towers' mean share of the tokens. A
 micro-batch in which its towers have more than that needs more: up to all of a group's tokens, where
-batches are skewed. data.packing = "budget" gives every micro-batch the mean shares. Experts are taken to be
-equally busy, as expert choice makes them: top-k can need more.
+batches are skewed. data.packing = "budget" gives every micro-batch the mean shares. Experts are
+taken to be equally busy, as expert choice makes them: top-k can need more.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def line(layout: Plan, memory: float) -> str:
     mode = layout.recompute_for(memory)
     sizes = f"{parallel.tensor_model_parallel_size:3}{parallel.pipeline_model_parallel_size:4}"
     sizes += f"{parallel.virtual_pipeline_model_parallel_size or '-':>4}"
-    sizes += f"{parallel.modality_parallel_size:3}{parallel.expert_model_parallel_size:3} {exchange:9}{parallel.zero_stage:4}"
+    sizes += f"{parallel.modality_parallel_size:3}{parallel.expert_model_parallel_size:3}"
+    sizes += f" {exchange:9}{parallel.zero_stage:4}"
     sizes += f"{layout.mesh.data:5}{layout.accumulation:6}{layout.tokens:10,}"
     state = layout.state
     values = [state.gradients, state.optimizer, *layout.activations.values()]

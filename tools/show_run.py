@@ -48,9 +48,8 @@ def table(summary: dict[str, Any]) -> str:
         beaten = [
             label for label, value in (("unigram", unigram), ("context", context)) if bits < value
         ]
-        lines.append(
-            f"{name:26}{bits:8.3f}{unigram:10.3f}{context:18.3f}   below {' and '.join(beaten) or 'neither'}"
-        )
+        below = " and ".join(beaten) or "neither"
+        lines.append(f"{name:26}{bits:8.3f}{unigram:10.3f}{context:18.3f}   below {below}")
     if summary.get("routed_with_later_tokens"):
         lines += ["", _how_routed(summary)]
     return "\n".join(lines)

@@ -188,7 +188,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _enum_member(enumeration: Any, name: str) -> Enum:
-    """What ``getattr`` is allowed to do: Python 3.11.0 to 3.11.3 store an enumeration's members so."""
+    """What ``getattr`` is allowed to do: Python 3.11.0 to 3.11.3 store enumerations' members so."""
     if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
         raise pickle.UnpicklingError(f"it asks for getattr of {enumeration!r}")
     return enumeration[name]

@@ -1,8 +1,9 @@
 """A tower's feed-forward network as a mixture of experts.
 
 A router says which experts a row goes to; the experts of a rank are one grouped matrix
-multiplication. Where a rank holds all experts whole, rows are picked and added in place. With expert
-or tensor parallelism megatron's all-to-all dispatcher carries rows to their experts and back.
+multiplication. Where a rank holds all experts whole, rows are picked and added in place. With
+expert or tensor parallelism megatron's all-to-all dispatcher carries rows to their experts and
+back.
 
 Letters: n rows of this rank, r rows at its experts, E experts of which it holds e, h hidden size, f
 feed-forward width, tp tensor-parallel size.

@@ -56,7 +56,7 @@ class Grouping:
         return len(self.slots) == 1 and self.slots[0] == self.indices[0].numel()
 
     def to_sequence(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
-        """K slices [g_k, ...] in grouped order -> [t, ...] in sequence order; padding is dropped."""
+        """K slices [g_k, ...] in grouped order -> [t, ...] in sequence order, without padding."""
         if self.is_identity:
             return slices[0]
         return _ToSequence.apply(self, *slices)

@@ -31,8 +31,7 @@ class HeldParameter:
     replica: bool = False
     """Whether it is a copy of another pipeline stage's: a tied embedding on the last stage."""
     experts: bool = False
-    """Whether it stacks experts, of which the ranks of an expert-parallel group hold different ones.
-    """
+    """Whether it stacks experts; the ranks of an expert-parallel group hold different ones."""
 
     @property
     def size(self) -> int:

@@ -93,8 +93,8 @@ class Head(nn.Module):
 class MixtureOfTransformers(nn.Module):
     """The part of the model that one rank holds: its towers, its stage, its share of matrices.
 
-    Every parameter carries ``shard_layout`` (its place in the global tensor), ``tower`` (an index, or
-    -1 for shared) and megatron's ``tensor_model_parallel``.
+    Every parameter carries ``shard_layout`` (its place in the global tensor), ``tower`` (an index,
+    or -1 for shared) and megatron's ``tensor_model_parallel``.
     """
 
     def __init__(

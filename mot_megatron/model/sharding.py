@@ -1,7 +1,7 @@
 """How a rank's parameter lies inside the global one, and which tower owns it.
 
-Every parameter carries a ``shard_layout`` attribute; initialisation, checkpoints and conversion read it
-and nothing else, so none of them has to know what kind of layer a parameter belongs to.
+Every parameter carries a ``shard_layout`` attribute; initialisation, checkpoints and conversion
+read it and nothing else, so none of them has to know what kind of layer a parameter belongs to.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 What DeepSpeed does on the side (dividing by ranks and by micro-batches, clipping, its norms, its
 checkpoints) is undone or unused, so that every ZeRO stage computes the same thing: AdamW on the sum
 of all gradients that backward was called for, clipped by the global norm. A rank may hold a part of
-the model only: a shard of every matrix, some towers (see ``owners``), the layers of a pipeline stage.
+the model only: a shard of every matrix, some towers (see ``owners``), the layers of a pipeline
+stage.
 
 bf16 means bf16 weights and gradients in forward and backward, fp32 weights in the optimizer.
 Gradients are summed over micro-batches and over ranks in fp32: a sum in bf16 loses small

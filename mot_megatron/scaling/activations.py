@@ -6,9 +6,9 @@ result, attention q, k, v, its output and the softmax's divisors, the loss the s
 that live within an operation, and buffers of collectives and messages, come on top.
 
 Of a mixture of experts it is what balanced experts keep: every tower's token runs through the mean
-number of them. Expert choice balances the experts of a micro-batch exactly; where expert parallelism
-brings a rank other ranks' tokens, those are taken to be as many as its own; top-k without a capacity
-promises nothing, and in the worst case one rank's experts get all tokens.
+number of them. Expert choice balances the experts of a micro-batch exactly; where expert
+parallelism brings a rank other ranks' tokens, those are taken to be as many as its own; top-k
+without a capacity promises nothing, and in the worst case one rank's experts get all tokens.
 
 Letters: g rows of the stream, a attended positions, both of one micro-batch on one rank; h hidden
 size, d head size, f feed-forward width, H query heads and G key-value heads that a tensor-parallel

@@ -112,7 +112,7 @@ def legal_layouts(
 
 
 def _in_layout(config: Config, wanted: Mapping[str, object]) -> Config:
-    """With the layers and the placement that the file lists, where they are meant for these sizes."""
+    """With the layers and placement that the file lists, where they are meant for these sizes."""
     parallel = config.parallel.model_copy(update=dict(wanted))
     fitting = parallel.model_copy(
         update={

@@ -1,8 +1,9 @@
 """Model state in closed form: the bytes of weights, gradients and optimizer on a rank.
 
-DeepSpeed lays a rank's parameters out group by group (those that the same ranks own, matrices
-apart from vectors; under expert parallelism fewer ranks own an expert than its tower), each in a flat buffer that it pads so that the owners get equal pieces at even
-offsets. ZeRO-3 pads every parameter by itself. With that, the numbers are those of the tensors.
+DeepSpeed lays a rank's parameters out group by group (those that the same ranks own, matrices apart
+from vectors; under expert parallelism fewer ranks own an expert than its tower), each in a flat
+buffer that it pads so that the owners get equal pieces at even offsets. ZeRO-3 pads every parameter
+by itself. With that, the numbers are those of the tensors.
 
 Buffers of collectives are not model state: besides, a rank needs one for gradients of up to the
 size of its weights and at most 200 M elements, and ZeRO-3 the gathered weights of a layer. Nor are

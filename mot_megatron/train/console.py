@@ -65,8 +65,8 @@ class Console:
         self.say(line if len(line) <= WIDTH else "|".join(parts).replace("  ", " "))
         if interval.imbalance > 1:
             self.say(
-                f"  modality groups: the busiest rank has {interval.imbalance:.2f} of the mean FLOPs,"
-                f" which costs about {interval.imbalance_percent:.0f}% of the step"
+                f"  modality groups: the busiest rank has {interval.imbalance:.2f} of the mean"
+                f" FLOPs, which costs about {interval.imbalance_percent:.0f}% of the step"
             )
 
     def held_out(self, step: int, held_out: HeldOut, sees_the_future: bool) -> None:

@@ -2,8 +2,8 @@
 
 A signal may reach one rank only, so the request travels with the step's counts and all ranks stop
 after the same step. SIGUSR1 is for runs under a launcher: DeepSpeed's answers the others by killing
-its ranks after 30 s, however long their step and their checkpoint take. A terminal that closes sends
-SIGHUP; a process that was started to ignore it, as by nohup, goes on.
+its ranks after 30 s, however long their step and their checkpoint take. A terminal that closes
+sends SIGHUP; a process that was started to ignore it, as by nohup, goes on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where this rank is in its work, written by the work itself and read by the thread that reports."""
+"""Where this rank is in its work, written by the work and read by the thread that reports."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_each_tower_is_one_slice_of_its_own_tokens(case: Case) -> None:
 def test_shards_fill_what_the_whole_fills(
     case: Case, ranks: int, exchange: Literal["sequence", "heads"]
 ) -> None:
-    """Rows of a modality group's ranks: documents' tokens are marked, padding of any kind is not."""
+    """Rows of a modality group's ranks: documents' tokens are marked, padding is not."""
     length = case.token_ids.shape[1]
     batch = {
         "token_ids": np.tile(case.token_ids, (ranks, 1)),

@@ -1,4 +1,4 @@
-"""Two nodes rehearsed on one machine: two of the real launchers, that know nothing of each other."""
+"""Two nodes rehearsed on one machine: two real launchers, that know nothing of each other."""
 
 from __future__ import annotations
 

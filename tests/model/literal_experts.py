@@ -1,4 +1,4 @@
-"""Mixtures of experts, literal and slow: what routers, dispatchers and grouped matmuls are compared with.
+"""Mixtures of experts, literal and slow: what routers and grouped matmuls are compared with.
 
 Loops over experts and tokens on one process, straight from the formulas. Letters: n tokens and rows
 of padding, E experts, h hidden size, f feed-forward width.

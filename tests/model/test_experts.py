@@ -1,4 +1,4 @@
-"""Mixtures of experts against the literal formulas, on one rank and over expert and tensor ranks."""
+"""Mixtures of experts against the literal formulas, on one rank and over several."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """A net of which ranks hold parts: layers by pipeline stage, towers by placement.
 
 No token has to be sent between ranks: each is computed where its tower is, by the rank that the
-placement gives it to, and every pipeline stage has inputs and a loss of its own. So the gradients of
-each parameter are those of the whole net on one process, once its owners' are summed. Between two
-layers the towers meet in a collective over the modality group, as they do in attention, forward and
-backward: a reduction of gradients that came before it on one rank, after it on another, would hang.
+placement gives it to, and every pipeline stage has inputs and a loss of its own. So the gradients
+of each parameter are those of the whole net on one process, once its owners' are summed. Between
+two layers the towers meet in a collective over the modality group, as they do in attention, forward
+and backward: a reduction of gradients that came before it on one rank, after it on another, would
+hang.
 """
 
 from __future__ import annotations

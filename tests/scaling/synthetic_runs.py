@@ -1,4 +1,4 @@
-"""Runs with curves of known shape: a candidate with slope s has the baseline's loss at t at s * t."""
+"""Runs with curves of known shape: a candidate of slope s has the baseline's loss at t at s * t."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The closed forms against the tensors of training steps: model state exactly, activations nearly."""
+"""The closed forms against the tensors of training steps: states exactly, activations nearly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tool measures a pair of towers on two ranks against the dense model, and says what is wrong."""
+"""The tool measures a pair of towers on two ranks against the dense model, says what is wrong."""
 
 from __future__ import annotations
 

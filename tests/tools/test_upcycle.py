@@ -82,7 +82,7 @@ def arguments(source: Path, config_file: Path, *settings: str) -> list[str]:
 def upcycled(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> tuple[list[str], float, float]:
-    """What is said of towers and model, and the largest difference and the largest of all logits."""
+    """What is said of towers and model, the largest difference and the largest of all logits."""
     assert main([*command, "--check"]) == 0
     *lines, _, last = capsys.readouterr().out.splitlines()[1:]
     found = re.fullmatch(r"logits of \d+ held-out .* at most (\S+) \(largest logit (\S+)\)", last)

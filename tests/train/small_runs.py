@@ -17,8 +17,8 @@ MODALITIES = (
     Modality(name="speech", first_id=160, size=32),
 )
 
-# adam_eps: with the usual 1e-8, an element whose true gradient is 0 moves by the sign of its rounding
-# noise, a whole learning rate per step; no two orders of summation would then agree.
+# adam_eps: with the usual 1e-8, an element whose true gradient is 0 moves by the sign of its
+# rounding noise, a whole learning rate per step; no two orders of summation would then agree.
 CONFIG = """
 [run]
 name = "small"

@@ -64,9 +64,12 @@ def test_a_reader_sees_which_loss_is_honest(capsys: pytest.CaptureFixture[str]) 
         console.held_out(20, HeldOut(bits, causal), sees_the_future=True)
         console.held_out(40, HeldOut(bits), sees_the_future=True)
     assert capsys.readouterr().out.splitlines() == [
-        "held out, step  20: text 7.250  image -  speech 6.500 bits per token, routed with later tokens",
-        "   routed causally: text 7.500  image -  speech 6.750 bits per token, honest: as generation routes",
-        "held out, step  40: text 7.250  image -  speech 6.500 bits per token, routed with later tokens",
+        "held out, step  20: text 7.250  image -  speech 6.500 bits per token,"
+        " routed with later tokens",
+        "   routed causally: text 7.500  image -  speech 6.750 bits per token,"
+        " honest: as generation routes",
+        "held out, step  40: text 7.250  image -  speech 6.500 bits per token,"
+        " routed with later tokens",
     ]
 
 

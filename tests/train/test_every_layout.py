@@ -108,7 +108,7 @@ def test_static_budgets(corpora: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("world_size", "layout"), [(2, [MP2]), (4, [MP2, PP2])])
 def test_bf16(corpora: dict[str, Path], world_size: int, layout: list[str]) -> None:
-    """bf16 rounds gradients of partial sums: three digits are what two orders of summation share."""
+    """bf16 rounds gradients of partial sums: two orders of summation share three digits."""
     model = ["training.precision=bf16", TIED]
     expected = reference(corpora["mixed"], tuple(model))
     outcomes = run_ranks(run_steps, world_size, corpora["mixed"], layout + model, timeout=120)

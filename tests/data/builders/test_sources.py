@@ -119,7 +119,10 @@ def test_stamps_are_listed_and_joined() -> None:
 
 
 def test_pictures() -> None:
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><rect x="4" width="4" height="8" fill="#f00"/></svg>'
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">'
+        '<rect x="4" width="4" height="8" fill="#f00"/></svg>'
+    )
     master = render_svg(svg, "square")
     assert master.shape == (64, 64, 3)
     # cropped to the rectangle, which is twice as high as wide, and centred on white
