@@ -18,6 +18,7 @@ from mot_megatron.errors import DataError, UserError
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.scaling.curves import (
     RunCurves,
+    Split,
     check_comparable,
     group_seeds,
     read_csv,
@@ -186,7 +187,8 @@ def test_evaluations_of_the_whole_split_are_no_points_of_the_curves(tmp_path: Pa
     run = read_run(directory)
     events = EventAccumulator(str(directory / "tensorboard")).Reload()
     summary = json.loads((directory / "summary.json").read_text())["modalities"]["text"]
-    for split, key in (("held_out", ""), ("held_out_causal", "_causal")):
+    keys: dict[Split, str] = {"held_out": "", "held_out_causal": "_causal"}
+    for split, key in keys.items():
         assert run.curves[split, "text"].steps.tolist() == [2, 4, 6]
         whole = {
             point.step: point.value for point in events.Scalars(f"loss_held_out_whole{key}/text")
