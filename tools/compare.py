@@ -2,7 +2,8 @@
 
 CONFIG_DIR holds base.toml, the arms' files and experiment.toml (see configs/compare). A run is one
 process with one thread; --parallel of them work side by side. What has ended is not run again:
-Ctrl-C or SIGTERM saves all runs and leaves, and the same command goes on from there. In DIR stay
+Ctrl-C, SIGTERM or a closed terminal saves all runs and leaves, and the same command goes on from
+there. In DIR stay
 
     runs/       the runs' own folders        logs/       their consoles
     curves/     their scalars as CSV         records/    what each was

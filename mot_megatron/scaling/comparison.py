@@ -2,8 +2,8 @@
 
 A folder of configurations holds base.toml, which all arms share, small files that make the arms of
 it, and experiment.toml, which says which arms run with which seeds. In the output folder a run's
-scalars (curves/) and a record of it (records/) outlive its own folder (runs/): the report is made of
-them alone. A run whose record is there has ended.
+scalars (curves/) and a record of it (records/) outlive its own folder (runs/): the report is made
+of them alone. A run whose record is there has ended.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def _check_points(config: Config) -> None:
         if steps // interval < LEAST_POINTS:
             raise ConfigError(
                 f"{key} = {interval}: {config.run.name} comes to {steps // interval} {what} in"
-                f" training.train_steps = {steps}; at least {LEAST_POINTS} are needed to match steps"
+                f" training.train_steps = {steps}; needed to match steps: at least {LEAST_POINTS}"
             )
 
 

@@ -260,10 +260,10 @@ def _how_matched() -> list[str]:
         " there; the slope is sum(t tau) / sum(t²) and below 1 where the arm needs less. Curves"
         " are means over seeds, smoothed by a centred mean and made monotone by isotonic"
         " regression, and keep their best loss once they have it. Only the baseline's steps up to"
-        f" its best loss are matched; the first {DROPPED_BEGINNING:.0%} of them are left out, and so"
-        " are losses that the arm never reaches: the range reached, a part of these steps, says how"
-        f" far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds; the fewer seeds,"
-        " the rougher they are, and rather too narrow.",
+        f" its best loss are matched; the first {DROPPED_BEGINNING:.0%} of them are left out, and"
+        " so are losses that the arm never reaches: the range reached, a part of these steps, says"
+        f" how far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds; the fewer"
+        " seeds, the rougher they are, and rather too narrow.",
     ]
 
 
@@ -293,7 +293,7 @@ def _slope_table(matches: Sequence[Match], split: Split, arms: _Arms) -> list[st
                 ]
             )
     header = (
-        "arm", "modality", "slope in steps", "in FLOPs", "in seconds", "tau / t at the last reached",
+        "arm", "modality", "slope in steps", "in FLOPs", "in seconds", "tau / t where last reached",
         "range reached", "points", "dropped", "of them unreached",
     )  # fmt: skip
     note = _what_the_mark_says(arms) if split != "held_out_causal" else []
@@ -349,7 +349,8 @@ def _paper_table(experiment: Experiment, arms: _Arms, matches: Sequence[Match]) 
         *_table(("arm", "modality", "here", "range reached here", "paper, by model size"), rows),
         *_what_the_mark_says(arms),
         "",
-        f"Slopes of the training loss in steps. Here {baseline} has {parameters:,} parameters and is"
+        "Slopes of the training loss in steps."
+        f" Here {baseline} has {parameters:,} parameters and is"
         f" trained on {summary['tokens'] / summary['steps']:,.0f} tokens per step; the paper's"
         f" sizes are called as in {EXPERIMENT_FILE}.",
     ]

@@ -1,8 +1,8 @@
-"""Train the runs of a comparison as processes of their own, a few side by side, until asked to stop.
+"""Train the runs of a comparison as processes of their own, a few side by side, until told to stop.
 
-A run's console goes to its log, and how far it is, is read there. A stop is passed on: the runs save
-and leave, and the same comparison goes on from there. Nobody may work in an output folder twice:
-every run inherits a lock, so that one whose comparison was killed still counts.
+A run's console goes to its log, and how far it is, is read there. A stop is passed on: the runs
+save and leave, and the same comparison goes on from there. Nobody may work in an output folder
+twice: every run inherits a lock, so that one whose comparison was killed still counts.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ For every step t of a baseline, tau(t) is the first step at which a candidate ha
 baseline's loss at t; the slope s = sum(t tau) / sum(t^2) is 0.5 for half the steps. Both curves are
 smoothed by a *centred* mean (a trailing one would lag, by more steps the slower a curve falls) and
 made monotone by isotonic regression up to their lowest point, behind which a model that overfits
-keeps its best loss. Only the baseline's steps up to its lowest point are matched: what it does after
-its best is no measure of others. The paper names no way of fitting; this is ours.
+keeps its best loss. Only the baseline's steps up to its lowest point are matched: what it does
+after its best is no measure of others. The paper names no way of fitting; this is ours.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Match:
     baseline_seeds: int
     """Runs of the baseline."""
     baseline_lowest: float
-    """Where the baseline's loss is lowest, as a fraction of its range. Nothing behind is matched."""
+    """Where the baseline's loss is lowest, as a fraction of its range; up to there is matched."""
     t: np.ndarray
     """[points] where the baseline has a loss, in units of ``axis``."""
     tau: np.ndarray

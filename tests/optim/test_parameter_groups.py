@@ -70,7 +70,7 @@ def test_all_data_parallel_ranks_come_first_then_the_lowest_tower():
     data, one, other = map(Group, ("data", "one", "other"))
     by_tower = {-1: data, 0: one, 1: other, 2: data, 3: one}
     groups: Any = SimpleNamespace(
-        data=data, reduction_group=lambda tower, of_experts: by_tower[tower]
+        data=data, reduction_group=lambda tower, _of_experts: by_tower[tower]
     )
     made = {tower: parameter(2, tower=tower) for tower in (3, 1, 2, 0, -1)}
     found = by_owners(made.values(), groups)

@@ -224,15 +224,16 @@ MATCH = Match(
         (
             {"interval": (0.95, 1.05), "unreached": 4, "range_reached": 0.62},
             "text: does not come to dense's best loss, but to the one that dense has after 62% of"
-            " its steps. Up to there the slope is 0.80 (95% interval 0.95 to 1.05: which includes 1,"
-            " no difference that can be told up to there, but dense's best loss is never reached).",
+            " its steps. Up to there the slope is 0.80 (95% interval 0.95 to 1.05: which includes"
+            " 1, no difference that can be told up to there, but dense's best loss is never"
+            " reached).",
         ),
         (
             {"unreached": 4, "range_reached": 0.5, "baseline_lowest": 0.6},
             "text: does not come to dense's best loss, but to the one that dense has after 30% of"
-            " its steps. Up to there the slope is 0.80 (95% interval 0.70 to 0.90: fewer steps up to"
-            " there, but dense's best loss is never reached). dense is at its best after 60% of its"
-            " steps; none behind are matched.",
+            " its steps. Up to there the slope is 0.80 (95% interval 0.70 to 0.90: fewer steps up"
+            " to there, but dense's best loss is never reached). dense is at its best after 60% of"
+            " its steps; none behind are matched.",
         ),
         (
             {"interval": (1.1, 1.3), "slope": 1.2, "unreached": 4, "range_reached": 0.62},
