@@ -36,8 +36,8 @@ def adapt_megatron_to_cpu() -> None:
         p2p_communication._p2p_ops = _tagged_messages
         mappings._gather_along_first_dim = _gather
         mappings._reduce_scatter_along_first_dim = _reduce_scatter
-        MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NO_STREAM
-        MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _sizes_on_host
+        MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NO_STREAM  # type: ignore[assignment]
+        MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _sizes_on_host  # type: ignore[assignment]
 
 
 def _host_device() -> str:

@@ -9,21 +9,20 @@ import torch
 from torch import nn
 
 from mot_megatron.model.sharding import mark_auxiliary, mark_tower
-from mot_megatron.optim.norms import step_norms
+from mot_megatron.optim.norms import StepNorms, step_norms
 from mot_megatron.parallel.groups import build_single_process_groups
 
 
-def of_model_and_causal_router(auxiliary: float):
+def of_model_and_causal_router(auxiliary: float) -> StepNorms:
     """Gradients of 3 and 4 in two towers, and one of what learns beside them."""
     build_single_process_groups(torch.device("cpu"))
-    modules = [nn.Linear(1, 1, bias=False) for _ in range(3)]
+    modules = [nn.ParameterList([torch.empty(1)]) for _ in range(3)]
     for tower, module in zip((0, 1, 1), modules, strict=True):
         mark_tower(module, tower)
     mark_auxiliary(modules[2])
     values = (3.0, 4.0, auxiliary)
     gradients = [
-        (module.weight, torch.tensor([[value]]))
-        for module, value in zip(modules, values, strict=True)
+        (module[0], torch.tensor([value])) for module, value in zip(modules, values, strict=True)
     ]
     return step_norms(gradients, num_towers=2, device=torch.device("cpu"))
 

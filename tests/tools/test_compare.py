@@ -44,7 +44,7 @@ def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
     output = tmp_path / "out"
     logs = [output / "logs" / f"{arm}-s1.log" for arm in ("dense", "mot")]
     with EntryPoint(tmp_path / "first", SCRIPT, *command) as running:
-        wait_until(lambda: any(map(steps_done, logs)), "the first steps of a run")
+        wait_until(lambda: any(map(steps_done, logs)), "the first steps of a run", timeout=300)
         os.kill(running.pid, signal.SIGTERM)
         stopped = running.wait()
     assert_status(stopped, 1)
