@@ -38,6 +38,8 @@ little."""
 OVERFITS_BEFORE = 0.9
 """Share of the baseline's training: what is lowest later may be so by chance."""
 RESAMPLES = 1000
+_TURNS = 0.5
+"""A curve turns if fall and rise leave at most this part of the squares that a fall leaves."""
 CONFIDENCE_PERCENT = 95
 
 
@@ -177,10 +179,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def falling(values: np.ndarray) -> np.ndarray:
-    """Isotonic regression up to the lowest value, and that value from there on.
+    """Isotonic regression; of a curve that turns, up to its lowest value, and that from there on.
 
-    Over all of a curve that rises again it would put the mean of fall and rise where the lowest
-    values are: of a curve with its best at 60%, only 16% would then count as reached.
+    Over all of a curve that rises again the regression would put the mean of fall and rise where
+    the lowest values are: of a curve with its best at 60%, only 16% would then count as reached. A
+    curve turns if a fall and a rise from the lowest value leave less than half the squares that a
+    fall alone leaves: behind the lowest value of a noisy fall there is a little rise too.
 
     Args:
         values: [n].
@@ -189,9 +193,13 @@ def falling(values: np.ndarray) -> np.ndarray:
         [n], never rising.
     """
     lowest = int(np.argmin(values))
-    result = np.full_like(values, values[lowest])
-    result[: lowest + 1] = isotonic_regression(values[: lowest + 1], increasing=False)
-    return result
+    whole = isotonic_regression(values, increasing=False)
+    fall = isotonic_regression(values[: lowest + 1], increasing=False)
+    rise = isotonic_regression(values[lowest:], increasing=True)
+    left = np.square(values[: lowest + 1] - fall).sum() + np.square(values[lowest:] - rise).sum()
+    if left > _TURNS * np.square(values - whole).sum():
+        return whole
+    return np.concatenate([fall, np.full(len(values) - lowest - 1, values[lowest])])
 
 
 def steps_to_match(loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> np.ndarray:

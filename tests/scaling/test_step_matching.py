@@ -61,6 +61,23 @@ def test_monotone_up_to_the_lowest_value() -> None:
     np.testing.assert_array_equal(falling(np.array([1.0, 2])), [1, 1])
 
 
+def test_a_noisy_fall_does_not_turn_but_a_curve_that_overfits_does() -> None:
+    steps = np.arange(1, 301) / 300
+    noise = np.random.default_rng(0).normal(0, 0.05, (40, 300))
+    # A fall that is flat at its end has its lowest value anywhere there, by chance.
+    falls = 5 + steps**-0.3 + noise
+    assert np.mean([np.argmin(curve) for curve in falls]) < 285
+    for curve in falls:
+        fitted = falling(curve)
+        # A mean over the flat end, unless the very last value is the lowest.
+        assert (fitted[-1] > curve.min()) == (np.argmin(curve) < len(curve) - 1)
+        assert fitted[200] > fitted[-1]
+    for curve in 5 + (steps - 0.6) ** 2 * 4 + noise / 5:
+        fitted = falling(curve)
+        assert fitted[-1] == curve.min()
+        assert 0.5 < steps[np.argmin(curve)] < 0.7
+
+
 def test_steps_to_match_by_hand() -> None:
     x, candidate = np.array([10.0, 20, 30, 40]), np.array([5.0, 3, 3, 1])
     loss = np.array([6.0, 5, 4, 3, 2, 1, 0.5])
