@@ -61,7 +61,7 @@ def test_a_run_is_its_arm_with_its_seed(tmp_path: Path) -> None:
         (
             {"overrides": ["training.train_steps=49"]},
             "evaluation.interval_steps = 10: dense-s1 comes to 4 evaluations in"
-            " training.train_steps = 49; at least 5 are needed",
+            " training.train_steps = 49; needed to match steps: at least 5",
         ),
         (
             {"overrides": ["logging.interval_steps=301"]},
