@@ -41,7 +41,8 @@ from mot_megatron.config import load_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.train.session import resolve_config
-from mot_megatron.train.upcycle import compare_logits, open_source, upcycle
+from mot_megatron.train.trained import SavedRun
+from mot_megatron.train.upcycle import compare_logits, upcycle
 from mot_megatron.train.upcycle_plan import first_forwards, source_towers, whole_model
 
 
@@ -110,7 +111,8 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
-    source = open_source(options.source, corpus)
+    source = SavedRun.open(options.source)
+    source.check_corpus(corpus, "data.corpus")
     for line in source.skipped:
         print(f"skipped {line}", file=sys.stderr)
     old, new = source.config.model, config.model

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import nn
 
 from mot_megatron.config import ModelConfig
-from mot_megatron.model.routing import Routing, RoutingMode, RoutingPool, build_router
+from mot_megatron.model.routing import Routing, RoutingMode, RoutingPool, router_class
 from mot_megatron.model.sharding import ParameterLayout, mark_experts, set_layout
 from mot_megatron.model.towers import ParallelLinears
 
@@ -37,7 +37,7 @@ class ExpertFeedForward(nn.Module):
         assert settings is not None
         groups = linears.groups.experts_of(tower)
         held = groups.held(settings.num_moe_experts)
-        self.router = build_router(
+        self.router = router_class(settings)(
             settings, config.hidden_size, tower, mode, pool_group=linears.partial_rows
         )
         self.experts = GroupedExperts(config, held, linears.groups.tensor_size)

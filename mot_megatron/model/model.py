@@ -24,7 +24,7 @@ from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.routing import RoutingMode, RoutingPool, check_can_be_causal
+from mot_megatron.model.routing import RoutingMode, RoutingPool, check_can_be_causal, routing_pools
 from mot_megatron.model.sharding import (
     SHARED,
     ParameterLayout,
@@ -283,10 +283,7 @@ class MixtureOfTransformers(nn.Module):
 
     def _pools(self, micro_batch: MicroBatch) -> tuple[RoutingPool, ...]:
         filled = self._cut(self._own_rows(micro_batch.filled, micro_batch), micro_batch)
-        return tuple(
-            RoutingPool(rows, micro_batch.tower_filled[tower])
-            for tower, rows in zip(self.towers, filled, strict=True)
-        )
+        return routing_pools(self.towers, filled, micro_batch.tower_filled)
 
     def _run_layers(self, layers: range, stream: Stream, flow: Flow) -> Stream:
         for index in layers:

@@ -13,6 +13,7 @@ in one micro-batch. Letters: n rows of this rank, E experts, h hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,6 +41,21 @@ class RoutingPool:
     """[n] bool: rows of this rank that hold a document's token; the others are never routed."""
     num_tokens: int
     """N, over this rank and its tensor-parallel peers."""
+
+
+def routing_pools(
+    towers: Sequence[int], filled: Sequence[torch.Tensor], tower_filled: Sequence[int]
+) -> tuple[RoutingPool, ...]:
+    """A pool for each of ``towers``.
+
+    Args:
+        towers: Those that this rank holds.
+        filled: Their rows, in their order.
+        tower_filled: The tokens of every tower of the model, K of them.
+    """
+    return tuple(
+        RoutingPool(rows, tower_filled[tower]) for tower, rows in zip(towers, filled, strict=True)
+    )
 
 
 class Routing(NamedTuple):
@@ -116,6 +132,7 @@ class Router(nn.Module):
         self.statistics = RoutingStatistics(config.num_moe_experts)
         self.weight = nn.Parameter(torch.empty(config.num_moe_experts, hidden_size))
         set_layout(self.weight, ParameterLayout((config.num_moe_experts, hidden_size)))
+        self.causal = CausalRouter(self, hidden_size) if config.causal_router else None
 
     def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
         """[n, h] -> the routing of its rows."""
@@ -224,17 +241,6 @@ class Router(nn.Module):
 
 class ExpertChoiceRouter(Router):
     """Every expert takes the same number of the pool's tokens."""
-
-    def __init__(
-        self,
-        config: ExpertsConfig,
-        hidden_size: int,
-        tower: int,
-        mode: RoutingMode,
-        pool_group: dist.ProcessGroup | None,
-    ) -> None:
-        super().__init__(config, hidden_size, tower, mode, pool_group)
-        self.causal = CausalRouter(self, hidden_size) if config.causal_router else None
 
     def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
         """[n, h] -> its routing; over the pool's ranks one all-gather of [N, E] logits."""
@@ -360,13 +366,6 @@ def _rounded_up(number: float) -> int:
     return math.ceil(number - 1e-6)
 
 
-def build_router(
-    config: ExpertsConfig,
-    hidden_size: int,
-    tower: int,
-    mode: RoutingMode,
-    pool_group: dist.ProcessGroup | None,
-) -> Router:
+def router_class(config: ExpertsConfig) -> type[Router]:
     """The router that a tower's configuration asks for."""
-    kind = ExpertChoiceRouter if config.routing == "expert_choice" else TopKRouter
-    return kind(config, hidden_size, tower, mode, pool_group)
+    return ExpertChoiceRouter if config.routing == "expert_choice" else TopKRouter

@@ -113,7 +113,7 @@ def train_all(
     outcome = Outcome()
     waiting = deque(runs)
     display = _Display([*ended_before, *runs], ended_before, launch)
-    with StopRequest() as stop, display, _Jobs(launch, lock) as jobs:
+    with StopRequest() as stop, contextlib.closing(display), _Jobs(launch, lock) as jobs:
         while waiting or jobs.running:
             if stop.requested and not outcome.stopped:
                 outcome.stopped = True
@@ -246,15 +246,7 @@ class _Display:
             smoothing=0, disable=None, leave=False,
         )  # fmt: skip
 
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def say(self, line: str) -> None:

@@ -28,7 +28,7 @@ from mot_megatron.model.initialization import initialise_parameters
 from mot_megatron.model.layer import Flow, Layer
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.routing import RoutingMode, RoutingPool
+from mot_megatron.model.routing import RoutingMode, routing_pools
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.parallel.placement import balanced_placement
@@ -288,10 +288,7 @@ class Benchmark:
     ) -> Flow:
         rotary = RotaryAngles.of(batch.positions, model.head_dim, model.rotary_base, self.dtype)
         filled = batch.filled.split([batch.tower_slots[tower] for tower in held])
-        pools = tuple(
-            RoutingPool(rows, batch.tower_filled[tower])
-            for tower, rows in zip(held, filled, strict=True)
-        )
+        pools = routing_pools(held, filled, batch.tower_filled)
         return Flow(grouping, rotary, build_attention_core(batch, "auto"), pools)
 
     def _in_sequence_order(

@@ -31,8 +31,6 @@ class GlobalCounts:
     """Document tokens per modality, M of them."""
     tower_tokens: tuple[int, ...]
     """Tokens per tower with the unfilled positions, K of them."""
-    tower_filled: tuple[int, ...]
-    """Document tokens per tower, K of them."""
     attended_pairs: int
     """(query, key) pairs that attention looks at."""
     imbalance: float
@@ -77,15 +75,11 @@ class GlobalCounts:
         modalities, towers = len(batches[0].modality_labels), len(batches[0].tower_tokens)
         labels, tokens = values[:modalities], values[modalities : 2 * modalities]
         tower_tokens = values[2 * modalities : 2 * modalities + towers]
-        tower_filled = [0] * towers
-        for tower, count in zip(model.towers_of_modalities, tokens, strict=True):
-            tower_filled[tower] += count
         pairs, imbalances = values[-2:]
         return cls(
             modality_labels=tuple(labels),
             modality_tokens=tuple(tokens),
             tower_tokens=tuple(tower_tokens),
-            tower_filled=tuple(tower_filled),
             attended_pairs=pairs,
             imbalance=imbalances / _RATIO_UNITS / (len(batches) * groups.data_size),
             stop=stops > 0,

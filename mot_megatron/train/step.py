@@ -18,6 +18,7 @@ from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.counts import GlobalCounts
 from mot_megatron.train.hardware import synchronize
+from mot_megatron.train.placing import tokens_of_towers
 from mot_megatron.train.session import Session
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -83,7 +84,9 @@ def train_step(
 
     session.where.enter("forward and backward")
     factor = session.engine.loss_factor
-    session.model.routing.token_weights = tuple(factor / max(n, 1) for n in counts.tower_filled)
+    modality_tokens = dict(zip(config.model.modalities, counts.modality_tokens, strict=True))
+    tower_tokens = tokens_of_towers(config.model, modality_tokens)
+    session.model.routing.token_weights = tuple(factor / max(n, 1) for n in tower_tokens)
     sums = _accumulate_gradients(session, batches, divisor)
     bits = mean_bits(sums, counts.modality_labels, groups)
     _check_loss(bits, counts.modality_labels, list(config.model.modalities), step)

@@ -17,6 +17,43 @@ from mot_megatron.train.state import checkpoint_directory, load_weights
 
 
 @dataclass(frozen=True)
+class SavedRun:
+    """The newest verified checkpoint of a run, unread but for its configuration."""
+
+    checkpoint: CheckpointInfo
+    config: Config
+    skipped: tuple[str, ...]
+    """A line for each checkpoint that was passed over, with the reason."""
+
+    @classmethod
+    def open(cls, path: Path) -> SavedRun:
+        """Find it at ``path``: a run's folder, its folder of checkpoints, or one checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        inside = checkpoint_directory(path)
+        search = open_checkpoint(inside if inside.is_dir() else path)
+        checkpoint = search.checkpoint
+        assert checkpoint is not None  # open_checkpoint raises instead
+        config = parse_config(read_config_text(checkpoint), f"{checkpoint.path}: its configuration")
+        return cls(checkpoint, config, search.skipped)
+
+    def check_corpus(self, corpus: Corpus, remedy: str) -> None:
+        """Refuse a corpus in which ids mean something else; ``remedy`` ends the line.
+
+        Raises:
+            CheckpointError: it is not the one that the run was trained on.
+        """
+        trained_on = read_metadata(self.checkpoint).get("data", {}).get("corpus")
+        if trained_on != corpus.fingerprint:
+            raise CheckpointError(
+                f"{self.checkpoint.path} was trained on another corpus than {corpus.directory},"
+                f" whose ids mean something else; name the right one with {remedy}"
+            )
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """What a checkpoint holds, ready for use."""
 
@@ -44,21 +81,12 @@ def load_trained_model(
         CheckpointError: No usable checkpoint, or the corpus is not the one it was trained on.
         DataError: The corpus cannot be opened.
     """
-    inside = checkpoint_directory(path)
-    search = open_checkpoint(inside if inside.is_dir() else path)
-    checkpoint = search.checkpoint
-    assert checkpoint is not None  # open_checkpoint raises instead
-    config = parse_config(read_config_text(checkpoint), f"{checkpoint.path}: its configuration")
-    corpus = Corpus.open(corpus_directory or config.data.corpus)
-    trained_on = read_metadata(checkpoint).get("data", {}).get("corpus")
-    if trained_on != corpus.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on another corpus than {corpus.directory}, whose ids"
-            " mean something else; name the right one with --corpus"
-        )
-    config = config.model_copy(update={"parallel": ParallelConfig()})
+    saved = SavedRun.open(path)
+    corpus = Corpus.open(corpus_directory or saved.config.data.corpus)
+    saved.check_corpus(corpus, "--corpus")
+    config = saved.config.model_copy(update={"parallel": ParallelConfig()})
     groups = build_single_process_groups(device)
     narrow = config.training.precision == "bf16" and device.type != "cpu"
     model = MixtureOfTransformers(config, groups, torch.bfloat16 if narrow else torch.float32)
-    load_weights(model, checkpoint, groups)
-    return TrainedModel(model, config, corpus, checkpoint, search.skipped)
+    load_weights(model, saved.checkpoint, groups)
+    return TrainedModel(model, config, corpus, saved.checkpoint, saved.skipped)

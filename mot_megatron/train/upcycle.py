@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from mot_megatron.checkpoint import (
     CheckpointInfo,
     NamedTensor,
-    open_checkpoint,
-    read_config_text,
-    read_metadata,
     read_whole_tensors,
     save_checkpoint,
 )
-from mot_megatron.config import Config, parse_config
+from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import CheckpointError
@@ -35,43 +31,14 @@ from mot_megatron.train.state import (
     Progress,
     checkpoint_directory,
 )
-from mot_megatron.train.trained import load_trained_model
+from mot_megatron.train.trained import SavedRun, load_trained_model
 from mot_megatron.train.upcycle_plan import TensorPlan, check_upcycling, plan_tensors
 
 _ALONE = DataShard(0, 1)
 
 
-@dataclass(frozen=True)
-class Source:
-    """The model that is copied."""
-
-    checkpoint: CheckpointInfo
-    config: Config
-    skipped: tuple[str, ...]
-    """A line for each checkpoint that was passed over, with the reason."""
-
-
-def open_source(path: Path, corpus: Corpus) -> Source:
-    """The newest verified checkpoint at ``path``: a run's folder or one of its checkpoints.
-
-    Raises:
-        CheckpointError: there is none, or its ids mean something else than those of ``corpus``.
-    """
-    inside = checkpoint_directory(path)
-    search = open_checkpoint(inside if inside.is_dir() else path)
-    checkpoint = search.checkpoint
-    assert checkpoint is not None  # open_checkpoint raises instead
-    config = parse_config(read_config_text(checkpoint), f"{checkpoint.path}: its configuration")
-    if read_metadata(checkpoint).get("data", {}).get("corpus") != corpus.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on another corpus than {corpus.directory}, whose ids"
-            " mean something else"
-        )
-    return Source(checkpoint, config, search.skipped)
-
-
 def upcycle(
-    source: Source, config: Config, corpus: Corpus, towers: Mapping[str, str]
+    source: SavedRun, config: Config, corpus: Corpus, towers: Mapping[str, str]
 ) -> CheckpointInfo:
     """Write the folder of a run that training continues from step 0. One process, without a model.
 
@@ -157,7 +124,7 @@ class Difference:
     tokens: int
 
 
-def compare_logits(source: Source, upcycled: CheckpointInfo, corpus: Corpus) -> Difference:
+def compare_logits(source: SavedRun, upcycled: CheckpointInfo, corpus: Corpus) -> Difference:
     """Run both models, one after the other, on the first held-out sequence, in fp32 on the CPU.
 
     As in training: experts that choose do so among all of the sequence's tokens.

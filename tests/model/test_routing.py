@@ -15,7 +15,7 @@ from mot_megatron.model.routing import (
     Router,
     RoutingMode,
     RoutingPool,
-    build_router,
+    router_class,
 )
 from mot_megatron.model.sharding import is_auxiliary
 
@@ -25,7 +25,7 @@ HIDDEN = 8
 def router_of(seed: int = 0, **config: object) -> Router:
     """With random weights, for a tower without further ranks."""
     settings = ExpertsConfig.model_validate({"num_moe_experts": 4, **config})
-    router = build_router(settings, HIDDEN, 0, RoutingMode((1.0,)), None)
+    router = router_class(settings)(settings, HIDDEN, 0, RoutingMode((1.0,)), None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in router.parameters():

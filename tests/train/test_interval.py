@@ -18,9 +18,7 @@ def step_of(
     tokens = (labels[0] + 1, labels[1] + 1)
     return StepResult(
         modality_bits=bits,
-        counts=GlobalCounts(
-            labels, tokens, tokens, tokens, attended_pairs=10, imbalance=1.5, stop=False
-        ),
+        counts=GlobalCounts(labels, tokens, tokens, attended_pairs=10, imbalance=1.5, stop=False),
         norms=StepNorms(total=norm, per_tower=(norm, norm), shared=norm),
         learning_rate=norm / 100,
         seconds=StepSeconds(0.0, seconds, 0.0),
@@ -54,9 +52,6 @@ def test_a_modality_without_any_label_has_no_loss() -> None:
 
 
 def test_loss_weight_is_what_the_sum_is_divided_by() -> None:
-    tokens = (31, 11)
-    counts = GlobalCounts(
-        (30, 10), tokens, tokens, tokens, attended_pairs=0, imbalance=1.0, stop=False
-    )
+    counts = GlobalCounts((30, 10), (31, 11), (31, 11), attended_pairs=0, imbalance=1.0, stop=False)
     assert counts.loss_weight((1.0, 0.5)) == 35.0  # 30 * 1 + 10 * 0.5
     assert counts.loss_weight((0.0, 0.0)) == 1.0
