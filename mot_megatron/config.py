@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -447,6 +447,30 @@ def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> C
         raise ConfigError(f"{named}: {_explain(error)}") from error
     check(config, everything)
     return config
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of two configurations as trees: dotted keys, and what either says; None for what is absent.
+
+    Those of ``run``, which say what a run is called and not what it does, are left out.
+    """
+    ours, theirs = (
+        {key: value for key, value in _flatten(tree) if not key.startswith("run.")}
+        for tree in (one, other)
+    )
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in dict.fromkeys((*ours, *theirs))
+        if ours.get(key) != theirs.get(key)
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _merge(base: _Tree, tree: _Tree) -> _Tree:

@@ -3,6 +3,10 @@
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from pydantic import ValidationError
+
 
 class UserError(Exception):
     """What is wrong, where (file, key or document), the value found and what is allowed."""
@@ -22,3 +26,16 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that a model of pydantic's finds wrong in a file: key, value, what is it."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if not key:
+        return first["msg"]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    if first["type"] == "missing":
+        return f"missing key {key}"
+    return f"{key} = {first['input']!r}: {first['msg']}"

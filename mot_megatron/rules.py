@@ -1,6 +1,6 @@
 """Rules between keys of the configuration: what does not fit together, and what would.
 
-Every violation is found before any process group is made and explained in one line.
+Every violation is found before the layout's process groups are made and explained in one line.
 """
 
 from __future__ import annotations
@@ -297,18 +297,26 @@ def _check_experts(config: Config, source: str) -> None:
 
 
 def _check_grouped_matmul(config: Config, source: str) -> None:
-    """What torch asks of the rows of the experts' matrices: multiples of 16 bytes."""
+    """What torch asks of the experts' matrices: begin and rows at multiples of 16 bytes."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     multiple = 8 if config.training.precision == "bf16" else 4
-    for key, columns, unit in (
-        ("model.hidden_size", model.hidden_size, multiple),
-        ("model.ffn_hidden_size", model.feed_forward_size, multiple * tensor),
+    hidden_unit, why = multiple, ""
+    if any(
+        experts.causal_router and experts.num_moe_experts % 2
+        for experts in model.experts_of_towers
+        if experts is not None
+    ):
+        # Parameters may lie back to back, and it has E h / 2 numbers.
+        hidden_unit, why = 2 * multiple, "; twice as many beside a causal router of odd experts"
+    for key, columns, unit, more in (
+        ("model.hidden_size", model.hidden_size, hidden_unit, why),
+        ("model.ffn_hidden_size", model.feed_forward_size, multiple * tensor, ""),
     ):
         if columns % unit:
             raise ConfigError(
                 f"{source}: {key} = {columns} with experts is not divisible by {unit}"
                 f" ({multiple} numbers of training.precision = {config.training.precision} on each"
-                f" tensor-parallel rank); nearest legal: {_nearest_multiples(columns, unit)}"
+                f" tensor-parallel rank{more}); nearest legal: {_nearest_multiples(columns, unit)}"
             )
 
 

@@ -400,6 +400,15 @@ EXPERTS = [
         ["model.ffn_hidden_size=96", "training.precision=fp32"],
     ),
     (
+        [
+            mixture("num_moe_experts = 3, causal_router = true"),
+            "model.hidden_size=12",
+            "model.num_attention_heads=1",
+        ],
+        ["model.hidden_size = 12 with experts", "by 8 (4 numbers of", "odd experts", "8 or 16"],
+        ["model.hidden_size=16", f"{TEXT}.num_moe_experts=4"],
+    ),
+    (
         [mixture(), "model.hidden_size=10", "model.num_attention_heads=1"],
         ["model.hidden_size = 10 with experts", "legal: 8 or 12"],
         ["model.hidden_size=8", "model.hidden_size=12"],

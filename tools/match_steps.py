@@ -27,14 +27,15 @@ from mot_megatron.scaling.curves import (
     group_seeds,
     read_csv,
     read_run,
+    warnings,
 )
 from mot_megatron.scaling.match_files import draw_all, write_matches
 from mot_megatron.scaling.step_matching import Match, match_arms, splits_of
 
-_OTHER_AXES: tuple[Axis, Axis] = ("flops", "seconds")
+_AXIS_TITLES: dict[Axis, str] = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
 _HEADER = (
-    f"{'arm':<22} {'modality':<9} {'slope':>6} {'95% interval':>15} {'last':>6} {'FLOPs':>6}"
-    f" {'seconds':>7} {'reached':>7} {'points':>6} {'dropped':>7} {'unreached':>9} {'seeds':>5}"
+    f"{'arm':<28} {'modality':<9} {'in':<7} {'slope':>6} {'95% interval':>15} {'last':>6}"
+    f" {'reached':>7} {'points':>6} {'dropped':>7} {'unreached':>9} {'seeds':>5}"
 )
 
 
@@ -50,32 +51,28 @@ def match_all(arms: Mapping[str, Sequence[RunCurves]]) -> list[Match]:
 
 
 def table(matches: Sequence[Match], split: Split, arms: Mapping[str, Sequence[RunCurves]]) -> str:
-    """The matches of one split as a person reads them, a line per arm and modality.
+    """The matches of one split as a person reads them, a line per arm, modality and axis.
 
-    At most 120 columns wide. Whatever is not said to be of FLOPs or seconds is of steps; last is
-    tau / t at the last step that is reached.
+    At most 120 columns wide; last is tau / t at the last point that is reached.
     """
     baseline = next(iter(arms))
-    found = {
-        (match.arm, match.modality, match.axis): match for match in matches if match.split == split
-    }
-    first = next(iter(found.values()))
+    found = [match for match in matches if match.split == split]
+    first = found[0]
     lines = [
         f"{SPLIT_TITLES[split]}: steps of {baseline}"
-        f" ({first.baseline_seeds} seed{'s' if first.baseline_seeds > 1 else ''}) matched:",
+        f" ({first.baseline_seeds} seed{'s' if first.baseline_seeds > 1 else ''}) matched, and its"
+        " FLOPs and seconds:",
         _HEADER,
     ]
-    of_steps = {key: match for key, match in found.items() if match.axis == "steps"}
-    for (arm, modality, _), match in of_steps.items():
+    for match in found:
         interval = "-" if match.interval is None else "{:.3f} to {:.3f}".format(*match.interval)
-        flops, seconds = (found[arm, modality, other].slope for other in _OTHER_AXES)
         lines.append(
-            f"{_cut(arm, 22):<22} {_cut(modality, 9):<9} {number(match.slope):>6} {interval:>15}"
-            f" {number(match.end_point_ratio):>6} {number(flops):>6} {number(seconds):>7}"
+            f"{_cut(match.arm, 28):<28} {_cut(match.modality, 9):<9} {_AXIS_TITLES[match.axis]:<7}"
+            f" {number(match.slope):>6} {interval:>15} {number(match.end_point_ratio):>6}"
             f" {match.range_reached:>7.1%} {match.points:>6} {match.dropped:>7}"
             f" {match.unreached:>9} {match.seeds:>5}"
         )
-    of_modality = {match.modality: match for match in of_steps.values()}
+    of_modality = {match.modality: match for match in found if match.axis == "steps"}
     lines += [
         f"{modality}: {at_its_best(match, _cut(baseline, 22))}"
         for modality, match in of_modality.items()
@@ -132,6 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         matches = match_all(arms)
         print("\n\n".join(table(matches, split, arms) for split in splits_of(matches)))
+        cautions = warnings([run for runs in arms.values() for run in runs])
+        if cautions:
+            print("\nto bear in mind:", *cautions, sep="\n")
         if options.output:
             print()
             write_all(arms, matches, options.axis, options.output)

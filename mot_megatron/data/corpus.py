@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from mot_megatron.data.indexed import bin_path, idx_path, read_token_file
-from mot_megatron.errors import DataError
+from mot_megatron.errors import DataError, first_problem
 
 FORMAT = 1
 """The version of corpus.toml that this code reads and writes."""
@@ -202,13 +202,7 @@ def describe(values: dict[str, object], source: str) -> CorpusDescription:
     try:
         description = CorpusDescription.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise DataError(f"{source}: unknown key {key}") from None
-        if first["type"] == "missing":
-            raise DataError(f"{source}: missing key {key}") from None
-        raise DataError(f"{source}: {key} = {first['input']!r}: {first['msg']}") from None
+        raise DataError(f"{source}: {first_problem(error)}") from None
     description.check(source)
     return description
 

@@ -72,7 +72,8 @@ class ExpertFeedForward(nn.Module):
             assert weights is not None
             outputs = self.experts(rows, routing.assigned.sum(0), weights)
             return unpermute(outputs, index, x.shape)
-        # As many for every expert: no size depends on what the device has computed.
+        # As many for every expert: no size here depends on what the device has computed. Only where
+        # torch has no grouped kernel, as for fp32 on GPUs, grouped_mm reads its offsets back.
         num_experts, k = routing.chosen.shape
         index = routing.chosen.flatten()
         weights = routing.weights.T.gather(1, routing.chosen).flatten()

@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mot_megatron.config import Config, NonNegativeInt, load_config
+from mot_megatron.config import Config, NonNegativeInt, differing_keys, load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
-from mot_megatron.errors import ConfigError, DataError
-from mot_megatron.scaling.curves import RunCurves, read_csv, read_description, read_run, write_csv
+from mot_megatron.errors import ConfigError, DataError, first_problem
+from mot_megatron.files import write_whole
+from mot_megatron.scaling.curves import (
+    RunCurves,
+    read_csv,
+    read_description,
+    read_identity,
+    read_run,
+    token_digests,
+    write_csv,
+)
 from mot_megatron.scaling.step_matching import LEAST_POINTS
 from mot_megatron.train.summary import SUMMARY_FILE, has_summary
 
@@ -40,6 +49,8 @@ class Arm(BaseModel):
     """A run for each."""
     paper: dict[str, dict[str, float]] = {}
     """Slopes of the training loss in steps that the paper prints: modality -> model size."""
+    paper_says: str | None = None
+    """What it prints of the arm besides."""
 
 
 class Experiment(BaseModel):
@@ -69,6 +80,7 @@ class PlannedRun:
     """``section.key=value``."""
     config: Config
     """What these say, resolved for the corpus."""
+    corpus: CorpusDescription
 
     @property
     def name(self) -> str:
@@ -143,9 +155,7 @@ def load_experiment(directory: Path) -> Experiment:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {key} = {first['input']!r}: {first['msg']}") from None
+        raise ConfigError(f"{path}: {first_problem(error)}") from None
     if experiment.baseline not in experiment.arms:
         raise ConfigError(
             f"{path}: baseline = {experiment.baseline!r} is no arm; allowed:"
@@ -199,10 +209,11 @@ def plan_runs(
             corpus = config.data.corpus
             if corpus not in descriptions:
                 descriptions[corpus] = read_description(corpus / DESCRIPTION_FILE)
-            modalities = [modality.name for modality in descriptions[corpus].modalities]
-            resolved = config.resolved_for(modalities, descriptions[corpus].vocab_size)
+            description = descriptions[corpus]
+            modalities = [modality.name for modality in description.modalities]
+            resolved = config.resolved_for(modalities, description.vocab_size)
             _check_points(resolved)
-            runs.append(PlannedRun(name, seed, paths, settings, resolved))
+            runs.append(PlannedRun(name, seed, paths, settings, resolved, description))
     return runs
 
 
@@ -211,15 +222,18 @@ def is_kept(run: PlannedRun, output: Path) -> bool:
 
     Raises:
         ConfigError: it, or the part of it that is done, is of another configuration.
-        DataError: its record is damaged.
+        DataError: its record is damaged, or it was trained on another corpus.
     """
-    path = _record_path(output, run.name)
-    if path.exists():
+    path, curves = _record_path(output, run.name), _curves_path(output, run.name)
+    if path.exists() and curves.exists():
         _check_unchanged(read_record(path).config, run, path)
+        _check_same_corpus(read_identity(curves).splits, run, curves)
         return True
-    path = run.config.run_directory / "config.toml"
-    if path.exists():
-        _check_unchanged(load_config(path), run, run.config.run_directory)
+    directory = run.config.run_directory
+    if (path := directory / "config.toml").exists():
+        _check_unchanged(load_config(path), run, directory)
+    if (path := directory / DESCRIPTION_FILE).exists():
+        _check_same_corpus(token_digests(read_description(path)), run, path)
     return False
 
 
@@ -230,8 +244,10 @@ def keep(
 
     Raises:
         DataError: its log has no curves, or something cannot be written.
+        ConfigError: it was trained with another configuration, as a file changed after planning.
     """
     directory = run.config.run_directory
+    _check_unchanged(load_config(directory / "config.toml"), run, directory)
     summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
     corpus = read_description(directory / DESCRIPTION_FILE)
     record = RunRecord(
@@ -251,15 +267,13 @@ def keep(
         config=run.config,
     )
     path = _record_path(output, run.name)
-    curves = output / "curves" / f"{run.name}.csv"
+    curves = _curves_path(output, run.name)
     try:
         for folder in (path.parent, curves.parent):
             folder.mkdir(parents=True, exist_ok=True)
         write_csv(read_run(directory), curves)
-        # Last, and whole or not at all: where it is, the curves are.
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        # Last: where it is, the curves are.
+        write_whole(path, record.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
 
@@ -273,9 +287,7 @@ def read_record(path: Path) -> RunRecord:
     try:
         return RunRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: not a run's record: {key}: {first['msg']}") from None
+        raise DataError(f"{path}: not a run's record: {first_problem(error)}") from None
 
 
 def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
@@ -297,7 +309,7 @@ def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
                 f"{path}: {key} is not as in {of_arm[0].curves.source.stem}; runs of one arm may"
                 " differ in their seed only"
             )
-        of_arm.append(KeptRun(record, read_csv(output / "curves" / f"{path.stem}.csv")))
+        of_arm.append(KeptRun(record, read_csv(_curves_path(output, path.stem))))
     kept = {
         name: sorted(runs, key=lambda run: run.record.seed) for name, runs in found.items() if runs
     }
@@ -310,16 +322,9 @@ def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
     return kept
 
 
-def differing_keys(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+def differing_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys, but for those of ``run``, and what either says; None for what is absent."""
-    ours, theirs = (
-        dict(_flatten(config.model_dump(mode="json", exclude={"run"}))) for config in (one, other)
-    )
-    return {
-        key: (ours.get(key), theirs.get(key))
-        for key in dict.fromkeys((*ours, *theirs))
-        if ours.get(key) != theirs.get(key)
-    }
+    return differing_keys(one.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
 def _chosen(
@@ -360,10 +365,22 @@ def _record_path(output: Path, name: str) -> Path:
     return output / "records" / f"{name}.json"
 
 
+def _curves_path(output: Path, name: str) -> Path:
+    return output / "curves" / f"{name}.csv"
+
+
+def _check_same_corpus(trained_on: Mapping[str, str], run: PlannedRun, source: Path) -> None:
+    if trained_on != token_digests(run.corpus):
+        raise DataError(
+            f"{source}: was trained on other tokens than {run.config.data.corpus} now holds; move"
+            " it away or choose another --output"
+        )
+
+
 def _check_unchanged(before: Config, run: PlannedRun, source: Path) -> None:
     key = _first_difference(before, run.config)
     if key is not None:
-        old, new = differing_keys(before, run.config)[key]
+        old, new = differing_settings(before, run.config)[key]
         files = " + ".join(str(file) for file in run.files)
         raise ConfigError(
             f"{source}: was run with {key} = {old!r}, but {files} now say {new!r}; move it away or"
@@ -372,12 +389,4 @@ def _check_unchanged(before: Config, run: PlannedRun, source: Path) -> None:
 
 
 def _first_difference(one: Config, other: Config) -> str | None:
-    return next(iter(differing_keys(one, other)), None)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return next(iter(differing_settings(one, other)), None)

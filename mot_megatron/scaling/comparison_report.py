@@ -13,13 +13,14 @@ from mot_megatron.scaling.comparison import (
     EXPERIMENT_FILE,
     Experiment,
     KeptRun,
-    differing_keys,
+    differing_settings,
     read_kept,
 )
 from mot_megatron.scaling.comparison_words import number, sentence, tally
 from mot_megatron.scaling.curves import AXES, SPLIT_TITLES, Curve, Split
 from mot_megatron.scaling.match_files import draw_all, write_matches
 from mot_megatron.scaling.step_matching import (
+    CONFIDENCE_PERCENT,
     DROPPED_BEGINNING,
     RESAMPLES,
     Match,
@@ -186,7 +187,7 @@ def _arm_table(arms: _Arms, baseline: str) -> list[str]:
         "seeds",
     )  # fmt: skip
     differences = [
-        f"- {name}: {_differences(differing_keys(of_baseline, runs[0].record.config))}"
+        f"- {name}: {_differences(differing_settings(of_baseline, runs[0].record.config))}"
         for name, runs in arms.items()
         if name != baseline
     ]
@@ -195,7 +196,8 @@ def _arm_table(arms: _Arms, baseline: str) -> list[str]:
         "",
         "FLOPs are forward ones of the layers' matrices. Seconds per step are means over an arm's"
         f" runs, in brackets relative to {baseline}; runs beside each other and whatever else the"
-        " machine did are in them.",
+        " machine did are in them. A causal router is trained beside its model: its time is among"
+        " the seconds, its FLOPs are not among the model's.",
         "",
         f"Where the arms' configurations differ from {baseline}'s:",
         "",
@@ -262,8 +264,10 @@ def _how_matched() -> list[str]:
         " regression, and keep their best loss once they have it. Only the baseline's steps up to"
         f" its best loss are matched; the first {DROPPED_BEGINNING:.0%} of them are left out, and"
         " so are losses that the arm never reaches: the range reached, a part of these steps, says"
-        f" how far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds; the fewer"
-        " seeds, the rougher they are, and rather too narrow.",
+        f" how far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds, from which"
+        f" {CONFIDENCE_PERCENT}% of the slopes are taken. Of few seeds they are too narrow: with"
+        " normal noise the true value lay in 67% of them with two seeds a side, in 80% with three"
+        " and in 87% with five.",
     ]
 
 
@@ -340,8 +344,13 @@ def _paper_table(experiment: Experiment, arms: _Arms, matches: Sequence[Match]) 
                     ", ".join(f"{size} {value:.3f}" for size, value in values.items()),
                 ]
             )
+    said = [
+        f"- {name}: {experiment.arms[name].paper_says}"
+        for name in arms
+        if experiment.arms[name].paper_says
+    ]
     if not rows:
-        return [f"{EXPERIMENT_FILE} has none of the paper's slopes for these arms."]
+        return said or [f"{EXPERIMENT_FILE} has nothing of the paper on these arms."]
     baseline = experiment.baseline
     summary = arms[baseline][0].record.summary
     parameters = count_parameters(arms[baseline][0].record.config.model).total
@@ -353,6 +362,7 @@ def _paper_table(experiment: Experiment, arms: _Arms, matches: Sequence[Match]) 
         f" Here {baseline} has {parameters:,} parameters and is"
         f" trained on {summary['tokens'] / summary['steps']:,.0f} tokens per step; the paper's"
         f" sizes are called as in {EXPERIMENT_FILE}.",
+        *(["", "The paper says besides, of", "", *said] if said else []),
     ]
 
 

@@ -110,13 +110,14 @@ def train_all(
         on_end: Called when a run has come to its last step; a UserError from it is a failure.
     """
     launch.logs.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome()
+    outcome, stopping = Outcome(), False
     waiting = deque(runs)
     display = _Display([*ended_before, *runs], ended_before, launch)
     with StopRequest() as stop, contextlib.closing(display), _Jobs(launch, lock) as jobs:
         while waiting or jobs.running:
-            if stop.requested and not outcome.stopped:
-                outcome.stopped = True
+            if stop.requested and not stopping:
+                stopping = True
+                outcome.stopped = bool(waiting)
                 waiting.clear()
                 display.say("asked to stop: the runs save and leave")
                 jobs.stop()
@@ -125,7 +126,10 @@ def train_all(
                 jobs.start(run)
                 display.say(f"{run.name}: started, console in {launch.log(run)}")
             for run, status in jobs.take_ended():
-                _end(run, status, launch, outcome, on_end, display)
+                if stopping and status in (0, -signal.SIGTERM) and not run.has_ended:
+                    outcome.stopped = True
+                else:
+                    _end(run, status, launch, outcome, on_end, display)
             display.update(list(jobs.running))
             time.sleep(_POLL_SECONDS)
     return outcome
@@ -152,7 +156,7 @@ def _end(
     on_end: Callable[[PlannedRun], None],
     display: _Display,
 ) -> None:
-    """Sort a run that has left into ended, stopped and failed."""
+    """Sort a run that has left without being asked to into ended and failed."""
     failure = None
     if status == 0 and run.has_ended:
         try:
@@ -162,8 +166,6 @@ def _end(
         else:
             display.count(run)
             return
-    elif outcome.stopped and status in (0, -signal.SIGTERM):
-        return
     elif status == 0:
         failure = "it was stopped before its last step"
     else:

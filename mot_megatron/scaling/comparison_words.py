@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mot_megatron.scaling.step_matching import CONFIDENCE_PERCENT, Match
+from mot_megatron.scaling.step_matching import CONFIDENCE_PERCENT, LEAST_POINTS, Match
 
 _RESOLUTION = 0.02
 """How far slopes of noisy curves lie from the true ones; no interval over seeds tells of that."""
 _WHOLE_RANGE = 0.95
 """Who reaches this much of what is matched may miss the rest by chance."""
 
-Verdict = Literal["fewer", "fewer at first", "more", "same", "same at first", "untold"]
+Verdict = Literal["fewer", "fewer at first", "more", "same", "same at first", "none", "untold"]
 _TALLIED: dict[Verdict, str] = {
     "fewer": "fewer steps than the baseline",
     "fewer at first": "fewer steps at first, but never the baseline's best loss",
     "more": "more steps",
     "same": "no difference that can be told",
     "same at first": "no difference at first, but never the baseline's best loss",
-    "untold": "not enough seeds to tell",
+    "none": "none of the baseline's losses reached",
+    "untold": "cannot be told",
 }
 
 
@@ -57,11 +58,13 @@ def tally(matches: Sequence[Match]) -> str:
 
 
 def verdict(match: Match) -> Verdict:
-    """As the interval of the slope tells; untold without an interval.
+    """As the interval of the slope tells; untold without one, or from a few points.
 
     What needs more steps comes less far in as many: of it a part of the range says nothing more.
     """
-    if match.interval is None:
+    if match.slope is None and match.unreached:
+        return "none"
+    if match.interval is None or match.points < LEAST_POINTS:
         return "untold"
     low, high = match.interval
     if low > 1 + _RESOLUTION:
@@ -98,7 +101,9 @@ def _course(match: Match, baseline: str) -> str:
             return f"{slope}, from one seed, which cannot tell it from chance"
         return f"{slope}, without an interval: with some draws of the seeds there is no slope"
     low, high = match.interval
-    same = "which includes 1" if low <= 1 <= high else f"within {_RESOLUTION} of 1"
+    if match.points < LEAST_POINTS:
+        return f"{slope}, from {match.points} points of the curve, which are too few to tell"
+    same = "which includes 1" if low <= 1 <= high else f"which ends within {_RESOLUTION} of 1"
     said = verdict(match)
     meaning = f"{said.split()[0]} steps"
     if said.startswith("same"):

@@ -26,7 +26,7 @@ from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from mot_megatron.config import Config, load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
-from mot_megatron.errors import DataError
+from mot_megatron.errors import DataError, first_problem
 from mot_megatron.model.flops import count_parameters
 
 Split = Literal["train", "held_out", "held_out_causal"]
@@ -47,6 +47,17 @@ _SIZES = {"scalars": 0, "images": 1, "audio": 1, "tensors": 1}
 _RECORD_HEAD, _RECORD_FRAME = 12, 16
 """Bytes before a record of an event file, and in all beside it: length and two checksums."""
 
+_SAME = {
+    "data.seq_length": "seq_length",
+    "evaluation.max_sequences": "held_out_sequences",
+}
+"""Keys that decide which labels a loss is a mean of, and where a run's identity has them."""
+_ALIKE = {
+    "training.global_batch_size": "step_sequences",
+    "training.train_steps": "train_steps",
+}
+"""Keys that change what a step is or how its learning rate falls, likewise."""
+
 Points = dict[int, float]
 """Step -> value."""
 
@@ -63,7 +74,7 @@ class RunIdentity(BaseModel):
     corpus: str
     """Name of the corpus."""
     splits: dict[str, str]
-    """Per split of the corpus the sha256 of its tokens."""
+    """Per split of the corpus the digest of its documents: ``token_digests``."""
     vocabulary: tuple[str, ...]
     """Per modality its name, number of ids and codec, in the order of the ids."""
     towers: tuple[str, ...]
@@ -72,6 +83,16 @@ class RunIdentity(BaseModel):
     """Of the whole model, but for causal routers, which are trained beside it."""
     sees_the_future: bool
     """Whether a token's experts depend on later tokens in ``train`` and ``held_out``."""
+    pool_sequences: int | None
+    """Sequences among whose tokens experts choose; None where none see later tokens."""
+    seq_length: int
+    """Tokens of a packed sequence."""
+    held_out_sequences: int | None
+    """Of the validation split, in every evaluation but the last; None: all."""
+    step_sequences: int
+    """Sequences in the global batch of a step."""
+    train_steps: int
+    """Steps that the run is to have."""
     configuration: str
     """sha256 of the configuration without run.name, run.seed and run.directory: names the arm."""
 
@@ -103,6 +124,15 @@ class RunCurves:
     """[m] model FLOPs so far, over all ranks."""
     seconds: np.ndarray
     """[m] seconds spent in training steps so far."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last report is of the last step, or the one before it of the last interval.
+
+        A run's last steps need not fill an interval.
+        """
+        interval = int(np.diff(self.steps).max(initial=0))
+        return self.steps[-1] + interval >= self.identity.train_steps
 
     @property
     def without_honest_loss(self) -> bool:
@@ -188,19 +218,14 @@ def read_csv(path: Path) -> RunCurves:
     Raises:
         DataError: a file is missing or was not written by ``write_csv``; the line names it.
     """
-    identity_path = path.with_suffix(".json")
+    identity = read_identity(path)
     try:
-        identity = RunIdentity.model_validate_json(identity_path.read_bytes())
         with path.open(encoding="utf-8", newline="") as stream:
             header, *rows = csv.reader(stream)
         steps = [int(row[0]) for row in rows]
         table = [[_number(cell) for cell in row] for row in rows]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{identity_path}: not a run's identity: {key}: {first['msg']}") from None
     except (ValueError, IndexError) as error:
         raise DataError(f"{path}: not a table of curves: {error}") from None
     if header[:4] != ["step", *_PROGRESS] or any(len(row) != len(header) for row in rows):
@@ -216,6 +241,29 @@ def read_csv(path: Path) -> RunCurves:
     }
     losses = {_parse_tag(name, path): columns[name] for name in header[4:]}
     return _assemble(path, identity, losses, {name: columns[name] for name in _PROGRESS})
+
+
+def read_identity(path: Path) -> RunIdentity:
+    """The identity that ``write_csv`` wrote beside ``path``.
+
+    Raises:
+        DataError: it is missing or was not written by ``write_csv``; the line names it.
+    """
+    beside = path.with_suffix(".json")
+    try:
+        return RunIdentity.model_validate_json(beside.read_bytes())
+    except OSError as error:
+        raise DataError(f"{beside}: {error.strerror}") from None
+    except ValidationError as error:
+        raise DataError(f"{beside}: not a run's identity: {first_problem(error)}") from None
+
+
+def token_digests(corpus: CorpusDescription) -> dict[str, str]:
+    """Per split a sha256 of its tokens and of where its documents begin."""
+    return {
+        name: hashlib.sha256((counts.sha256.bin + counts.sha256.idx).encode()).hexdigest()
+        for name, counts in corpus.splits.items()
+    }
 
 
 def read_description(path: Path) -> CorpusDescription:
@@ -246,7 +294,8 @@ def check_comparable(runs: Sequence[RunCurves]) -> None:
     """Check that all runs saw the same tokens, so that their losses mean the same.
 
     Raises:
-        DataError: another corpus or tokenizer; the line names both runs.
+        DataError: another corpus or tokenizer, sequences of another length, or losses of other
+            held-out sequences; the line names both runs.
     """
     first, *others = runs
     one = first.identity
@@ -262,6 +311,38 @@ def check_comparable(runs: Sequence[RunCurves]) -> None:
                 f"{run.source}: trained on corpus {_corpus(other)}, but {first.source} on"
                 f" {_corpus(one)}; only runs on the same tokens can be compared"
             )
+        for key, field in _SAME.items():
+            ours, theirs = getattr(one, field), getattr(other, field)
+            if ours != theirs:
+                raise DataError(
+                    f"{run.source}: {key} = {_or_all(theirs)}, but {first.source} has"
+                    f" {_or_all(ours)}; only losses of the same tokens can be compared"
+                )
+
+
+def warnings(runs: Sequence[RunCurves]) -> list[str]:
+    """What makes a match of comparable runs say less than it seems to, a line each."""
+    lines = [
+        f"{run.source}: ends at step {run.steps[-1]:,} of {run.identity.train_steps:,}; what it has"
+        " not reached it may still reach"
+        for run in runs
+        if not run.has_ended
+    ]
+    pools = sorted({pool for run in runs if (pool := run.identity.pool_sequences)})
+    if len(pools) > 1:
+        lines.append(
+            f"experts choose among the tokens of {' or '.join(map(str, pools))} sequences, which"
+            " changes their losses"
+        )
+    first, *others = runs
+    for key, field in _ALIKE.items():
+        ours = getattr(first.identity, field)
+        lines += [
+            f"{run.source}: {key} = {theirs:,}, but {first.source} has {ours:,}"
+            for run in others
+            if (theirs := getattr(run.identity, field)) != ours
+        ]
+    return lines
 
 
 def group_seeds(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
@@ -292,15 +373,25 @@ def _identity(config: Config, corpus: CorpusDescription) -> RunIdentity:
         name=config.run.name,
         seed=config.run.seed,
         corpus=corpus.name,
-        splits={name: counts.sha256.bin for name, counts in corpus.splits.items()},
+        splits=token_digests(corpus),
         vocabulary=tuple(
             f"{modality.name} {modality.size} {modality.codec}" for modality in corpus.modalities
         ),
         towers=config.model.tower_names,
         parameters=count_parameters(config.model).total,
         sees_the_future=config.model.sees_the_future,
+        pool_sequences=_pool_sequences(config) if config.model.sees_the_future else None,
+        seq_length=config.data.seq_length,
+        held_out_sequences=config.evaluation.max_sequences,
+        step_sequences=config.training.global_batch_size,
+        train_steps=config.training.train_steps,
         configuration=hashlib.sha256(canonical).hexdigest(),
     )
+
+
+def _pool_sequences(config: Config) -> int:
+    """Of one micro-batch of a rank, or of a modality group's ranks, whose tokens towers share."""
+    return config.sequences_per_pass(config.parallel.modality_parallel_size)
 
 
 def _read_scalars(directory: Path) -> dict[str, Points]:
@@ -377,6 +468,10 @@ def _parse_tag(tag: str, path: Path) -> tuple[Split, str]:
         if tag.startswith(prefix):
             return split, tag.removeprefix(prefix)
     raise DataError(f"{path}: column {tag!r}, expected {_LOSS}SPLIT/MODALITY")
+
+
+def _or_all(value: int | None) -> str:
+    return "all" if value is None else str(value)
 
 
 def _listed(vocabulary: Sequence[str]) -> str:

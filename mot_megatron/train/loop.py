@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mot_megatron.checkpoint.agreement import on_first_rank
-from mot_megatron.checkpoint.find import resolve_resume
-from mot_megatron.config import Config
+from mot_megatron.checkpoint.find import CheckpointInfo, read_config_text, resolve_resume
+from mot_megatron.config import Config, differing_keys
 from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import TrainingError
+from mot_megatron.files import write_whole
 from mot_megatron.model.flops import count_parameters, step_flops
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.console import Console
@@ -92,7 +93,7 @@ def train(
             console.say(f"skipped {line}")
         routing = RoutingLog(session.model) if config.model.has_experts else None
         run = _Run(session, console, log, progress, _peak_flops(session), finished, routing)
-        _announce(run, search.checkpoint.path if search.checkpoint else None)
+        _announce(run, search.checkpoint)
         _train_steps(run, stop)
 
 
@@ -249,10 +250,10 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
 def _make_run_directory(config: Config, corpus: Corpus) -> None:
     """Make the run's folder, with the resolved configuration and the corpus's description in it."""
     config.run_directory.mkdir(parents=True, exist_ok=True)
-    (config.run_directory / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    write_whole(config.run_directory / "config.toml", config.to_toml())
     # Says on which tokens the run was trained, also where the corpus is not at hand.
     description = (corpus.directory / DESCRIPTION_FILE).read_bytes()
-    (config.run_directory / DESCRIPTION_FILE).write_bytes(description)
+    write_whole(config.run_directory / DESCRIPTION_FILE, description)
 
 
 def _peak_flops(session: Session) -> float:
@@ -262,7 +263,7 @@ def _peak_flops(session: Session) -> float:
     return of_one * session.groups.mesh.world_size
 
 
-def _announce(run: _Run, resumed: Path | None) -> None:
+def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
     session, config = run.session, run.config
     groups = session.groups
     count = count_parameters(config.model)
@@ -290,7 +291,14 @@ def _announce(run: _Run, resumed: Path | None) -> None:
         run.console.say(describe_budgets(session.loader.budgets, towers, fill))
     if resumed:
         run.saved_steps = run.progress.steps
-        run.console.say(f"continuing from {resumed}")
+        run.console.say(f"continuing from {resumed.path}")
+        before, now = tomllib.loads(read_config_text(resumed)), tomllib.loads(config.to_toml())
+        for key, (old, new) in differing_keys(before, now).items():
+            run.console.say(f"  with {key} = {_or_absent(new)}, which was {_or_absent(old)}")
+
+
+def _or_absent(value: object) -> str:
+    return "absent" if value is None else f"{value!r}"
 
 
 def _layout(config: Config, groups: ProcessGroups) -> str:

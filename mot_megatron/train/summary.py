@@ -9,6 +9,7 @@ from typing import Any
 
 from mot_megatron.config import Config
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
+from mot_megatron.files import write_whole
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.hardware import device_name
 from mot_megatron.train.session import Session
@@ -54,9 +55,7 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
         },
     }
     path = config.run_directory / SUMMARY_FILE
-    unfinished = path.with_name(SUMMARY_FILE + ".tmp")
-    unfinished.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(summary, indent=1) + "\n")
     return path
 
 

@@ -135,10 +135,18 @@ def first_forwards(
     source: ModelConfig, target: ModelConfig, towers: Mapping[str, str]
 ) -> list[FirstForward]:
     """For every tower whether its weights compute at first what those it copies do, and why."""
-    return [
-        FirstForward(name, old_name, *_compare(target, _experts(source, old_name), experts))
-        for (name, old_name), experts in zip(towers.items(), target.experts_of_towers, strict=True)
-    ]
+    forwards = []
+    for name, old_name in towers.items():
+        old, new = _experts(source, old_name), _experts(target, name)
+        if new is None:
+            verdict = True, "a copy"
+        elif old is None:
+            verdict = _of_copied_network(target, new)
+        else:
+            pools = _modalities(source, old_name), _modalities(target, name)
+            verdict = _of_copied_experts(old, new, same_pool=pools[0] == pools[1])
+        forwards.append(FirstForward(name, old_name, *verdict))
+    return forwards
 
 
 def whole_model(
@@ -170,15 +178,27 @@ def whole_model(
     return "whole model: first forward equals the source's, to 1e-6 of the largest logit"
 
 
-def _compare(
-    target: ModelConfig, old: ExpertsConfig | None, new: ExpertsConfig | None
+def _of_copied_experts(
+    old: ExpertsConfig, new: ExpertsConfig, *, same_pool: bool
 ) -> tuple[bool, str]:
-    if new is None:
-        return True, "a copy"
-    if old is not None:
-        keys = {"routing", "capacity_factor", "topk", "gate"}
-        is_same = old.model_dump(include=keys) == new.model_dump(include=keys)
-        return is_same, "experts and routers copied" if is_same else "routed otherwise"
+    before, now = (
+        (
+            experts.routing,
+            experts.experts_per_token,
+            experts.gate,
+            experts.routing == "topk" and experts.capacity_factor,
+        )
+        for experts in (old, new)
+    )
+    if before != now:
+        return False, "experts and routers copied, but routed otherwise"
+    # Experts that choose, or drop what exceeds a capacity, do so among all tokens of the tower.
+    if new.sees_the_future and not same_pool:
+        return False, "experts and routers copied, but they choose among other tokens"
+    return True, "experts and routers copied"
+
+
+def _of_copied_network(target: ModelConfig, new: ExpertsConfig) -> tuple[bool, str]:
     number, each = new.num_moe_experts, new.experts_per_token
     copies = f"{number} experts that are copies"
     if _weights_sum_to_one(new):
@@ -254,6 +274,10 @@ def _old_names(name: str, old_tower: int) -> Iterator[str]:
 
 def _experts(model: ModelConfig, tower: str) -> ExpertsConfig | None:
     return model.experts_of_towers[model.tower_names.index(tower)]
+
+
+def _modalities(model: ModelConfig, tower: str) -> set[str]:
+    return {name for name, settings in model.modalities.items() if settings.tower == tower}
 
 
 def _number(experts: ExpertsConfig | None) -> str:

@@ -366,6 +366,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_older_one_taken(trained: W
     assert finished.status == 0, finished.errors
     assert re.search(r"^skipped .*step_00000004: .*SHA-256", finished.output, re.MULTILINE)
     assert f"continuing from {trained.checkpoints / 'step_00000002'}" in finished.output
+    assert "  with training.train_steps = 6, which was 4\n" in finished.output
     assert json.loads((trained.run / "summary.json").read_text())["steps"] == 6
 
 

@@ -109,6 +109,11 @@ def identity(**changes: object) -> RunIdentity:
         "towers": ("text", "image"),
         "parameters": 1000,
         "sees_the_future": False,
+        "pool_sequences": None,
+        "seq_length": 512,
+        "held_out_sequences": 64,
+        "step_sequences": 8,
+        "train_steps": LAST_STEP,
         "configuration": "cc",
     }
     return RunIdentity.model_validate(values | changes)

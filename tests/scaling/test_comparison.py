@@ -8,14 +8,16 @@ import pytest
 
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.scaling.comparison import (
+    Circumstances,
     PlannedRun,
     is_kept,
+    keep,
     load_experiment,
     read_kept,
     read_record,
 )
-from tests.scaling.small_comparison import MODALITIES, keep_run, plan
-from tests.scaling.synthetic_runs import Loss, losses
+from tests.scaling.small_comparison import MACHINE, MODALITIES, keep_run, plan
+from tests.scaling.synthetic_runs import CORPUS, Loss, losses
 
 LOSSES: dict[str, Loss] = {name: losses(1.0) for name in MODALITIES}
 COMPARE = Path(__file__).parents[2] / "configs" / "compare"
@@ -78,7 +80,7 @@ def test_choice_that_is_not_there(tmp_path: Path, choice: dict[str, object], mes
     ("old", "new", "message"),
     [
         ('baseline = "dense"', 'baseline = "sparse"', "baseline = 'sparse' is no arm; allowed: "),
-        ('files = ["pair.toml"]', "", "arms.pair.files = "),
+        ('files = ["pair.toml"]', "", "missing key arms.pair.files"),
         ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds = \[1, 1\]: each may stand once"),
         ("seeds = [1]", "seed = [1]", "arms.pair.seeds"),
         ("[arms.pair]", "[arms.pair", "not valid TOML"),
@@ -139,6 +141,42 @@ def test_configuration_that_changed_since_is_named(tmp_path: Path, ended: bool) 
     message = str(caught.value)
     assert message.startswith(f"{source}: was run with optimizer.lr = 0.01, but ")
     assert "pair.toml now say 0.5" in message
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_corpus_that_was_built_anew_since_is_named(tmp_path: Path, ended: bool) -> None:
+    (run,) = plan(tmp_path, arms=["pair"])
+    output = tmp_path / "out"
+    keep_run(run, output, LOSSES)
+    if not ended:
+        (output / "records").rename(tmp_path / "gone")
+    path = tmp_path / "corpus" / "corpus.toml"
+    path.write_text(CORPUS.format(text_size=100, image_size=60, digest="9"))
+    (anew,) = plan(tmp_path, arms=["pair"])
+    source = "curves/pair-s1.csv" if ended else "runs/pair-s1/corpus.toml"
+    with pytest.raises(DataError) as raised:
+        is_kept(anew, output)
+    assert str(raised.value).startswith(f"{output / source}: was trained on other tokens than")
+
+
+def test_a_run_that_was_not_trained_as_planned_is_not_kept(tmp_path: Path) -> None:
+    """Its file has changed between planning and its start."""
+    (run,) = plan(tmp_path, arms=["pair"])
+    (changed,) = plan(tmp_path, arms=["pair"], overrides=["optimizer.lr=0.5"])
+    keep_run(run, tmp_path / "out", LOSSES)
+    circumstances = Circumstances("compare", 2, MACHINE)
+    with pytest.raises(ConfigError, match=r"pair-s1: was run with optimizer\.lr = 0\.01, but"):
+        keep(changed, tmp_path / "out", circumstances, ended="now", command="train")
+
+
+def test_a_run_whose_curves_were_lost_is_kept_anew(tmp_path: Path) -> None:
+    (run,) = plan(tmp_path, arms=["pair"])
+    output = tmp_path / "out"
+    keep_run(run, output, LOSSES)
+    (output / "curves" / "pair-s1.csv").unlink()
+    assert not is_kept(run, output)
+    keep_run(run, output, LOSSES)
+    assert is_kept(run, output)
 
 
 def test_runs_of_an_arm_that_differ_in_more_than_their_seed(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ MATCH = Match(
             {"interval": (0.95, 0.99)},
             "text: comes to dense's best loss after 75% of the steps that dense"
             " takes to it. Over the whole course the slope is 0.80 (95% interval 0.95 to 0.99:"
-            " within 0.02 of 1, no difference that can be told).",
+            " which ends within 0.02 of 1, no difference that can be told).",
         ),
         (
             {"interval": (0.95, 1.05), "unreached": 4, "range_reached": 0.62},
@@ -239,6 +239,12 @@ MATCH = Match(
             {"interval": (1.1, 1.3), "slope": 1.2, "unreached": 4, "range_reached": 0.62},
             "text: does not come to dense's best loss, but to the one that dense has after 62% of"
             " its steps. Up to there the slope is 1.20 (95% interval 1.10 to 1.30: more steps).",
+        ),
+        (
+            {"points": 4, "unreached": 9, "range_reached": 0.3},
+            "text: does not come to dense's best loss, but to the one that dense has after 30% of"
+            " its steps. Up to there the slope is 0.80, from 4 points of the curve, which are too"
+            " few to tell.",
         ),
         (
             {"interval": None, "seeds": 1},
@@ -275,6 +281,8 @@ def test_a_tally_counts_what_the_intervals_tell() -> None:
         for match in matches[:4]
         for reached in (0.9, 0.96)
     ]
+    matches.append(dataclasses.replace(MATCH, slope=None, interval=None, unreached=10))
+    matches.append(dataclasses.replace(MATCH, points=4))
     assert [verdict(match) for match in matches] == [
         "fewer",
         "same",
@@ -286,13 +294,15 @@ def test_a_tally_counts_what_the_intervals_tell() -> None:
         *("same at first", "same"),
         *("more", "more"),
         *("untold", "untold"),
+        "none",
+        "untold",
     ]
     assert tally(matches) == (
         "fewer steps than the baseline: 3;"
         " fewer steps at first, but never the baseline's best loss: 1; more steps: 3;"
         " no difference that can be told: 3;"
         " no difference at first, but never the baseline's best loss: 1;"
-        " not enough seeds to tell: 3"
+        " none of the baseline's losses reached: 1; cannot be told: 4"
     )
 
 

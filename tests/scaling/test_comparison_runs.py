@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ from mot_megatron.scaling.comparison_runs import (
 )
 from tests.scaling.small_comparison import plan
 
-# Takes its steps at once, unless a file "slow" stands beside it: then it waits for SIGTERM.
+# Takes its steps at once, unless a file "slow" stands beside it: then it leaves at SIGTERM. With a
+# file "late" it ends at SIGTERM, as a run does whose last step was done already.
 TRAINER = """
 import json, pathlib, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv if "=" in word)
@@ -38,6 +41,10 @@ if (here / "slow").exists():
     signal.signal(signal.SIGTERM, leave)
     print("step  3/9 | text 3.0 bits", flush=True)
     time.sleep(60)
+if (here / "late").exists():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    print("step  3/9 | text 3.0 bits", flush=True)
+    signal.pause()
 if name == "pair-s1":
     print("Traceback of a kind\\nerror: the loss of text is not finite\\nand a warning")
     sys.exit(2)
@@ -106,28 +113,36 @@ def test_what_cannot_be_kept_is_a_failure(shop: Workshop) -> None:
     assert failure.startswith("dense-s1 failed: dense-s1: no points (console in ")
 
 
+@contextlib.contextmanager
+def stopped_at_step_3(shop: Workshop, names: list[str], number: signal.Signals) -> Iterator[None]:
+    """Send this process a signal when these runs have come there."""
+
+    def stop() -> None:
+        logs = [shop.folder / "logs" / f"{name}.log" for name in names]
+        deadline = time.monotonic() + 30
+        while any(steps_done(log) != 3 for log in logs) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    # Where the tests themselves were started to ignore a signal, it would ask nothing.
+    original = signal.signal(number, signal.default_int_handler)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    yield
+    thread.join()
+    signal.signal(number, original)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stop_is_passed_on_and_what_is_left_runs_later(
     shop: Workshop, number: signal.Signals
 ) -> None:
     slow = shop.folder / "slow"
     slow.touch()
-
-    def stop() -> None:
-        logs = [shop.launch.log(run) for run in shop.runs[:2]]
-        deadline = time.monotonic() + 30
-        while [steps_done(log) for log in logs] != [3, 3] and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
-
     begun = time.monotonic()
-    # Where the tests themselves were started to ignore a signal, it would ask nothing.
-    original = signal.signal(number, signal.default_int_handler)
     with sole_user(shop.folder / "out") as lock:
-        thread = threading.Thread(target=stop)
-        thread.start()
-        outcome = train_all(shop.runs, [], shop.launch, lock, shop.on_end)
-        thread.join()
+        with stopped_at_step_3(shop, ["dense-s1", "pair-s1"], number):
+            outcome = train_all(shop.runs, [], shop.launch, lock, shop.on_end)
         assert outcome.stopped
         assert not outcome.failures
         assert not shop.ended
@@ -135,9 +150,20 @@ def test_stop_is_passed_on_and_what_is_left_runs_later(
         assert "asked to stop: saved" in shop.launch.log(shop.runs[0]).read_text()
         slow.unlink()
         train_all(shop.runs[:1], [], shop.launch, lock, shop.on_end)
-    signal.signal(number, original)
     assert shop.ended == ["dense-s1"]
     assert time.monotonic() - begun < 40
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_runs_that_end_all_the_same_need_no_second_start(shop: Workshop, left: bool) -> None:
+    (shop.folder / "late").touch()
+    names = ["dense-s1", "mot-s1"]
+    runs = [run for run in shop.runs if run.name in (*names, *(["dense-s2"] if left else []))]
+    with sole_user(shop.folder / "out") as lock, stopped_at_step_3(shop, names, signal.SIGTERM):
+        outcome = train_all(runs, [], shop.launch, lock, shop.on_end)
+    assert sorted(shop.ended) == names
+    assert not outcome.failures
+    assert outcome.stopped == left
 
 
 def test_one_comparison_per_folder_runs_left_behind_included(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -23,6 +24,8 @@ from mot_megatron.scaling.curves import (
     group_seeds,
     read_csv,
     read_run,
+    token_digests,
+    warnings,
     write_csv,
 )
 from mot_megatron.train.loop import train
@@ -35,6 +38,7 @@ from tests.scaling.synthetic_runs import (
     MODALITIES,
     TOKENS_PER_STEP,
     curves,
+    identity,
     power_law,
     write_description,
     write_run,
@@ -84,7 +88,7 @@ def test_curves_of_a_folder(tmp_path: Path) -> None:
     assert (run.identity.name, run.identity.seed, run.identity.corpus) == ("mine", 9, "synthetic")
     assert run.identity.towers == ("text", "image", "speech")
     assert run.identity.vocabulary == ("text 100 none", "image 60 none", "speech 32 none")
-    assert run.identity.splits == {"train": "0", "validation": "2"}
+    assert set(run.identity.splits) == {"train", "validation"}
 
 
 def test_csv_keeps_everything(tmp_path: Path) -> None:
@@ -166,8 +170,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     # 6 N per token, give or take attention, embedding and unfilled positions.
     parameters_met = run.flops[-1] / run.tokens[-1] / 6
     assert 0.5 < parameters_met / (run.identity.parameters / 2) < 1.5
-    train_split = Corpus.open(corpus).description.splits["train"]
-    assert run.identity.splits["train"] == train_split.sha256.bin
+    assert run.identity.splits == token_digests(Corpus.open(corpus).description)
 
 
 def train_and_extend(corpus_directory: Path, runs: Path) -> None:
@@ -302,7 +305,7 @@ def test_bad_identity(tmp_path: Path) -> None:
     path = tmp_path / "kept.csv"
     write_csv(curves(power_law), path)
     path.with_suffix(".json").write_text('{"name": "a"}')
-    with pytest.raises(DataError, match=r"kept\.json: not a run's identity: seed"):
+    with pytest.raises(DataError, match=r"kept\.json: not a run's identity: missing key seed"):
         read_csv(path)
     path.with_suffix(".json").unlink()
     with pytest.raises(DataError, match=r"kept\.json: No such file"):
@@ -317,11 +320,57 @@ def test_other_tokens_are_refused(tmp_path: Path) -> None:
     check_comparable([read[0], read[0]])
     with pytest.raises(DataError) as raised:
         check_comparable(read[:2])
-    assert f"{runs[1]}: trained on corpus synthetic (train 99999999" in str(raised.value)
+    assert f"{runs[1]}: trained on corpus synthetic (train " in str(raised.value)
     assert str(runs[0]) in str(raised.value)
     with pytest.raises(DataError) as raised:
         check_comparable([read[0], read[2]])
     assert f"{runs[2]}: tokenized as (text 90 none, image 70 none" in str(raised.value)
+
+
+def test_other_documents_of_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name, POINTS) for name in "ab"]
+    path = runs[1] / "corpus.toml"
+    path.write_text(path.read_text().replace('idx = "1"', 'idx = "8"'))
+    with pytest.raises(DataError, match="trained on corpus synthetic"):
+        check_comparable([read_run(run) for run in runs])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluation.max_sequences=3", "evaluation.max_sequences = 3, but {} has all"),
+        ("data.seq_length=128", "data.seq_length = 128, but {} has 64"),
+    ],
+)
+def test_losses_of_other_labels_are_refused(tmp_path: Path, setting: str, message: str) -> None:
+    one = read_run(write_run(tmp_path, "one", POINTS))
+    other = read_run(write_run(tmp_path, "other", POINTS, setting))
+    with pytest.raises(DataError) as raised:
+        check_comparable([one, other])
+    assert str(raised.value).startswith(f"{other.source}: {message.format(one.source)}; only")
+
+
+def test_what_to_bear_in_mind() -> None:
+    whole, short = curves(power_law, name="whole"), curves(power_law, name="short", last=900)
+    wide = dataclasses.replace(
+        curves(power_law, name="wide"),
+        identity=identity(name="wide", step_sequences=32, train_steps=1503),
+    )
+    assert warnings([whole, whole]) == []
+    # 1503: its last three steps fill no interval of five.
+    assert warnings([whole, wide]) == [
+        "wide: training.global_batch_size = 32, but whole has 8",
+        "wide: training.train_steps = 1,503, but whole has 1,500",
+    ]
+    pools = [
+        dataclasses.replace(whole, identity=identity(pool_sequences=number)) for number in (8, 2, 8)
+    ]
+    assert warnings([whole, *pools]) == [
+        "experts choose among the tokens of 2 or 8 sequences, which changes their losses"
+    ]
+    assert warnings([whole, short]) == [
+        "short: ends at step 900 of 1,500; what it has not reached it may still reach"
+    ]
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_arm(tmp_path: Path) -> None:

@@ -51,10 +51,17 @@ def test_everything_is_written(
     assert main([*order, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
-    text = next(line for line in printed.splitlines() if line.startswith("mot "))
-    assert text.split()[1] == "text"
-    assert float(text.split()[2]) == pytest.approx(0.5, abs=0.02)
-    assert "training loss: steps of dense (2 seeds) matched:" in printed
+    of_mot = [line.split() for line in printed.splitlines() if line.startswith("mot  ")]
+    assert [line[1:3] for line in of_mot[:4]] == [
+        ["text", "steps"], ["text", "FLOPs"], ["text", "seconds"], ["image", "steps"],
+    ]  # fmt: skip
+    for line in of_mot[:3]:
+        low, high = float(line[4]), float(line[6])
+        assert low <= float(line[3]) <= high
+        assert float(line[3]) == pytest.approx(0.5, abs=0.02)
+        assert float(line[7]) == pytest.approx(0.5, abs=0.02)
+    assert "training loss: steps of dense (2 seeds) matched, and its FLOPs" in printed
+    assert "to bear in mind" not in printed
     flattered = {part.split(": steps")[0]: "moe: its routing" in part for part in parts(printed)}
     assert flattered == {
         "training loss": True,
@@ -125,7 +132,7 @@ def test_candidate_that_reaches_nothing_is_shown_so(
     assert main([runs["dense"][0], str(worse), "--output", str(tmp_path / "matched")]) == 0
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.startswith("worse"))
-    assert line.split()[2:] == ["-"] * 5 + ["0.0%", "0", "150", "150", "1"]
+    assert line.split()[2:] == ["steps", "-", "-", "-", "0.0%", "0", "150", "150", "1"]
     slopes = json.loads((tmp_path / "matched" / "slopes.json").read_text())
     assert {row["slope"] for row in slopes} == {None}
 
@@ -144,6 +151,25 @@ def test_a_baseline_that_overfits_is_named(
     assert [line.startswith(said) for line in lines].count(True) == 1
     assert not any(line.startswith("image: ") for line in lines)
     assert max(map(len, lines)) <= 120
+
+
+def test_a_run_that_has_not_ended_is_named(
+    runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = {
+        f"loss_{split}/{modality}": points_of(losses(0.5), 30)
+        for split in ("train", "held_out")
+        for modality in ("text", "image")
+    }
+    running = write_run(
+        tmp_path, "young", points, "model.num_layers=3", "training.train_steps=9000"
+    )
+    assert main([runs["dense"][0], str(running)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = lines[lines.index("to bear in mind:") + 1 :]
+    assert said[0].startswith(f"{running}: ends at step 1,500 of 9,000; ")
+    assert len(said) == 2
+    assert said[1].startswith(f"{running}: training.train_steps = 9,000, but ")
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -33,6 +33,7 @@ PRE = "model.norm_placement=pre"
 ALL = "model.towers.text.experts={num_moe_experts=4,capacity_factor=4.0,gate='softmax'}"
 TOP2 = "model.towers.image.experts={num_moe_experts=4,routing='topk',topk=2}"
 TOP1 = "model.towers.text.experts={num_moe_experts=4,routing='topk',gate='softmax'}"
+POOLLESS = "{num_moe_experts=4,routing='topk',topk=2}"
 CHOSEN = "model.towers.text.experts={num_moe_experts=4}"
 CAUSAL = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
 
@@ -99,6 +100,11 @@ def upcycled(
         ([*DENSE, PRE, "model.untied.feed_forward=false"], [PRE, ALL, TOP2]),
         ([], [ALL]),
         ([CHOSEN, TOP2], [CAUSAL, TOP2]),
+        ([CHOSEN], [CHOSEN.replace("}", ",capacity_factor=1.0}")]),
+        (
+            [*DENSE, f"model.towers.one.experts={POOLLESS}"],
+            [f"model.towers.{name}.experts={POOLLESS}" for name in ("text", "image", "speech")],
+        ),
     ],
 )
 def test_equal_where_it_says_so(
@@ -150,6 +156,24 @@ def test_differs_where_it_says_so(
         assert difference > 0.05 * scale
     else:  # every token has an expert, and only norm_eps is left of its weight
         assert 1e-6 < difference < 0.02 * scale
+
+
+def test_experts_that_choose_among_fewer_tokens(
+    corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each tower's choose among its own, where those of one tower chose among all."""
+    choosing = "experts={num_moe_experts=4}"
+    old = [*DENSE, f"model.towers.one.{choosing}", PRE]
+    new = [f"model.towers.{name}.{choosing}" for name in ("text", "image", "speech")]
+    source = save_source(config_file.parent / "source", corpus, old)
+    lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new, PRE))
+    *towers, whole = lines
+    assert all(
+        line.endswith("experts and routers copied, but they choose among other tokens")
+        for line in towers
+    )
+    assert whole.startswith("whole model: first forward differs from the source's: tower text, ")
+    assert difference > 0.05 * scale
 
 
 def test_copies_of_another_modalitys_tower(

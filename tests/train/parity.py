@@ -49,8 +49,8 @@ class Outcome:
     held_out: tuple[float, ...]
     weights: dict[str, torch.Tensor]
     layouts: dict[str, ParameterLayout]
-    lacking: int
-    """Micro-batches in which a tower of this rank had no token."""
+    lacking: list[set[int]]
+    """Per micro-batch the towers of this rank that had no token."""
 
 
 def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
@@ -60,14 +60,13 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
     config = resolve_config(config, corpus)
     groups = build_groups(config, corpus, torch.device("cpu"))
     session = build_session(config, corpus, groups)
-    lacking = 0
+    lacking: list[set[int]] = []
     original = session.loader.next_micro_batch
 
     def counted():
-        nonlocal lacking
         batch = original()
         held = groups.towers_held(config.model.num_towers)
-        lacking += any(batch.tower_tokens[tower] == 0 for tower in held)
+        lacking.append({tower for tower in held if batch.tower_tokens[tower] == 0})
         return batch
 
     session.loader.next_micro_batch = counted  # type: ignore[method-assign]

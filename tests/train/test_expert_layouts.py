@@ -63,6 +63,13 @@ def assert_all_equal(outcomes: list[Outcome], expected: Outcome) -> None:
         assert_equal(outcome, expected)
 
 
+def one_rank_lacks(outcomes: list[Outcome], tower: int) -> bool:
+    """Whether in some micro-batch one of its ranks has no token of the tower and another has."""
+    holders = [outcome.lacking for outcome in outcomes if tower in outcome.held]
+    lacking = [sum(tower in towers for towers in ranks) for ranks in zip(*holders, strict=True)]
+    return any(0 < number < len(holders) for number in lacking)
+
+
 @pytest.mark.parametrize(
     ("world_size", "layout", "model"),
     [
@@ -72,6 +79,7 @@ def assert_all_equal(outcomes: list[Outcome], expected: Outcome) -> None:
         (4, [EP2, ZERO2, FULL], [TOPK]),  # two ranks with the same experts
         (2, [EP2, OFFLOAD, SELECTIVE], [CHOICE, WIDE_CHOICE]),
         (2, [ZERO3], [TOPK]),
+        (2, [ZERO3, FULL], [CHOICE, WIDE_CHOICE]),
         (2, [PP2, VPP2, FULL], [TOPK, "model.num_layers=4"]),
         (4, [PP2, EP2], [CHOICE, TIED]),
         (2, [MP2, ZERO2], [POOLLESS]),
@@ -87,14 +95,18 @@ def test_layout_equals_one_process(
     corpus = corpora["lacking"]
     outcomes = run_ranks(run_steps, world_size, corpus, layout + model, timeout=150)
     assert_all_equal(outcomes, reference(corpus, tuple(model)))
-    assert any(outcome.lacking for outcome in outcomes)
+    assert any(any(outcome.lacking) for outcome in outcomes)
+    # In a modality group all holders of a tower have a share of its tokens.
+    assert EP2 not in layout or MP4 in layout or one_rank_lacks(outcomes, tower=0)
 
 
 def test_routed_tower_without_any_token(corpora: dict[str, Path]) -> None:
     corpus, model = corpora["absent"], (WIDE_CHOICE,)  # the one whose modality is absent
     outcomes = run_ranks(run_steps, 2, corpus, [EP2, *model], timeout=120)
     assert_all_equal(outcomes, reference(corpus, model))
-    assert all(outcome.lacking == STEPS * 4 for outcome in outcomes)  # 8 sequences on 2 ranks
+    for outcome in outcomes:
+        assert len(outcome.lacking) == STEPS * 4  # 8 sequences on 2 ranks
+        assert all(1 in towers for towers in outcome.lacking)
 
 
 def test_experts_of_a_single_tower(corpora: dict[str, Path]) -> None:

@@ -94,6 +94,21 @@ def test_the_tool_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFi
     assert all(len(line) <= 120 for line in printed.splitlines()[1:])
 
 
+@pytest.mark.parametrize(("causal", "tables"), [("true", 2), ("false", 1)])
+def test_both_routings_of_expert_choice_are_shown(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], causal: str, tables: int
+) -> None:
+    experts = f"model.towers.text.experts={{num_moe_experts=4,causal_router={causal}}}"
+    save_step(tmp_path, corpus, 1, experts)
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    texts = [line for line in printed.splitlines() if line.startswith("text")]
+    assert len(set(texts)) == len(texts) == tables  # another routing, other losses
+    assert "routed as in training, where a token's experts depend on later tokens" in printed
+    said = "routed causally, as in generation" if tables == 2 else "no causal router was trained"
+    assert said in printed
+
+
 def test_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -14,7 +14,7 @@ from PIL import Image
 from mot_megatron.checkpoint import NamedTensor, save_checkpoint
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import layout_of
+from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.state import checkpoint_directory
 from mot_megatron.train.trained import load_trained_model
@@ -24,10 +24,10 @@ from tools.generate import main
 CPU = torch.device("cpu")
 
 
-def save_step(run: Path, corpus: Corpus, step: int) -> MixtureOfTransformers:
+def save_step(run: Path, corpus: Corpus, step: int, *overrides: str) -> MixtureOfTransformers:
     """A checkpoint as training writes it, of a model seeded with its step."""
     layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
-    config = make_config(corpus, f"run.seed={step}")
+    config = make_config(corpus, f"run.seed={step}", *overrides)
     groups = build_single_process_groups(CPU)
     model = MixtureOfTransformers(config, groups)
     kinds = ("weight", "exp_avg", "exp_avg_sq")
@@ -35,12 +35,13 @@ def save_step(run: Path, corpus: Corpus, step: int) -> MixtureOfTransformers:
         checkpoint_directory(run),
         step,
         [
-            NamedTensor(f"{kind}/{name}", parameter.detach(), layout_of(parameter))
+            NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.layout)
             for kind in kinds
             for name, parameter in model.named_parameters()
+            for part in parts_of(name, parameter)
         ],
         metadata={"data": {"corpus": corpus.fingerprint}},
-        config_text=make_config(corpus, *layout).to_toml(),
+        config_text=make_config(corpus, *layout, *overrides).to_toml(),
         groups=groups,
         keep=5,
     )

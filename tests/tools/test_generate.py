@@ -1,0 +1,60 @@
+"""The tool says how an expert-choice model routes, or why it cannot generate; see test_trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mot_megatron.data.corpus import Corpus
+from tests.train.small_corpus import make_corpus
+from tests.train.test_trained import save_step
+from tools.generate import main
+
+CHOICE = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
+CAPACITY = 'model.towers.text.experts={num_moe_experts=4,routing="topk",capacity_factor=1.0}'
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("generate") / "corpus")
+
+
+def arguments(folder: Path, corpus: Corpus, *overrides: str) -> list[str]:
+    """That generate from a new model's checkpoint."""
+    save_step(folder / "run", corpus, 1, *overrides)
+    options = ["--output", str(folder / "out"), "--prompt", "a", "--into", "image"]
+    return ["--checkpoint", str(folder / "run"), *options]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((CHOICE,), "tokens are routed by the causal router"),
+        ((CAPACITY,), "tokens are routed without a capacity: no expert drops any"),
+        ((), None),
+    ],
+)
+def test_how_tokens_are_routed_is_said(
+    corpus: Corpus,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: tuple[str, ...],
+    said: str | None,
+) -> None:
+    assert main(arguments(tmp_path, corpus, *overrides)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("tokens are routed")] == (
+        [said] if said else []
+    )
+    assert any((tmp_path / "out").iterdir())
+
+
+def test_without_a_causal_router_it_is_refused_in_one_line(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blind = CHOICE.replace("true", "false")
+    assert main(arguments(tmp_path, corpus, blind)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model.towers.text.experts.causal_router = false: its experts")
+    assert not (tmp_path / "out").exists()
