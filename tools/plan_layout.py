@@ -127,8 +127,8 @@ def shortfall(others: Sequence[Plan], memory: float) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the layouts; 1 if none fits, 2 after bad input."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -144,7 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--memory-gb", type=float, required=True, help="of one GPU, 10^9 bytes")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the layouts; 1 if none fits, 2 after bad input."""
+    options = parse_arguments(arguments)
     memory = options.memory_gb * GB
     try:
         for name in ("gpus", "memory_gb", "gpus_per_node"):

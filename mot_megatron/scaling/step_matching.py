@@ -128,27 +128,23 @@ def match_arms(
         theirs = _Arm.of(candidate, split, modality)
         for axis in axes:
             fit = match_curves(*ours.mean(axis), *theirs.mean(axis))
-            matches.append(
-                Match(
-                    arm=name,
-                    modality=modality,
-                    split=split,
-                    axis=axis,
-                    slope=fit.slope,
-                    end_point_ratio=fit.end_point_ratio,
-                    interval=_bootstrap(ours, theirs, axis),
-                    range_reached=fit.range_reached,
-                    points=len(fit.t),
-                    dropped=fit.dropped,
-                    unreached=fit.unreached,
-                    seeds=len(candidate),
-                    baseline_seeds=len(baseline),
-                    baseline_lowest=fit.lowest,
-                    t=fit.t,
-                    tau=fit.tau,
-                    baseline_end=fit.end,
-                )
-            )
+            match = Match(
+                name, modality, split, axis,
+                slope=fit.slope,
+                end_point_ratio=fit.end_point_ratio,
+                interval=_bootstrap(ours, theirs, axis),
+                range_reached=fit.range_reached,
+                points=len(fit.t),
+                dropped=fit.dropped,
+                unreached=fit.unreached,
+                seeds=theirs.seeds,
+                baseline_seeds=ours.seeds,
+                baseline_lowest=fit.lowest,
+                t=fit.t,
+                tau=fit.tau,
+                baseline_end=fit.end,
+            )  # fmt: skip
+            matches.append(match)
     return matches
 
 

@@ -112,8 +112,10 @@ def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_layer.main(SMALL) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in NAMES)
-    assert benchmark_layer.main([*SMALL, "--profile"]) == 0
-    assert "mot-3 minus dense" in capsys.readouterr().out
+    assert benchmark_layer.main([*SMALL, "--profile", "--experts"]) == 0
+    profile = capsys.readouterr().out
+    assert "mot-3 minus dense" in profile
+    assert all(f"{name} minus dense" in profile for name in MIXTURES)
 
 
 def test_shapes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
