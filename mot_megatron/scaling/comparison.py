@@ -304,10 +304,10 @@ def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
         if record.arm not in found:
             raise DataError(f"{path}: arm {record.arm} is not in {EXPERIMENT_FILE}")
         of_arm = found[record.arm]
-        if of_arm and (key := _first_difference(of_arm[0].record.config, record.config)):
+        if of_arm and (keys := differing_settings(of_arm[0].record.config, record.config)):
             raise DataError(
-                f"{path}: {key} is not as in {of_arm[0].curves.source.stem}; runs of one arm may"
-                " differ in their seed only"
+                f"{path}: {next(iter(keys))} is not as in {of_arm[0].curves.source.stem}; runs of"
+                " one arm may differ in their seed only"
             )
         of_arm.append(KeptRun(record, read_csv(_curves_path(output, path.stem))))
     kept = {
@@ -378,15 +378,11 @@ def _check_same_corpus(trained_on: Mapping[str, str], run: PlannedRun, source: P
 
 
 def _check_unchanged(before: Config, run: PlannedRun, source: Path) -> None:
-    key = _first_difference(before, run.config)
-    if key is not None:
-        old, new = differing_settings(before, run.config)[key]
+    differing = differing_settings(before, run.config)
+    if differing:
+        key, (old, new) = next(iter(differing.items()))
         files = " + ".join(str(file) for file in run.files)
         raise ConfigError(
             f"{source}: was run with {key} = {old!r}, but {files} now say {new!r}; move it away or"
             " choose another --output"
         )
-
-
-def _first_difference(one: Config, other: Config) -> str | None:
-    return next(iter(differing_settings(one, other)), None)
