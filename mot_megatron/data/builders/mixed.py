@@ -29,7 +29,7 @@ from mot_megatron.data.builders.wordnet import Gloss
 from mot_megatron.data.builders.workers import start_stage, worker_pool
 from mot_megatron.data.codebooks.speech import SpeechFeatures
 
-BUILDER = "mot_megatron.data.builders.mixed 1"
+BUILDER = "mot_megatron.data.builders.mixed 2"
 LICENCES = {**openmoji.LICENCES, **stamps.LICENCES, **clipart.LICENCES, **wordnet.LICENCES}
 # Without Malayalam, whose captions take three times as many tokens as any other's.
 LANGUAGES = (*VOICES, *(each for each in stamps.SPOKEN if each not in {*VOICES, "ml"}))

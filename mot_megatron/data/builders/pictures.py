@@ -30,7 +30,13 @@ def render_svg(content: str, source: str) -> np.ndarray:
     """
     resvg = optional_package("resvg_py", "resvg_py")
     try:
-        png = resvg.svg_to_bytes(svg_string=content, width=_RENDERED_PIXELS, dpi=_DOTS_PER_INCH)
+        png = resvg.svg_to_bytes(
+            svg_string=content,
+            width=_RENDERED_PIXELS,
+            dpi=_DOTS_PER_INCH,
+            # Drawn with a machine's fonts, the corpus would be another on another machine.
+            skip_system_fonts=True,
+        )
     except ValueError as error:
         raise DataError(f"{source}: cannot be drawn: {error}") from None
     return read_picture(bytes(png), source)

@@ -27,7 +27,7 @@ from mot_megatron.data.codebooks.mel import resample, trim_silence
 from mot_megatron.data.codebooks.speech import SpeechFeatures, speech_features
 from mot_megatron.errors import DataError
 
-BUILDER = "mot_megatron.data.builders.stamps 1"
+BUILDER = "mot_megatron.data.builders.stamps 2"
 LICENCES = {"tuxpaint-stamps-default": "GPL-2.0-or-later"}
 SPOKEN = ("en", "be", "bg", "ca", "da", "el", "es", "fr", "lt", "ml", "nl", "pt_BR", "ro", "ru")
 """Languages with recordings."""
