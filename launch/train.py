@@ -78,6 +78,7 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.rules import check_device, check_world_size
     from mot_megatron.scaling.placement_table import placement_table
+    from mot_megatron.train.hardware import keep_freed_memory
     from mot_megatron.train.loop import train
     from mot_megatron.train.refusals import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
@@ -89,6 +90,8 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
     device = join_world(world)
+    if device.type == "cpu":
+        keep_freed_memory()
     groups = build_groups(config, corpus, device)
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)

@@ -44,7 +44,8 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, maximum = VocabParallelCrossEntropy.calculate_logits_max(logits)
+        logits = logits.float()
+        maximum = logits.amax(dim=-1)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
         start = rank * logits.shape[-1]
         mask, local_targets, target_logits, sum_exp, exp = (
@@ -55,18 +56,16 @@ class _TokenLosses(torch.autograd.Function):
         sums = torch.stack((target_logits, sum_exp))
         dist.all_reduce(sums, group=group)
         target_logits, sum_exp = sums
-        softmax, cross_entropy = VocabParallelCrossEntropy.calculate_cross_entropy_loss(
-            exp, target_logits, sum_exp
-        )
-        ctx.save_for_backward(softmax, mask, local_targets)
-        return cross_entropy, sum_exp.log() + maximum
+        log_sum = sum_exp.log()
+        ctx.save_for_backward(exp, sum_exp, mask, local_targets)
+        return log_sum - target_logits, log_sum + maximum
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         # d cross entropy / d logits = softmax - onehot(target); d log Z / d logits = softmax.
         of_cross_entropy, of_log_z = gradients
-        softmax, mask, local_targets = ctx.saved_tensors
-        gradient = softmax.mul_((of_cross_entropy + of_log_z)[:, None])
+        exp, sum_exp, mask, local_targets = ctx.saved_tensors
+        gradient = exp.mul_(((of_cross_entropy + of_log_z) / sum_exp)[:, None])
         rows = torch.arange(gradient.shape[0], device=gradient.device)
         gradient[rows, local_targets] -= of_cross_entropy.masked_fill(mask, 0.0)
         return gradient, None, None, None
