@@ -69,7 +69,7 @@ def test_all_arms_have_equal_active_flops() -> None:
 def test_the_ladder_unties_a_component_per_rung() -> None:
     rungs = ["dense", "untied-feed-forward", "untied-qkv", "untied-output-projection", "mot"]
     counts = [count_parameters(load(arm).model).total for arm in rungs]
-    h, d, f, layers, more_towers = 64, 16, 256, 4, 2
+    h, d, f, layers, more_towers = 48, 12, 192, 4, 2
     # Three matrices of a SwiGLU, three of q, k and v, one of the output; then two norms per layer,
     # two over a head, and the final one.
     sizes = [3 * h * f * layers, 3 * h * h * layers, h * h * layers, (2 * h + 2 * d) * layers + h]
