@@ -1,7 +1,9 @@
 """What corpora are built from: packages, splits, pictures and voices."""
 
+import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -50,6 +52,21 @@ def test_missing_deb_is_named(tmp_path: Path) -> None:
 def test_missing_package_is_named() -> None:
     with pytest.raises(DataError, match="package no-such-thing is not installed; pip install"):
         optional_package("no_such_thing", "no-such-thing")
+
+
+def test_pictures_do_not_depend_on_the_fonts_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fonts = tmp_path / ".fonts"
+    fonts.mkdir()
+    shutil.copy(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", fonts)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = '<text x="5" y="60" font-size="40" font-family="DejaVu Sans">word</text>'
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 99 99">{text}</svg>'
+    with_fonts = optional_package("resvg_py", "resvg_py").svg_to_bytes(svg_string=drawing)
+    assert not (read_picture(bytes(with_fonts), "a.svg") == 255).all()
+    with pytest.raises(DataError, match=r"a\.svg: nothing to see"):
+        render_svg(drawing, "a.svg")
 
 
 def test_split_hangs_on_the_concept_alone() -> None:
