@@ -6,16 +6,15 @@ must never train a different model silently.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mot_megatron.errors import ConfigError
+from mot_megatron.errors import ConfigError, Location, first_problem
 from mot_megatron.rules import VOCABULARY_MULTIPLE, check
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -444,7 +443,7 @@ def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> C
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         named = _source_of(problem["loc"], problem["input"], files) or everything
-        raise ConfigError(f"{named}: {_explain(error)}") from error
+        raise ConfigError(f"{named}: {first_problem(error, _keys_at)}") from error
     check(config, everything)
     return config
 
@@ -514,28 +513,14 @@ def _apply_override(tree: _Tree, override: str) -> None:
     tree[path[-1]] = parsed
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem in one line; the count of the others."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        allowed = sorted(_section_at(first["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"; did you mean {close[0]}" if close else ""
-        message = f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
-    elif first["type"] == "missing":
-        message = f"{key}: required, but absent"
-    else:
-        message = f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return message + more
+def _keys_at(location: Location) -> Iterable[str]:
+    return _section_at(location).model_fields
 
 
 _SECTIONS_BY_NAME: dict[str, type[Section]] = {"modalities": ModalityConfig, "towers": TowerConfig}
 
 
-def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+def _section_at(location: Location) -> type[Section]:
     section: type[Section] = Config
     named = False
     for part in location:

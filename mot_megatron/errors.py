@@ -5,7 +5,13 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
 from pydantic import ValidationError
+
+Location = tuple[int | str, ...]
+"""Keys and indices that lead to a value in a tree."""
 
 
 class UserError(Exception):
@@ -28,14 +34,34 @@ class TrainingError(UserError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first thing that a model of pydantic's finds wrong in a file: key, value, what is it."""
-    first = error.errors(include_url=False)[0]
+def first_problem(
+    error: ValidationError, allowed_at: Callable[[Location], Iterable[str]] | None = None
+) -> str:
+    """The first thing that a model of pydantic's finds wrong, and how many more there are.
+
+    Args:
+        error: Of the model.
+        allowed_at: The keys that a section may have, to be named beside an unknown one.
+    """
+    problems = error.errors(include_url=False)
+    first = problems[0]
     key = ".".join(str(part) for part in first["loc"])
     if not key:
-        return first["msg"]
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key}"
-    if first["type"] == "missing":
-        return f"missing key {key}"
-    return f"{key} = {first['input']!r}: {first['msg']}"
+        message = first["msg"]
+    elif first["type"] == "extra_forbidden":
+        allowed = () if allowed_at is None else sorted(allowed_at(first["loc"][:-1]))
+        message = f"{key}: unknown key{_hint(str(first['loc'][-1]), allowed)}"
+    elif first["type"] == "missing":
+        message = f"{key}: required, but absent"
+    else:
+        message = f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return message + more
+
+
+def _hint(unknown: str, allowed: Sequence[str]) -> str:
+    if not allowed:
+        return ""
+    close = difflib.get_close_matches(unknown, allowed, n=1)
+    meant = f"; did you mean {close[0]}" if close else ""
+    return f"{meant}; allowed: {', '.join(allowed)}"

@@ -80,7 +80,7 @@ def test_choice_that_is_not_there(tmp_path: Path, choice: dict[str, object], mes
     ("old", "new", "message"),
     [
         ('baseline = "dense"', 'baseline = "sparse"', "baseline = 'sparse' is no arm; allowed: "),
-        ('files = ["pair.toml"]', "", "missing key arms.pair.files"),
+        ('files = ["pair.toml"]', "", "arms.pair.files: required, but absent"),
         ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds = \[1, 1\]: each may stand once"),
         ("seeds = [1]", "seed = [1]", "arms.pair.seeds"),
         ("[arms.pair]", "[arms.pair", "not valid TOML"),

@@ -305,7 +305,9 @@ def test_bad_identity(tmp_path: Path) -> None:
     path = tmp_path / "kept.csv"
     write_csv(curves(power_law), path)
     path.with_suffix(".json").write_text('{"name": "a"}')
-    with pytest.raises(DataError, match=r"kept\.json: not a run's identity: missing key seed"):
+    with pytest.raises(
+        DataError, match=r"kept\.json: not a run's identity: seed: required, but absent"
+    ):
         read_csv(path)
     path.with_suffix(".json").unlink()
     with pytest.raises(DataError, match=r"kept\.json: No such file"):
