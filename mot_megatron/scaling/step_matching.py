@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.signal import savgol_filter
 from sklearn.isotonic import isotonic_regression
 
 from mot_megatron.errors import DataError
@@ -58,6 +59,9 @@ class Match:
     """tau / t at the last t that is reached; None as the slope is."""
     interval: tuple[float, float] | None
     """95% bootstrap interval of the slope over seeds; None unless both arms have several."""
+    paired: bool
+    """Whether both arms have the same seeds, which are then drawn together: runs of one seed read
+    the same batches, and what those do to both is no difference between them."""
     range_reached: float
     """Last t that is reached, as a fraction of the t at which the baseline's loss is lowest."""
     points: int
@@ -72,7 +76,8 @@ class Match:
     baseline_seeds: int
     """Runs of the baseline."""
     baseline_lowest: float
-    """Where the baseline's loss is lowest, as a fraction of its range; up to there is matched."""
+    """Where the baseline's loss turns to rise again, as a fraction of its range, or 1; up to there
+    is matched."""
     t: np.ndarray
     """[points] where the baseline has a loss, in units of ``axis``."""
     tau: np.ndarray
@@ -127,18 +132,19 @@ def match_arms(
         ours = _Arm.of(baseline, split, modality)
         theirs = _Arm.of(candidate, split, modality)
         for axis in axes:
-            fit = match_curves(*ours.mean(axis), *theirs.mean(axis))
+            fit = match_curves(ours.mean(axis), theirs.mean(axis))
             match = Match(
                 name, modality, split, axis,
                 slope=fit.slope,
                 end_point_ratio=fit.end_point_ratio,
                 interval=_bootstrap(ours, theirs, axis),
+                paired=ours.seeds == theirs.seeds,
                 range_reached=fit.range_reached,
                 points=len(fit.t),
                 dropped=fit.dropped,
                 unreached=fit.unreached,
-                seeds=theirs.seeds,
-                baseline_seeds=ours.seeds,
+                seeds=len(theirs.seeds),
+                baseline_seeds=len(ours.seeds),
                 baseline_lowest=fit.lowest,
                 t=fit.t,
                 tau=fit.tau,
@@ -158,23 +164,38 @@ def default_window(points: int) -> int:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean; the window shrinks on both sides alike towards the ends, to one value there.
+    """Centred mean; at the beginning its window shrinks, at the end it is a line through the last.
+
+    A curve is steep at its beginning and flat at its end. There a shrinking window would come down
+    to a single value, and that one's noise would decide which loss is the best.
 
     Args:
         values: [n].
-        window: In points, odd.
+        window: In points, odd, at most n.
 
     Returns:
         [n].
     """
-    n = len(values)
-    index = np.arange(n)
-    half = np.minimum(np.minimum(index, n - 1 - index), window // 2)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    if window == 1:
+        return values.copy()
+    smoothed = savgol_filter(values, window, polyorder=1)
+    for index in range(window // 2):
+        smoothed[index] = values[: 2 * index + 1].mean()
+    return smoothed
 
 
-def falling(values: np.ndarray) -> np.ndarray:
+class Falling(NamedTuple):
+    """A curve that never rises."""
+
+    x: np.ndarray
+    """[n] rising."""
+    loss: np.ndarray
+    """[n]."""
+    matched: int
+    """Points up to its lowest, if it rises again behind that; else n."""
+
+
+def falling(x: np.ndarray, values: np.ndarray) -> Falling:
     """Isotonic regression; of a curve that turns, up to its lowest value, and that from there on.
 
     Over all of a curve that rises again the regression would put the mean of fall and rise where
@@ -183,19 +204,18 @@ def falling(values: np.ndarray) -> np.ndarray:
     fall alone leaves: behind the lowest value of a noisy fall there is a little rise too.
 
     Args:
-        values: [n].
-
-    Returns:
-        [n], never rising.
+        x: [n] rising.
+        values: [n] at x.
     """
     lowest = int(np.argmin(values))
     whole = isotonic_regression(values, increasing=False)
     fall = isotonic_regression(values[: lowest + 1], increasing=False)
     rise = isotonic_regression(values[lowest:], increasing=True)
     left = np.square(values[: lowest + 1] - fall).sum() + np.square(values[lowest:] - rise).sum()
-    if left > _TURNS * np.square(values - whole).sum():
-        return whole
-    return np.concatenate([fall, np.full(len(values) - lowest - 1, values[lowest])])
+    if left >= _TURNS * np.square(values - whole).sum():
+        return Falling(x, whole, len(x))
+    kept = np.full(len(values) - lowest - 1, values[lowest])
+    return Falling(x, np.concatenate([fall, kept]), lowest + 1)
 
 
 def steps_to_match(loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -236,7 +256,7 @@ class Fit:
     unreached: int
     """Of them those up to the lowest that the candidate never reaches."""
     lowest: float
-    """First t of the baseline's lowest loss over ``end``."""
+    """t of the baseline's lowest loss over ``end``; 1 where it does not rise again."""
 
     @property
     def slope(self) -> float | None:
@@ -251,27 +271,19 @@ class Fit:
         return float(self.tau[-1] / self.t[-1]) if len(self.t) else None
 
 
-def match_curves(t: np.ndarray, loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> Fit:
-    """Match two monotone curves, up to the first of the baseline's lowest losses.
-
-    Args:
-        t: [m] rising: where the baseline has its losses.
-        loss: [m] never rising.
-        x: [n] rising: where the candidate has its.
-        candidate: [n] never rising.
-    """
-    end, all_points = float(t[-1]), len(t)
-    matched = int(np.searchsorted(-loss, -loss[-1])) + 1
-    t, loss = t[:matched], loss[:matched]
-    tau = steps_to_match(loss, x, candidate)
+def match_curves(baseline: Falling, candidate: Falling) -> Fit:
+    """Match two curves; of the baseline up to its lowest loss, behind which it may rise again."""
+    t, loss = baseline.x[: baseline.matched], baseline.loss[: baseline.matched]
+    tau = steps_to_match(loss, candidate.x, candidate.loss)
     reached = t[tau != np.inf]
     kept = np.isfinite(tau) & (t >= DROPPED_BEGINNING * t[-1])
+    end = float(baseline.x[-1])
     return Fit(
         t=t[kept],
         tau=tau[kept],
         end=end,
         range_reached=float(reached[-1] / t[-1]) if len(reached) else 0.0,
-        dropped=all_points - int(kept.sum()),
+        dropped=len(baseline.x) - int(kept.sum()),
         unreached=int((tau == np.inf).sum()),
         lowest=float(t[-1] / end),
     )
@@ -295,17 +307,16 @@ def smoothed_mean(curves: Sequence[Curve]) -> Curve:
 class _Arm:
     """The curves of an arm's runs for one split and modality, at the steps that all have."""
 
+    seeds: tuple[int, ...]
+    """Of the runs, rising."""
     bits: np.ndarray
     """[runs, n]."""
     along: dict[Axis, np.ndarray]
     """Per axis [runs, n]: where the points lie."""
 
-    @property
-    def seeds(self) -> int:
-        return len(self.bits)
-
     @classmethod
     def of(cls, runs: Sequence[RunCurves], split: Split, modality: str) -> _Arm:
+        runs = sorted(runs, key=lambda run: run.identity.seed)
         curves = [_curve_of(run, split, modality) for run in runs]
         for run, curve in zip(runs, curves, strict=True):
             if curve.steps[-1] != curves[0].steps[-1]:
@@ -326,40 +337,45 @@ class _Arm:
             axis: np.stack([run.along(own, axis) for run, own in zip(runs, points, strict=True)])
             for axis in AXES
         }
-        return cls(bits, along)
+        return cls(tuple(run.identity.seed for run in runs), bits, along)
 
-    def mean(self, axis: Axis, drawn: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Places [n] and losses [n], smooth and falling, of the mean over all or the drawn runs."""
-        runs = list(range(self.seeds) if drawn is None else drawn)
+    def mean(self, axis: Axis, drawn: Sequence[int] | None = None) -> Falling:
+        """Smooth and falling, the mean over all or the drawn runs."""
+        runs = list(range(len(self.seeds)) if drawn is None else drawn)
         bits = self.bits[runs].mean(axis=0)
         smoothed = smooth(bits, default_window(len(bits)))
-        return self.along[axis][runs].mean(axis=0), falling(smoothed)
+        return falling(self.along[axis][runs].mean(axis=0), smoothed)
 
 
 def _bootstrap(baseline: _Arm, candidate: _Arm, axis: Axis) -> tuple[float, float] | None:
-    """Interval of the slope when the runs of both arms are drawn anew, with replacement.
+    """Interval of the slope when the runs are drawn anew, with replacement.
 
-    None where an arm has a single run, which says nothing about how much runs differ, and where
-    some draw reaches no loss of the baseline's, so that it has no slope.
+    Together, where both arms have the same seeds; else those of each arm by themselves. None where
+    an arm has a single run, which says nothing about how much runs differ, and where some draw
+    reaches no loss of the baseline's, so that it has no slope.
     """
-    if min(baseline.seeds, candidate.seeds) == 1:
+    if min(len(baseline.seeds), len(candidate.seeds)) == 1:
         return None
     # A few runs have few different draws: each is smoothed, and each pair matched, once.
 
     @cache
-    def curve(arm: _Arm, runs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def curve(arm: _Arm, runs: tuple[int, ...]) -> Falling:
         return arm.mean(axis, runs)
 
     @cache
     def slope(ours: tuple[int, ...], theirs: tuple[int, ...]) -> float | None:
-        return match_curves(*curve(baseline, ours), *curve(candidate, theirs)).slope
+        return match_curves(curve(baseline, ours), curve(candidate, theirs)).slope
 
     rng = np.random.default_rng(0)
 
     def draw(arm: _Arm) -> tuple[int, ...]:
-        return tuple(sorted(rng.integers(arm.seeds, size=arm.seeds).tolist()))
+        return tuple(sorted(rng.integers(len(arm.seeds), size=len(arm.seeds)).tolist()))
 
-    slopes = [slope(draw(baseline), draw(candidate)) for _ in range(RESAMPLES)]
+    def draw_both() -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ours = draw(baseline)
+        return ours, ours if candidate.seeds == baseline.seeds else draw(candidate)
+
+    slopes = [slope(*draw_both()) for _ in range(RESAMPLES)]
     known = [value for value in slopes if value is not None]
     if len(known) < len(slopes):
         return None

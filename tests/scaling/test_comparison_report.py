@@ -192,6 +192,7 @@ MATCH = Match(
     unreached=0,
     seeds=3,
     baseline_seeds=3,
+    paired=False,
     baseline_lowest=1.0,
     t=np.ones(1),
     tau=np.ones(1),

@@ -10,6 +10,7 @@ import pytest
 from mot_megatron.errors import DataError
 from mot_megatron.scaling.curves import Axis, Curve, RunCurves, Split
 from mot_megatron.scaling.step_matching import (
+    Falling,
     Match,
     default_window,
     falling,
@@ -42,10 +43,11 @@ def seeds_of(slope: float, noise: float, first_seed: int, runs: int) -> list[Run
     return [curves(losses(slope, noise, seed), seed=seed, points=1200) for seed in seeds]
 
 
-def test_smoothing_is_centred_and_shrinks_symmetrically() -> None:
+def test_smoothing_is_centred_and_ends_on_a_line() -> None:
     values = np.array([9.0, 1.0, 2.0, 6.0, 4.0])
-    # Ends alone, then windows of 3, in the middle of 5: (9+1+2)/3, (9+1+2+6+4)/5, (2+6+4)/3.
-    np.testing.assert_allclose(smooth(values, 5), [9, 4, 4.4, 4, 4])
+    # The first alone, (9+1+2)/3, (9+1+2+6+4)/5 = 4.4; then the line of the five, whose rise is
+    # (-2*9 - 1*1 + 1*6 + 2*4)/(4+1+1+4) = -0.5.
+    np.testing.assert_allclose(smooth(values, 5), [9, 4, 4.4, 3.9, 3.4])
     np.testing.assert_array_equal(smooth(values, 1), values)
     # No lag: a straight line stays as it is.
     np.testing.assert_allclose(smooth(np.arange(50.0), 7), np.arange(50.0))
@@ -56,9 +58,12 @@ def test_default_windows_are_odd_and_small() -> None:
 
 
 def test_monotone_up_to_the_lowest_value() -> None:
-    # 4 and 6 rise, so both become 5; what rises behind 2 stays at 2.
-    np.testing.assert_array_equal(falling(np.array([8.0, 4, 6, 3, 2, 5, 9])), [8, 5, 5, 3, 2, 2, 2])
-    np.testing.assert_array_equal(falling(np.array([1.0, 2])), [1, 1])
+    # 4 and 6 rise, so both become 5; what rises behind 2 stays at 2 and is not matched.
+    curve = falling(np.arange(7.0), np.array([8.0, 4, 6, 3, 2, 5, 9]))
+    np.testing.assert_array_equal(curve.loss, [8, 5, 5, 3, 2, 2, 2])
+    assert curve.matched == 5
+    np.testing.assert_array_equal(falling(np.arange(2.0), np.array([1.0, 2])).loss, [1, 1])
+    assert falling(np.arange(4.0), np.array([3.0, 2, 1, 1])).matched == 4
 
 
 def test_a_noisy_fall_does_not_turn_but_a_curve_that_overfits_does() -> None:
@@ -68,13 +73,15 @@ def test_a_noisy_fall_does_not_turn_but_a_curve_that_overfits_does() -> None:
     falls = 5 + steps**-0.3 + noise
     assert np.mean([np.argmin(curve) for curve in falls]) < 285
     for curve in falls:
-        fitted = falling(curve)
+        fitted, matched = falling(steps, curve)[1:]
         # A mean over the flat end, unless the very last value is the lowest.
         assert (fitted[-1] > curve.min()) == (np.argmin(curve) < len(curve) - 1)
         assert fitted[200] > fitted[-1]
+        assert matched == 300
     for curve in 5 + (steps - 0.6) ** 2 * 4 + noise / 5:
-        fitted = falling(curve)
+        fitted, matched = falling(steps, curve)[1:]
         assert fitted[-1] == curve.min()
+        assert matched == np.argmin(curve) + 1
         assert 0.5 < steps[np.argmin(curve)] < 0.7
 
 
@@ -88,7 +95,8 @@ def test_steps_to_match_by_hand() -> None:
 
 def test_slope_and_counts_by_hand() -> None:
     t, loss = np.array([1.0, 40, 60, 80, 100]), np.array([9.0, 4, 3, 2, 1])
-    fit = match_curves(t, loss, np.array([0.5, 10, 40]), np.array([9.0, 4, 2]))
+    candidate = Falling(np.array([0.5, 10, 40]), np.array([9.0, 4, 2]), 3)
+    fit = match_curves(Falling(t, loss, 5), candidate)
     # 1 lies in the first 5 of 100; tau(40) = 10, tau(60) = 25, tau(80) = 40; 1 is never reached.
     np.testing.assert_array_equal(fit.t, [40, 60, 80])
     np.testing.assert_array_equal(fit.tau, [10, 25, 40])
@@ -130,6 +138,23 @@ def test_no_systematic_error_under_noise_of_few_points() -> None:
         for seed in range(30)
     ]
     assert np.mean(np.array(found, dtype=float)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_end_of_noisy_curves_hangs_on_no_single_value() -> None:
+    """Noise as of training losses of a small model, whose last value may be the lowest by chance."""
+    found = [
+        match(
+            curves(losses(1.0, 0.06, 2 * seed), points=200),
+            curves(losses(0.8, 0.06, 2 * seed + 1), points=200),
+        )
+        for seed in range(30)
+    ]
+    assert np.mean([one.slope for one in found]) == pytest.approx(0.8, abs=0.02)
+    ratios = np.array([one.end_point_ratio for one in found])
+    assert np.median(ratios) == pytest.approx(0.8, abs=0.05)
+    assert np.mean(ratios) == pytest.approx(0.8, abs=0.05)
+    assert np.mean([one.range_reached for one in found]) > 0.97
+    assert not any(one.baseline_overfits for one in found)
 
 
 def test_axes_have_their_own_slope() -> None:
@@ -221,6 +246,38 @@ def test_interval_shows_how_much_runs_differ() -> None:
     # 1 of 27 draws is thrice the lowest seed, so that 95% reach from lowest to highest.
     assert width(0.1) == pytest.approx(0.2, abs=0.03)
     assert width(0.0) == pytest.approx(0, abs=1e-9)
+
+
+def test_what_runs_of_one_seed_have_in_common_is_no_difference_between_arms() -> None:
+    spread = (0.94, 1.0, 1.06)
+
+    def arm(slope: float, first_seed: int) -> list[RunCurves]:
+        return [curves(losses(slope * d), seed=first_seed + i) for i, d in enumerate(spread)]
+
+    paired, unpaired = (match(arm(1.0, 0), arm(0.5, seed)) for seed in (0, 10))
+    assert (paired.paired, unpaired.paired) == (True, False)
+    assert paired.slope == unpaired.slope == pytest.approx(0.5, abs=0.01)
+    # Drawn together, 0.94 * 0.5 stands against 0.94; drawn apart also against 1.06.
+    assert paired.interval == pytest.approx((0.5, 0.5), abs=0.005)
+    assert unpaired.interval is not None
+    assert unpaired.interval[1] - unpaired.interval[0] > 0.05
+    # Whatever the order in which runs are given.
+    assert match(arm(1.0, 0), arm(0.5, 0)[::-1]).interval == paired.interval
+
+
+def test_intervals_of_three_seeds_hold_the_true_slope_as_often_as_is_said() -> None:
+    rng = np.random.default_rng(0)
+    dense = [curves(losses(1.0), points=40, seed=seed) for seed in range(3)]
+    held = []
+    for _ in range(150):
+        runs = [
+            curves(losses(0.5 + rng.normal(0, 0.02)), points=40, seed=seed) for seed in range(3)
+        ]
+        interval = match(dense, runs).interval
+        assert interval is not None
+        held.append(interval[0] <= 0.5 <= interval[1])
+    # From the lowest to the highest of three: 1 - 2 * (1/2)^3 = 75%; standard error 3.5%.
+    assert np.mean(held) == pytest.approx(0.75, abs=0.11)
 
 
 def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None:
