@@ -389,6 +389,15 @@ class Config(Section):
             data_parallel_size //= self.parallel.modality_parallel_size
         return self.training.micro_batch_size * data_parallel_size
 
+    @property
+    def pool_sequences(self) -> int:
+        """Sequences of whose tokens a tower's experts choose at once.
+
+        Those of one micro-batch of a rank, or of a modality group's ranks, whose tokens a tower
+        shares if it lies on one of them.
+        """
+        return self.sequences_per_pass(self.parallel.modality_parallel_size)
+
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
         return self.training.global_batch_size // self.sequences_per_pass(data_parallel_size)

@@ -1,7 +1,8 @@
 """Held-out loss of a trained model by kind of label: special tokens, the most common code, others.
 
 Prints bits per token of every modality; of a model whose routing sees later tokens a second table,
-routed causally. Example: evaluate.py runs/quickstart
+routed causally; of towers with experts how many of them a token runs through.
+Example: evaluate.py runs/quickstart
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if not torch.cuda.is_available():
 
 from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.train.label_kinds import KINDS, KindLoss, held_out_by_kind
-from mot_megatron.train.trained import load_trained_model
+from mot_megatron.train.trained import TrainedModel, load_trained_model
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,16 +59,30 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"checkpoint {trained.checkpoint.path}, step {trained.checkpoint.step}")
     model = trained.config.model
     if not model.sees_the_future:
-        print(table(held_out_by_kind(trained, options.sequences)))
+        print_losses(trained, options.sequences)
         return
     print("\nrouted as in training, where a token's experts depend on later tokens")
-    print(table(held_out_by_kind(trained, options.sequences)))
+    print_losses(trained, options.sequences)
     if model.can_be_causal:
         print("\nrouted causally, as in generation")
         with trained.model.routed_causally():
-            print(table(held_out_by_kind(trained, options.sequences)))
+            print_losses(trained, options.sequences)
     else:
         print("\nnot routed causally: no causal router was trained")
+
+
+def print_losses(trained: TrainedModel, sequences: int | None) -> None:
+    """Evaluate as the model is routed at the moment; print losses, and what experts took."""
+    with trained.model.counting_experts() as use:
+        print(table(held_out_by_kind(trained, sequences)))
+    for tower, counted in use.items():
+        if counted.tokens == 0:
+            continue
+        print(
+            f"tower {trained.config.model.tower_names[tower]}:"
+            f" {counted.taken / counted.tokens:.2f} experts per token and layer,"
+            f" none for {counted.untaken / counted.tokens:.1%} of the tokens"
+        )
 
 
 def table(losses: Sequence[KindLoss]) -> str:

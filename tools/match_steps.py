@@ -80,7 +80,7 @@ def table(matches: Sequence[Match], split: Split, arms: Mapping[str, Sequence[Ru
     ]
     if split != "held_out_causal":
         lines += [
-            f"{_cut(name, 22)}: its routing looked at later tokens, which flatters this loss"
+            f"{_cut(name, 22)}: its routing looked at later tokens, which may flatter this loss"
             for name, runs in arms.items()
             if runs[0].identity.sees_the_future
         ]

@@ -24,7 +24,13 @@ from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
-from mot_megatron.model.routing import RoutingMode, RoutingPool, check_can_be_causal, routing_pools
+from mot_megatron.model.routing import (
+    ExpertUse,
+    RoutingMode,
+    RoutingPool,
+    check_can_be_causal,
+    routing_pools,
+)
 from mot_megatron.model.sharding import (
     SHARED,
     ParameterLayout,
@@ -211,6 +217,15 @@ class MixtureOfTransformers(nn.Module):
             yield
         finally:
             self.routing.causal = before
+
+    @contextmanager
+    def counting_experts(self) -> Iterator[dict[int, ExpertUse]]:
+        """Within it, count what experts take on this rank, by tower; nothing of towers without."""
+        self.routing.use = use = {}
+        try:
+            yield use
+        finally:
+            self.routing.use = None
 
     def run_piece(
         self, piece: Piece, micro_batch: MicroBatch, flow: Flow, arrived: torch.Tensor | None

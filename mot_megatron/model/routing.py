@@ -70,6 +70,17 @@ class Routing(NamedTuple):
 
 
 @dataclass
+class ExpertUse:
+    """How many experts the tokens of a tower ran through on this rank, summed over its layers."""
+
+    tokens: int = 0
+    taken: int = 0
+    """Pairs of a token and an expert that took it."""
+    untaken: int = 0
+    """Tokens that no expert took."""
+
+
+@dataclass
 class RoutingMode:
     """What all routers of a model are told from outside; one object for all of them."""
 
@@ -79,6 +90,8 @@ class RoutingMode:
     causal: bool = False
     """Whether nothing may depend on later tokens: causal routers stand in for expert choice, and
     no capacity makes an expert drop tokens."""
+    use: dict[int, ExpertUse] | None = None
+    """By tower, while somebody counts, which waits for the device; else None."""
 
 
 @dataclass
@@ -135,6 +148,16 @@ class Router(nn.Module):
         self.causal = CausalRouter(self, hidden_size) if config.causal_router else None
 
     def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
+        """[n, h] -> the routing of its rows; collectives as ``route``."""
+        routing = self.route(x, pool)
+        if self.mode.use is not None:
+            use = self.mode.use.setdefault(self.tower, ExpertUse())
+            use.tokens += int(pool.filled.sum())
+            use.taken += int(routing.assigned.sum())
+            use.untaken += int((pool.filled & ~routing.assigned.any(-1)).sum())
+        return routing
+
+    def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
         """[n, h] -> the routing of its rows."""
         raise NotImplementedError
 
@@ -242,7 +265,7 @@ class Router(nn.Module):
 class ExpertChoiceRouter(Router):
     """Every expert takes the same number of the pool's tokens."""
 
-    def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
+    def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
         """[n, h] -> its routing; over the pool's ranks one all-gather of [N, E] logits."""
         logits = self.logits(x)
         if self.mode.causal:
@@ -305,7 +328,7 @@ class CausalRouter(nn.Module):
 class TopKRouter(Router):
     """Every token takes its k best experts; an expert may drop what exceeds its capacity."""
 
-    def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
+    def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
         """[n, h] -> its routing.
 
         Over the pool's ranks one all-reduce of counts for the balancing loss, and with a capacity

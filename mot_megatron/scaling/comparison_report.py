@@ -159,7 +159,7 @@ def _findings(arms: _Arms, matches: Sequence[Match], baseline: str) -> list[str]
         lines += [
             "",
             f"Of {', '.join(blind)} no loss without later tokens is known: the one above is of a"
-            " routing that looked at them, which flatters.",
+            " routing that looked at them, which may flatter.",
         ]
     return lines
 
@@ -315,7 +315,7 @@ def _what_the_mark_says(arms: _Arms) -> list[str]:
     baseline = next(iter(arms))
     if not marked:
         return []
-    line = f"{_MARK} The routing looked at later tokens, which flatters this loss."
+    line = f"{_MARK} The routing looked at later tokens, which may flatter this loss."
     return ["", f"{line} So did that of {baseline}." if baseline in marked else line]
 
 

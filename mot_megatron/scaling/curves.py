@@ -380,18 +380,13 @@ def _identity(config: Config, corpus: CorpusDescription) -> RunIdentity:
         towers=config.model.tower_names,
         parameters=count_parameters(config.model).total,
         sees_the_future=config.model.sees_the_future,
-        pool_sequences=_pool_sequences(config) if config.model.sees_the_future else None,
+        pool_sequences=config.pool_sequences if config.model.sees_the_future else None,
         seq_length=config.data.seq_length,
         held_out_sequences=config.evaluation.max_sequences,
         step_sequences=config.training.global_batch_size,
         train_steps=config.training.train_steps,
         configuration=hashlib.sha256(canonical).hexdigest(),
     )
-
-
-def _pool_sequences(config: Config) -> int:
-    """Of one micro-batch of a rank, or of a modality group's ranks, whose tokens towers share."""
-    return config.sequences_per_pass(config.parallel.modality_parallel_size)
 
 
 def _read_scalars(directory: Path) -> dict[str, Points]:

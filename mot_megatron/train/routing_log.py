@@ -127,7 +127,7 @@ def expert_charts(model: ModelConfig) -> Charts:
         "entropy_nats": "entropy of the router, nats per token",
         "aux_loss": "load-balancing loss (1: perfectly even)",
         "causal_loss": "loss of the causal router, nats per token and expert",
-        "causal_agreement_percent": "percent of choices that the causal router predicts",
+        "causal_agreement_percent": "percent of (token, expert) that the causal router gets right",
     }
     return {
         f"{name}: {titles[scalar]}": [

@@ -84,7 +84,11 @@ def load_trained_model(
     saved = SavedRun.open(path)
     corpus = Corpus.open(corpus_directory or saved.config.data.corpus)
     saved.check_corpus(corpus, "--corpus")
-    config = saved.config.model_copy(update={"parallel": ParallelConfig()})
+    # Experts choose among as many tokens as in training.
+    pool = {"micro_batch_size": saved.config.pool_sequences}
+    training = saved.config.training.model_copy(update=pool)
+    alone = {"parallel": ParallelConfig(), "training": training}
+    config = saved.config.model_copy(update=alone)
     groups = build_single_process_groups(device)
     narrow = config.training.precision == "bf16" and device.type != "cpu"
     model = MixtureOfTransformers(config, groups, torch.bfloat16 if narrow else torch.float32)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mot_megatron.config import ExpertsConfig
 from mot_megatron.model.routing import (
     ExpertChoiceRouter,
+    ExpertUse,
     Router,
     RoutingMode,
     RoutingPool,
@@ -159,6 +160,22 @@ def test_causal_mode_does_not_look_ahead(config: dict[str, object]) -> None:
         alone = router(x[row : row + 1], full_pool(1))
         assert torch.equal(alone.assigned[0], first.assigned[row])
         torch.testing.assert_close(alone.weights[0], first.weights[row], rtol=0, atol=1e-6)
+
+
+def test_what_experts_take_is_counted_while_somebody_counts() -> None:
+    router = router_of(7, causal_router=True)
+    pool = RoutingPool(torch.tensor([True] * 9 + [False] * 3), 9)
+    router(rows_of(8, 12), pool)
+    router.mode.use = use = {}
+    taken, untaken = 0, 0
+    for router.mode.causal in (False, True):
+        assigned = router(rows_of(8, 12), pool).assigned[:9]
+        taken += int(assigned.sum())
+        untaken += sum(not any(of_token) for of_token in assigned.tolist())
+    assert use == {0: ExpertUse(tokens=18, taken=taken, untaken=untaken)}
+    router.mode.use = None
+    router(rows_of(8, 12), pool)
+    assert use[0].tokens == 18
 
 
 def test_causal_router_takes_what_is_likelier_than_not() -> None:

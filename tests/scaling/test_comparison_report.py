@@ -82,7 +82,7 @@ def test_slopes_of_every_split_and_axis(compared: Path) -> None:
 
 
 def test_losses_that_saw_later_tokens_are_marked(compared: Path) -> None:
-    note = "† The routing looked at later tokens, which flatters this loss.\n"
+    note = "† The routing looked at later tokens, which may flatter this loss.\n"
     headings = ("Training loss", "Held-out loss, as trained", "Memorising", "Beside the paper")
     for heading in headings:
         text = section(compared, heading)

@@ -141,7 +141,7 @@ def test_no_systematic_error_under_noise_of_few_points() -> None:
 
 
 def test_the_end_of_noisy_curves_hangs_on_no_single_value() -> None:
-    """Noise as of training losses of a small model, whose last value may be the lowest by chance."""
+    """As of a small model's training losses, whose last value may be the lowest by chance."""
     found = [
         match(
             curves(losses(1.0, 0.06, 2 * seed), points=200),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
+import pytest
 import torch
 
 from mot_megatron.train.hardware import keep_freed_memory
@@ -24,10 +26,14 @@ def faults_before_and_after() -> tuple[int, int]:
     faults_of_a_block()
     before = faults_of_a_block()
     keep_freed_memory()
-    faults_of_a_block()
-    return before, faults_of_a_block()
+    # Aligned blocks may not fit where the one before lay, but two of them leave room for a third.
+    return before, min(faults_of_a_block() for _ in range(6))
 
 
+@pytest.mark.skipif(
+    "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="with huge pages everywhere a block has too few pages to tell",
+)
 def test_freed_memory_is_used_again() -> None:
     ((before, after),) = run_ranks(faults_before_and_after, 1)
     assert before > 1000  # glibc gives it back: else this would show nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,9 @@ def test_both_routings_of_expert_choice_are_shown(
     assert "routed as in training, where a token's experts depend on later tokens" in printed
     said = "routed causally, as in generation" if tables == 2 else "no causal router was trained"
     assert said in printed
+    assert printed.count("\ntower text: ") == tables
+    # Each expert takes a quarter of a pool, rounded up; pools are of a few tokens here.
+    assert re.search(r"tower text: 1\.\d\d experts per token and layer, none for \d+\.\d%", printed)
 
 
 def test_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,24 @@ def test_any_folder_of_a_run_gives_its_model(run: Path, corpus: Corpus, path: st
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize(("exchange", "sequences"), [("sequence", 4), ("heads", 2)])
+def test_experts_choose_among_as_many_tokens_as_in_training(
+    corpus: Corpus, tmp_path: Path, exchange: str, sequences: int
+):
+    save_step(
+        tmp_path,
+        corpus,
+        1,
+        "training.micro_batch_size=2",
+        "training.global_batch_size=4",
+        "parallel.modality_parallel_size=2",
+        f"parallel.attention_exchange={exchange}",
+    )
+    trained = load_trained_model(tmp_path, CPU)
+    assert trained.config.parallel.modality_parallel_size == 1
+    assert trained.config.training.micro_batch_size == sequences
+
+
 def test_files_of_every_modality(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "made" / "samples"
     arguments = ["--checkpoint", str(run), "--prompt", "red heart", "--output", str(output)]
