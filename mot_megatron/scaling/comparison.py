@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mot_megatron.config import Config, NonNegativeInt, differing_keys, load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
-from mot_megatron.errors import ConfigError, DataError, first_problem
+from mot_megatron.errors import ConfigError, DataError, Location, first_problem
 from mot_megatron.files import write_whole
 from mot_megatron.scaling.curves import (
     RunCurves,
@@ -155,7 +155,7 @@ def load_experiment(directory: Path) -> Experiment:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error)}") from None
+        raise ConfigError(f"{path}: {first_problem(error, _keys_at)}") from None
     if experiment.baseline not in experiment.arms:
         raise ConfigError(
             f"{path}: baseline = {experiment.baseline!r} is no arm; allowed:"
@@ -165,6 +165,11 @@ def load_experiment(directory: Path) -> Experiment:
         if len(set(arm.seeds)) < len(arm.seeds):
             raise ConfigError(f"{path}: arms.{name}.seeds = {list(arm.seeds)}: each may stand once")
     return experiment
+
+
+def _keys_at(location: Location) -> Iterable[str]:
+    """Of experiment.toml, or of an arm in it."""
+    return (Arm if location else Experiment).model_fields
 
 
 def plan_runs(

@@ -7,17 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mot_megatron.config import ModelConfig, OptimizerConfig
 from mot_megatron.errors import DataError
 from mot_megatron.model.flops import active_flops_per_token, count_parameters
 from mot_megatron.scaling.comparison import (
     EXPERIMENT_FILE,
     Experiment,
     KeptRun,
+    RunRecord,
     differing_settings,
     read_kept,
 )
 from mot_megatron.scaling.comparison_words import number, sentence, tally
-from mot_megatron.scaling.curves import AXES, SPLIT_TITLES, Curve, Split
+from mot_megatron.scaling.curves import AXES, SPLIT_TITLES, Curve, Split, warnings
 from mot_megatron.scaling.match_files import draw_all, write_matches
 from mot_megatron.scaling.step_matching import (
     CONFIDENCE_PERCENT,
@@ -28,6 +30,7 @@ from mot_megatron.scaling.step_matching import (
     smoothed_mean,
     splits_of,
 )
+from mot_megatron.train.session import HELD_OUT_SPLIT
 
 REPORT_FILE = "report.md"
 _ENDING = 0.05
@@ -135,8 +138,48 @@ def _setting(arms: _Arms) -> list[str]:
         f"- {training.train_steps:,} steps of {training.global_batch_size} x {data.seq_length} ="
         f" {training.global_batch_size * data.seq_length:,} token slots; {tokens:,.0f} tokens up"
         f" to the last report, {seen:.2f} times the train split",
-        f"- Precision {training.precision}; loss in bits per token",
+        f"- {_model(first.config.model)}",
+        f"- {_optimizer(first.config.optimizer)}; precision {training.precision}; loss in bits per"
+        " token",
+        f"- {_held_out(first)}",
+        *(f"- Bear in mind: {line}" for line in warnings([run.curves for run in runs])),
     ]
+
+
+def _model(model: ModelConfig) -> str:
+    """The baseline's shape, and how much of it is the same in all arms whatever is untied."""
+    parameters = count_parameters(model).total
+    vocabulary = model.hidden_size * model.num_vocabulary_rows
+    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    layers, head = max(active_flops_per_token(model)), 2 * vocabulary
+    return (
+        f"Hidden size {model.hidden_size}, {model.num_layers} layers,"
+        f" {model.num_attention_heads} heads, feed-forward width {model.feed_forward_size},"
+        f" {model.norm_placement}-norm. Embedding and head, which all modalities share in every"
+        f" arm, are {matrices * vocabulary / parameters:.0%} of the baseline's {parameters:,}"
+        f" parameters; of its matrices' FLOPs {head / (head + layers):.0%} are the head's: arms"
+        " differ in the rest"
+    )
+
+
+def _optimizer(optimizer: OptimizerConfig) -> str:
+    return (
+        f"AdamW, learning rate {optimizer.lr:g} to {optimizer.min_lr:g}"
+        f" ({optimizer.lr_decay_style}), weight decay {optimizer.weight_decay:g}, the same for all"
+        " arms unless it is said below"
+    )
+
+
+def _held_out(record: RunRecord) -> str:
+    sequences, length = record.config.evaluation.max_sequences, record.config.data.seq_length
+    whole = sum(record.corpus["tokens"][HELD_OUT_SPLIT].values())
+    if sequences is None or sequences * length >= whole:
+        return "Held-out losses are of the whole validation split"
+    return (
+        f"Held-out curves are of {sequences} sequences, {sequences * length / whole:.0%} of the"
+        " validation split and the same for all runs; how much the choice of these weighs, no"
+        " interval shows. The losses at the end are of the whole split"
+    )
 
 
 def _machine(machine: Mapping[str, object]) -> str:
@@ -197,7 +240,8 @@ def _arm_table(arms: _Arms, baseline: str) -> list[str]:
         "FLOPs are forward ones of the layers' matrices. Seconds per step are means over an arm's"
         f" runs, in brackets relative to {baseline}; runs beside each other and whatever else the"
         " machine did are in them. A causal router is trained beside its model: its time is among"
-        " the seconds, its FLOPs are not among the model's.",
+        " the seconds, its FLOPs are not among the model's. Routed causally, every expert decides"
+        " for itself, and a token may run through more or fewer than as trained.",
         "",
         f"Where the arms' configurations differ from {baseline}'s:",
         "",
@@ -261,13 +305,14 @@ def _how_matched() -> list[str]:
         "For every step t of the baseline, tau is the first at which an arm has reached its loss"
         " there; the slope is sum(t tau) / sum(t²) and below 1 where the arm needs less. Curves"
         " are means over seeds, smoothed by a centred mean and made monotone by isotonic"
-        " regression, and keep their best loss once they have it. Only the baseline's steps up to"
-        f" its best loss are matched; the first {DROPPED_BEGINNING:.0%} of them are left out, and"
-        " so are losses that the arm never reaches: the range reached, a part of these steps, says"
-        f" how far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds, from which"
-        f" {CONFIDENCE_PERCENT}% of the slopes are taken. Of few seeds they are too narrow: with"
-        " normal noise the true value lay in 67% of them with two seeds a side, in 80% with three"
-        " and in 87% with five.",
+        " regression; one that turns and rises keeps its best loss, and of such a baseline only"
+        f" the steps up to there are matched. The first {DROPPED_BEGINNING:.0%} are left out, and"
+        " so are losses that the arm never reaches: the range reached, a part of the matched"
+        f" steps, says how far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds,"
+        f" from which {CONFIDENCE_PERCENT}% of the slopes are taken; where both arms have the same"
+        " seeds they are drawn together, as runs of one seed read the same batches. Of few seeds"
+        " intervals are too narrow: with three pairs of runs they reach from the lowest to the"
+        " highest, in which the true value lies in 75% of cases, with five pairs in 84%.",
     ]
 
 

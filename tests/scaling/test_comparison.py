@@ -83,6 +83,7 @@ def test_choice_that_is_not_there(tmp_path: Path, choice: dict[str, object], mes
         ('files = ["pair.toml"]', "", "arms.pair.files: required, but absent"),
         ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds = \[1, 1\]: each may stand once"),
         ("seeds = [1]", "seed = [1]", "arms.pair.seeds"),
+        ("[arms.mot.paper]", "[arms.mot.papers]", "papers: unknown key; did you mean paper; allow"),
         ("[arms.pair]", "[arms.pair", "not valid TOML"),
         ('files = ["mot.toml"]', 'files = ["moth.toml"]', "moth.toml: cannot be read"),
     ],

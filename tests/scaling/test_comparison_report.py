@@ -139,6 +139,12 @@ def test_setting_commands_and_plots(compared: Path) -> None:
     assert "- Machine: abacus, 2 cores, torch 2, Python 3; at most 2 runs side by side" in text
     assert "1,500 steps of 8 x 64 = 512 token slots" in text
     assert "Corpus synthetic (tests 1): train 20 tokens (text 10, image 5, speech 5)" in text
+    assert "- Hidden size 32, 2 layers, 4 heads, feed-forward width 48, post-norm." in text
+    # 2 * 32 * 256 = 16,384; of a layer 2 * (32 * 8 * (4 + 4) + 32 * 32 + 3 * 32 * 48) = 15,360.
+    assert "of its matrices' FLOPs 35% are the head's" in text
+    assert "AdamW, learning rate 0.01 to " in text
+    assert "- Held-out losses are of the whole validation split" in text
+    assert "- Bear in mind: " not in text
     assert "2026-01-02T03:04:05+00:00" in text
     assert "python tools/compare.py x" in section(compared, "Commands")
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
