@@ -178,7 +178,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """
     if window == 1:
         return values.copy()
-    smoothed = savgol_filter(values, window, polyorder=1)
+    smoothed = np.asarray(savgol_filter(values, window, polyorder=1))
     for index in range(window // 2):
         smoothed[index] = values[: 2 * index + 1].mean()
     return smoothed
