@@ -13,7 +13,7 @@ a ratio compares a variant with dense in the same round, so a busy machine slows
 
 ``--experts`` adds expert-choice-4 and top-1-of-4: dense with four experts for its feed-forward
 network, of which a token runs through one (on average), so that the active FLOPs are dense's and a
-router's. ``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of
+router's; and expert-choice-4-causal, beside which a causal router is trained. ``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of
 modality-parallel ranks does to q, k, v and the output, without sending them. ``--compile`` adds
 dense and ours through torch.compile (minutes, on a CPU).
 

@@ -38,6 +38,7 @@ NUM_TOWERS = (2, 3)
 NUM_EXPERTS = 4
 MIXTURES = {
     f"expert-choice-{NUM_EXPERTS}": 'routing = "expert_choice"',
+    f"expert-choice-{NUM_EXPERTS}-causal": 'routing = "expert_choice"\ncausal_router = true',
     f"top-1-of-{NUM_EXPERTS}": 'routing = "topk"',
 }
 """A single tower whose tokens run through one expert each, on average or exactly."""

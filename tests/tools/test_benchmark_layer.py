@@ -72,7 +72,12 @@ def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
     dense = counts.pop("dense")
     assert counts.keys() == MIXTURES.keys()
     # Of 300 tokens, forward and twice in backward, with 4 experts and h = 32.
-    assert {count - dense for count in counts.values()} == {3 * 2 * 300 * 4 * 32}
+    router = 3 * 2 * 300 * 4 * 32
+    # Its first matrix, 16 x 32, has a gradient of its own alone; the second, 4 x 16, two.
+    causal = 2 * 2 * 300 * 16 * 32 + 3 * 2 * 300 * 4 * 16
+    more = {name: count - dense for name, count in counts.items()}
+    assert more.pop("expert-choice-4-causal") == router + causal
+    assert more == {"expert-choice-4": router, "top-1-of-4": router}
 
 
 def test_mixtures_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
