@@ -13,9 +13,10 @@ a ratio compares a variant with dense in the same round, so a busy machine slows
 
 ``--experts`` adds expert-choice-4 and top-1-of-4: dense with four experts for its feed-forward
 network, of which a token runs through one (on average), so that the active FLOPs are dense's and a
-router's; and expert-choice-4-causal, beside which a causal router is trained. ``--exchange`` adds exchange-sequence and exchange-heads: what one of a pair of
-modality-parallel ranks does to q, k, v and the output, without sending them. ``--compile`` adds
-dense and ours through torch.compile (minutes, on a CPU).
+router's; and expert-choice-4-causal, beside which a causal router is trained. ``--exchange`` adds
+exchange-sequence and exchange-heads: what one of a pair of modality-parallel ranks does to q, k, v
+and the output, without sending them. ``--compile`` adds dense and ours through torch.compile
+(minutes, on a CPU).
 
 ``benchmark_layer.py --ranks 2`` times a pair of ranks instead, each with a sequence of its own:
 dense, mot-2 with both towers on both ranks, and mot-2-mp2 with a tower on each and q, k, v and the
