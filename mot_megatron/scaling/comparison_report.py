@@ -88,6 +88,7 @@ def report(
         ["## Held-out loss at the end", *_final_losses(arms)],
         ["## Step matching", *_how_matched()],
         *(_slope_table(matches, split, arms) for split in splits),
+        *([_seed_by_seed(arms)] if len(arms[baseline]) > 1 else []),
         ["## Beside the paper", *_paper_table(experiment, arms, matches)],
         ["## Memorising", *_memorising(arms)],
         ["## Plots", *(f"![{name}]({name}.png)" for name in figures)],
@@ -347,6 +348,34 @@ def _slope_table(matches: Sequence[Match], split: Split, arms: _Arms) -> list[st
     )  # fmt: skip
     note = _what_the_mark_says(arms) if split != "held_out_causal" else []
     return [f"### {SPLIT_TITLES[split].capitalize()}", *_table(header, rows), *note]
+
+
+def _seed_by_seed(arms: _Arms) -> list[str]:
+    """Single runs against each other: how far a slope from one seed can be trusted."""
+    baseline, modalities = next(iter(arms)), _modalities(arms)
+    first, *others = arms[baseline]
+    partners = {run.record.seed: run for run in arms[baseline]}
+    pairs = [(first, run) for run in others] + [
+        (partners[run.record.seed], run)
+        for name, runs in arms.items()
+        for run in runs
+        if name != baseline and run.record.seed in partners
+    ]
+    rows = []
+    for ours, theirs in pairs:
+        matches = honest_matches(
+            match_arms([ours.curves], [theirs.curves], name=theirs.record.arm, axes=("steps",))
+        )
+        slopes = {match.modality: number(match.slope) for match in matches}
+        names = [f"{run.record.arm}, seed {run.record.seed}" for run in (theirs, ours)]
+        rows.append([*names, *(slopes.get(modality, "-") for modality in modalities)])
+    return [
+        "### Seed by seed",
+        *_table(("run", "against", *modalities), rows),
+        "",
+        "Slopes of the held-out loss in steps, without later tokens where that is known. How far"
+        f" those between runs of {baseline} alone are from 1, chance does.",
+    ]
 
 
 def _marked(name: str, arms: _Arms) -> str:

@@ -134,6 +134,24 @@ def test_arms_losses_paper_and_memorising(compared: Path) -> None:
     assert float(row(memorising, "mot", "text")[-1]) < 0.02
 
 
+def test_single_runs_against_each_other(compared: Path) -> None:
+    table = section(compared, "Seed by seed")
+    rows = [line.split("|")[1:3] for line in table.splitlines() if ", seed " in line]
+    assert [tuple(cell.strip() for cell in cells) for cells in rows] == [
+        ("dense, seed 2", "dense, seed 1"),
+        ("pair, seed 1", "dense, seed 1"),
+        ("mot, seed 1", "dense, seed 1"),
+        ("mot, seed 2", "dense, seed 2"),
+    ]
+    for seed in (1, 2):
+        text, image, _ = row(table, f"mot, seed {seed}", f"dense, seed {seed}")
+        assert float(text) == pytest.approx(0.5, abs=0.03)
+        assert float(image) == pytest.approx(1, abs=0.05)
+    assert float(row(table, "dense, seed 2", "dense, seed 1")[0]) == pytest.approx(1, abs=0.05)
+    # Two bits above its loss with later tokens, which is what its slope of 2 would be of.
+    assert row(table, "pair, seed 1", "dense, seed 1")[0] == "-"
+
+
 def test_setting_commands_and_plots(compared: Path) -> None:
     text = (compared / "report.md").read_text()
     assert "- Machine: abacus, 2 cores, torch 2, Python 3; at most 2 runs side by side" in text
