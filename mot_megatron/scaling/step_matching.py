@@ -131,14 +131,15 @@ def match_arms(
     for split, modality in _splits_and_modalities([*baseline, *candidate]):
         ours = _Arm.of(baseline, split, modality)
         theirs = _Arm.of(candidate, split, modality)
+        paired = ours.seeds == theirs.seeds
         for axis in axes:
             fit = match_curves(ours.mean(axis), theirs.mean(axis))
             match = Match(
                 name, modality, split, axis,
                 slope=fit.slope,
                 end_point_ratio=fit.end_point_ratio,
-                interval=_bootstrap(ours, theirs, axis),
-                paired=ours.seeds == theirs.seeds,
+                interval=_bootstrap(ours, theirs, axis, paired),
+                paired=paired,
                 range_reached=fit.range_reached,
                 points=len(fit.t),
                 dropped=fit.dropped,
@@ -347,10 +348,12 @@ class _Arm:
         return falling(self.along[axis][runs].mean(axis=0), smoothed)
 
 
-def _bootstrap(baseline: _Arm, candidate: _Arm, axis: Axis) -> tuple[float, float] | None:
+def _bootstrap(
+    baseline: _Arm, candidate: _Arm, axis: Axis, paired: bool
+) -> tuple[float, float] | None:
     """Interval of the slope when the runs are drawn anew, with replacement.
 
-    Together, where both arms have the same seeds; else those of each arm by themselves. None where
+    Together if ``paired``; else those of each arm by themselves. None where
     an arm has a single run, which says nothing about how much runs differ, and where some draw
     reaches no loss of the baseline's, so that it has no slope.
     """
@@ -373,7 +376,7 @@ def _bootstrap(baseline: _Arm, candidate: _Arm, axis: Axis) -> tuple[float, floa
 
     def draw_both() -> tuple[tuple[int, ...], tuple[int, ...]]:
         ours = draw(baseline)
-        return ours, ours if candidate.seeds == baseline.seeds else draw(candidate)
+        return ours, ours if paired else draw(candidate)
 
     slopes = [slope(*draw_both()) for _ in range(RESAMPLES)]
     known = [value for value in slopes if value is not None]
