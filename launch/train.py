@@ -16,9 +16,9 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from mot_megatron.errors import UserError
-from mot_megatron.train.distributed import World, find_world, join_world, works_on_gpus
-from mot_megatron.train.watch import Watch, report_mendable
-from mot_megatron.train.whereabouts import Whereabouts
+from mot_megatron.job.distributed import World, find_world, join_world, works_on_gpus
+from mot_megatron.job.watch import Watch, report_mendable
+from mot_megatron.job.whereabouts import Whereabouts
 
 _ALONE = {
     "RANK": "0",
@@ -76,9 +76,9 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
 
     from mot_megatron.config import load_config
     from mot_megatron.data.corpus import Corpus
+    from mot_megatron.job.hardware import keep_freed_memory
     from mot_megatron.rules import check_device, check_world_size
     from mot_megatron.scaling.placement_table import placement_table
-    from mot_megatron.train.hardware import keep_freed_memory
     from mot_megatron.train.loop import train
     from mot_megatron.train.refusals import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops

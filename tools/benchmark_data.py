@@ -28,7 +28,7 @@ from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader
 from mot_megatron.data.packing import Packing, pack_epoch
 from mot_megatron.data.writer import CorpusWriter
 from mot_megatron.errors import UserError
-from mot_megatron.train.hardware import describe_machine
+from mot_megatron.job.hardware import describe_machine
 
 GOAL_DOCUMENTS_PER_SECOND = 2e6
 GOAL_FRACTION_OF_STEP = 0.02

@@ -37,6 +37,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from mot_megatron.errors import UserError
+from mot_megatron.job.hardware import describe_machine
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.scaling.layer_ranks import RANKS, PairSettings, measure_pair
 from mot_megatron.scaling.layer_variants import (
@@ -48,7 +49,6 @@ from mot_megatron.scaling.layer_variants import (
     profile_difference,
     spread,
 )
-from mot_megatron.train.hardware import describe_machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

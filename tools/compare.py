@@ -43,10 +43,10 @@ def compare(options: argparse.Namespace, command: str) -> Outcome:
     # They import torch and megatron, which takes seconds; --help should not.
     import torch
 
+    from mot_megatron.job.distributed import works_on_gpus
+    from mot_megatron.job.hardware import describe_machine
     from mot_megatron.scaling.comparison import Circumstances, PlannedRun, is_kept, keep, plan_runs
     from mot_megatron.scaling.comparison_runs import Launch, sole_user, train_all
-    from mot_megatron.train.distributed import works_on_gpus
-    from mot_megatron.train.hardware import describe_machine
 
     output: Path = options.output
     runs = plan_runs(

@@ -25,9 +25,9 @@ from types import TracebackType
 from tqdm import tqdm
 
 from mot_megatron.errors import DataError, UserError
+from mot_megatron.job.stop import StopRequest
 from mot_megatron.scaling.comparison import PlannedRun
 from mot_megatron.train.console import WIDTH, duration
-from mot_megatron.train.stop import StopRequest
 
 LOCK_FILE = ".lock"
 _POLL_SECONDS = 0.2

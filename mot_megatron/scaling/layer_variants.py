@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mot_megatron.config import Config, ModelConfig, parse_config
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.modality_shards import ModalityShard
+from mot_megatron.job.hardware import synchronize
 from mot_megatron.model.attention_core import build_attention_core
 from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping
@@ -32,7 +33,6 @@ from mot_megatron.model.routing import RoutingMode, routing_pools
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.parallel.placement import balanced_placement
-from mot_megatron.train.hardware import synchronize
 
 NUM_TOWERS = (2, 3)
 NUM_EXPERTS = 4

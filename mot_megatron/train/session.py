@@ -12,6 +12,7 @@ from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.modality_shards import ModalityShard
+from mot_megatron.job.whereabouts import Whereabouts
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.optim.schedule import LearningRateSchedule
@@ -26,7 +27,6 @@ from mot_megatron.train.placing import (
     place_towers,
     tokens_of_towers,
 )
-from mot_megatron.train.whereabouts import Whereabouts
 
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLIT = "validation"

@@ -10,8 +10,8 @@ from typing import Any
 from mot_megatron.config import Config
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
 from mot_megatron.files import write_whole
+from mot_megatron.job.hardware import device_name
 from mot_megatron.parallel.placement import Placement
-from mot_megatron.train.hardware import device_name
 from mot_megatron.train.session import Session
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut

@@ -15,8 +15,8 @@ import pytest
 from torch.multiprocessing import get_context
 
 from mot_megatron.errors import ConfigError
-from mot_megatron.train import distributed, silence, verdict, watch, watch_hub
-from mot_megatron.train.whereabouts import Phase, Whereabouts
+from mot_megatron.job import distributed, silence, verdict, watch, watch_hub
+from mot_megatron.job.whereabouts import Phase, Whereabouts
 from tests.ranks import ENVIRONMENT, PRELOAD
 
 RANKS = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mot_megatron.train.hardware import keep_freed_memory
+from mot_megatron.job.hardware import keep_freed_memory
 from tests.ranks import run_ranks
 
 BLOCK = 1 << 24

@@ -17,8 +17,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mot_megatron.train.silence import Silence
-from mot_megatron.train.verdict import (
+from mot_megatron.job.silence import Silence
+from mot_megatron.job.verdict import (
     Failure,
     Lines,
     Peer,
@@ -30,7 +30,7 @@ from mot_megatron.train.verdict import (
     hung,
     lost,
 )
-from mot_megatron.train.whereabouts import Phase, Whereabouts
+from mot_megatron.job.whereabouts import Phase, Whereabouts
 
 BEAT_SECONDS = 2.0
 """Between two signs of life."""

@@ -21,9 +21,9 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from mot_megatron.errors import TrainingError, UserError
-from mot_megatron.train.distributed import World
-from mot_megatron.train.silence import Silence
-from mot_megatron.train.verdict import (
+from mot_megatron.job.distributed import World
+from mot_megatron.job.silence import Silence
+from mot_megatron.job.verdict import (
     MENDABLE_STATUS,
     Failure,
     Lines,
@@ -34,8 +34,8 @@ from mot_megatron.train.verdict import (
     hung,
     lost,
 )
-from mot_megatron.train.watch_hub import BEAT_SECONDS, SILENCE_SECONDS, WatchHub
-from mot_megatron.train.whereabouts import Phase, Whereabouts
+from mot_megatron.job.watch_hub import BEAT_SECONDS, SILENCE_SECONDS, WatchHub
+from mot_megatron.job.whereabouts import Phase, Whereabouts
 
 _STORE_KEY = "mot_megatron/watch"
 _CONNECT_SECONDS = 30.0

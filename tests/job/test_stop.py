@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.train.stop import StopRequest
+from mot_megatron.job.stop import StopRequest
 
 # Its terminal closes when it has said that it is ready; then it works on for a while and leaves.
 AT_A_TERMINAL = """
 import fcntl, pathlib, signal, sys, termios, time
-from mot_megatron.train.stop import StopRequest
+from mot_megatron.job.stop import StopRequest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 with StopRequest() as stop:

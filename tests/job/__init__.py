@@ -1,0 +1,1 @@
+"""Tests of the watch over the ranks, of stopping, and of the hardware report."""
