@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from mot_megatron.config import Config, ModalityConfig, load_config
 from mot_megatron.errors import ConfigError, TrainingError, UserError
+from mot_megatron.planning.memory import RankMemory, StateBytes
 from mot_megatron.rules import check_world_size
-from mot_megatron.scaling.memory import RankMemory, StateBytes
 
 # Read when the packages below are imported.
 ENVIRONMENT = {

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from mot_megatron.config import Config, load_config
 from mot_megatron.errors import ConfigError, UserError
-from mot_megatron.scaling.layouts import RECOMPUTE, Plan, legal_layouts, plan
-from mot_megatron.train.placing import tokens_of_towers
+from mot_megatron.planning.layouts import RECOMPUTE, Plan, legal_layouts, plan
+from mot_megatron.planning.placing import tokens_of_towers
 
 GB = 1e9
 LISTED = 40

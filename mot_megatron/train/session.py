@@ -20,13 +20,13 @@ from mot_megatron.optim.settings import OptimizerSettings
 from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from mot_megatron.parallel.placement import Placement
-from mot_megatron.train.pipeline import Pipeline
-from mot_megatron.train.placing import (
+from mot_megatron.planning.placing import (
     check_experts_placed,
     flops_of_towers,
     place_towers,
     tokens_of_towers,
 )
+from mot_megatron.train.pipeline import Pipeline
 
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLIT = "validation"

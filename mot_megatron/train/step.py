@@ -17,8 +17,8 @@ from mot_megatron.job.hardware import synchronize
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.planning.placing import tokens_of_towers
 from mot_megatron.train.counts import GlobalCounts
-from mot_megatron.train.placing import tokens_of_towers
 from mot_megatron.train.session import Session
 
 BITS_PER_NAT = 1 / math.log(2)

@@ -24,7 +24,7 @@ from tests.launch.jobs import (
     rank_process,
     started,
 )
-from tests.train.small_runs import CONFIG, write_corpus
+from tests.small_runs import CONFIG, write_corpus
 
 STEPS = 150
 

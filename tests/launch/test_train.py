@@ -21,7 +21,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[
 
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point
 from tests.launch.jobs import free_port
-from tests.train.small_runs import CONFIG, MODALITIES, write_corpus
+from tests.small_runs import CONFIG, MODALITIES, write_corpus
 
 SCRIPT = "launch/train.py"
 STEPS = 4

@@ -27,7 +27,7 @@ from tests.launch.jobs import (
     rank_process,
     started,
 )
-from tests.train.small_runs import CONFIG, write_corpus
+from tests.small_runs import CONFIG, write_corpus
 
 NODES = ("localhost", "node-b")
 STEPS = 40

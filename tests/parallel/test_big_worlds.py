@@ -17,8 +17,8 @@ from mot_megatron.model.sharding import SHARED
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement, balanced_placement
+from mot_megatron.planning.memory import held_by_rank, mesh_of
 from mot_megatron.rules import check_world_size
-from mot_megatron.scaling.memory import held_by_rank, mesh_of
 from tests.fake_world import fake_world
 from tests.model.small_models import small_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mot_megatron.scaling.comparison import Circumstances, PlannedRun, keep, plan_runs
 from tests.scaling.synthetic_runs import CORPUS, LAST_STEP, Loss, points_of, write_run
-from tests.train.small_runs import CONFIG
+from tests.small_runs import CONFIG
 
 MACHINE = {"cpu": "abacus", "cores": 2, "gpu": None, "torch": "2", "python": "3"}
 MODALITIES = ("text", "image", "speech")

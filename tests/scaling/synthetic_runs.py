@@ -12,7 +12,7 @@ from mot_megatron.config import parse_config
 from mot_megatron.scaling.curves import Curve, RunCurves, RunIdentity, Split
 from mot_megatron.train.metrics import TensorBoardLog
 from mot_megatron.train.state import Progress
-from tests.train.small_runs import CONFIG
+from tests.small_runs import CONFIG
 
 LAST_STEP = 1500
 FLOPS_PER_STEP, TOKENS_PER_STEP = 2e12, 4096

@@ -43,7 +43,7 @@ from tests.scaling.synthetic_runs import (
     write_description,
     write_run,
 )
-from tests.train.small_runs import small_config, write_corpus
+from tests.small_runs import small_config, write_corpus
 
 POINTS = {
     "loss_train/text": {5: 7.1, 10: 6.3, 15: 6.1},

@@ -14,7 +14,7 @@ from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wai
 from tests.scaling.small_comparison import keep_run, plan, write_configs
 from tests.scaling.small_comparison import write_description as write_corpus_toml
 from tests.scaling.synthetic_runs import losses
-from tests.train.small_runs import write_corpus
+from tests.small_runs import write_corpus
 from tools.compare import main
 
 SCRIPT = "tools/compare.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mot_megatron.data.corpus import Corpus
-from tests.train.small_corpus import make_corpus
+from tests.small_corpus import make_corpus
 from tests.train.test_trained import save_step
 from tools.generate import main
 

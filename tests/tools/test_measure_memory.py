@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from mot_megatron.config import load_config
+from mot_megatron.planning.activations import Rows
+from mot_megatron.planning.memory import RankMemory, StateBytes
 from mot_megatron.rules import check
-from mot_megatron.scaling.activations import Rows
-from mot_megatron.scaling.memory import RankMemory, StateBytes
-from tests.train.small_runs import CONFIG, write_corpus
+from tests.small_runs import CONFIG, write_corpus
 from tools.measure_memory import main, text, worlds_of
 
 # A model whose layers, not its vocabulary, hold most of the weights: 3.8 of 4.3 M elements.

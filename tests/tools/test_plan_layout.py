@@ -10,10 +10,10 @@ import pytest
 
 from mot_megatron.config import load_config
 from mot_megatron.errors import ConfigError
+from mot_megatron.planning.layouts import legal_layouts, plan
+from mot_megatron.planning.memory import state_bytes
 from mot_megatron.rules import check, check_world_size
-from mot_megatron.scaling.layouts import legal_layouts, plan
-from mot_megatron.scaling.memory import state_bytes
-from tests.train.small_runs import CONFIG, write_corpus
+from tests.small_runs import CONFIG, write_corpus
 from tools.plan_layout import main
 
 VOCABULARY = "model.vocab_size=1024"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.small_runs import write_corpus
+from tests.small_runs import write_corpus
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from mot_megatron.model.sharding import ParameterLayout, parts_of
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.step import evaluate, train_step
 from tests.ranks import run_ranks
-from tests.train.small_runs import small_config
+from tests.small_runs import small_config
 
 STEPS = 5
 # fp32 sums in another order: about 1e-7 relative per step, amplified by Adam over five steps.

@@ -23,7 +23,7 @@ from mot_megatron.train.session import build_groups, build_session, grouping_pla
 from tests.model.algorithm_one import AlgorithmOne
 from tests.model.small_models import modality_of_id, random_tokens, single_rank_model, small_config
 from tests.ranks import run_ranks
-from tests.train.small_corpus import (
+from tests.small_corpus import (
     BOA,
     BOI,
     BOS,

@@ -15,7 +15,7 @@ from mot_megatron.data.loader import DataShard, evaluation_batches
 from mot_megatron.train.label_kinds import KINDS, held_out_by_kind, kind_of_id
 from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.trained import TrainedModel, load_trained_model
-from tests.train.small_corpus import make_corpus
+from tests.small_corpus import make_corpus
 from tests.train.test_trained import save_step
 from tools.evaluate import main
 

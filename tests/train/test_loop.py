@@ -18,7 +18,7 @@ from mot_megatron.train import loop
 from mot_megatron.train.session import resolve_config
 from mot_megatron.train.step import StepResult
 from tests.ranks import run_ranks
-from tests.train.small_runs import small_config, write_corpus
+from tests.small_runs import small_config, write_corpus
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 

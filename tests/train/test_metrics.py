@@ -18,7 +18,7 @@ from mot_megatron.train.metrics import PIXELS_PER_PIXEL, TensorBoardLog
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut, StepSeconds
 from tests.ranks import run_ranks
-from tests.train.small_corpus import make_config, make_corpus
+from tests.small_corpus import make_config, make_corpus
 
 MODALITIES, TOWERS = ("text", "image"), ("only",)
 EVERYTHING = {"scalars": 0, "images": 0, "audio": 0, "tensors": 0}

@@ -18,7 +18,7 @@ from mot_megatron.train import loop
 from mot_megatron.train.session import Session, build_groups, resolve_config
 from mot_megatron.train.step import StepResult
 from tests.ranks import run_ranks
-from tests.train.small_runs import small_config, write_corpus
+from tests.small_runs import small_config, write_corpus
 
 STEPS = 20
 SAVED = 7

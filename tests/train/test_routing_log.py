@@ -20,9 +20,9 @@ from mot_megatron.train.loop import train
 from mot_megatron.train.routing_heat_map import draw_heat_map
 from mot_megatron.train.routing_log import RoutingLog, expert_charts, layer_scalars
 from mot_megatron.train.session import build_groups, resolve_config
+from tests import small_runs
 from tests.model.small_models import random_tokens, single_rank_model, small_config
 from tests.ranks import run_ranks
-from tests.train import small_runs
 
 TOWERS = {"text": "text", "image": "other", "speech": "other"}
 TEXT = "model.towers.text.experts={num_moe_experts=4,causal_router=true,capacity_factor=1.0}"

@@ -19,7 +19,7 @@ from mot_megatron.train.session import build_groups, build_session, resolve_conf
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
 from mot_megatron.train.step import train_step
 from tests.ranks import run_ranks
-from tests.train.small_runs import small_config, write_corpus
+from tests.small_runs import small_config, write_corpus
 
 BROKEN = "layers.1.feed_forward.towers.2.down.linear.weight"
 

@@ -16,8 +16,7 @@ from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut
 from mot_megatron.train.summary import layout, write_summary
 from tests.ranks import run_ranks
-
-from .small_runs import CONFIG, small_config, write_corpus
+from tests.small_runs import CONFIG, small_config, write_corpus
 
 
 def config_of(*overrides: str) -> Config:

@@ -18,7 +18,7 @@ from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.state import checkpoint_directory
 from mot_megatron.train.trained import load_trained_model
-from tests.train.small_corpus import make_config, make_corpus
+from tests.small_corpus import make_config, make_corpus
 from tools.generate import main
 
 CPU = torch.device("cpu")

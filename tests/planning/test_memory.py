@@ -14,15 +14,15 @@ from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.mesh import Mesh
+from mot_megatron.planning.activations import activation_bytes
+from mot_megatron.planning.layouts import plan
+from mot_megatron.planning.memory import RankMemory, StateBytes, state_bytes
+from mot_megatron.planning.placing import tokens_of_towers
 from mot_megatron.rules import check_world_size
-from mot_megatron.scaling.activations import activation_bytes
-from mot_megatron.scaling.layouts import plan
 from mot_megatron.scaling.measure import measure_step
-from mot_megatron.scaling.memory import RankMemory, StateBytes, state_bytes
-from mot_megatron.train.placing import tokens_of_towers
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from tests.ranks import run_ranks
-from tests.train.small_runs import small_config, write_corpus
+from tests.small_runs import small_config, write_corpus
 
 # Sizes that no number of ranks divides, so that every buffer is padded.
 ODD = ["model.hidden_size=30", "model.num_attention_heads=3", "model.num_query_groups=1",

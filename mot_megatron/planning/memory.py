@@ -22,7 +22,7 @@ from mot_megatron.model.inventory import HeldParameter, held_parameters
 from mot_megatron.model.sharding import SHARED
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
-from mot_megatron.scaling.activations import Rows
+from mot_megatron.planning.activations import Rows
 
 FP32 = 4
 _COPIES = 3

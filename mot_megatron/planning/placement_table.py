@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mot_megatron.config import Config
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
-from mot_megatron.scaling.memory import StateBytes, held_by_rank, state_bytes
+from mot_megatron.planning.memory import StateBytes, held_by_rank, state_bytes
 
 _HEADER = (
     f"{'rank':>4}  {'towers (share of their tokens)':<38} {'FLOPs':>6} {'parameters':>11}"

@@ -12,10 +12,10 @@ from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.errors import ConfigError
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
+from mot_megatron.planning.activations import Device, Rows, activation_bytes
+from mot_megatron.planning.memory import StateBytes, mesh_of, state_bytes
+from mot_megatron.planning.placing import check_experts_placed, place_towers
 from mot_megatron.rules import check, check_world_size
-from mot_megatron.scaling.activations import Device, Rows, activation_bytes
-from mot_megatron.scaling.memory import StateBytes, mesh_of, state_bytes
-from mot_megatron.train.placing import check_experts_placed, place_towers
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")

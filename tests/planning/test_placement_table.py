@@ -5,8 +5,8 @@ from __future__ import annotations
 from mot_megatron.config import parse_config
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement, balanced_placement
-from mot_megatron.scaling.placement_table import placement_table
-from tests.train.small_runs import CONFIG
+from mot_megatron.planning.placement_table import placement_table
+from tests.small_runs import CONFIG
 
 SETTINGS = ["model.vocab_size=256", "parallel.modality_parallel_size=2"]
 

@@ -7,14 +7,13 @@ import pytest
 from mot_megatron.config import Config, parse_config
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.flops import step_flops
-from mot_megatron.train.placing import (
+from mot_megatron.planning.placing import (
     check_experts_placed,
     flops_of_towers,
     place_towers,
     tokens_of_towers,
 )
-
-from .small_runs import CONFIG
+from tests.small_runs import CONFIG
 
 MP2 = "parallel.modality_parallel_size=2"
 

@@ -1,4 +1,4 @@
-"""A small corpus and a small configuration that the tests of training share."""
+"""A small corpus and a small configuration that the tests share."""
 
 from __future__ import annotations
 

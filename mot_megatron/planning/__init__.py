@@ -1,0 +1,1 @@
+"""What a layout needs: memory, legal layouts, and which rank holds which tower."""

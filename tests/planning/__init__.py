@@ -1,0 +1,1 @@
+"""Tests of memory plans and of the placement of towers."""
