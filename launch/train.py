@@ -79,7 +79,7 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
     from mot_megatron.job.hardware import keep_freed_memory
     from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device, check_world_size
-    from mot_megatron.train.loop import train
+    from mot_megatron.run.loop import train
     from mot_megatron.train.refusals import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 

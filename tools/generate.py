@@ -20,8 +20,8 @@ if not torch.cuda.is_available():
 from mot_megatron.config import ModelConfig
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.errors import DataError, UserError
-from mot_megatron.train.generate import Generator
-from mot_megatron.train.sampling import SamplingSettings
+from mot_megatron.generation.generate import Generator
+from mot_megatron.generation.sampling import SamplingSettings
 from mot_megatron.train.trained import load_trained_model
 
 

@@ -21,6 +21,7 @@ from mot_megatron.config import Config, NonNegativeInt, differing_keys, load_con
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError, Location, first_problem
 from mot_megatron.files import write_whole
+from mot_megatron.run.summary import SUMMARY_FILE, has_summary
 from mot_megatron.scaling.curves import (
     RunCurves,
     read_csv,
@@ -31,7 +32,6 @@ from mot_megatron.scaling.curves import (
     write_csv,
 )
 from mot_megatron.scaling.step_matching import LEAST_POINTS
-from mot_megatron.train.summary import SUMMARY_FILE, has_summary
 
 BASE_FILE = "base.toml"
 EXPERIMENT_FILE = "experiment.toml"

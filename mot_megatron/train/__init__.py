@@ -1,1 +1,1 @@
-"""Composition, training step, training loop, metrics, evaluation and generation."""
+"""A session, its training step and pipeline, its state; models trained before."""

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError, UserError
 from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.run.loop import train
+from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.scaling.curves import (
     RunCurves,
     Split,
@@ -28,8 +30,6 @@ from mot_megatron.scaling.curves import (
     warnings,
     write_csv,
 )
-from mot_megatron.train.loop import train
-from mot_megatron.train.metrics import TensorBoardLog
 from mot_megatron.train.session import resolve_config
 from mot_megatron.train.state import Progress
 from tests.ranks import run_ranks

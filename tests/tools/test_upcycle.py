@@ -24,8 +24,8 @@ from mot_megatron.train.session import resolve_config
 from mot_megatron.train.state import STATE_KINDS, checkpoint_directory
 from tests.model.small_models import vary_norm_weights
 from tests.ranks import run_ranks
+from tests.run.test_resume import run_training
 from tests.small_runs import CONFIG, small_config, write_corpus
-from tests.train.test_resume import run_training
 from tools.upcycle import main
 
 DENSE = [f"model.modalities.{name}.tower=one" for name in ("text", "image", "speech")]

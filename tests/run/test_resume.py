@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.sharding import ParameterLayout, layout_of
-from mot_megatron.train import loop
+from mot_megatron.run import loop
 from mot_megatron.train.session import Session, build_groups, resolve_config
 from mot_megatron.train.step import StepResult
 from tests.ranks import run_ranks

@@ -14,11 +14,11 @@ from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader
 from mot_megatron.errors import ConfigError, DataError
+from mot_megatron.generation.generate import Decoder, Generator
+from mot_megatron.generation.sampling import SamplingSettings
+from mot_megatron.generation.segments import SegmentRules, held_out_prompt
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_process_groups, build_single_process_groups
-from mot_megatron.train.generate import Decoder, Generator
-from mot_megatron.train.sampling import SamplingSettings
-from mot_megatron.train.segments import SegmentRules, held_out_prompt
 from mot_megatron.train.session import build_groups, build_session, grouping_plan
 from tests.model.algorithm_one import AlgorithmOne
 from tests.model.small_models import modality_of_id, random_tokens, single_rank_model, small_config

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.run.loop import train
+from mot_megatron.run.metrics import PIXELS_PER_PIXEL, TensorBoardLog
 from mot_megatron.train.interval import Interval
-from mot_megatron.train.loop import train
-from mot_megatron.train.metrics import PIXELS_PER_PIXEL, TensorBoardLog
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut, StepSeconds
 from tests.ranks import run_ranks

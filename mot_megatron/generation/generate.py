@@ -27,12 +27,12 @@ from mot_megatron.data.codebooks import Codec, load_codec
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError
+from mot_megatron.generation.kv_cache import KeyValueCache
+from mot_megatron.generation.sampling import SamplingSettings, choose_tokens, draw_uniforms
+from mot_megatron.generation.segments import PromptWriter, SegmentRules, held_out_prompt
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import check_can_be_causal
 from mot_megatron.parallel.groups import ProcessGroups
-from mot_megatron.train.kv_cache import KeyValueCache
-from mot_megatron.train.sampling import SamplingSettings, choose_tokens, draw_uniforms
-from mot_megatron.train.segments import PromptWriter, SegmentRules, held_out_prompt
 
 
 class Decoder:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from mot_megatron.config import ExpertsConfig, ModelConfig
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import Router, RoutingStatistics
-from mot_megatron.train.metrics import Charts, TensorBoardLog
-from mot_megatron.train.routing_heat_map import draw_heat_map
+from mot_megatron.run.metrics import Charts, TensorBoardLog
+from mot_megatron.run.routing_heat_map import draw_heat_map
 
 _NAMES = RoutingStatistics.NAMES
 

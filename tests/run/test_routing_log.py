@@ -16,9 +16,9 @@ from mot_megatron.config import ExpertsConfig
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import Router, RoutingPool, RoutingStatistics
-from mot_megatron.train.loop import train
-from mot_megatron.train.routing_heat_map import draw_heat_map
-from mot_megatron.train.routing_log import RoutingLog, expert_charts, layer_scalars
+from mot_megatron.run.loop import train
+from mot_megatron.run.routing_heat_map import draw_heat_map
+from mot_megatron.run.routing_log import RoutingLog, expert_charts, layer_scalars
 from mot_megatron.train.session import build_groups, resolve_config
 from tests import small_runs
 from tests.model.small_models import random_tokens, single_rank_model, small_config

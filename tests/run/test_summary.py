@@ -11,10 +11,10 @@ import torch
 from mot_megatron.config import Config, parse_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.parallel.placement import Placement
+from mot_megatron.run.summary import layout, write_summary
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut
-from mot_megatron.train.summary import layout, write_summary
 from tests.ranks import run_ranks
 from tests.small_runs import CONFIG, small_config, write_corpus
 

@@ -22,15 +22,15 @@ from mot_megatron.job.stop import StopRequest
 from mot_megatron.job.whereabouts import Whereabouts
 from mot_megatron.model.flops import count_parameters, step_flops
 from mot_megatron.parallel.groups import ProcessGroups
-from mot_megatron.train.console import Console
+from mot_megatron.run.console import Console
+from mot_megatron.run.metrics import TensorBoardLog
+from mot_megatron.run.routing_log import RoutingLog, expert_charts
+from mot_megatron.run.samples import log_samples
+from mot_megatron.run.summary import has_summary, write_summary
 from mot_megatron.train.interval import Interval
-from mot_megatron.train.metrics import TensorBoardLog
-from mot_megatron.train.routing_log import RoutingLog, expert_charts
-from mot_megatron.train.samples import log_samples
 from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
-from mot_megatron.train.summary import has_summary, write_summary
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from mot_megatron.train.generate import Generator
-from mot_megatron.train.metrics import TensorBoardLog
-from mot_megatron.train.sampling import SamplingSettings
+from mot_megatron.generation.generate import Generator
+from mot_megatron.generation.sampling import SamplingSettings
+from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.session import HELD_OUT_SPLIT, Session
 
 _DOCUMENTS = 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mot_megatron.errors import ConfigError, TrainingError
-from mot_megatron.train.sampling import SamplingSettings, choose_tokens, draw_uniforms
+from mot_megatron.generation.sampling import SamplingSettings, choose_tokens, draw_uniforms
 
 PROBABILITIES = (0.15, 0.5, 0.05, 0.3)
 DRAWS = 2000

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mot_megatron.optim.norms import StepNorms
-from mot_megatron.train.console import WIDTH, Console, duration
+from mot_megatron.run.console import WIDTH, Console, duration
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.step import HeldOut, StepSeconds
 

@@ -1,0 +1,1 @@
+"""Continuing a prompt into any modality: sampling, legal segments, key-value cache."""
