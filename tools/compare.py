@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mot_megatron.errors import ConfigError, TrainingError, UserError
 
 if TYPE_CHECKING:
-    from mot_megatron.scaling.comparison_runs import Outcome
+    from mot_megatron.compare.runs import Outcome
 
 TRAINER = Path(__file__).resolve().parents[1] / "launch" / "train.py"
 STOPPED = 1
@@ -43,10 +43,10 @@ def compare(options: argparse.Namespace, command: str) -> Outcome:
     # They import torch and megatron, which takes seconds; --help should not.
     import torch
 
+    from mot_megatron.compare.experiment import Circumstances, PlannedRun, is_kept, keep, plan_runs
+    from mot_megatron.compare.runs import Launch, sole_user, train_all
     from mot_megatron.job.distributed import works_on_gpus
     from mot_megatron.job.hardware import describe_machine
-    from mot_megatron.scaling.comparison import Circumstances, PlannedRun, is_kept, keep, plan_runs
-    from mot_megatron.scaling.comparison_runs import Launch, sole_user, train_all
 
     output: Path = options.output
     runs = plan_runs(
@@ -87,8 +87,8 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UserError: it is not enough to compare, or something cannot be read or written.
     """
-    from mot_megatron.scaling.comparison import load_experiment
-    from mot_megatron.scaling.comparison_report import write_report
+    from mot_megatron.compare.experiment import load_experiment
+    from mot_megatron.compare.report import write_report
 
     for path in write_report(load_experiment(options.config_dir), options.output):
         print(f"wrote {path}")

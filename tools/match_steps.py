@@ -16,9 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mot_megatron.errors import DataError, UserError
-from mot_megatron.scaling.comparison_words import at_its_best, number
-from mot_megatron.scaling.curves import (
+from mot_megatron.compare.curves import (
     AXES,
     SPLIT_TITLES,
     Axis,
@@ -29,8 +27,10 @@ from mot_megatron.scaling.curves import (
     read_run,
     warnings,
 )
-from mot_megatron.scaling.match_files import draw_all, write_matches
-from mot_megatron.scaling.step_matching import Match, match_arms, splits_of
+from mot_megatron.compare.match_files import draw_all, write_matches
+from mot_megatron.compare.step_matching import Match, match_arms, splits_of
+from mot_megatron.compare.words import at_its_best, number
+from mot_megatron.errors import DataError, UserError
 
 _AXIS_TITLES: dict[Axis, str] = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
 _HEADER = (

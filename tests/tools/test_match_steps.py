@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mot_megatron.scaling.curves import read_run, write_csv
-from tests.scaling.synthetic_runs import losses, points_of, write_description, write_run
+from mot_megatron.compare.curves import read_run, write_csv
+from tests.compare.synthetic_runs import losses, points_of, write_description, write_run
 from tools.match_steps import main
 
 ARMS = {"dense": 1.0, "mot": 0.5, "moe": 0.8}

@@ -17,12 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mot_megatron.config import Config, NonNegativeInt, differing_keys, load_config
-from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
-from mot_megatron.errors import ConfigError, DataError, Location, first_problem
-from mot_megatron.files import write_whole
-from mot_megatron.run.summary import SUMMARY_FILE, has_summary
-from mot_megatron.scaling.curves import (
+from mot_megatron.compare.curves import (
     RunCurves,
     read_csv,
     read_description,
@@ -31,7 +26,12 @@ from mot_megatron.scaling.curves import (
     token_digests,
     write_csv,
 )
-from mot_megatron.scaling.step_matching import LEAST_POINTS
+from mot_megatron.compare.step_matching import LEAST_POINTS
+from mot_megatron.config import Config, NonNegativeInt, differing_keys, load_config
+from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
+from mot_megatron.errors import ConfigError, DataError, Location, first_problem
+from mot_megatron.files import write_whole
+from mot_megatron.run.summary import SUMMARY_FILE, has_summary
 
 BASE_FILE = "base.toml"
 EXPERIMENT_FILE = "experiment.toml"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mot_megatron.scaling.comparison import Circumstances, PlannedRun, keep, plan_runs
-from tests.scaling.synthetic_runs import CORPUS, LAST_STEP, Loss, points_of, write_run
+from mot_megatron.compare.experiment import Circumstances, PlannedRun, keep, plan_runs
+from tests.compare.synthetic_runs import CORPUS, LAST_STEP, Loss, points_of, write_run
 from tests.small_runs import CONFIG
 
 MACHINE = {"cpu": "abacus", "cores": 2, "gpu": None, "torch": "2", "python": "3"}

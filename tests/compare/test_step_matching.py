@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from mot_megatron.errors import DataError
-from mot_megatron.scaling.curves import Axis, Curve, RunCurves, Split
-from mot_megatron.scaling.step_matching import (
+from mot_megatron.compare.curves import Axis, Curve, RunCurves, Split
+from mot_megatron.compare.step_matching import (
     Falling,
     Match,
     default_window,
@@ -20,7 +19,8 @@ from mot_megatron.scaling.step_matching import (
     smoothed_mean,
     steps_to_match,
 )
-from tests.scaling.synthetic_runs import curves, losses, power_law, seeing_the_future
+from mot_megatron.errors import DataError
+from tests.compare.synthetic_runs import curves, losses, power_law, seeing_the_future
 
 
 def match(

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mot_megatron.compare.experiment import load_experiment
+from mot_megatron.compare.report import honest_matches, write_report
+from mot_megatron.compare.step_matching import Match
+from mot_megatron.compare.words import sentence, tally, verdict
 from mot_megatron.errors import DataError
-from mot_megatron.scaling.comparison import load_experiment
-from mot_megatron.scaling.comparison_report import honest_matches, write_report
-from mot_megatron.scaling.comparison_words import sentence, tally, verdict
-from mot_megatron.scaling.step_matching import Match
-from tests.scaling.small_comparison import keep_run, plan
-from tests.scaling.synthetic_runs import losses, power_law
+from tests.compare.small_comparison import keep_run, plan
+from tests.compare.synthetic_runs import losses, power_law
 
 # Slopes of text and image; dense's speech gets worse from half of its steps on.
 SLOPES = {"dense": (1.0, 1.0), "mot": (0.5, 1.0), "pair": (2.0, 0.8)}
@@ -175,7 +175,7 @@ def test_a_report_needs_curves_and_records_alone(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing takes seconds.
-    monkeypatch.setattr("mot_megatron.scaling.match_files.write_figures", lambda *_: [])
+    monkeypatch.setattr("mot_megatron.compare.match_files.write_figures", lambda *_: [])
     for folder in ("curves", "records"):
         (tmp_path / folder).mkdir()
         for file in (compared / folder).iterdir():
@@ -191,7 +191,7 @@ def test_a_report_needs_curves_and_records_alone(
 def test_an_arm_without_an_honest_loss_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mot_megatron.scaling.comparison_report.draw_all", lambda *_: {})
+    monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
     output = tmp_path / "out"
     for run in plan(tmp_path, seeds=[1]):
         keep_run(run, output, {"text": losses(SLOPES[run.arm][0])})

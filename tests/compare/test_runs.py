@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.errors import DataError
-from mot_megatron.scaling.comparison import PlannedRun
-from mot_megatron.scaling.comparison_runs import (
+from mot_megatron.compare.experiment import PlannedRun
+from mot_megatron.compare.runs import (
     Launch,
     last_error,
     sole_user,
     steps_done,
     train_all,
 )
-from tests.scaling.small_comparison import plan
+from mot_megatron.errors import DataError
+from tests.compare.small_comparison import plan
 
 # Takes its steps at once, unless a file "slow" stands beside it: then it leaves at SIGTERM. With a
 # file "late" it ends at SIGTERM, as a run does whose last step was done already.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mot_megatron.scaling.step_matching import CONFIDENCE_PERCENT, LEAST_POINTS, Match
+from mot_megatron.compare.step_matching import CONFIDENCE_PERCENT, LEAST_POINTS, Match
 
 _RESOLUTION = 0.02
 """How far slopes of noisy curves lie from the true ones; no interval over seeds tells of that."""

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 from torch.utils.tensorboard import SummaryWriter
 
-from mot_megatron.scaling.curves import SPLIT_TITLES, Axis, Curve, RunCurves, Split
-from mot_megatron.scaling.step_matching import Match, smoothed_mean
+from mot_megatron.compare.curves import SPLIT_TITLES, Axis, Curve, RunCurves, Split
+from mot_megatron.compare.step_matching import Match, smoothed_mean
 
 # Okabe and Ito's colours, told apart with any colour vision; the baseline is grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -14,12 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mot_megatron.data.corpus import Corpus
-from mot_megatron.errors import DataError, UserError
-from mot_megatron.parallel.groups import build_process_groups
-from mot_megatron.run.loop import train
-from mot_megatron.run.metrics import TensorBoardLog
-from mot_megatron.scaling.curves import (
+from mot_megatron.compare.curves import (
     RunCurves,
     Split,
     check_comparable,
@@ -30,10 +25,14 @@ from mot_megatron.scaling.curves import (
     warnings,
     write_csv,
 )
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import DataError, UserError
+from mot_megatron.parallel.groups import build_process_groups
+from mot_megatron.run.loop import train
+from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.session import resolve_config
 from mot_megatron.train.state import Progress
-from tests.ranks import run_ranks
-from tests.scaling.synthetic_runs import (
+from tests.compare.synthetic_runs import (
     FLOPS_PER_STEP,
     MODALITIES,
     TOKENS_PER_STEP,
@@ -43,6 +42,7 @@ from tests.scaling.synthetic_runs import (
     write_description,
     write_run,
 )
+from tests.ranks import run_ranks
 from tests.small_runs import small_config, write_corpus
 
 POINTS = {

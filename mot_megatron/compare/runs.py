@@ -24,10 +24,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from mot_megatron.compare.experiment import PlannedRun
 from mot_megatron.errors import DataError, UserError
 from mot_megatron.job.stop import StopRequest
 from mot_megatron.run.console import WIDTH, duration
-from mot_megatron.scaling.comparison import PlannedRun
 
 LOCK_FILE = ".lock"
 _POLL_SECONDS = 0.2

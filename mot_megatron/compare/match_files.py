@@ -8,10 +8,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mot_megatron.compare.curves import Axis, RunCurves
+from mot_megatron.compare.plots import plot_losses, plot_matches, write_figures
+from mot_megatron.compare.step_matching import Match, splits_of
 from mot_megatron.errors import DataError
-from mot_megatron.scaling.curves import Axis, RunCurves
-from mot_megatron.scaling.match_plots import plot_losses, plot_matches, write_figures
-from mot_megatron.scaling.step_matching import Match, splits_of
 
 SLOPES_FILE = "slopes.json"
 

@@ -19,8 +19,7 @@ import numpy as np
 from scipy.signal import savgol_filter
 from sklearn.isotonic import isotonic_regression
 
-from mot_megatron.errors import DataError
-from mot_megatron.scaling.curves import (
+from mot_megatron.compare.curves import (
     AXES,
     SPLITS,
     Axis,
@@ -30,6 +29,7 @@ from mot_megatron.scaling.curves import (
     at_common_steps,
     check_comparable,
 )
+from mot_megatron.errors import DataError
 
 LEAST_POINTS = 5
 """Of a curve; fewer say nothing about its course."""

@@ -7,10 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mot_megatron.config import ModelConfig, OptimizerConfig
-from mot_megatron.errors import DataError
-from mot_megatron.model.flops import active_flops_per_token, count_parameters
-from mot_megatron.scaling.comparison import (
+from mot_megatron.compare.curves import AXES, SPLIT_TITLES, Curve, Split, warnings
+from mot_megatron.compare.experiment import (
     EXPERIMENT_FILE,
     Experiment,
     KeptRun,
@@ -18,10 +16,8 @@ from mot_megatron.scaling.comparison import (
     differing_settings,
     read_kept,
 )
-from mot_megatron.scaling.comparison_words import number, sentence, tally
-from mot_megatron.scaling.curves import AXES, SPLIT_TITLES, Curve, Split, warnings
-from mot_megatron.scaling.match_files import draw_all, write_matches
-from mot_megatron.scaling.step_matching import (
+from mot_megatron.compare.match_files import draw_all, write_matches
+from mot_megatron.compare.step_matching import (
     CONFIDENCE_PERCENT,
     DROPPED_BEGINNING,
     RESAMPLES,
@@ -30,6 +26,10 @@ from mot_megatron.scaling.step_matching import (
     smoothed_mean,
     splits_of,
 )
+from mot_megatron.compare.words import number, sentence, tally
+from mot_megatron.config import ModelConfig, OptimizerConfig
+from mot_megatron.errors import DataError
+from mot_megatron.model.flops import active_flops_per_token, count_parameters
 from mot_megatron.train.session import HELD_OUT_SPLIT
 
 REPORT_FILE = "report.md"

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.errors import ConfigError, DataError
-from mot_megatron.scaling.comparison import (
+from mot_megatron.compare.experiment import (
     Circumstances,
     PlannedRun,
     is_kept,
@@ -16,8 +15,9 @@ from mot_megatron.scaling.comparison import (
     read_kept,
     read_record,
 )
-from tests.scaling.small_comparison import MACHINE, MODALITIES, keep_run, plan
-from tests.scaling.synthetic_runs import CORPUS, Loss, losses
+from mot_megatron.errors import ConfigError, DataError
+from tests.compare.small_comparison import MACHINE, MODALITIES, keep_run, plan
+from tests.compare.synthetic_runs import CORPUS, Loss, losses
 
 LOSSES: dict[str, Loss] = {name: losses(1.0) for name in MODALITIES}
 COMPARE = Path(__file__).parents[2] / "configs" / "compare"

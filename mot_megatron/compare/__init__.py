@@ -1,0 +1,1 @@
+"""The comparison of architectures: loss curves, step matching, trained arms and their report."""
