@@ -36,11 +36,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from mot_megatron.errors import UserError
-from mot_megatron.job.hardware import describe_machine
-from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.scaling.layer_ranks import RANKS, PairSettings, measure_pair
-from mot_megatron.scaling.layer_variants import (
+from mot_megatron.benchmark.layer_ranks import RANKS, PairSettings, measure_pair
+from mot_megatron.benchmark.layer_variants import (
     MIXTURES,
     NUM_TOWERS,
     Benchmark,
@@ -49,6 +46,9 @@ from mot_megatron.scaling.layer_variants import (
     profile_difference,
     spread,
 )
+from mot_megatron.errors import UserError
+from mot_megatron.job.hardware import describe_machine
+from mot_megatron.parallel.groups import build_single_process_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

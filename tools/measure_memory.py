@@ -50,7 +50,7 @@ ENVIRONMENT = {
     "DEEPSPEED_LOG_LEVEL": "error",
     "PYTHONWARNINGS": "ignore",
 }
-PRELOAD = ["mot_megatron.scaling.measure"]
+PRELOAD = ["mot_megatron.benchmark.measure"]
 DENSE = "dense"
 SAME_REPLICAS, SAME_RANKS = "dense_same_replicas", "dense_same_ranks"
 SAME = {
@@ -142,8 +142,8 @@ def measure(world: World, timeout: float) -> list[RankMemory]:
 
 def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     # Here, not above: the process that starts the ranks need not wait for these.
+    from mot_megatron.benchmark.measure import measure_step
     from mot_megatron.data.corpus import Corpus
-    from mot_megatron.scaling.measure import measure_step
     from mot_megatron.train.session import build_groups, build_session, resolve_config
 
     _end_with_parent()

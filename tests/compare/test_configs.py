@@ -11,7 +11,7 @@ import pytest
 from mot_megatron.config import Config, load_config
 from mot_megatron.model.flops import active_flops_per_token, count_parameters, step_flops
 
-COMPARE = Path(__file__).parents[1] / "configs" / "compare"
+COMPARE = Path(__file__).parents[2] / "configs" / "compare"
 ARMS = sorted(
     path.stem for path in COMPARE.glob("*.toml") if path.stem not in ("base", "experiment")
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from mot_megatron.benchmark.measure import measure_step
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.flops import count_parameters
@@ -19,7 +20,6 @@ from mot_megatron.planning.layouts import plan
 from mot_megatron.planning.memory import RankMemory, StateBytes, state_bytes
 from mot_megatron.planning.placing import tokens_of_towers
 from mot_megatron.rules import check_world_size
-from mot_megatron.scaling.measure import measure_step
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from tests.ranks import run_ranks
 from tests.small_runs import small_config, write_corpus

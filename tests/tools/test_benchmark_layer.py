@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mot_megatron.benchmark.layer_variants import MIXTURES, Benchmark, Variant
 from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.scaling.layer_variants import MIXTURES, Benchmark, Variant
 from tests.model.test_flops import grouped_mm_flops
 from tools import benchmark_layer
 

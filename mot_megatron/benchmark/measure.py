@@ -10,10 +10,10 @@ from collections.abc import Container, Iterable
 
 import torch
 
+from mot_megatron.benchmark.saved_tensors import KeptForBackward
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.planning.activations import Rows, activation_bytes
 from mot_megatron.planning.memory import RankMemory, StateBytes
-from mot_megatron.scaling.kept import KeptForBackward
 from mot_megatron.train.session import Session
 
 

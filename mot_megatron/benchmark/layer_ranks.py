@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mot_megatron.benchmark.layer_variants import Benchmark, Variant
 from mot_megatron.model.sharding import tower_of
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import balanced_placement
-from mot_megatron.scaling.layer_variants import Benchmark, Variant
 
 RANKS = 2
 TOWERS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mot_megatron.scaling.kept import KeptForBackward
+from mot_megatron.benchmark.saved_tensors import KeptForBackward
 
 
 def test_storages_count_once_and_until_backward() -> None:

@@ -1,1 +1,0 @@
-"""What layouts cost: measured on this machine's ranks, or told in closed form for any number."""
