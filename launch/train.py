@@ -74,7 +74,7 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
     # missing), the others must hear of it.
     import torch.distributed as dist
 
-    from mot_megatron.config import load_config
+    from mot_megatron.config_files import load_config
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.hardware import keep_freed_memory
     from mot_megatron.planning.placement_table import placement_table

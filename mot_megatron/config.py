@@ -1,21 +1,23 @@
-"""The typed, immutable configuration: TOML files in, overrides by key; rules.py cross-checks.
+"""The typed, immutable configuration: its keys with their types, defaults and meaning.
 
-A field's docstring gives its unit and whose view it is. Unknown keys are errors: a misspelt key
-must never train a different model silently.
+config_files.py reads it from TOML, rules.py checks keys against each other. A field's docstring
+gives its unit and says whether it counts per rank or over all ranks. Unknown keys are errors: a
+misspelt key must never train a different model silently.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mot_megatron.errors import ConfigError, Location, first_problem
-from mot_megatron.rules import VOCABULARY_MULTIPLE, check
+from mot_megatron.errors import ConfigError
+
+VOCABULARY_MULTIPLE = 128
+"""A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -401,147 +403,3 @@ class Config(Section):
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
         return self.training.global_batch_size // self.sequences_per_pass(data_parallel_size)
-
-
-def load_config(paths: Path | Sequence[Path], overrides: list[str] | None = None) -> Config:
-    """Read TOML files, apply ``section.key=value`` overrides and check what they say together.
-
-    Tables of several files merge; other values of a file, arrays too, replace those of files
-    before it.
-
-    Raises:
-        ConfigError: one line that names the file, the key, its value and what is allowed. All
-            files are named if what they say is legal in each and not together.
-    """
-    files = [paths] if isinstance(paths, Path) else paths
-    return _build([(str(path), _parse(_read(path), str(path))) for path in files], overrides)
-
-
-def parse_config(text: str, source: str, overrides: list[str] | None = None) -> Config:
-    """``load_config`` of a text; ``source`` names it in errors."""
-    return _build([(source, _parse(text, source))], overrides)
-
-
-_Tree = dict[str, Any]
-"""A TOML file's tables, or one of them."""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
-def _parse(text: str, source: str) -> _Tree:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not valid TOML: {error}") from error
-
-
-def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> Config:
-    merged: _Tree = {}
-    for _, tree in files:
-        merged = _merge(merged, tree)
-    for override in overrides or []:
-        _apply_override(merged, override)
-    everything = " + ".join(source for source, _ in files)
-    try:
-        config = Config.model_validate(merged)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        named = _source_of(problem["loc"], problem["input"], files) or everything
-        raise ConfigError(f"{named}: {first_problem(error, _keys_at)}") from error
-    check(config, everything)
-    return config
-
-
-def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Of two configurations as trees: dotted keys, and what either says; None for what is absent.
-
-    Those of ``run``, which say what a run is called and not what it does, are left out.
-    """
-    ours, theirs = (
-        {key: value for key, value in _flatten(tree) if not key.startswith("run.")}
-        for tree in (one, other)
-    )
-    return {
-        key: (ours.get(key), theirs.get(key))
-        for key in dict.fromkeys((*ours, *theirs))
-        if ours.get(key) != theirs.get(key)
-    }
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _merge(base: _Tree, tree: _Tree) -> _Tree:
-    """``base`` as ``tree`` overrides it; both stay as they are."""
-    merged = dict(base)
-    for key, value in tree.items():
-        old = merged.get(key)
-        if isinstance(value, dict):
-            value = _merge(old if isinstance(old, dict) else {}, value)
-        merged[key] = value
-    return merged
-
-
-def _source_of(
-    location: Sequence[int | str], value: Any, files: Sequence[tuple[str, _Tree]]
-) -> str | None:
-    """The last file that has ``value`` there; None: no single file says so."""
-    for source, tree in reversed(files):
-        found: Any = tree
-        for part in location:
-            found = found.get(part) if isinstance(found, dict) else None
-        if found is not None and found == value:
-            return source
-    return None
-
-
-def _apply_override(tree: _Tree, override: str) -> None:
-    key, separator, value = override.partition("=")
-    path = key.strip().split(".")
-    if not separator or not all(path):
-        raise ConfigError(f"--set {override}: expected section.key=value")
-    try:
-        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        # A bare word is the string it spells, so that a shell needs no second pair of quotes.
-        parsed = value.strip()
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override}: {part} is a value, not a section")
-    tree[path[-1]] = parsed
-
-
-def _keys_at(location: Location) -> Iterable[str]:
-    return _section_at(location).model_fields
-
-
-_SECTIONS_BY_NAME: dict[str, type[Section]] = {"modalities": ModalityConfig, "towers": TowerConfig}
-
-
-def _section_at(location: Location) -> type[Section]:
-    section: type[Section] = Config
-    named = False
-    for part in location:
-        if section is ModelConfig and part in _SECTIONS_BY_NAME:
-            section = _SECTIONS_BY_NAME[str(part)]
-            named = True
-            continue
-        if named:  # the name of a modality or tower
-            named = False
-            continue
-        # An optional section is a union with None.
-        annotation: Any = section.model_fields[str(part)].annotation
-        section = next(kind for kind in get_args(annotation) or (annotation,) if kind)
-        assert issubclass(section, Section)
-    return section

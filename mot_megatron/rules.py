@@ -6,18 +6,11 @@ Every violation is found before the layout's process groups are made and explain
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, Context
-from typing import TYPE_CHECKING
 
+from mot_megatron.config import VOCABULARY_MULTIPLE, Config, ExpertsConfig
 from mot_megatron.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from mot_megatron.config import Config, ExpertsConfig
-
-VOCABULARY_MULTIPLE = 128
-"""A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
 
 
 def check(config: Config, source: str) -> None:

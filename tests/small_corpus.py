@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mot_megatron.config import Config, parse_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import parse_config
 from mot_megatron.data.codebooks.image import PatchCodec
 from mot_megatron.data.codebooks.speech import UnitCodec
 from mot_megatron.data.codebooks.text import TextCodec, train_text_codebook

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mot_megatron.config import Config, parse_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import parse_config
 from mot_megatron.data.corpus import Modality
 from mot_megatron.data.writer import CorpusWriter
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mot_megatron.config import Config, load_config, parse_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import load_config, parse_config
 from mot_megatron.errors import ConfigError
 
 GOOD = """

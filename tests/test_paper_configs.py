@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.config import Config, load_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import load_config
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.rules import check_world_size
 

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.config import (
-    Config,
-    ExpertsConfig,
-    ModalityConfig,
-    Section,
-    UntiedConfig,
-    load_config,
-)
+from mot_megatron.config import Config, ExpertsConfig, ModalityConfig, Section, UntiedConfig
+from mot_megatron.config_files import load_config
 from mot_megatron.data.corpus import Corpus
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mot_megatron.config import Config, parse_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import parse_config
 from mot_megatron.errors import ConfigError
 from mot_megatron.rules import check_world_size
 

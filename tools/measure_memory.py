@@ -35,7 +35,8 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from tqdm import tqdm
 
-from mot_megatron.config import Config, ModalityConfig, load_config
+from mot_megatron.config import Config, ModalityConfig
+from mot_megatron.config_files import load_config
 from mot_megatron.errors import ConfigError, TrainingError, UserError
 from mot_megatron.planning.memory import RankMemory, StateBytes
 from mot_megatron.rules import check_world_size

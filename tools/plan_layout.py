@@ -32,7 +32,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mot_megatron.config import Config, load_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import load_config
 from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.planning.layouts import RECOMPUTE, Plan, legal_layouts, plan
 from mot_megatron.planning.placing import tokens_of_towers

@@ -37,7 +37,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from mot_megatron.config import load_config
+from mot_megatron.config_files import load_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import ConfigError, UserError
 from mot_megatron.train.session import resolve_config

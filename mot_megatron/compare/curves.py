@@ -24,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from mot_megatron.config import Config, load_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
 from mot_megatron.errors import DataError, first_problem
 from mot_megatron.model.flops import count_parameters

@@ -27,7 +27,8 @@ from mot_megatron.compare.curves import (
     write_csv,
 )
 from mot_megatron.compare.step_matching import LEAST_POINTS
-from mot_megatron.config import Config, NonNegativeInt, differing_keys, load_config
+from mot_megatron.config import Config, NonNegativeInt
+from mot_megatron.config_files import differing_keys, load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError, Location, first_problem
 from mot_megatron.files import write_whole

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.checkpoint.find import CheckpointInfo, read_config_text, resolve_resume
-from mot_megatron.config import Config, differing_keys
+from mot_megatron.config import Config
+from mot_megatron.config_files import differing_keys
 from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import TrainingError

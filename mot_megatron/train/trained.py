@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from mot_megatron.checkpoint import CheckpointInfo, open_checkpoint, read_config_text, read_metadata
-from mot_megatron.config import Config, ParallelConfig, parse_config
+from mot_megatron.config import Config, ParallelConfig
+from mot_megatron.config_files import parse_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.model import MixtureOfTransformers

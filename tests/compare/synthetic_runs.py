@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mot_megatron.compare.curves import Curve, RunCurves, RunIdentity, Split
-from mot_megatron.config import parse_config
+from mot_megatron.config_files import parse_config
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.state import Progress
 from tests.small_runs import CONFIG

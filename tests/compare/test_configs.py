@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.config import Config, load_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import load_config
 from mot_megatron.model.flops import active_flops_per_token, count_parameters, step_flops
 
 COMPARE = Path(__file__).parents[2] / "configs" / "compare"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mot_megatron.config import Config, parse_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import parse_config
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mot_megatron.config import parse_config
+from mot_megatron.config_files import parse_config
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement, balanced_placement
 from mot_megatron.planning.placement_table import placement_table

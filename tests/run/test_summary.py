@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mot_megatron.config import Config, parse_config
+from mot_megatron.config import Config
+from mot_megatron.config_files import parse_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.run.summary import layout, write_summary

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mot_megatron.config import load_config
+from mot_megatron.config_files import load_config
 from mot_megatron.planning.activations import Rows
 from mot_megatron.planning.memory import RankMemory, StateBytes
 from mot_megatron.rules import check

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mot_megatron.config import load_config
+from mot_megatron.config_files import load_config
 from mot_megatron.errors import ConfigError
 from mot_megatron.planning.layouts import legal_layouts, plan
 from mot_megatron.planning.memory import state_bytes
