@@ -17,8 +17,8 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
 
 from mot_megatron.errors import UserError
 from mot_megatron.job.distributed import World, find_world, join_world, works_on_gpus
+from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.watch import Watch, report_mendable
-from mot_megatron.job.whereabouts import Whereabouts
 
 _ALONE = {
     "RANK": "0",
@@ -52,7 +52,7 @@ def main() -> int:
     # A launcher sets these; a process started alone is a world of one.
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
-    where = Whereabouts()
+    progress_report = ProgressReport()
     try:
         world = find_world(
             int(os.environ["RANK"]),
@@ -61,14 +61,16 @@ def main() -> int:
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
         )
-        with Watch(world, where):
-            run(arguments.config, arguments.overrides, world, where)
+        with Watch(world, progress_report):
+            run(arguments.config, arguments.overrides, world, progress_report)
     except UserError as error:
         return report_mendable(error)
     return 0
 
 
-def run(config_paths: list[Path], overrides: list[str], world: World, where: Whereabouts) -> None:
+def run(
+    config_paths: list[Path], overrides: list[str], world: World, progress_report: ProgressReport
+) -> None:
     """Check what can be checked alone, then join the other ranks and train."""
     # Under the watch: these take seconds, and where one of them fails on one node (a package is
     # missing), the others must hear of it.
@@ -80,7 +82,7 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
     from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device, check_world_size
     from mot_megatron.run.loop import train
-    from mot_megatron.train.refusals import check_documents
+    from mot_megatron.train.preflight import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 
     config = load_config(config_paths, overrides)
@@ -96,7 +98,7 @@ def run(config_paths: list[Path], overrides: list[str], world: World, where: Whe
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
-    train(config, corpus, groups, where)
+    train(config, corpus, groups, progress_report)
     # Not after an error: other ranks would fail for the connections that this one closes.
     dist.destroy_process_group()
 

@@ -56,7 +56,7 @@ class DataConfig(Section):
 
 
 class ModalityConfig(Section):
-    """How one modality of the corpus is modelled."""
+    """How one modality of the corpus is modeled."""
 
     tower: str = Field(min_length=1)
     """The set of untied weights its tokens use; modalities that name the same tower share it."""
@@ -247,7 +247,7 @@ class ParallelConfig(Section):
     pipeline_layers: tuple[PositiveInt, ...] | None = None
     """Layers of every piece in the model's order; absent: equally many."""
     modality_parallel_size: PositiveInt = 1
-    """Neighbours inside data parallel that hold the towers together and exchange q, k and v."""
+    """Neighbors inside data parallel that hold the towers together and exchange q, k and v."""
     placement: Literal["auto"] | tuple[dict[str, PositiveFloat], ...] = "auto"
     """Per rank of a modality group, the share of each tower's tokens: {text = 1.0, image = 0.5}."""
     attention_exchange: Literal["sequence", "heads"] = "sequence"

@@ -94,7 +94,7 @@ def _rank(  # the order that start_processes calls with: rank first
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    # What a launcher would set: DeepSpeed reads them even when the world is initialised already.
+    # What a launcher would set: DeepSpeed reads them even when the world is initialized already.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
         "gloo",

@@ -177,7 +177,7 @@ def benchmark_budget(
 
 
 def benchmark_batches(corpus: Corpus, split: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Time reading, labelling and grouping micro-batches, one tower per modality."""
+    """Time reading, labeling and grouping micro-batches, one tower per modality."""
     towers = tuple(range(len(corpus.description.modalities)))
     loader = PackedLoader(
         corpus,

@@ -43,7 +43,13 @@ def compare(options: argparse.Namespace, command: str) -> Outcome:
     # They import torch and megatron, which takes seconds; --help should not.
     import torch
 
-    from mot_megatron.compare.experiment import Circumstances, PlannedRun, is_kept, keep, plan_runs
+    from mot_megatron.compare.experiment import (
+        Circumstances,
+        PlannedRun,
+        is_recorded,
+        plan_runs,
+        record_run,
+    )
     from mot_megatron.compare.runs import Launch, sole_user, train_all
     from mot_megatron.job.distributed import works_on_gpus
     from mot_megatron.job.hardware import describe_machine
@@ -68,10 +74,10 @@ def compare(options: argparse.Namespace, command: str) -> Outcome:
     def on_end(run: PlannedRun) -> None:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         trained_by = shlex.join(["python", *launch.command(run)[1:]])
-        keep(run, output, circumstances, ended=now, command=trained_by)
+        record_run(run, output, circumstances, ended=now, command=trained_by)
 
     with sole_user(output) as lock:
-        ended = [run for run in runs if is_kept(run, output)]
+        ended = [run for run in runs if is_recorded(run, output)]
         for run in runs:
             # A comparison that was killed has no record of what ended last.
             if run not in ended and run.has_ended:

@@ -26,8 +26,8 @@ from mot_megatron.job.hardware import synchronize
 from mot_megatron.model.attention_core import build_attention_core
 from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping
-from mot_megatron.model.initialization import initialise_parameters
-from mot_megatron.model.layer import Flow, Layer
+from mot_megatron.model.initialization import initialize_parameters
+from mot_megatron.model.layer import Layer, LayerInputs
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.routing import RoutingMode, routing_pools
@@ -102,7 +102,7 @@ class IndexedRows:
 
 
 def run_in_sequence_order(
-    layer: Layer, x: torch.Tensor, flow: Flow, rows: MaskedRows | IndexedRows
+    layer: Layer, x: torch.Tensor, layer_inputs: LayerInputs, rows: MaskedRows | IndexedRows
 ) -> torch.Tensor:
     """Our post-norm layer's weights with the stream [t, h] in sequence order throughout."""
     attention = layer.attention
@@ -115,12 +115,14 @@ def run_in_sequence_order(
         for part in qkv
     ]
     queries, keys, values = zip(*split, strict=True)
-    q = flow.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
-    k = flow.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
+    q = layer_inputs.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
+    k = layer_inputs.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
     v = rows.merge(values).flatten(1, 2)
-    mixed = flow.attend(0, q, k, v).flatten(1)
+    mixed = layer_inputs.attend(0, q, k, v).flatten(1)
     x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
-    return x + rows.merge(layer.feed_forward_norm(layer.feed_forward(rows.pick(x), flow.pools)))
+    return x + rows.merge(
+        layer.feed_forward_norm(layer.feed_forward(rows.pick(x), layer_inputs.pools))
+    )
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,11 @@ class Benchmark:
         """Dense first, then the three ways for every number of towers."""
         variants = [self.ours(1, "dense")]
         for num_towers in NUM_TOWERS:
-            ours, flow, towers = self._ours(num_towers, f"mot-{num_towers}")
+            ours, layer_inputs, towers = self._ours(num_towers, f"mot-{num_towers}")
             kinds = {"mask": MaskedRows, "gather-scatter": IndexedRows}
             others = [
                 self._in_sequence_order(
-                    f"{name}-{num_towers}", ours, flow, kind(towers, num_towers)
+                    f"{name}-{num_towers}", ours, layer_inputs, kind(towers, num_towers)
                 )
                 for name, kind in kinds.items()
             ]
@@ -230,12 +232,12 @@ class Benchmark:
 
     def _ours(
         self, num_towers: int, name: str, experts: str | None = None
-    ) -> tuple[Variant, Flow, torch.Tensor]:
+    ) -> tuple[Variant, LayerInputs, torch.Tensor]:
         config = self._config(num_towers, experts)
         towers, batch = self._batch(num_towers)
         batch = batch.to(self.device)
         grouping = Grouping.of(batch)
-        flow = self._flow(config.model, batch, grouping, range(num_towers))
+        layer_inputs = self._layer_inputs(config.model, batch, grouping, range(num_towers))
         layer = self._layer(config, self.groups)
         inputs = tuple(
             part.detach().requires_grad_() for part in grouping.to_towers(self._stream())
@@ -244,10 +246,10 @@ class Benchmark:
             name,
             layer,
             inputs,
-            forward=lambda stream: layer(stream, flow),
+            forward=lambda stream: layer(stream, layer_inputs),
             to_sequence=grouping.to_sequence,
         )
-        return variant, flow, towers.to(self.device)
+        return variant, layer_inputs, towers.to(self.device)
 
     def modality_parallel(
         self, num_towers: int, name: str, exchange: Literal["sequence", "heads"]
@@ -262,7 +264,7 @@ class Benchmark:
         held = self.groups.towers_held(num_towers)
         heads = HeadSlices.of(exchange, self.heads, self.heads, placement.num_ranks)
         exchange_of_group = ModalityExchange.of(heads, held, batch, group)
-        flow = self._flow(config.model, batch, exchange_of_group, held)
+        layer_inputs = self._layer_inputs(config.model, batch, exchange_of_group, held)
         layer = self._layer(config, self.groups)
         rows = [batch.tower_slots[tower] for tower in held]
         stream = self._stream(sum(rows)).split(rows)
@@ -270,7 +272,7 @@ class Benchmark:
             name,
             layer,
             tuple(part.detach().requires_grad_() for part in stream),
-            forward=lambda stream: layer(stream, flow),
+            forward=lambda stream: layer(stream, layer_inputs),
             to_sequence=torch.cat,
         )
 
@@ -278,23 +280,23 @@ class Benchmark:
         linears = ParallelLinears(groups, sequence_parallel=False, dtype=self.dtype)
         routing = RoutingMode((1 / self.tokens,) * config.model.num_towers)
         layer = Layer(config.model, linears, 0, recompute_core=False, routing=routing)
-        initialise_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
+        initialize_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
         return layer.to(device=self.device, dtype=self.dtype)
 
-    def _flow(
+    def _layer_inputs(
         self,
         model: ModelConfig,
         batch: MicroBatch,
         grouping: Grouping | ModalityExchange,
         held: Sequence[int],
-    ) -> Flow:
+    ) -> LayerInputs:
         rotary = RotaryAngles.of(batch.positions, model.head_dim, model.rotary_base, self.dtype)
         filled = batch.filled.split([batch.tower_slots[tower] for tower in held])
         pools = routing_pools(held, filled, batch.tower_filled)
-        return Flow(grouping, rotary, build_attention_core(batch, "auto"), pools)
+        return LayerInputs(grouping, rotary, build_attention_core(batch, "auto"), pools)
 
     def _in_sequence_order(
-        self, name: str, ours: Variant, flow: Flow, rows: MaskedRows | IndexedRows
+        self, name: str, ours: Variant, layer_inputs: LayerInputs, rows: MaskedRows | IndexedRows
     ) -> Variant:
         layer = ours.layer
         assert isinstance(layer, Layer)
@@ -302,7 +304,7 @@ class Benchmark:
             name,
             layer,
             (self._stream().requires_grad_(),),
-            forward=lambda stream: (run_in_sequence_order(layer, stream[0], flow, rows),),
+            forward=lambda stream: (run_in_sequence_order(layer, stream[0], layer_inputs, rows),),
             to_sequence=lambda stream: stream[0],
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable
 
 import torch
 
-from mot_megatron.benchmark.saved_tensors import KeptForBackward
+from mot_megatron.benchmark.saved_tensors import SavedForBackward
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.planning.activations import Rows, activation_bytes
 from mot_megatron.planning.memory import RankMemory, StateBytes
@@ -27,7 +27,7 @@ def measure_step(session: Session) -> RankMemory:
     assert groups.device.type == "cpu"
     accumulation = session.config.accumulation_steps(groups.data_size)
     batches = [session.loader.next_micro_batch() for _ in range(accumulation)]
-    kept = KeptForBackward(model.parameters())
+    kept = SavedForBackward(model.parameters())
     states = [_state(session)]
     with kept.watch():
         if session.pipeline is not None:

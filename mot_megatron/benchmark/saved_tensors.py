@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class KeptForBackward:
+class SavedForBackward:
     """Bytes that are kept now and were kept at most, storages counted once.
 
     Weights are left out, views of them included. What a layer computes and nothing saves is not
@@ -52,7 +52,7 @@ class KeptForBackward:
 class _Kept:
     """A saved tensor, for as long as autograd holds on to it."""
 
-    def __init__(self, tensor: torch.Tensor, counter: KeptForBackward) -> None:
+    def __init__(self, tensor: torch.Tensor, counter: SavedForBackward) -> None:
         self.tensor = tensor.detach()  # with its history it would keep itself alive
         self._counter = counter
         counter.keep(self.tensor.untyped_storage())

@@ -84,7 +84,7 @@ def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
         f"{named.name} is {kept} there and {wanted} here"
         for named in tensors
         if (kept := _kind(stored[named.name].size, stored[named.name].properties.dtype))
-        != (wanted := _kind(named.layout.global_shape, named.tensor.dtype))
+        != (wanted := _kind(named.sharding.global_shape, named.tensor.dtype))
     ]
     if differing:
         raise _of_another_model(_shorten(differing))

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.model.sharding import ParameterSharding
 
 if TYPE_CHECKING:
     from mot_megatron.parallel.groups import ProcessGroups
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 class NamedTensor:
     """This rank's part of one global tensor.
 
-    ``tensor`` may have the parameter's own shape: it is viewed as ``layout.local_shape(...)``. It
+    ``tensor`` may have the parameter's own shape: it is viewed as ``sharding.local_shape(...)``. It
     must be contiguous, hold the same values wherever its tower and stage lie, and without a
     ``shard_dim`` on all tensor-parallel ranks.
     """
 
     name: str
     tensor: torch.Tensor
-    layout: ParameterLayout
+    sharding: ParameterSharding
 
 
 def describe(
@@ -52,20 +52,20 @@ def describe(
     for named in tensors:
         if named.name in described:
             raise ValueError(f"two tensors are named {named.name}")
-        local = named.tensor.detach().view(named.layout.local_shape(size))
-        if groups is None or size == 1 or named.layout.shard_dim is None:
+        local = named.tensor.detach().view(named.sharding.local_shape(size))
+        if groups is None or size == 1 or named.sharding.shard_dim is None:
             described[named.name] = local
             continue
         device = local.device.type
         if device not in meshes:
             meshes[device] = DeviceMesh.from_group(groups.tensor, device)
-        described[named.name] = _sharded(local, named.layout, meshes[device])
+        described[named.name] = _sharded(local, named.sharding, meshes[device])
     return described
 
 
-def _sharded(local: torch.Tensor, layout: ParameterLayout, mesh: DeviceMesh) -> DTensor:
-    assert layout.shard_dim is not None
-    shape = torch.Size(layout.global_shape)
+def _sharded(local: torch.Tensor, sharding: ParameterSharding, mesh: DeviceMesh) -> DTensor:
+    assert sharding.shard_dim is not None
+    shape = torch.Size(sharding.global_shape)
     stride = torch.empty(shape, device="meta").stride()
-    placement = Shard(layout.shard_dim)
+    placement = Shard(sharding.shard_dim)
     return DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)

@@ -134,7 +134,7 @@ class Circumstances:
 
 
 @dataclass(frozen=True)
-class KeptRun:
+class RecordedRun:
     """A run that has ended."""
 
     record: RunRecord
@@ -223,7 +223,7 @@ def plan_runs(
     return runs
 
 
-def is_kept(run: PlannedRun, output: Path) -> bool:
+def is_recorded(run: PlannedRun, output: Path) -> bool:
     """Whether the run has ended and its curves are kept.
 
     Raises:
@@ -243,7 +243,7 @@ def is_kept(run: PlannedRun, output: Path) -> bool:
     return False
 
 
-def keep(
+def record_run(
     run: PlannedRun, output: Path, circumstances: Circumstances, *, ended: str, command: str
 ) -> None:
     """Keep the curves and the record of a run that has ended.
@@ -285,7 +285,7 @@ def keep(
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read what ``keep`` wrote.
+    """Read what ``record_run`` wrote.
 
     Raises:
         DataError: it is damaged.
@@ -296,7 +296,7 @@ def read_record(path: Path) -> RunRecord:
         raise DataError(f"{path}: not a run's record: {first_problem(error)}") from None
 
 
-def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
+def read_records(experiment: Experiment, output: Path) -> dict[str, list[RecordedRun]]:
     """All runs that have ended, by arm in the experiment's order, the baseline's first.
 
     Raises:
@@ -304,7 +304,7 @@ def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
             is of no arm; runs of an arm differ in more than their seed. The line names a file.
     """
     paths = sorted((output / "records").glob("*.json"))
-    found: dict[str, list[KeptRun]] = {name: [] for name in experiment.order}
+    found: dict[str, list[RecordedRun]] = {name: [] for name in experiment.order}
     for path in paths:
         record = read_record(path)
         if record.arm not in found:
@@ -315,17 +315,17 @@ def read_kept(experiment: Experiment, output: Path) -> dict[str, list[KeptRun]]:
                 f"{path}: {next(iter(keys))} is not as in {of_arm[0].curves.source.stem}; runs of"
                 " one arm may differ in their seed only"
             )
-        of_arm.append(KeptRun(record, read_csv(_curves_path(output, path.stem))))
-    kept = {
+        of_arm.append(RecordedRun(record, read_csv(_curves_path(output, path.stem))))
+    records = {
         name: sorted(runs, key=lambda run: run.record.seed) for name, runs in found.items() if runs
     }
-    if experiment.baseline not in kept or len(kept) == 1:
-        has = ", ".join(kept) or "none"
+    if experiment.baseline not in records or len(records) == 1:
+        has = ", ".join(records) or "none"
         raise DataError(
             f"{output}: nothing to compare yet: needed are runs of {experiment.baseline} and of"
             f" another arm that have ended; there are: {has}"
         )
-    return kept
+    return records
 
 
 def differing_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:

@@ -20,10 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from mot_megatron.compare.curves import SPLIT_TITLES, Axis, Curve, RunCurves, Split
 from mot_megatron.compare.step_matching import Match, smoothed_mean
 
-# Okabe and Ito's colours, told apart with any colour vision; the baseline is grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, told apart with any color vision; the baseline is grey.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINE_STYLES = ("-", (0, (6, 1, 1, 1)), (0, (1, 1)))
-_BASELINE_COLOUR = "#4D4D4D"
+_BASELINE_COLOR = "#4D4D4D"
 _AXIS_TITLES: dict[Axis, str] = {
     "steps": "steps",
     "flops": "FLOPs",
@@ -61,7 +61,7 @@ def plot_matches(
         baseline: Its name.
     """
     drawn = [match for match in matches if (match.split, match.axis) == (split, axis)]
-    # Of all arms, so that each has the same colour in every plot.
+    # Of all arms, so that each has the same color in every plot.
     styles = _styles(list(dict.fromkeys(match.arm for match in matches)))
     modalities = list(dict.fromkeys(match.modality for match in drawn))
     num_arms = len({match.arm for match in drawn})
@@ -73,7 +73,7 @@ def plot_matches(
     for panel, modality in zip(panels, modalities, strict=True):
         of_panel = [match for match in drawn if match.modality == modality]
         end = max(match.baseline_end for match in of_panel)
-        panel.plot([0, end], [0, end], "--", color=_BASELINE_COLOUR, lw=1.3, label=f"{baseline}: 1")
+        panel.plot([0, end], [0, end], "--", color=_BASELINE_COLOR, lw=1.3, label=f"{baseline}: 1")
         for match in of_panel:
             # Areas lie over each other: the more arms, the lighter each.
             _draw_match(panel, match, styles[match.arm], area=_AREA_ALPHA / len(of_panel))
@@ -114,7 +114,7 @@ def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Fig
         modalities, SPLIT_TITLES[split].capitalize(), legend_lines=-(-len(arms) // columns)
     )
     baseline, *others = arms
-    styles = {baseline: {"color": _BASELINE_COLOUR, "ls": "-"}, **_styles(others)}
+    styles = {baseline: {"color": _BASELINE_COLOR, "ls": "-"}, **_styles(others)}
     for panel, modality in zip(panels, modalities, strict=True):
         lows, highs = [], []
         for name, runs in arms.items():
@@ -159,11 +159,11 @@ def write_figures(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
 
 
 def _styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each arm's colour and line; lines change where colours begin anew."""
+    """Each arm's color and line; lines change where colors begin anew."""
     return {
         arm: {
-            "color": _COLOURS[number % len(_COLOURS)],
-            "ls": _LINE_STYLES[number // len(_COLOURS) % len(_LINE_STYLES)],
+            "color": _COLORS[number % len(_COLORS)],
+            "ls": _LINE_STYLES[number // len(_COLORS) % len(_LINE_STYLES)],
         }
         for number, arm in enumerate(arms)
     }

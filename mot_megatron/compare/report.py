@@ -11,10 +11,10 @@ from mot_megatron.compare.curves import AXES, SPLIT_TITLES, Curve, Split, warnin
 from mot_megatron.compare.experiment import (
     EXPERIMENT_FILE,
     Experiment,
-    KeptRun,
+    RecordedRun,
     RunRecord,
     differing_settings,
-    read_kept,
+    read_records,
 )
 from mot_megatron.compare.match_files import draw_all, write_matches
 from mot_megatron.compare.step_matching import (
@@ -37,7 +37,7 @@ _ENDING = 0.05
 """Share of the steps whose mean is the training loss at the end."""
 _MARK = "†"
 """Stands beside the name of an arm whose loss saw later tokens."""
-_Arms = Mapping[str, Sequence[KeptRun]]
+_Arms = Mapping[str, Sequence[RecordedRun]]
 
 
 def write_report(experiment: Experiment, output: Path) -> list[Path]:
@@ -49,7 +49,7 @@ def write_report(experiment: Experiment, output: Path) -> list[Path]:
     Raises:
         DataError: there is nothing to compare yet, or a file is damaged or cannot be written.
     """
-    arms = read_kept(experiment, output)
+    arms = read_records(experiment, output)
     baseline = experiment.baseline
     curves = {name: [run.curves for run in runs] for name, runs in arms.items()}
     matches = [
@@ -256,7 +256,7 @@ def _differences(keys: Mapping[str, tuple[object, object]]) -> str:
     return ", ".join(said) or "nowhere"
 
 
-def _seconds_per_step(runs: Sequence[KeptRun]) -> float:
+def _seconds_per_step(runs: Sequence[RecordedRun]) -> float:
     summaries = [run.record.summary for run in runs]
     return statistics.fmean(summary["seconds"] / summary["steps"] for summary in summaries)
 
@@ -305,7 +305,7 @@ def _how_matched() -> list[str]:
     return [
         "For every step t of the baseline, tau is the first at which an arm has reached its loss"
         " there; the slope is sum(t tau) / sum(t²) and below 1 where the arm needs less. Curves"
-        " are means over seeds, smoothed by a centred mean and made monotone by isotonic"
+        " are means over seeds, smoothed by a centered mean and made monotone by isotonic"
         " regression; one that turns and rises keeps its best loss, and of such a baseline only"
         f" the steps up to there are matched. The first {DROPPED_BEGINNING:.0%} are left out, and"
         " so are losses that the arm never reaches: the range reached, a part of the matched"
@@ -477,7 +477,7 @@ def _memorising(arms: _Arms) -> list[str]:
     ]
 
 
-def _mean_curve(runs: Sequence[KeptRun], split: Split, modality: str) -> Curve | None:
+def _mean_curve(runs: Sequence[RecordedRun], split: Split, modality: str) -> Curve | None:
     known = [curve for run in runs if (curve := run.curves.curve(split, modality))]
     return smoothed_mean(known) if known else None
 
@@ -503,7 +503,7 @@ def _modalities(arms: _Arms) -> list[str]:
     return list(next(iter(arms.values()))[0].record.config.model.modalities)
 
 
-def _seeds(runs: Sequence[KeptRun]) -> str:
+def _seeds(runs: Sequence[RecordedRun]) -> str:
     return f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
 
 

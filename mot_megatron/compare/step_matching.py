@@ -2,7 +2,7 @@
 
 For every step t of a baseline, tau(t) is the first step at which a candidate has reached the
 baseline's loss at t; the slope s = sum(t tau) / sum(t^2) is 0.5 for half the steps. Both curves are
-smoothed by a *centred* mean (a trailing one would lag, by more steps the slower a curve falls) and
+smoothed by a *centered* mean (a trailing one would lag, by more steps the slower a curve falls) and
 made monotone by isotonic regression up to their lowest point, behind which a model that overfits
 keeps its best loss. Only the baseline's steps up to its lowest point are matched: what it does
 after its best is no measure of others. The paper names no way of fitting; this is ours.
@@ -165,7 +165,7 @@ def default_window(points: int) -> int:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean; at the beginning its window shrinks, at the end it is a line through the last.
+    """Centered mean; at the beginning its window shrinks, at the end it is a line through the last.
 
     A curve is steep at its beginning and flat at its end. There a shrinking window would come down
     to a single value, and that one's noise would decide which loss is the best.

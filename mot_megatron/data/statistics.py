@@ -1,7 +1,7 @@
 """How predictable a corpus is without a model: held-out entropies of n-gram tables.
 
 A model that learns anything ends below the unigram entropy of each modality; one that uses more
-than its nearest neighbours ends below the entropy given two tokens of context. Tables are counted
+than its nearest neighbors ends below the entropy given two tokens of context. Tables are counted
 on the train split and scored on validation.
 
 Shapes: n tokens of one modality; V ids in its range. The first token of a document has no context

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from mot_megatron.errors import TrainingError, UserError
 from mot_megatron.job.distributed import World
+from mot_megatron.job.progress_report import Phase, ProgressReport
 from mot_megatron.job.silence import Silence
 from mot_megatron.job.verdict import (
     MENDABLE_STATUS,
@@ -35,7 +36,6 @@ from mot_megatron.job.verdict import (
     lost,
 )
 from mot_megatron.job.watch_hub import BEAT_SECONDS, SILENCE_SECONDS, WatchHub
-from mot_megatron.job.whereabouts import Phase, Whereabouts
 
 _STORE_KEY = "mot_megatron/watch"
 _CONNECT_SECONDS = 30.0
@@ -51,18 +51,18 @@ class Watch:
     world is one process. Leaving it normally waits, on rank 0, for all other ranks to leave it.
     """
 
-    def __init__(self, world: World, where: Whereabouts) -> None:
+    def __init__(self, world: World, progress_report: ProgressReport) -> None:
         """Connect to the hub, or open it on rank 0.
 
         Raises:
             TrainingError: rank 0 is gone already.
         """
         self._world = world
-        self._where = where
+        self._progress_report = progress_report
         self._peer = Peer.of_this_process(world.rank)
         self._hub: WatchHub | None = None
         self._hub_peer: Peer | None = None
-        self._hub_phase = where.now
+        self._hub_phase = progress_report.now
         self._traceback = ""
         self._leaving = False
         self._thread: threading.Thread | None = None
@@ -96,7 +96,7 @@ class Watch:
     def _connect(self) -> socket.socket:
         world = self._world
         if world.rank == 0:
-            self._hub = WatchHub(world.address, world.size, self._peer, self._where)
+            self._hub = WatchHub(world.address, world.size, self._peer, self._progress_report)
             world.store.set(_STORE_KEY, json.dumps([self._hub.port, self._hub.token]))
         port, self._token = json.loads(world.store.get(_STORE_KEY))
         try:
@@ -118,13 +118,13 @@ class Watch:
         assert self._thread is not None
         self._thread.join(_VERDICT_SECONDS)
         # The thread ends the process; if it has not, nobody else speaks either.
-        self._end(failed(self._peer, failure, str(self._where.now)))
+        self._end(failed(self._peer, failure, str(self._progress_report.now)))
 
     def _send(self, kind: str, **fields: Any) -> None:
         if kind == "hello":
             fields = {"token": self._token, "peer": asdict(self._peer)}
         else:
-            fields["phase"] = self._where.now
+            fields["phase"] = self._progress_report.now
         with self._sending:
             try:
                 self._connection.sendall(encode(kind, **fields))
@@ -169,7 +169,7 @@ class Watch:
     def _hub_is_lost(self, silent: bool) -> NoReturn:
         # Without a welcome, rank 0 was lost while this rank was greeting it.
         peer = self._hub_peer or Peer(0, self._world.address, 0, "")
-        phase = str(max(self._hub_phase, self._where.now, key=lambda phase: phase.order))
+        phase = str(max(self._hub_phase, self._progress_report.now, key=lambda phase: phase.order))
         reporter = self._world.size - 1
         if silent:
             self._end(hung(peer, phase, SILENCE_SECONDS, reporter))

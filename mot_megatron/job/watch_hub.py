@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mot_megatron.job.progress_report import Phase, ProgressReport
 from mot_megatron.job.silence import Silence
 from mot_megatron.job.verdict import (
     Failure,
@@ -30,7 +31,6 @@ from mot_megatron.job.verdict import (
     hung,
     lost,
 )
-from mot_megatron.job.whereabouts import Phase, Whereabouts
 
 BEAT_SECONDS = 2.0
 """Between two signs of life."""
@@ -60,21 +60,23 @@ class _Client:
     lines: Lines = field(default_factory=Lines)
     peer: Peer | None = None
     """None until it has said who it is."""
-    phase: Phase = field(default_factory=lambda: Whereabouts().now)
+    phase: Phase = field(default_factory=lambda: ProgressReport().now)
     failure: Failure | None = None
 
 
 class WatchHub:
     """Accepts the ranks, passes judgement, tells everybody."""
 
-    def __init__(self, address: str, world_size: int, peer: Peer, where: Whereabouts) -> None:
+    def __init__(
+        self, address: str, world_size: int, peer: Peer, progress_report: ProgressReport
+    ) -> None:
         """Open the meeting point.
 
         Args:
             address: What the others call this machine.
             world_size: Ranks to come.
             peer: This process.
-            where: This process's whereabouts.
+            progress_report: This process's progress report.
         """
         # On every interface, as torch's own store: the name may resolve differently here.
         bound = address if address in _LOOPBACK else ""
@@ -84,7 +86,7 @@ class WatchHub:
         """Keeps strangers out that happen to connect."""
         self._world_size = world_size
         self._peer = peer
-        self._where = where
+        self._progress_report = progress_report
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._clients: dict[int, _Client] = {}
@@ -185,7 +187,7 @@ class WatchHub:
         now = time.monotonic()
         if now - self._last_beat >= BEAT_SECONDS:
             self._last_beat = now
-            self._send_all(encode("beat", phase=self._where.now))
+            self._send_all(encode("beat", phase=self._progress_report.now))
         if len(self._joined) == self._world_size and set(self._clients) <= {0}:
             self._others_left.set()
         silent = self._silence.expired()
@@ -218,7 +220,7 @@ class WatchHub:
 
     def _phase_of(self, client: _Client) -> str:
         """Where a rank got lost: what it said last, or what rank 0 has reached waiting for it."""
-        return str(max(client.phase, self._where.now, key=lambda phase: phase.order))
+        return str(max(client.phase, self._progress_report.now, key=lambda phase: phase.order))
 
     def _judge(self, verdict: Verdict) -> None:
         if self._verdict is None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from mot_megatron.config import ModelConfig
 from mot_megatron.model.routing import Routing, RoutingMode, RoutingPool, router_class
-from mot_megatron.model.sharding import ParameterLayout, mark_experts, set_layout
+from mot_megatron.model.sharding import ParameterSharding, mark_experts, set_sharding
 from mot_megatron.model.towers import ParallelLinears
 
 
@@ -101,8 +101,8 @@ class GroupedExperts(nn.Module):
         self.num_held = len(held)
         self.gate_up = nn.Parameter(torch.empty(self.num_held * 2 * f // tensor_size, h))
         self.down = nn.Parameter(torch.empty(self.num_held * h, f // tensor_size))
-        set_layout(self.gate_up, ParameterLayout((2, f, h), shard_dim=1))
-        set_layout(self.down, ParameterLayout((h, f), shard_dim=1))
+        set_sharding(self.gate_up, ParameterSharding((2, f, h), shard_dim=1))
+        set_sharding(self.down, ParameterSharding((h, f), shard_dim=1))
         mark_experts(self.gate_up, held)
         mark_experts(self.down, held)
 

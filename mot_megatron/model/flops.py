@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a model in closed form, tower by tower.
 
-Only matrix multiplications count, as is usual for model FLOPs utilisation: one multiply-add is two
+Only matrix multiplications count, as is usual for model FLOPs utilization: one multiply-add is two
 operations, and backward costs twice as much as forward. Recomputed activations do not count. Nor do
 causal routers: they learn beside the model, which computes the same without them.
 Letters: h hidden size, d head size, f feed-forward width, L layers, V vocabulary rows, K towers, E

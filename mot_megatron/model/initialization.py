@@ -15,7 +15,7 @@ from torch import nn
 from mot_megatron.model.sharding import parts_of
 
 
-def initialise_parameters(
+def initialize_parameters(
     model: nn.Module, seed: int, std: float, tensor_rank: int, tensor_size: int
 ) -> None:
     """Fill every matrix with normal(0, std) in fp32, cut to this rank; leave vectors as they are.
@@ -24,7 +24,7 @@ def initialise_parameters(
     """
     for name, parameter in model.named_parameters():
         for part in parts_of(name, parameter):
-            shape, shard_dim = part.layout.global_shape, part.layout.shard_dim
+            shape, shard_dim = part.sharding.global_shape, part.sharding.shard_dim
             if len(shape) == 1:
                 continue
             whole = initial_values(part.name, shape, seed, std)

@@ -29,7 +29,7 @@ Stream = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Flow:
+class LayerInputs:
     """What the layers need to know of a micro-batch besides the stream itself."""
 
     grouping: Grouping | ModalityExchange
@@ -72,20 +72,20 @@ class Attention(nn.Module):
             untied.output_projection,
         )
 
-    def forward(self, stream: Stream, flow: Flow) -> Stream:
+    def forward(self, stream: Stream, layer_inputs: LayerInputs) -> Stream:
         """K x [g_k, h] -> K x [g_k, h]."""
         queries, keys, values = zip(*map(self._split, self.qkv(stream)), strict=True)
         parts = (self.q_norm(queries), self.k_norm(keys), values)
-        q, k, v = flow.grouping.to_attention(*(_merge_groups(slices) for slices in parts))
+        q, k, v = layer_inputs.grouping.to_attention(*(_merge_groups(slices) for slices in parts))
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor]:
-            rotate = flow.rotary.rotate
-            return (flow.attend(self.index, rotate(q), rotate(k), v),)
+            rotate = layer_inputs.rotary.rotate
+            return (layer_inputs.attend(self.index, rotate(q), rotate(k), v),)
 
         # The exchange stays outside: computed again, its collectives would run again.
         recompute = self.recompute_core and torch.is_grad_enabled()
         (mixed,) = _recomputed(attend, (q, k, v)) if recompute else attend(q, k, v)
-        return self.output_projection(flow.grouping.from_attention(mixed))
+        return self.output_projection(layer_inputs.grouping.from_attention(mixed))
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[g_k, groups / tp * width * d] -> [g_k, groups / tp, width of q, k or v, d] of each."""
@@ -146,20 +146,24 @@ class Layer(nn.Module):
         self.feed_forward_norm = PerTower(norm, towers, untied.norms)
         self.post_norm = config.norm_placement == "post"
 
-    def forward(self, stream: Stream, flow: Flow) -> Stream:
+    def forward(self, stream: Stream, layer_inputs: LayerInputs) -> Stream:
         """K x [g_k, h] -> K x [g_k, h]."""
         if self.post_norm:
-            stream = _add(stream, self.attention_norm(self.attention(stream, flow)))
-            return _add(stream, self.feed_forward_norm(self.feed_forward(stream, flow.pools)))
-        stream = _add(stream, self.attention(self.attention_norm(stream), flow))
-        return _add(stream, self.feed_forward(self.feed_forward_norm(stream), flow.pools))
+            stream = _add(stream, self.attention_norm(self.attention(stream, layer_inputs)))
+            return _add(
+                stream, self.feed_forward_norm(self.feed_forward(stream, layer_inputs.pools))
+            )
+        stream = _add(stream, self.attention(self.attention_norm(stream), layer_inputs))
+        return _add(stream, self.feed_forward(self.feed_forward_norm(stream), layer_inputs.pools))
 
 
-def run_layer(layer: nn.Module, stream: Stream, flow: Flow, recompute: bool) -> Stream:
-    """``layer(stream, flow)``, keeping only its input for backward if ``recompute``."""
+def run_layer(
+    layer: nn.Module, stream: Stream, layer_inputs: LayerInputs, recompute: bool
+) -> Stream:
+    """``layer(stream, layer_inputs)``, keeping only its input for backward if ``recompute``."""
     if recompute and torch.is_grad_enabled():
-        return _recomputed(lambda *slices: layer(slices, flow), stream)
-    return layer(stream, flow)
+        return _recomputed(lambda *slices: layer(slices, layer_inputs), stream)
+    return layer(stream, layer_inputs)
 
 
 def _add(stream: Stream, update: Stream) -> Stream:

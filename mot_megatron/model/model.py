@@ -17,8 +17,8 @@ from mot_megatron.config import Config
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
 from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping, rank_major
-from mot_megatron.model.initialization import initialise_parameters
-from mot_megatron.model.layer import Flow, Layer, Stream, run_layer
+from mot_megatron.model.initialization import initialize_parameters
+from mot_megatron.model.layer import Layer, LayerInputs, Stream, run_layer
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import sum_losses, token_losses
@@ -33,11 +33,11 @@ from mot_megatron.model.routing import (
 )
 from mot_megatron.model.sharding import (
     SHARED,
-    ParameterLayout,
-    layout_of,
+    ParameterSharding,
     mark_replica,
     mark_tower,
-    set_layout,
+    set_sharding,
+    sharding_of,
 )
 from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
@@ -58,7 +58,7 @@ class Embedding(nn.Module):
             config=linears.megatron_config,
             tp_group=linears.groups.tensor,
         )
-        set_layout(self.lookup.weight, ParameterLayout((num_rows, hidden_size), shard_dim=0))
+        set_sharding(self.lookup.weight, ParameterSharding((num_rows, hidden_size), shard_dim=0))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[g] -> [g, h] (sequence parallel: this rank's [g / tp, h]).
@@ -89,7 +89,9 @@ class Head(nn.Module):
             tp_group=linears.groups.tensor,
         )
         if own_weight:
-            set_layout(self.linear.weight, ParameterLayout((num_rows, hidden_size), shard_dim=0))
+            set_sharding(
+                self.linear.weight, ParameterSharding((num_rows, hidden_size), shard_dim=0)
+            )
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """[g, h] (sequence parallel: [g / tp, h]) -> logits [g, V / tp]."""
@@ -99,7 +101,7 @@ class Head(nn.Module):
 class MixtureOfTransformers(nn.Module):
     """The part of the model that one rank holds: its towers, its stage, its share of matrices.
 
-    Every parameter carries ``shard_layout`` (its place in the global tensor), ``tower`` (an index,
+    Every parameter carries ``sharding`` (its place in the global tensor), ``tower`` (an index,
     or -1 for shared) and megatron's ``tensor_model_parallel``.
     """
 
@@ -137,9 +139,9 @@ class MixtureOfTransformers(nn.Module):
         if self.pieces[-1].last:
             self._add_end(linears)
         for parameter in self.parameters():
-            sharded = layout_of(parameter).shard_dim is not None
+            sharded = sharding_of(parameter).shard_dim is not None
             parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
-        initialise_parameters(
+        initialize_parameters(
             self, config.run.seed, model.init_std, groups.tensor_rank, groups.tensor_size
         )
         self.to(dtype=dtype, device=groups.device)
@@ -228,14 +230,18 @@ class MixtureOfTransformers(nn.Module):
             self.routing.use = None
 
     def run_piece(
-        self, piece: Piece, micro_batch: MicroBatch, flow: Flow, arrived: torch.Tensor | None
+        self,
+        piece: Piece,
+        micro_batch: MicroBatch,
+        layer_inputs: LayerInputs,
+        arrived: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         """One piece of the pipeline, on a micro-batch that lies on the model's device.
 
         Args:
             piece: Of ``pieces``.
             micro_batch: The same on all stages.
-            flow: Of the micro-batch; all pieces of a stage can use one.
+            layer_inputs: Of the micro-batch; all pieces of a stage can use one.
             arrived: [g, h] (sequence parallel: [g / tp, h]), what the piece before returned; None
                 for the first.
 
@@ -243,7 +249,7 @@ class MixtureOfTransformers(nn.Module):
             The stream [g, h] for the next piece, or from the last what ``forward`` returns.
         """
         stream = self._embed(micro_batch) if arrived is None else self._cut(arrived, micro_batch)
-        stream = self._run_layers(piece.layers, stream, flow)
+        stream = self._run_layers(piece.layers, stream, layer_inputs)
         return self._losses(stream, micro_batch) if piece.last else (torch.cat(stream),)
 
     def logits(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> torch.Tensor:
@@ -270,8 +276,8 @@ class MixtureOfTransformers(nn.Module):
     def hidden_states(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Stream:
         """The stream after the last layer, before the final norm: K x [g_k, h]."""
         stream = self._embed(micro_batch)
-        flow = self.flow(micro_batch, attend)
-        return self._run_layers(range(self.config.num_layers), stream, flow)
+        layer_inputs = self.layer_inputs(micro_batch, attend)
+        return self._run_layers(range(self.config.num_layers), stream, layer_inputs)
 
     def _embed(self, micro_batch: MicroBatch) -> Stream:
         token_ids = self._stream_order(micro_batch.token_ids, micro_batch)
@@ -282,14 +288,16 @@ class MixtureOfTransformers(nn.Module):
         divisor = self.groups.tensor_size if self.sequence_parallel else 1
         return rows.split([micro_batch.tower_slots[tower] // divisor for tower in self.towers])
 
-    def flow(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Flow:
+    def layer_inputs(
+        self, micro_batch: MicroBatch, attend: AttentionCore | None = None
+    ) -> LayerInputs:
         """What the layers need of a micro-batch: where rows go, angles and the attention core."""
         model, group = self.config, self.groups.modality
         if group is None:
             grouping = Grouping.of(micro_batch)
         else:
             grouping = ModalityExchange.of(self.heads, self.towers, micro_batch, group)
-        return Flow(
+        return LayerInputs(
             grouping,
             RotaryAngles.of(micro_batch.positions, model.head_dim, model.rotary_base, self.dtype),
             attend or build_attention_core(micro_batch, model.attention_backend),
@@ -300,9 +308,9 @@ class MixtureOfTransformers(nn.Module):
         filled = self._cut(self._own_rows(micro_batch.filled, micro_batch), micro_batch)
         return routing_pools(self.towers, filled, micro_batch.tower_filled)
 
-    def _run_layers(self, layers: range, stream: Stream, flow: Flow) -> Stream:
+    def _run_layers(self, layers: range, stream: Stream, layer_inputs: LayerInputs) -> Stream:
         for index in layers:
-            stream = run_layer(self.layers[str(index)], stream, flow, self.recompute_layers)
+            stream = run_layer(self.layers[str(index)], stream, layer_inputs, self.recompute_layers)
         return stream
 
     def _losses(self, stream: Stream, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:

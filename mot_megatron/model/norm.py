@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import nn
 
-from mot_megatron.model.sharding import ParameterLayout, set_layout
+from mot_megatron.model.sharding import ParameterSharding, set_sharding
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, partial_rows: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        set_layout(self.weight, ParameterLayout((size,)))
+        set_sharding(self.weight, ParameterSharding((size,)))
         self.size = size
         self.eps = eps
         self.partial_rows = partial_rows

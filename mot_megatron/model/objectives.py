@@ -91,9 +91,9 @@ def sum_losses(
         The sum over labels of weight * (cross entropy + z-loss), and the sums of cross entropy in
         nats per modality, [M], detached.
     """
-    labelled = labels != NO_LABEL
-    weights = torch.where(labelled, loss_weights[label_modalities], 0.0)
+    labeled = labels != NO_LABEL
+    weights = torch.where(labeled, loss_weights[label_modalities], 0.0)
     total = torch.sum(weights * (cross_entropy + z_loss))
-    counted = torch.where(labelled, cross_entropy.detach(), 0.0)
+    counted = torch.where(labeled, cross_entropy.detach(), 0.0)
     sums = torch.zeros_like(loss_weights).index_add_(0, label_modalities, counted)
     return total, sums

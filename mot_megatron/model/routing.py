@@ -30,7 +30,7 @@ from torch import nn
 
 from mot_megatron.config import ExpertsConfig, ModelConfig
 from mot_megatron.errors import ConfigError
-from mot_megatron.model.sharding import ParameterLayout, mark_auxiliary, set_layout
+from mot_megatron.model.sharding import ParameterSharding, mark_auxiliary, set_sharding
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Router(nn.Module):
         self.pool_group = pool_group
         self.statistics = RoutingStatistics(config.num_moe_experts)
         self.weight = nn.Parameter(torch.empty(config.num_moe_experts, hidden_size))
-        set_layout(self.weight, ParameterLayout((config.num_moe_experts, hidden_size)))
+        set_sharding(self.weight, ParameterSharding((config.num_moe_experts, hidden_size)))
         self.causal = CausalRouter(self, hidden_size) if config.causal_router else None
 
     def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
@@ -315,8 +315,8 @@ class CausalRouter(nn.Module):
         self._whole = router.whole
         self.hidden = nn.Parameter(torch.empty(hidden_size // 2, hidden_size))
         self.output = nn.Parameter(torch.empty(num_experts, hidden_size // 2))
-        set_layout(self.hidden, ParameterLayout((hidden_size // 2, hidden_size)))
-        set_layout(self.output, ParameterLayout((num_experts, hidden_size // 2)))
+        set_sharding(self.hidden, ParameterSharding((hidden_size // 2, hidden_size)))
+        set_sharding(self.output, ParameterSharding((num_experts, hidden_size // 2)))
         mark_auxiliary(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """How a rank's parameter lies inside the global one, and which tower owns it.
 
-Every parameter carries a ``shard_layout`` attribute; initialisation, checkpoints and conversion
+Every parameter carries a ``sharding`` attribute; initialization, checkpoints and conversion
 read it and nothing else, so none of them has to know what kind of layer a parameter belongs to.
 """
 
@@ -15,7 +15,7 @@ SHARED = -1
 
 
 @dataclass(frozen=True)
-class ParameterLayout:
+class ParameterSharding:
     """The global shape of a parameter and the dimension that tensor parallelism splits.
 
     The global shape may have more dimensions than the parameter: SwiGLU's first projection is
@@ -36,24 +36,24 @@ class ParameterLayout:
 
 @dataclass(frozen=True)
 class NamedPart:
-    """What checkpoints and initialisation know by one name: a parameter, or one expert's rows."""
+    """What checkpoints and initialization know by one name: a parameter, or one expert's rows."""
 
     name: str
     """Global."""
     rows: slice
     """Rows of the parameter (elements of a vector)."""
-    layout: ParameterLayout
+    sharding: ParameterSharding
 
 
-def set_layout(parameter: torch.nn.Parameter | None, layout: ParameterLayout) -> None:
-    """Attach ``layout`` to ``parameter``; megatron types its weights as possibly absent."""
+def set_sharding(parameter: torch.nn.Parameter | None, sharding: ParameterSharding) -> None:
+    """Attach ``sharding`` to ``parameter``; megatron types its weights as possibly absent."""
     assert parameter is not None
-    parameter.shard_layout = layout  # type: ignore[attr-defined]
+    parameter.sharding = sharding  # type: ignore[attr-defined]
 
 
-def layout_of(parameter: torch.nn.Parameter) -> ParameterLayout:
-    """The layout attached by ``set_layout``."""
-    return parameter.shard_layout  # type: ignore[attr-defined]
+def sharding_of(parameter: torch.nn.Parameter) -> ParameterSharding:
+    """The sharding attached by ``set_sharding``."""
+    return parameter.sharding  # type: ignore[attr-defined]
 
 
 def mark_tower(module: torch.nn.Module, tower: int) -> None:
@@ -101,7 +101,7 @@ def parts_of(name: str, parameter: torch.nn.Parameter) -> list[NamedPart]:
 
     No name depends on where an expert lies, so that any layout can read what another wrote.
     """
-    layout, experts = layout_of(parameter), experts_of(parameter)
+    layout, experts = sharding_of(parameter), experts_of(parameter)
     if experts is None:
         return [NamedPart(name, slice(None), layout)]
     # ZeRO-3 leaves a parameter without its shape.

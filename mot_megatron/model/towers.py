@@ -17,7 +17,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from mot_megatron.model.sharding import SHARED, ParameterLayout, mark_tower, set_layout
+from mot_megatron.model.sharding import SHARED, ParameterSharding, mark_tower, set_sharding
 from mot_megatron.parallel.groups import ProcessGroups
 
 
@@ -59,7 +59,7 @@ class PerTower(nn.Module):
 
 @dataclass(frozen=True)
 class ParallelLinears:
-    """Makes megatron's parallel linear layers, without biases and without initialising them."""
+    """Makes megatron's parallel linear layers, without biases and without initializing them."""
 
     groups: ProcessGroups
     sequence_parallel: bool
@@ -99,8 +99,8 @@ class ParallelLinears:
         return RowLinear(self, input_size, output_size)
 
 
-def _no_initialisation(_: torch.Tensor) -> None:
-    """Megatron wants a method; weights are filled by ``initialise_parameters``."""
+def _no_initialization(_: torch.Tensor) -> None:
+    """Megatron wants a method; weights are filled by ``initialize_parameters``."""
 
 
 class ColumnLinear(nn.Module):
@@ -119,12 +119,12 @@ class ColumnLinear(nn.Module):
             input_size,
             output_size,
             config=linears.megatron_config,
-            init_method=_no_initialisation,
+            init_method=_no_initialization,
             bias=False,
             tp_group=linears.groups.tensor,
         )
-        layout = ParameterLayout((*output_shape, input_size), shard_dim=len(output_shape) - 1)
-        set_layout(self.linear.weight, layout)
+        sharding = ParameterSharding((*output_shape, input_size), shard_dim=len(output_shape) - 1)
+        set_sharding(self.linear.weight, sharding)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by this rank's rows of the weight."""
@@ -144,13 +144,13 @@ class RowLinear(nn.Module):
             input_size,
             output_size,
             config=linears.megatron_config,
-            init_method=_no_initialisation,
+            init_method=_no_initialization,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
             tp_group=linears.groups.tensor,
         )
-        set_layout(self.linear.weight, ParameterLayout((output_size, input_size), shard_dim=1))
+        set_sharding(self.linear.weight, ParameterSharding((output_size, input_size), shard_dim=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by this rank's columns of the weight and sum over the ranks."""

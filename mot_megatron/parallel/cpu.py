@@ -113,7 +113,7 @@ def _tagged_messages(
     prev_pipeline_rank: int,
     next_pipeline_rank: int,
 ) -> dict[str, dist.Work]:
-    """Megatron's messages between neighbouring stages, activations told from gradients by tag.
+    """Megatron's messages between neighboring stages, activations told from gradients by tag.
 
     With two stages previous and next are the same rank, and gloo matches untagged messages by
     order alone: interleaved schedules then take one for the other, and train on it.

@@ -167,7 +167,7 @@ def build_process_groups(
         pipeline_model_parallel_size,
         1 if placement is None else placement.num_ranks,
     )
-    return _initialised_groups(mesh, placement, device, timeout, expert_model_parallel_size)
+    return _initialized_groups(mesh, placement, device, timeout, expert_model_parallel_size)
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
@@ -181,10 +181,10 @@ def build_single_process_groups(device: torch.device) -> ProcessGroups:
         return build_process_groups(1, device)
     if device.type == "cpu":
         adapt_megatron_to_cpu()
-    return _initialised_groups(Mesh(1, 1), None, device, COLLECTIVE_TIMEOUT)
+    return _initialized_groups(Mesh(1, 1), None, device, COLLECTIVE_TIMEOUT)
 
 
-def _initialised_groups(
+def _initialized_groups(
     mesh: Mesh,
     placement: Placement | None,
     device: torch.device,

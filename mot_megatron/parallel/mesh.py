@@ -1,7 +1,7 @@
 """Arithmetic of the parallel axes, without any process group.
 
 Ranks are numbered with tensor parallelism fastest, then modality, data and pipeline parallelism
-(Megatron's order, in which a modality group is a run of neighbours inside data parallelism), so
+(Megatron's order, in which a modality group is a run of neighbors inside data parallelism), so
 that the ranks that talk most sit on one node.
 """
 

@@ -90,7 +90,7 @@ def balanced_placement(tower_flops: Sequence[float], num_ranks: int) -> Placemen
 def _one_tower_per_rank(tower_flops: Sequence[float], num_ranks: int) -> Placement:
     towers = range(len(tower_flops))
     holders = [1 for _ in towers]
-    # Giving each further rank to the tower with the largest load per rank minimises the maximum.
+    # Giving each further rank to the tower with the largest load per rank minimizes the maximum.
     for _ in range(num_ranks - len(towers)):
         busiest = max(towers, key=lambda tower: tower_flops[tower] / holders[tower])
         holders[busiest] += 1

@@ -1,7 +1,7 @@
 """Activations in closed form: the bytes that autograd keeps for backward, at their most.
 
 Counted is what each operation saves: linear layers their input, RMSNorm its input (and on a CPU,
-which has no fused kernel, the normalised rows, both in fp32), SwiGLU its two halves and silu's
+which has no fused kernel, the normalized rows, both in fp32), SwiGLU its two halves and silu's
 result, attention q, k, v, its output and the softmax's divisors, the loss the softmax. Tensors
 that live within an operation, and buffers of collectives and messages, come on top.
 
@@ -210,8 +210,8 @@ def _qkv(z: _Sizes, normed: bool, core_kept: bool) -> int:
     result = z.g * (z.heads + 2 * z.groups) * z.d * z.element
     rows = z.g * (z.heads + z.groups)
     # The norms' input is a part of the result, unless a kernel has widened it.
-    is_kept = z.in_place or (normed and (z.fused_norm or z.element == FP32))
-    total = result if is_kept else 0
+    is_recorded = z.in_place or (normed and (z.fused_norm or z.element == FP32))
+    total = result if is_recorded else 0
     if normed:
         total += _norm(z, rows * z.d, rows)
         if z.fused_norm or z.element == FP32:

@@ -19,8 +19,8 @@ from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.files import write_whole
 from mot_megatron.job.hardware import peak_flops, peak_memory_bytes
+from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.stop import StopRequest
-from mot_megatron.job.whereabouts import Whereabouts
 from mot_megatron.model.flops import count_parameters, step_flops
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
@@ -58,7 +58,10 @@ class _Run:
 
 
 def train(
-    config: Config, corpus: Corpus, groups: ProcessGroups, where: Whereabouts | None = None
+    config: Config,
+    corpus: Corpus,
+    groups: ProcessGroups,
+    progress_report: ProgressReport | None = None,
 ) -> None:
     """Train a resolved configuration to its last step, or until asked to stop.
 
@@ -68,13 +71,13 @@ def train(
         config: resolved.
         corpus: what it names.
         groups: of this rank.
-        where: told which phase this rank is in.
+        progress_report: told which phase this rank is in.
 
     Raises:
         UserError: something the user can mend; what was saved stays.
     """
     search = resolve_resume(checkpoint_directory(config.run_directory))
-    session = build_session(config, corpus, groups, where)
+    session = build_session(config, corpus, groups, progress_report)
     first = session.is_first_rank
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
     # A finished run that is started again evaluates again, but has logged its points already;
@@ -177,7 +180,7 @@ def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
 def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
     """Evaluate, on ``whole`` of the split or as much as is allowed, and show and log the losses."""
     session, step = run.session, run.progress.steps
-    session.where.enter("evaluation")
+    session.progress_report.enter("evaluation")
     # Between evaluations of a part its loss would be an outlier.
     apart = whole and run.config.evaluation.max_sequences is not None
     if apart:
@@ -194,13 +197,13 @@ def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
 
 def _save(run: _Run) -> None:
     if run.saved_steps != run.progress.steps:
-        run.session.where.enter("checkpoint")
+        run.session.progress_report.enter("checkpoint")
         save(run.session, run.progress)
         run.saved_steps = run.progress.steps
 
 
 def _sample(run: _Run) -> None:
-    run.session.where.enter("samples")
+    run.session.progress_report.enter("samples")
     if run.session.model_is_split:
         run.console.say(
             "no samples: no rank holds the whole model; tools/generate.py draws them from the"

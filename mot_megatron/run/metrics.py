@@ -79,7 +79,7 @@ class TensorBoardLog:
             "step_seconds/data": seconds.data,
             "step_seconds/forward_backward": seconds.forward_backward,
             "step_seconds/optimizer": seconds.optimizer,
-            "utilisation/mfu_percent": 100 * mfu,
+            "utilization/mfu_percent": 100 * mfu,
             "memory/peak_gib": memory_bytes / GIB,
         }
         if self.modality_parallel:
@@ -175,7 +175,7 @@ def _layout(
         "3 Speed": {
             "tokens per second": chart("tokens_per_second", ("total", *modalities)),
             "seconds per step": chart("step_seconds", ("data", "forward_backward", "optimizer")),
-            "model FLOPs utilisation, percent": chart("utilisation", ("mfu_percent",)),
+            "model FLOPs utilization, percent": chart("utilization", ("mfu_percent",)),
             "peak memory of the fullest rank, GiB": chart("memory", ("peak_gib",)),
             "tokens so far": chart("progress", ("tokens",)),
             "model FLOPs so far": chart("progress", ("flops",)),

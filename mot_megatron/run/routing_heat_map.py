@@ -19,11 +19,11 @@ _MOST_NUMBERED = 40
 """Experts or layers up to which cells are as large as their numbers."""
 _LEFT_INCHES, _BELOW_INCHES, _ABOVE_INCHES, _GAP_INCHES = 0.8, 0.58, 0.62, 0.22
 _BAR_INCHES = (0.16, 0.75)
-"""Width of the colour bar, and of what stands right of it."""
+"""Width of the color bar, and of what stands right of it."""
 _NARROWEST_INCHES = 4.2
 """So that the title fits."""
 _LOWEST_INCHES = 1.1
-_COLOURS, _UNTAKEN_COLOURS = "Blues", "Oranges"
+_COLORS, _UNTAKEN_COLORS = "Blues", "Oranges"
 _SMALL, _TITLE = 8.5, 11
 _DPI = 110
 
@@ -48,13 +48,13 @@ def draw_heat_map(
     # An equal share is never darker than the middle, so that one glance tells more from less.
     scale = Normalize(0, max(2 * equal, taken.max()))
     cells = places[0]
-    _draw_cells(cells, taken, scale, _COLOURS, numbered)
+    _draw_cells(cells, taken, scale, _COLORS, numbered)
     cells.set_ylabel("layer")
     cells.set_xlabel("expert")
     cells.yaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     cells.xaxis.set_major_locator(MaxNLocator(nbins=32, integer=True))
     if untaken is not None:
-        _draw_cells(places[1], untaken[:, None], Normalize(0, 100), _UNTAKEN_COLOURS, numbered)
+        _draw_cells(places[1], untaken[:, None], Normalize(0, 100), _UNTAKEN_COLORS, numbered)
         places[1].set_xticks([0], ["none"])
         places[1].set_yticks([])
     _draw_bar(figure, places[-1], scale, equal)
@@ -81,8 +81,8 @@ def _frame(columns: list[float], height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_bar(figure: Figure, axes: Axes, scale: Normalize, equal: float) -> None:
-    """The scale of colours, with a line at equal shares."""
-    bar = figure.colorbar(ScalarMappable(scale, _COLOURS), cax=axes)
+    """The scale of colors, with a line at equal shares."""
+    bar = figure.colorbar(ScalarMappable(scale, _COLORS), cax=axes)
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.axhline(equal, color="black", linewidth=1)
     axes.tick_params(labelsize=_SMALL, length=2)
@@ -90,12 +90,12 @@ def _draw_bar(figure: Figure, axes: Axes, scale: Normalize, equal: float) -> Non
 
 
 def _draw_cells(
-    axes: Axes, percent: np.ndarray, scale: Normalize, colours: str, numbered: bool
+    axes: Axes, percent: np.ndarray, scale: Normalize, colors: str, numbered: bool
 ) -> None:
-    axes.imshow(percent, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
+    axes.imshow(percent, cmap=colors, norm=scale, aspect="auto", interpolation="nearest")
     axes.tick_params(length=0, labelsize=_SMALL)
     axes.spines[:].set_visible(False)
-    # Lines of the background's colour between the cells.
+    # Lines of the background's color between the cells.
     axes.set_xticks(np.arange(percent.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(percent.shape[0] + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5 if numbered else 0.3)

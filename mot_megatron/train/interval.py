@@ -45,7 +45,7 @@ class Interval:
     def of(
         cls, results: Sequence[StepResult], step_flops: Callable[[StepResult], float]
     ) -> Interval:
-        """Summarise consecutive steps; ``step_flops`` gives the FLOPs of one, over all ranks."""
+        """Summarize consecutive steps; ``step_flops`` gives the FLOPs of one, over all ranks."""
         seconds = sum(result.seconds.total for result in results)
         last = results[-1]
         modalities = range(len(last.modality_bits))

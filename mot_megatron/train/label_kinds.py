@@ -102,8 +102,8 @@ def _sums(
         logits = model.sequence_logits(here).float()
         labels = here.labels[here.ungroup_index]
         losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none").cpu()
-        labelled = labels.cpu() != NO_LABEL
-        found = kinds[labels.cpu()[labelled]]
-        sums.index_add_(0, found, losses[labelled].double())
+        labeled = labels.cpu() != NO_LABEL
+        found = kinds[labels.cpu()[labeled]]
+        sums.index_add_(0, found, losses[labeled].double())
         counts.index_add_(0, found, torch.ones_like(found))
     return sums, counts

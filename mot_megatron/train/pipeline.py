@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from mot_megatron.config import Config
-from mot_megatron.model.layer import Flow
+from mot_megatron.model.layer import LayerInputs
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.pieces import Piece
@@ -33,13 +33,13 @@ class Pipeline:
         self._num_modalities = len(config.model.modalities)
         self.num_pieces = len(model.pieces)
         schedule_config = _schedule_config(config, groups)
-        self._flows: dict[int, Flow] = {}
+        self._layer_inputs_by_batch: dict[int, LayerInputs] = {}
         self._pieces = [
             _PipelinePiece(
                 model,
                 piece,
                 schedule_config,
-                self._flows,
+                self._layer_inputs_by_batch,
                 vp_stage=index if self.num_pieces > 1 else None,
             )
             for index, piece in enumerate(model.pieces)
@@ -66,7 +66,8 @@ class Pipeline:
         self, micro_batches: Sequence[MicroBatch], divisor: float, forward_only: bool
     ) -> torch.Tensor:
         device = self._groups.device
-        self._flows.clear()  # those of an interrupted step: another batch may get their number
+        # Those of an interrupted step: another batch may get their id.
+        self._layer_inputs_by_batch.clear()
         batches = [batch.to(device) for batch in micro_batches]
         rows = max(sum(batch.tower_slots) for batch in batches)
         # An empty message would be none. Under sequence parallelism megatron divides by tp.
@@ -101,15 +102,18 @@ class _PipelinePiece(nn.Module):
         model: MixtureOfTransformers,
         piece: Piece,
         config: TransformerConfig,
-        flows: dict[int, Flow],
+        layer_inputs_by_batch: dict[int, LayerInputs],
         *,
         vp_stage: int | None,
     ) -> None:
         super().__init__()
-        self._run_piece, self._make_flow = model.run_piece, model.flow  # no submodules these
+        self._run_piece, self._make_layer_inputs = (
+            model.run_piece,
+            model.layer_inputs,
+        )  # no submodules these
         self._last_here = piece is model.pieces[-1]
         # Shared by a stage's pieces: what they need of micro-batches that others go on with.
-        self._flows = flows
+        self._layer_inputs_by_batch = layer_inputs_by_batch
         self.piece = piece
         self.config = config
         self.vp_stage = vp_stage
@@ -130,7 +134,7 @@ class _PipelinePiece(nn.Module):
         arrived = None if self.piece.first else self._arrived
         if arrived is not None:
             arrived = arrived[:used, 0]
-        outputs = self._run_piece(self.piece, micro_batch, self._flow(micro_batch), arrived)
+        outputs = self._run_piece(self.piece, micro_batch, self._layer_inputs(micro_batch), arrived)
         if self.piece.last:
             loss, modality_sums = outputs
             return loss / self.divisor, modality_sums
@@ -140,12 +144,14 @@ class _PipelinePiece(nn.Module):
         assert message._base is None
         return (message,)
 
-    def _flow(self, micro_batch: MicroBatch) -> Flow:
+    def _layer_inputs(self, micro_batch: MicroBatch) -> LayerInputs:
         """Made by the first piece of the stage that sees the micro-batch, kept for the others."""
-        flow = self._flows.pop(id(micro_batch), None) or self._make_flow(micro_batch)
+        layer_inputs = self._layer_inputs_by_batch.pop(
+            id(micro_batch), None
+        ) or self._make_layer_inputs(micro_batch)
         if not self._last_here:
-            self._flows[id(micro_batch)] = flow
-        return flow
+            self._layer_inputs_by_batch[id(micro_batch)] = layer_inputs
+        return layer_inputs
 
 
 def _forward_step(iterator: Iterator[MicroBatch], piece: _PipelinePiece) -> tuple[Any, Any]:

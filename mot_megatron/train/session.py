@@ -12,7 +12,7 @@ from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.modality_shards import ModalityShard
-from mot_megatron.job.whereabouts import Whereabouts
+from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.optim.schedule import LearningRateSchedule
@@ -45,7 +45,7 @@ class Session:
     schedule: LearningRateSchedule
     pipeline: Pipeline | None
     """How micro-batches go through the stages; None where one stage is the whole model."""
-    where: Whereabouts
+    progress_report: ProgressReport
     """Kept up to date, so that others can say where this rank was lost."""
 
     @property
@@ -129,7 +129,10 @@ def grouping_plan(config: Config, groups: ProcessGroups | None = None) -> Groupi
 
 
 def build_session(
-    config: Config, corpus: Corpus, groups: ProcessGroups, where: Whereabouts | None = None
+    config: Config,
+    corpus: Corpus,
+    groups: ProcessGroups,
+    progress_report: ProgressReport | None = None,
 ) -> Session:
     """Build model, optimizer and data of a resolved configuration on this rank.
 
@@ -155,12 +158,12 @@ def build_session(
         model, _optimizer_settings(config, groups), groups, num_towers=config.model.num_towers
     )
     pipeline = Pipeline(model, config, groups) if groups.pipeline_size > 1 else None
-    schedule, where = _schedule(config), where or Whereabouts()
-    return Session(config, groups, corpus, engine, loader, schedule, pipeline, where)
+    schedule, progress_report = _schedule(config), progress_report or ProgressReport()
+    return Session(config, groups, corpus, engine, loader, schedule, pipeline, progress_report)
 
 
 def _data_shard(groups: ProcessGroups) -> DataShard:
-    """Neighbours that form a modality group read the same sequences."""
+    """Neighbors that form a modality group read the same sequences."""
     size = groups.modality_size
     return DataShard(groups.data_rank // size, groups.data_size // size)
 

@@ -21,7 +21,7 @@ from mot_megatron.checkpoint.load import load_checkpoint
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
-from mot_megatron.model.sharding import experts_of, is_replica, layout_of, parts_of, tower_of
+from mot_megatron.model.sharding import experts_of, is_replica, parts_of, sharding_of, tower_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
 
@@ -133,7 +133,7 @@ def _named_parts(
 ) -> list[NamedTensor]:
     """What checkpoints call the parts of a parameter, as views of ``values`` of its shape."""
     return [
-        NamedTensor(prefix + part.name, values[part.rows], part.layout)
+        NamedTensor(prefix + part.name, values[part.rows], part.sharding)
         for part in parts_of(name, parameter)
     ]
 
@@ -201,7 +201,7 @@ def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
     ZeRO-3 leaves the parameter itself without one. Parameters are matrices or vectors: leading
     dimensions of the layout, and experts, are stacked rows.
     """
-    *rows, width = layout_of(parameter).local_shape(groups.tensor_size)
+    *rows, width = sharding_of(parameter).local_shape(groups.tensor_size)
     stacked = len(experts_of(parameter) or (0,))
     shape = (stacked * math.prod(rows), width) if rows else (width,)
     return torch.empty(shape, dtype=torch.float32)

@@ -75,14 +75,14 @@ def train_step(
     """
     config, groups = session.config, session.groups
     clock = _Clock(groups.device)
-    session.where.enter("data", step)
+    session.progress_report.enter("data", step)
     accumulation = config.accumulation_steps(groups.data_size)
     batches = [session.loader.next_micro_batch() for _ in range(accumulation)]
     counts = GlobalCounts.gather(batches, config.model, groups, stop)
     divisor = counts.loss_weight(config.model.loss_weights)
     data_seconds = clock.lap()
 
-    session.where.enter("forward and backward")
+    session.progress_report.enter("forward and backward")
     factor = session.engine.loss_factor
     modality_tokens = dict(zip(config.model.modalities, counts.modality_tokens, strict=True))
     tower_tokens = tokens_of_towers(config.model, modality_tokens)
@@ -92,7 +92,7 @@ def train_step(
     _check_loss(bits, counts.modality_labels, list(config.model.modalities), step)
     forward_backward_seconds = clock.lap()
 
-    session.where.enter("optimizer")
+    session.progress_report.enter("optimizer")
     norms = session.engine.step(learning_rate)
     _check_norms(norms, config.model.tower_names, step)
     seconds = StepSeconds(data_seconds, forward_backward_seconds, clock.lap())

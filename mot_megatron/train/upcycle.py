@@ -24,7 +24,7 @@ from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import CheckpointError
 from mot_megatron.files import write_whole
 from mot_megatron.model.initialization import initial_values
-from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
 from mot_megatron.train.state import (
     STATE_KINDS,
@@ -92,10 +92,10 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
     zero, (_, *moments) = torch.zeros(()), STATE_KINDS
     tensors = []
     for name, weight in weights.items():
-        layout = ParameterLayout(tuple(weight.shape))
-        tensors.append(NamedTensor(WEIGHT_PREFIX + name, weight, layout))
+        sharding = ParameterSharding(tuple(weight.shape))
+        tensors.append(NamedTensor(WEIGHT_PREFIX + name, weight, sharding))
         tensors += [
-            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), layout) for kind in moments
+            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), sharding) for kind in moments
         ]
     return tensors
 

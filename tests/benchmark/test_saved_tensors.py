@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mot_megatron.benchmark.saved_tensors import KeptForBackward
+from mot_megatron.benchmark.saved_tensors import SavedForBackward
 
 
 def test_storages_count_once_and_until_backward() -> None:
     weight = nn.Parameter(torch.ones(8, 8))
-    counter = KeptForBackward([weight])
+    counter = SavedForBackward([weight])
     x = torch.ones(4, 8, requires_grad=True)
     with counter.watch():
         y = x @ weight  # keeps x, 4 * 8 * 4 = 128 bytes, and the weight, which does not count
@@ -33,6 +33,6 @@ def test_gradients_are_those_without_the_counter() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     layer = nn.Linear(8, 8)
     (expected,) = torch.autograd.grad(torch.tanh(layer(x)).square().sum(), x)
-    with KeptForBackward(layer.parameters()).watch():
+    with SavedForBackward(layer.parameters()).watch():
         (counted,) = torch.autograd.grad(torch.tanh(layer(x)).square().sum(), x)
     assert torch.equal(expected, counted)

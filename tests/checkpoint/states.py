@@ -8,16 +8,16 @@ import torch
 
 from mot_megatron.checkpoint import CheckpointInfo, NamedTensor, load_checkpoint, save_checkpoint
 from mot_megatron.checkpoint.manifest import Manifest, read_manifest, record_of, write_manifest
-from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import ProcessGroups
 
-LAYOUTS = {
-    "model/norm": (ParameterLayout((5,)), torch.float32),
-    "model/column": (ParameterLayout((4, 6), 0), torch.float32),
-    "model/row": (ParameterLayout((6, 4), 1), torch.bfloat16),
-    "model/swiglu": (ParameterLayout((2, 4, 3), 1), torch.float64),
-    "exp_avg/column": (ParameterLayout((4, 6), 0), torch.float32),
-    "count": (ParameterLayout(()), torch.int64),
+SHARDINGS = {
+    "model/norm": (ParameterSharding((5,)), torch.float32),
+    "model/column": (ParameterSharding((4, 6), 0), torch.float32),
+    "model/row": (ParameterSharding((6, 4), 1), torch.bfloat16),
+    "model/swiglu": (ParameterSharding((2, 4, 3), 1), torch.float64),
+    "exp_avg/column": (ParameterSharding((4, 6), 0), torch.float32),
+    "count": (ParameterSharding(()), torch.int64),
 }
 
 
@@ -25,14 +25,14 @@ def global_values(seed: int) -> dict[str, torch.Tensor]:
     """The whole tensors, a function of ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (torch.randn(layout.global_shape, generator=generator) * 100).to(dtype)
-        for name, (layout, dtype) in LAYOUTS.items()
+        name: (torch.randn(sharding.global_shape, generator=generator) * 100).to(dtype)
+        for name, (sharding, dtype) in SHARDINGS.items()
     }
 
 
 def local_part(name: str, value: torch.Tensor, groups: ProcessGroups | None) -> torch.Tensor:
     """What this rank holds of ``value``; SwiGLU's in the flat shape of its parameter."""
-    dim = LAYOUTS[name][0].shard_dim
+    dim = SHARDINGS[name][0].shard_dim
     if groups is not None and dim is not None:
         value = value.chunk(groups.tensor_size, dim)[groups.tensor_rank]
     if name == "model/swiglu":
@@ -43,7 +43,7 @@ def local_part(name: str, value: torch.Tensor, groups: ProcessGroups | None) -> 
 def state(seed: int, groups: ProcessGroups | None = None) -> list[NamedTensor]:
     """This rank's tensors."""
     return [
-        NamedTensor(name, local_part(name, value, groups), LAYOUTS[name][0])
+        NamedTensor(name, local_part(name, value, groups), SHARDINGS[name][0])
         for name, value in global_values(seed).items()
     ]
 
@@ -76,7 +76,7 @@ def reseal(path: Path) -> None:
     old = read_manifest_unmeasured(path)
     files = {name: record_of(path / name) for name in old}
     step = int(path.name.removeprefix("step_"))
-    write_manifest(path, Manifest(step=step, num_tensors=len(LAYOUTS), files=files))
+    write_manifest(path, Manifest(step=step, num_tensors=len(SHARDINGS), files=files))
     read_manifest(path)
 
 

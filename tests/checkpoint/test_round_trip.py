@@ -18,9 +18,9 @@ from mot_megatron.checkpoint import (
 )
 from mot_megatron.checkpoint.find import step_name
 from mot_megatron.errors import CheckpointError
-from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import build_process_groups
-from tests.checkpoint.states import LAYOUTS, differing_after_load, save, state
+from tests.checkpoint.states import SHARDINGS, differing_after_load, save, state
 from tests.ranks import run_ranks
 
 METADATA = {"loss": 0.1 + 0.2, "data": {"epoch": 3, "next": 2**60}, "names": ["ä", "b"]}
@@ -55,7 +55,7 @@ def test_layouts_read_each_other(tmp_path: Path) -> None:
     for step in (2, 3, 4):
         checkpoint = open_checkpoint(tmp_path / step_name(step)).checkpoint
         assert checkpoint is not None
-        assert checkpoint.num_tensors == len(LAYOUTS)
+        assert checkpoint.num_tensors == len(SHARDINGS)
         assert differing_after_load(checkpoint, step) == []
         assert read_metadata(checkpoint) == METADATA
         assert read_config_text(checkpoint) == "[run]\nname = 'x'\n"
@@ -63,8 +63,8 @@ def test_layouts_read_each_other(tmp_path: Path) -> None:
 
 def _save_large(directory: Path) -> int:
     groups = build_process_groups(1, torch.device("cpu"))
-    layout = ParameterLayout((1000, 25))
-    tensors = [NamedTensor(str(index), torch.zeros(1000, 25), layout) for index in range(4)]
+    sharding = ParameterSharding((1000, 25))
+    tensors = [NamedTensor(str(index), torch.zeros(1000, 25), sharding) for index in range(4)]
     info = save_checkpoint(
         directory, 1, tensors, metadata={}, config_text="", groups=groups, keep=1
     )
@@ -87,12 +87,12 @@ def test_same_state_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path: Path) -> None:
-    layout = ParameterLayout((10,))
+    sharding = ParameterSharding((10,))
     view = torch.arange(100_000.0)[10:20]
     info = save_checkpoint(
         tmp_path,
         1,
-        [NamedTensor("view", view, layout)],
+        [NamedTensor("view", view, sharding)],
         metadata={},
         config_text="",
         groups=None,
@@ -100,7 +100,7 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path: Path) -> None
     )
     assert info.num_bytes < 10_000  # the storage has 400 kB
     loaded = torch.zeros(10)
-    load_checkpoint(info, [NamedTensor("view", loaded, layout)], None)
+    load_checkpoint(info, [NamedTensor("view", loaded, sharding)], None)
     assert torch.equal(loaded, view)
 
 
@@ -113,10 +113,10 @@ def test_prefix_leaves_the_other_tensors_alone(tmp_path: Path) -> None:
         assert torch.equal(named.tensor, wanted[named.name])
 
 
-def _zeros(**layouts: ParameterLayout) -> list[NamedTensor]:
+def _zeros(**shardings: ParameterSharding) -> list[NamedTensor]:
     return [
-        NamedTensor(name, torch.zeros(layout.global_shape), layout)
-        for name, layout in layouts.items()
+        NamedTensor(name, torch.zeros(sharding.global_shape), sharding)
+        for name, sharding in shardings.items()
     ]
 
 
@@ -124,26 +124,26 @@ def _zeros(**layouts: ParameterLayout) -> list[NamedTensor]:
     ("tensors", "message"),
     [
         (
-            _zeros(a=ParameterLayout((2, 3)), c=ParameterLayout((1,))),
+            _zeros(a=ParameterSharding((2, 3)), c=ParameterSharding((1,))),
             "checkpoint of another model: it lacks c",
         ),
         (
-            _zeros(a=ParameterLayout((2, 3))),
+            _zeros(a=ParameterSharding((2, 3))),
             "checkpoint of another model: this model has no b",
         ),
         (
-            _zeros(a=ParameterLayout((3, 2)), b=ParameterLayout((4,))),
+            _zeros(a=ParameterSharding((3, 2)), b=ParameterSharding((4,))),
             r"another model: a is \[2, 3\] float32 there and \[3, 2\] float32 here",
         ),
         (
             [
-                NamedTensor("a", torch.zeros(2, 3).double(), ParameterLayout((2, 3))),
-                *_zeros(b=ParameterLayout((4,))),
+                NamedTensor("a", torch.zeros(2, 3).double(), ParameterSharding((2, 3))),
+                *_zeros(b=ParameterSharding((4,))),
             ],
             r"a is \[2, 3\] float32 there and \[2, 3\] float64 here",
         ),
         (
-            _zeros(**{f"x{index}": ParameterLayout((1,)) for index in range(9)}),
+            _zeros(**{f"x{index}": ParameterSharding((1,)) for index in range(9)}),
             "it lacks x0, x1, x2 and 6 more",
         ),
     ],
@@ -151,7 +151,7 @@ def _zeros(**layouts: ParameterLayout) -> list[NamedTensor]:
 def test_checkpoint_of_another_model(
     tmp_path: Path, tensors: list[NamedTensor], message: str
 ) -> None:
-    saved = _zeros(a=ParameterLayout((2, 3)), b=ParameterLayout((4,)))
+    saved = _zeros(a=ParameterSharding((2, 3)), b=ParameterSharding((4,)))
     for named in saved:
         named.tensor.fill_(7)
     info = save_checkpoint(tmp_path, 1, saved, metadata={}, config_text="", groups=None, keep=1)
@@ -166,7 +166,7 @@ def _load_with_one_rank_wrong(directory: Path) -> str:
     groups = build_process_groups(1, torch.device("cpu"))
     tensors = state(5, groups)
     if groups.rank == 1:
-        tensors[0] = NamedTensor("other", tensors[0].tensor, tensors[0].layout)
+        tensors[0] = NamedTensor("other", tensors[0].tensor, tensors[0].sharding)
     found = find_checkpoint(directory).checkpoint
     assert found is not None
     with pytest.raises(CheckpointError) as caught:

@@ -26,9 +26,9 @@ from mot_megatron.checkpoint import save as save_module
 from mot_megatron.checkpoint.manifest import read_manifest, verify_files
 from mot_megatron.checkpoint.storage import check_complete
 from mot_megatron.errors import CheckpointError
-from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import build_process_groups
-from tests.checkpoint.states import LAYOUTS, differing_after_load, save, state
+from tests.checkpoint.states import SHARDINGS, differing_after_load, save, state
 from tests.ranks import PRELOAD, run_ranks
 
 
@@ -38,8 +38,8 @@ def _names(directory: Path) -> list[str]:
 
 def _save_with_little_room(directory: Path, full_ranks: tuple[int, ...]) -> str:
     groups = build_process_groups(2, torch.device("cpu"))
-    layout = ParameterLayout((200, 1000), 1)
-    tensors = [NamedTensor("w", torch.ones(200, 500), layout)]  # 400 kB on each rank
+    sharding = ParameterSharding((200, 1000), 1)
+    tensors = [NamedTensor("w", torch.ones(200, 500), sharding)]  # 400 kB on each rank
     arguments = {"metadata": {}, "config_text": "", "groups": groups, "keep": 5}
     save_checkpoint(directory, 1, tensors, **arguments)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -96,13 +96,13 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_lost_tensors_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path, 1).path
-    assert check_complete(path, LAYOUTS) == len(LAYOUTS)
+    assert check_complete(path, SHARDINGS) == len(SHARDINGS)
     with pytest.raises(CheckpointError, match="1 tensors were not written, the first: lost"):
-        check_complete(path, [*LAYOUTS, "lost"])
+        check_complete(path, [*SHARDINGS, "lost"])
     data = path / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="is missing from the files"):
-        check_complete(path, LAYOUTS)
+        check_complete(path, SHARDINGS)
 
 
 def test_the_last_n_are_kept(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_name_may_stand_once(tmp_path: Path) -> None:
         )
 
 
-LAYOUT = ParameterLayout((64, 1024))  # 256 kB each
+SHARDING = ParameterSharding((64, 1024))  # 256 kB each
 
 
 def _keep_saving(rank: int, store: Path, directory: Path, first: int, saved: Connection) -> None:
@@ -195,7 +195,7 @@ def _keep_saving(rank: int, store: Path, directory: Path, first: int, saved: Con
     groups = build_process_groups(1, torch.device("cpu"))
     for step in range(first, first + 10_000):
         tensors = [
-            NamedTensor(f"w{i}", torch.full((64, 1024), float(step)), LAYOUT) for i in (1, 2)
+            NamedTensor(f"w{i}", torch.full((64, 1024), float(step)), SHARDING) for i in (1, 2)
         ]
         save_checkpoint(
             directory, step, tensors, metadata={"s": step}, config_text="", groups=groups, keep=2
@@ -245,7 +245,7 @@ def test_kills_leave_a_whole_and_recent_checkpoint(tmp_path: Path) -> None:
         assert search.checkpoint is not None
         # Complete and renamed just before it could be reported, or the last one reported.
         assert last <= search.checkpoint.step <= last + 1
-        tensors = [NamedTensor(name, torch.zeros(64, 1024), LAYOUT) for name in ("w1", "w2")]
+        tensors = [NamedTensor(name, torch.zeros(64, 1024), SHARDING) for name in ("w1", "w2")]
         load_checkpoint(search.checkpoint, tensors, None)
         assert all((named.tensor == search.checkpoint.step).all() for named in tensors)
         last = search.checkpoint.step

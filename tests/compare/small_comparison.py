@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mot_megatron.compare.experiment import Circumstances, PlannedRun, keep, plan_runs
+from mot_megatron.compare.experiment import Circumstances, PlannedRun, plan_runs, record_run
 from tests.compare.synthetic_runs import CORPUS, LAST_STEP, Loss, points_of, write_run
 from tests.small_runs import CONFIG
 
@@ -53,7 +53,9 @@ def write_description(corpus: Path) -> Path:
     return corpus
 
 
-def keep_run(run: PlannedRun, output: Path, losses: dict[str, Loss], causal: bool = False) -> None:
+def save_ended_run(
+    run: PlannedRun, output: Path, losses: dict[str, Loss], causal: bool = False
+) -> None:
     """Write the folder that ``run`` would have left, and keep it.
 
     Args:
@@ -78,7 +80,9 @@ def keep_run(run: PlannedRun, output: Path, losses: dict[str, Loss], causal: boo
     (directory / "config.toml").write_text(run.config.to_toml())
     write_summary(run, causal)
     circumstances = Circumstances("python tools/compare.py x", 2, MACHINE)
-    keep(run, output, circumstances, ended="2026-01-02T03:04:05+00:00", command="python train")
+    record_run(
+        run, output, circumstances, ended="2026-01-02T03:04:05+00:00", command="python train"
+    )
 
 
 def write_summary(run: PlannedRun, causal: bool) -> None:

@@ -9,14 +9,14 @@ import pytest
 from mot_megatron.compare.experiment import (
     Circumstances,
     PlannedRun,
-    is_kept,
-    keep,
+    is_recorded,
     load_experiment,
-    read_kept,
     read_record,
+    read_records,
+    record_run,
 )
 from mot_megatron.errors import ConfigError, DataError
-from tests.compare.small_comparison import MACHINE, MODALITIES, keep_run, plan
+from tests.compare.small_comparison import MACHINE, MODALITIES, plan, save_ended_run
 from tests.compare.synthetic_runs import CORPUS, Loss, losses
 
 LOSSES: dict[str, Loss] = {name: losses(1.0) for name in MODALITIES}
@@ -109,15 +109,15 @@ def test_absent_experiment_and_corpus(tmp_path: Path) -> None:
 def test_what_is_kept_is_not_run_again_and_is_all_that_a_report_needs(tmp_path: Path) -> None:
     runs = plan(tmp_path)
     output = tmp_path / "out"
-    assert not any(is_kept(run, output) for run in runs)
+    assert not any(is_recorded(run, output) for run in runs)
     with pytest.raises(DataError, match=r"nothing to compare yet.*there are: none"):
-        read_kept(load_experiment(tmp_path / "configs"), output)
+        read_records(load_experiment(tmp_path / "configs"), output)
     for run in reversed(runs):
-        keep_run(run, output, LOSSES)
-    assert all(is_kept(run, output) for run in plan(tmp_path))
+        save_ended_run(run, output, LOSSES)
+    assert all(is_recorded(run, output) for run in plan(tmp_path))
     (output / "runs").rename(tmp_path / "gone")
-    assert all(is_kept(run, output) for run in plan(tmp_path))
-    kept = read_kept(load_experiment(tmp_path / "configs"), output)
+    assert all(is_recorded(run, output) for run in plan(tmp_path))
+    kept = read_records(load_experiment(tmp_path / "configs"), output)
     assert list(kept) == ["dense", "pair", "mot"]
     assert [run.record.seed for run in kept["mot"]] == [1, 2]
     assert kept["mot"][0].record.config == runs[2].config
@@ -130,15 +130,15 @@ def test_configuration_that_changed_since_is_named(tmp_path: Path, ended: bool) 
     (run,) = plan(tmp_path, arms=["pair"])
     output = tmp_path / "out"
     if ended:
-        keep_run(run, output, LOSSES)
+        save_ended_run(run, output, LOSSES)
     else:
         run.config.run_directory.mkdir(parents=True)
         (run.config.run_directory / "config.toml").write_text(run.config.to_toml())
-        assert not is_kept(run, output)
+        assert not is_recorded(run, output)
     (changed,) = plan(tmp_path, arms=["pair"], overrides=["optimizer.lr=0.5"])
     source = output / ("records/pair-s1.json" if ended else "runs/pair-s1")
     with pytest.raises(ConfigError) as caught:
-        is_kept(changed, output)
+        is_recorded(changed, output)
     message = str(caught.value)
     assert message.startswith(f"{source}: was run with optimizer.lr = 0.01, but ")
     assert "pair.toml now say 0.5" in message
@@ -148,7 +148,7 @@ def test_configuration_that_changed_since_is_named(tmp_path: Path, ended: bool) 
 def test_a_corpus_that_was_built_anew_since_is_named(tmp_path: Path, ended: bool) -> None:
     (run,) = plan(tmp_path, arms=["pair"])
     output = tmp_path / "out"
-    keep_run(run, output, LOSSES)
+    save_ended_run(run, output, LOSSES)
     if not ended:
         (output / "records").rename(tmp_path / "gone")
     path = tmp_path / "corpus" / "corpus.toml"
@@ -156,7 +156,7 @@ def test_a_corpus_that_was_built_anew_since_is_named(tmp_path: Path, ended: bool
     (anew,) = plan(tmp_path, arms=["pair"])
     source = "curves/pair-s1.csv" if ended else "runs/pair-s1/corpus.toml"
     with pytest.raises(DataError) as raised:
-        is_kept(anew, output)
+        is_recorded(anew, output)
     assert str(raised.value).startswith(f"{output / source}: was trained on other tokens than")
 
 
@@ -164,40 +164,40 @@ def test_a_run_that_was_not_trained_as_planned_is_not_kept(tmp_path: Path) -> No
     """Its file has changed between planning and its start."""
     (run,) = plan(tmp_path, arms=["pair"])
     (changed,) = plan(tmp_path, arms=["pair"], overrides=["optimizer.lr=0.5"])
-    keep_run(run, tmp_path / "out", LOSSES)
+    save_ended_run(run, tmp_path / "out", LOSSES)
     circumstances = Circumstances("compare", 2, MACHINE)
     with pytest.raises(ConfigError, match=r"pair-s1: was run with optimizer\.lr = 0\.01, but"):
-        keep(changed, tmp_path / "out", circumstances, ended="now", command="train")
+        record_run(changed, tmp_path / "out", circumstances, ended="now", command="train")
 
 
 def test_a_run_whose_curves_were_lost_is_kept_anew(tmp_path: Path) -> None:
     (run,) = plan(tmp_path, arms=["pair"])
     output = tmp_path / "out"
-    keep_run(run, output, LOSSES)
+    save_ended_run(run, output, LOSSES)
     (output / "curves" / "pair-s1.csv").unlink()
-    assert not is_kept(run, output)
-    keep_run(run, output, LOSSES)
-    assert is_kept(run, output)
+    assert not is_recorded(run, output)
+    save_ended_run(run, output, LOSSES)
+    assert is_recorded(run, output)
 
 
 def test_runs_of_an_arm_that_differ_in_more_than_their_seed(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    keep_run(plan(tmp_path, seeds=[1], arms=["dense"])[0], output, LOSSES)
+    save_ended_run(plan(tmp_path, seeds=[1], arms=["dense"])[0], output, LOSSES)
     other = plan(tmp_path, seeds=[2], arms=["dense"], overrides=["optimizer.lr=0.5"])[0]
-    keep_run(other, output, LOSSES)
+    save_ended_run(other, output, LOSSES)
     with pytest.raises(DataError, match=r"dense-s2.json: optimizer.lr is not as in dense-s1"):
-        read_kept(load_experiment(tmp_path / "configs"), output)
+        read_records(load_experiment(tmp_path / "configs"), output)
 
 
 def test_damaged_record_and_unknown_arm(tmp_path: Path) -> None:
     output = tmp_path / "out"
     (run,) = plan(tmp_path, arms=["pair"])
-    keep_run(run, output, LOSSES)
+    save_ended_run(run, output, LOSSES)
     path = output / "records" / "pair-s1.json"
     text = path.read_text()
     path.write_text(text.replace('"arm":"pair"', '"arm":"bear"').replace('"pair"', '"bear"'))
     with pytest.raises(DataError, match=r"pair-s1.json: arm bear is not in experiment.toml"):
-        read_kept(load_experiment(tmp_path / "configs"), output)
+        read_records(load_experiment(tmp_path / "configs"), output)
     path.write_text(text[: len(text) // 2])
     with pytest.raises(DataError, match=r"pair-s1.json: not a run's record") as caught:
         read_record(path)

@@ -16,7 +16,7 @@ from mot_megatron.compare.report import honest_matches, write_report
 from mot_megatron.compare.step_matching import Match
 from mot_megatron.compare.words import sentence, tally, verdict
 from mot_megatron.errors import DataError
-from tests.compare.small_comparison import keep_run, plan
+from tests.compare.small_comparison import plan, save_ended_run
 from tests.compare.synthetic_runs import losses, power_law
 
 # Slopes of text and image; dense's speech gets worse from half of its steps on.
@@ -38,7 +38,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "image": losses(image, 0.003, 50 + number),
             "speech": memorised if run.arm == "dense" else losses(1.0),
         }
-        keep_run(run, output, curves, causal=run.arm == "pair")
+        save_ended_run(run, output, curves, causal=run.arm == "pair")
     write_report(load_experiment(folder / "configs"), output)
     return output
 
@@ -194,7 +194,7 @@ def test_an_arm_without_an_honest_loss_is_named(
     monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
     output = tmp_path / "out"
     for run in plan(tmp_path, seeds=[1]):
-        keep_run(run, output, {"text": losses(SLOPES[run.arm][0])})
+        save_ended_run(run, output, {"text": losses(SLOPES[run.arm][0])})
     write_report(load_experiment(tmp_path / "configs"), output)
     text = section(output, "What came out")
     assert "without a look at later tokens but for pair, in steps, against dense" in text

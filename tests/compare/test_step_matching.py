@@ -43,7 +43,7 @@ def seeds_of(slope: float, noise: float, first_seed: int, runs: int) -> list[Run
     return [curves(losses(slope, noise, seed), seed=seed, points=1200) for seed in seeds]
 
 
-def test_smoothing_is_centred_and_ends_on_a_line() -> None:
+def test_smoothing_is_centered_and_ends_on_a_line() -> None:
     values = np.array([9.0, 1.0, 2.0, 6.0, 4.0])
     # The first alone, (9+1+2)/3, (9+1+2+6+4)/5 = 4.4; then the line of the five, whose rise is
     # (-2*9 - 1*1 + 1*6 + 2*4)/(4+1+1+4) = -0.5.

@@ -134,14 +134,14 @@ def plain_tokens(case: Case) -> list[Token]:
             new = position > 0 and documents[position] != documents[position - 1]
             depth = 0 if position == 0 or new else depth + 1
             following = position + 1
-            labelled = following < filled and documents[following] == documents[position]
-            label = ids[following] if labelled else NO_LABEL
+            labeled = following < filled and documents[following] == documents[position]
+            label = ids[following] if labeled else NO_LABEL
             modality = token_id // IDS_PER_MODALITY
             tokens.append(
                 Token(
                     token_id,
                     label,
-                    label // IDS_PER_MODALITY if labelled else 0,
+                    label // IDS_PER_MODALITY if labeled else 0,
                     case.towers_of_modalities[modality],
                     modality,
                     depth,

@@ -16,7 +16,7 @@ from torch.multiprocessing import get_context
 
 from mot_megatron.errors import ConfigError
 from mot_megatron.job import distributed, silence, verdict, watch, watch_hub
-from mot_megatron.job.whereabouts import Phase, Whereabouts
+from mot_megatron.job.progress_report import Phase, ProgressReport
 from tests.ranks import ENVIRONMENT, PRELOAD
 
 RANKS = 3
@@ -83,9 +83,9 @@ def _rank(rank: int, port: int, folder: Path, event: str) -> None:
     if event == "die before joining":
         os._exit(7)
     world = distributed.find_world(rank, RANKS, rank, "127.0.0.1", port)
-    where = Whereabouts()
-    with watch.Watch(world, where):
-        where.enter("data", step=12)
+    progress_report = ProgressReport()
+    with watch.Watch(world, progress_report):
+        progress_report.enter("data", step=12)
         (folder / f"ready.{rank}").touch()
         _act(event)
 
@@ -186,7 +186,9 @@ def test_ranks_that_never_come_are_named() -> None:
 
 
 def test_strangers_are_turned_away() -> None:
-    hub = watch_hub.WatchHub("127.0.0.1", 2, verdict.Peer.of_this_process(0), where=Whereabouts())
+    hub = watch_hub.WatchHub(
+        "127.0.0.1", 2, verdict.Peer.of_this_process(0), progress_report=ProgressReport()
+    )
     with ExitStack() as stack:
         for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "token": "guess"}\n', b"[1]\n"):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", hub.port)))
@@ -240,13 +242,13 @@ def test_messages_arrive_in_pieces() -> None:
 
 
 def test_phases_are_ordered_by_how_far_the_run_has_come() -> None:
-    where = Whereabouts()
-    assert str(where.now) == "start"
-    where.enter("data", step=12)
-    before = where.now
-    where.enter("optimizer")
-    assert str(where.now) == "step 12, optimizer"
-    assert where.now.order > before.order
+    progress_report = ProgressReport()
+    assert str(progress_report.now) == "start"
+    progress_report.enter("data", step=12)
+    before = progress_report.now
+    progress_report.enter("optimizer")
+    assert str(progress_report.now) == "step 12, optimizer"
+    assert progress_report.now.order > before.order
 
 
 def test_a_pid_that_another_process_has_now_is_spared() -> None:

@@ -166,7 +166,7 @@ def test_tensorboard_content(finished_run: tuple[Workplace, Finished]) -> None:
         *(f"progress/{name}" for name in ("tokens", "flops", "seconds")),
         *(f"step_seconds/{phase}" for phase in ("data", "forward_backward", "optimizer")),
         *(f"tokens_per_second/{name}" for name in ("total", *NAMES)),
-        "utilisation/mfu_percent",
+        "utilization/mfu_percent",
     }
     held_out = {f"loss_held_out/{name}" for name in NAMES}
     assert set(events.Tags()["scalars"]) == per_step | held_out

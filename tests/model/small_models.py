@@ -14,7 +14,7 @@ from mot_megatron.config_files import parse_config
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import ParameterLayout
+from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import build_single_process_groups
 
 VOCABULARY_RANGES = {"text": (0, 40), "image": (40, 100), "speech": (100, 128)}
@@ -164,9 +164,9 @@ def assert_all_equal(
     assert not different
 
 
-def cut(whole: torch.Tensor, layout: ParameterLayout, rank: int, size: int) -> torch.Tensor:
+def cut(whole: torch.Tensor, sharding: ParameterSharding, rank: int, size: int) -> torch.Tensor:
     """What tensor rank ``rank`` of ``size`` holds of a whole parameter or its gradient."""
-    if layout.shard_dim is None:
+    if sharding.shard_dim is None:
         return whole
-    part = whole.reshape(layout.global_shape).chunk(size, layout.shard_dim)[rank]
+    part = whole.reshape(sharding.global_shape).chunk(size, sharding.shard_dim)[rank]
     return part.flatten(0, -2)

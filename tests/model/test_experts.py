@@ -13,7 +13,7 @@ from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.experts import ExpertFeedForward
 from mot_megatron.model.layer import FeedForward, Layer
 from mot_megatron.model.routing import RoutingMode, RoutingPool, RoutingStatistics
-from mot_megatron.model.sharding import ParameterLayout, parts_of
+from mot_megatron.model.sharding import ParameterSharding, parts_of
 from mot_megatron.model.towers import ParallelLinears
 from mot_megatron.parallel.groups import (
     ProcessGroups,
@@ -155,7 +155,7 @@ def build(
             for part in parts_of(name, parameter):
                 whole = values[part.name]
                 parameter[part.rows] = cut(
-                    whole, part.layout, groups.tensor_rank, groups.tensor_size
+                    whole, part.sharding, groups.tensor_rank, groups.tensor_size
                 )
     return module.to(dtype)
 
@@ -305,7 +305,7 @@ def check(case: Case, of_ranks: list[OfRank], tensor: int) -> None:
             for kind, shape in (("gate_up", (2, FFN, HIDDEN)), ("down", (HIDDEN, FFN))):
                 name = f"experts.{expert}.{kind}"
                 whole = expected.expert_gradients[name]
-                wanted[name] = cut(whole, ParameterLayout(shape, shard_dim=1), own, tensor)
+                wanted[name] = cut(whole, ParameterSharding(shape, shard_dim=1), own, tensor)
         assert_all_close(actual.gradients, wanted, 1e-5)
     for pool, statistics in enumerate(expected.statistics):
         parts = [actual.statistics for actual in of_ranks[pool * tensor : (pool + 1) * tensor]]
@@ -405,7 +405,7 @@ def test_tokens_of_other_towers_never_enter(routing: str) -> None:
     config = small_config(THREE_TOWERS, f"model.towers.image.experts={settings}")
     model = single_rank_model(config)
     batch = random_tokens(5, list(THREE_TOWERS), (1, 2, 1)).micro_batch(config)
-    pools = model.flow(batch).pools
+    pools = model.layer_inputs(batch).pools
     layer = model.layers["0"]
     assert isinstance(layer, Layer)
     streams = [[torch.randn(len(p.filled), 32) for p in pools] for _ in range(2)]

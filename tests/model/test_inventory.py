@@ -8,7 +8,7 @@ import torch
 from mot_megatron.config import Config
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import experts_of, is_replica, layout_of, tower_of
+from mot_megatron.model.sharding import experts_of, is_replica, sharding_of, tower_of
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.parallel.placement import balanced_placement
 from tests.fake_world import fake_world
@@ -77,7 +77,7 @@ def test_inventory_is_the_built_models(world_size: int, overrides: list[str]) ->
                 name,
                 tuple(parameter.shape),
                 tower_of(parameter),
-                layout_of(parameter).shard_dim is not None,
+                sharding_of(parameter).shard_dim is not None,
                 is_replica(parameter),
                 experts_of(parameter) is not None,
             )

@@ -15,7 +15,7 @@ from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import layout_of, tower_of
+from mot_megatron.model.sharding import sharding_of, tower_of
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.parallel.placement import Placement, balanced_placement
 from tests.model.small_models import (
@@ -116,7 +116,7 @@ def run_case(case: Case) -> list[dict[str, Any]]:
                 "gradients": gradients,
                 "held": groups.towers_held(case.config.model.num_towers),
                 "tensor_rank": groups.tensor_rank,
-                "layouts": {name: layout_of(p) for name, p in parameters.items()},
+                "shardings": {name: sharding_of(p) for name, p in parameters.items()},
             }
         )
     return outcomes
@@ -188,11 +188,11 @@ def test_equals_one_process(case: Case) -> None:
             # The losses are computed and summed in fp32, in the order in which ranks hold tokens.
             torch.testing.assert_close(mine["totals"], whole["totals"], rtol=1e-6, atol=1e-6)
             parts = {}
-            for name, layout in mine["layouts"].items():
+            for name, sharding in mine["shardings"].items():
                 part = whole["gradients"][name]
-                if layout.shard_dim is not None:
-                    part = part.reshape(layout.global_shape)
-                    part = part.chunk(case.tensor, layout.shard_dim)[mine["tensor_rank"]]
+                if sharding.shard_dim is not None:
+                    part = part.reshape(sharding.global_shape)
+                    part = part.chunk(case.tensor, sharding.shard_dim)[mine["tensor_rank"]]
                     part = part.flatten(0, -2)
                 parts[name] = part
             assert_all_close(mine["gradients"], parts, 1e-6)

@@ -33,11 +33,11 @@ def with_gradient(
     leaf = logits.clone().requires_grad_()
     # The loss overwrites its input, which autograd forbids of a leaf.
     cross_entropy, log_z = token_losses(leaf * 1.0, labels, group, rank)
-    labelled = labels != NO_LABEL
-    total = torch.where(labelled, cross_entropy + z_coefficient * log_z.square(), 0.0)
+    labeled = labels != NO_LABEL
+    total = torch.where(labeled, cross_entropy + z_coefficient * log_z.square(), 0.0)
     (total * torch.arange(1.0, ROWS + 1)).sum().backward()
     assert leaf.grad is not None
-    return cross_entropy.detach()[labelled], log_z.detach(), leaf.grad
+    return cross_entropy.detach()[labeled], log_z.detach(), leaf.grad
 
 
 def plain(z_coefficient: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,11 +45,11 @@ def plain(z_coefficient: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     leaf = logits.requires_grad_()
     cross_entropy = F.cross_entropy(leaf, labels, reduction="none", ignore_index=NO_LABEL)
     log_z = torch.logsumexp(leaf, dim=-1)
-    labelled = labels != NO_LABEL
-    total = torch.where(labelled, cross_entropy + z_coefficient * log_z.square(), 0.0)
+    labeled = labels != NO_LABEL
+    total = torch.where(labeled, cross_entropy + z_coefficient * log_z.square(), 0.0)
     (total * torch.arange(1.0, ROWS + 1)).sum().backward()
     assert leaf.grad is not None
-    return cross_entropy.detach()[labelled], log_z.detach(), leaf.grad
+    return cross_entropy.detach()[labeled], log_z.detach(), leaf.grad
 
 
 def test_whole_vocabulary() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mot_megatron.config import Config
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import layout_of
+from mot_megatron.model.sharding import sharding_of
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from tests.model.small_models import (
     Tokens,
@@ -127,7 +127,7 @@ def test_losses_and_gradients_equal_one_rank(layout: tuple[str, ...]) -> None:
         config = case.config()
         model = single_rank_model(config)
         losses, gradients = results(model, config, case)
-        layouts = {name: layout_of(p) for name, p in model.named_parameters()}
+        layouts = {name: sharding_of(p) for name, p in model.named_parameters()}
         for rank, of_cases in enumerate(of_ranks):
             actual_losses, actual_gradients, _ = of_cases[index]
             assert_all_close(actual_losses, losses, 1e-5)
@@ -140,7 +140,7 @@ def test_gradient_that_is_not_contiguous() -> None:
     config = case.config()
     model = single_rank_model(config)
     _, expected = non_contiguous_results(model, config, case)
-    layouts = {name: layout_of(p) for name, p in model.named_parameters()}
+    layouts = {name: sharding_of(p) for name, p in model.named_parameters()}
     of_ranks = run_ranks(on_this_rank, 2, non_contiguous_results, [case], LAYOUTS["TP 2"])
     for rank, ((_, actual, _),) in enumerate(of_ranks):
         parts = {n: cut(g, layouts[n], rank, 2) for n, g in expected.items()}
@@ -153,6 +153,7 @@ def test_every_rank_starts_from_its_part_of_the_same_model() -> None:
     of_ranks = run_ranks(on_this_rank, 2, results, [case], LAYOUTS["TP 2"])
     for rank, ((_, _, weights),) in enumerate(of_ranks):
         parts = {
-            name: cut(p.detach(), layout_of(p), rank, 2) for name, p in expected.named_parameters()
+            name: cut(p.detach(), sharding_of(p), rank, 2)
+            for name, p in expected.named_parameters()
         }
         assert_all_equal(weights, parts)

@@ -109,7 +109,7 @@ def test_groups_of_256_ranks_are_megatrons(
     assert (groups.tensor_size, groups.pipeline_size) == (tensor, pipeline)
     assert groups.data_size == 256 // (tensor * pipeline)
     stages = members(groups.pipeline)
-    assert set(members(groups.model)) == {  # every tensor-parallel neighbour of every stage
+    assert set(members(groups.model)) == {  # every tensor-parallel neighbor of every stage
         other for group in mesh.tensor_groups() if set(group) & set(stages) for other in group
     }
 
@@ -126,9 +126,9 @@ def test_towers_of_256_ranks_reduce_over_their_holders(
         assert groups.towers_held(3) == (0, 1, 2)
         assert groups.reduction_group(2) is groups.data
         return
-    neighbours = members(groups.modality)
-    assert neighbours in groups.mesh.modality_groups()
-    assert neighbours[groups.modality_rank] == rank
+    neighbors = members(groups.modality)
+    assert neighbors in groups.mesh.modality_groups()
+    assert neighbors[groups.modality_rank] == rank
     assert groups.modality_size == placement.num_ranks
     held = groups.towers_held(placement.num_towers)
     assert held == placement.towers(groups.modality_rank)
@@ -235,7 +235,7 @@ def test_expert_groups_share_out_the_holders(mesh: Mesh, data: st.DataObject) ->
             assert group[first :: mesh.tensor] in groups
 
 
-def test_ranks_that_talk_most_are_neighbours() -> None:
+def test_ranks_that_talk_most_are_neighbors() -> None:
     mesh = Mesh(16, tensor=2, pipeline=2, modality=2)
     assert mesh.tensor_groups()[:4] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert mesh.modality_groups()[:4] == [[0, 2], [4, 6], [1, 3], [5, 7]]

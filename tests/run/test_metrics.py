@@ -66,7 +66,7 @@ def test_scalars_hold_the_interval(tmp_path: Path) -> None:
         "tokens_per_second/total": 42.0,  # 30 + 12
         "tokens_per_second/image": 12.0,
         "step_seconds/optimizer": 0.3,
-        "utilisation/mfu_percent": 25.0,
+        "utilization/mfu_percent": 25.0,
         "memory/peak_gib": 1.5,  # 3 * 2**29 / 2**30
         "learning_rate": 1e-3,
     }

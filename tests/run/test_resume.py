@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
-from mot_megatron.model.sharding import ParameterLayout, layout_of
+from mot_megatron.model.sharding import ParameterSharding, sharding_of
 from mot_megatron.run import loop
 from mot_megatron.train.session import Session, build_groups, resolve_config
 from mot_megatron.train.step import StepResult
@@ -51,7 +51,7 @@ class Outcome:
     norms: list[tuple[float, ...]]
     state: dict[str, dict[str, torch.Tensor]]
     """This tensor-parallel rank's whole weights and optimizer states, by parameter."""
-    layouts: dict[str, ParameterLayout]
+    shardings: dict[str, ParameterSharding]
     optimizer_steps: int
 
 
@@ -85,7 +85,7 @@ def run_training(corpus: Path, overrides: list[str], cut_after: int | None) -> O
         [result.modality_bits for result in results],
         [(r.norms.total, r.norms.shared, *r.norms.per_tower) for r in results],
         {name: dict(state) for name, state in engine.export_state()},
-        {name: layout_of(parameter) for name, parameter in sessions[0].model.named_parameters()},
+        {name: sharding_of(parameter) for name, parameter in sessions[0].model.named_parameters()},
         engine.optimizer_steps,
     )
 
@@ -185,9 +185,9 @@ def test_resume_under_another_layout(
         ):
             assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE)
         for name, state in resumed.state.items():
-            layout = resumed.layouts[name]
-            part = expected.state[name]["weight"].view(layout.global_shape)
-            if layout.shard_dim is not None:
-                part = part.chunk(resumed.tensor_size, layout.shard_dim)[resumed.tensor_rank]
+            sharding = resumed.shardings[name]
+            part = expected.state[name]["weight"].view(sharding.global_shape)
+            if sharding.shard_dim is not None:
+                part = part.chunk(resumed.tensor_size, sharding.shard_dim)[resumed.tensor_rank]
             mine = state["weight"].view(part.shape)
             torch.testing.assert_close(mine, part, rtol=0, atol=TOLERANCE, msg=name)

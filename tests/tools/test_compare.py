@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mot_megatron.compare.runs import sole_user, steps_done
-from tests.compare.small_comparison import keep_run, plan, write_configs
+from tests.compare.small_comparison import plan, save_ended_run, write_configs
 from tests.compare.small_comparison import write_description as write_corpus_toml
 from tests.compare.synthetic_runs import losses
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wait_until
@@ -78,7 +78,7 @@ def test_what_ended_beside_a_failed_run_is_reported(
 ) -> None:
     runs = plan(tmp_path, seeds=[1])
     for run in runs[: 2 if enough else 1]:  # dense, pair; mot is left
-        keep_run(run, tmp_path / "out", {"text": losses(1.0)}, causal=run.arm == "pair")
+        save_ended_run(run, tmp_path / "out", {"text": losses(1.0)}, causal=run.arm == "pair")
     monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
     trainer = tmp_path / "trainer.py"
     trainer.write_text("import sys\nsys.exit('error: the loss of text is not finite')\n")

@@ -57,7 +57,7 @@ def save_source(folder: Path, corpus: Path, overrides: list[str]) -> Path:
     model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")))
     vary_norm_weights(model)
     tensors = [
-        NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.layout)
+        NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.sharding)
         for kind in STATE_KINDS
         for name, parameter in model.named_parameters()
         for part in parts_of(name, parameter)

@@ -1,4 +1,4 @@
-"""Five steps of training on any layout, compared with one process: losses, norms and weights."""
+"""Five steps of training in any layout, compared with one process: losses, norms and weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from mot_megatron.data.corpus import Corpus
-from mot_megatron.model.sharding import ParameterLayout, parts_of
+from mot_megatron.model.sharding import ParameterSharding, parts_of
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.step import evaluate, train_step
 from tests.ranks import run_ranks
@@ -48,7 +48,7 @@ class Outcome:
     norms: list[tuple[float, ...]]
     held_out: tuple[float, ...]
     weights: dict[str, torch.Tensor]
-    layouts: dict[str, ParameterLayout]
+    shardings: dict[str, ParameterSharding]
     lacking: list[set[int]]
     """Per micro-batch the towers of this rank that had no token."""
 
@@ -81,11 +81,11 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
         norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
     held_out = evaluate(session, session.held_out_batches())
     parameters = dict(session.model.named_parameters())
-    weights, layouts = {}, {}
+    weights, shardings = {}, {}
     for name, state in session.engine.export_state():
         for part in parts_of(name, parameters[name]):
             weights[part.name] = state["weight"][part.rows].clone()
-            layouts[part.name] = part.layout
+            shardings[part.name] = part.sharding
     return Outcome(
         groups.tensor_rank,
         groups.tensor_size,
@@ -95,7 +95,7 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
         norms,
         held_out,
         weights,
-        layouts,
+        shardings,
         lacking,
     )
 
@@ -130,10 +130,10 @@ def assert_equal(outcome: Outcome, expected: Outcome) -> None:
     ):
         assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE, nan_ok=True)
     for name, mine in outcome.weights.items():
-        layout = outcome.layouts[name]
-        part = expected.weights[name].view(layout.global_shape)
-        if layout.shard_dim is not None:
-            part = part.chunk(outcome.tensor_size, layout.shard_dim)[outcome.tensor_rank]
+        sharding = outcome.shardings[name]
+        part = expected.weights[name].view(sharding.global_shape)
+        if sharding.shard_dim is not None:
+            part = part.chunk(outcome.tensor_size, sharding.shard_dim)[outcome.tensor_rank]
         torch.testing.assert_close(mine.view(part.shape), part, rtol=0, atol=TOLERANCE, msg=name)
 
 

@@ -35,7 +35,7 @@ def save_step(run: Path, corpus: Corpus, step: int, *overrides: str) -> MixtureO
         checkpoint_directory(run),
         step,
         [
-            NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.layout)
+            NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.sharding)
             for kind in kinds
             for name, parameter in model.named_parameters()
             for part in parts_of(name, parameter)

@@ -43,7 +43,7 @@ def render_svg(content: str, source: str) -> np.ndarray:
 
 
 def read_picture(content: bytes, source: str) -> np.ndarray:
-    """Read an image file as a master, uint8 [64, 64, 3]: cropped, centred, on white.
+    """Read an image file as a master, uint8 [64, 64, 3]: cropped, centered, on white.
 
     Raises:
         DataError: Not an image, or fully transparent; the message names ``source``.
@@ -88,7 +88,7 @@ def vary_picture(master: np.ndarray, random: np.random.Generator, *, mirror: boo
 
 
 def vary_strongly(master: np.ndarray, random: np.random.Generator, *, mirror: bool) -> np.ndarray:
-    """A picture for training: stretched, turned, moved and coloured anew, still on white.
+    """A picture for training: stretched, turned, moved and colored anew, still on white.
 
     Args:
         master: uint8 [64, 64, 3].
@@ -100,7 +100,7 @@ def vary_strongly(master: np.ndarray, random: np.random.Generator, *, mirror: bo
     """
     moved = _move(Image.fromarray(master), random, mirror=mirror)
     small = moved.resize((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.BOX)
-    return _colour(np.asarray(small), random)
+    return _color(np.asarray(small), random)
 
 
 def _move(image: Image.Image, random: np.random.Generator, *, mirror: bool) -> Image.Image:
@@ -126,8 +126,8 @@ def _move(image: Image.Image, random: np.random.Generator, *, mirror: bool) -> I
     )
 
 
-def _colour(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Other colours for [h, w, 3]: what is white stays white, and grey stays grey."""
+def _color(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Other colors for [h, w, 3]: what is white stays white, and grey stays grey."""
     order, blend = random.permutation(3), random.uniform(0, _BLEND)
     mixing = (1 - blend) * np.eye(3) + blend * np.eye(3)[order]
     ink = (255.0 - picture) @ mixing * random.uniform(*_INK)

@@ -27,7 +27,7 @@ class Codec(ABC):
     suffix: ClassVar[str]
     """File name suffix of what ``write`` writes."""
     row_length: ClassVar[int] = 2
-    """Distance, in tokens, to the neighbour that best predicts a token after the one before it.
+    """Distance, in tokens, to the neighbor that best predicts a token after the one before it.
 
     2 where tokens are a line; the tokens of a row where they are a raster, whose token above then
     tells more than the one two to the left.

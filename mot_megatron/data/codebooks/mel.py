@@ -99,7 +99,7 @@ def sound_of_log_mel(spectrum: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def _transform(samples: np.ndarray) -> np.ndarray:
-    """Short-time Fourier transform, [f, 257]; frame i is centred on sample 160 i."""
+    """Short-time Fourier transform, [f, 257]; frame i is centered on sample 160 i."""
     half = _WINDOW_SAMPLES // 2
     padded = np.pad(samples, (half, half))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW_SAMPLES)[::FRAME_SAMPLES]

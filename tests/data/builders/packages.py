@@ -27,7 +27,7 @@ def picture(seed: int) -> bytes:
 
 
 def recording(seed: int, seconds: float = 0.8) -> bytes:
-    """A .wav of noise whose colour changes, at 22.05 kHz."""
+    """A .wav of noise whose color changes, at 22.05 kHz."""
     random = np.random.default_rng(seed)
     noise = random.normal(size=int(seconds * 22050))
     for _ in range(int(random.integers(1, 6))):
@@ -82,8 +82,8 @@ def clip_art(title: str, *keywords: str, seed: int = 0, licence: str = PUBLIC_DO
     """A drawing of three random squares."""
     random = np.random.default_rng(seed)
     squares = "".join(
-        f'<rect x="{x}" y="{y}" width="40" height="30" fill="#{colour:06x}"/>'
-        for x, y, colour in random.integers((0, 0, 0), (60, 60, 0xFFFFFF), (3, 3))
+        f'<rect x="{x}" y="{y}" width="40" height="30" fill="#{color:06x}"/>'
+        for x, y, color in random.integers((0, 0, 0), (60, 60, 0xFFFFFF), (3, 3))
     )
     listed = "".join(f"<rdf:li>{word}</rdf:li>" for word in keywords)
     names = (

@@ -142,7 +142,7 @@ def test_pictures() -> None:
     )
     master = render_svg(svg, "square")
     assert master.shape == (64, 64, 3)
-    # cropped to the rectangle, which is twice as high as wide, and centred on white
+    # cropped to the rectangle, which is twice as high as wide, and centered on white
     assert master[32, 32].tolist() == [255, 0, 0]
     assert master[32, 4].tolist() == [255, 255, 255]
     varied = [vary_picture(master, generator(0, str(key)), mirror=False) for key in range(8)]

@@ -37,7 +37,7 @@ SPEECH = Modality(name="voice", first_id=464, size=48, codec="speech_units", cod
 
 
 def discs(count: int, seed: int) -> np.ndarray:
-    """[count, 32, 32, 3] coloured discs on white."""
+    """[count, 32, 32, 3] colored discs on white."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:32, :32]
     pictures = np.full((count, 32, 32, 3), 255, np.uint8)
@@ -54,9 +54,9 @@ def vowels(count: int, seed: int) -> np.ndarray:
     time = np.arange(int(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
     parts = []
     for _ in range(count):
-        pitch, centre = random.uniform(100, 200), random.uniform(400, 2500)
+        pitch, center = random.uniform(100, 200), random.uniform(400, 2500)
         harmonics = np.arange(1, 25)[:, None] * pitch
-        weights = np.exp(-(((harmonics - centre) / 300) ** 2))
+        weights = np.exp(-(((harmonics - center) / 300) ** 2))
         parts.append((weights * np.sin(2 * np.pi * harmonics * time)).sum(axis=0))
     return np.concatenate(parts).astype(np.float32) / 25
 
@@ -120,7 +120,7 @@ def test_pictures_keep_their_look(image_codec: PatchCodec) -> None:
     assert decoded.dtype == np.uint8
     ratio = peak_signal_to_noise(pictures, decoded).mean()
     assert ratio > 20.0
-    # a picture of one colour, the best single code could do, is far below
+    # a picture of one color, the best single code could do, is far below
     flat = np.broadcast_to(pictures.mean(axis=(1, 2), keepdims=True), pictures.shape)
     assert peak_signal_to_noise(pictures, flat).mean() < ratio - 5
 

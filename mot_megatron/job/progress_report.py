@@ -19,7 +19,7 @@ class Phase(NamedTuple):
         return self.name if self.step is None else f"step {self.step}, {self.name}"
 
 
-class Whereabouts:
+class ProgressReport:
     """The phase this rank is in. Reading it from another thread needs no lock."""
 
     def __init__(self) -> None:
