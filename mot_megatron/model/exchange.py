@@ -66,7 +66,7 @@ class HeadSlices:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RowRange:
     """Rows of a tower that lie together both in its slice and in the buffer of the exchange."""
 
     tower: int
@@ -87,7 +87,7 @@ class ModalityExchange:
     """g_k of the towers that this rank holds, in the order of its stream."""
     tokens: tuple[int, ...]
     """The slots of each that hold tokens; padding comes behind."""
-    runs: tuple[_Run, ...]
+    runs: tuple[_RowRange, ...]
     group: dist.ProcessGroup
 
     @classmethod
@@ -187,9 +187,9 @@ class ModalityExchange:
             buffer[run.buffer_rows] = slices[run.tower][run.rows, chosen[run.rank]]
 
 
-def _runs(plan: ExchangePlan, heads: HeadSlices, towers: Sequence[int]) -> tuple[_Run, ...]:
+def _runs(plan: ExchangePlan, heads: HeadSlices, towers: Sequence[int]) -> tuple[_RowRange, ...]:
     """Every rank's rows, tower after tower, as few runs as can be."""
-    runs: list[_Run] = []
+    runs: list[_RowRange] = []
     sent = [0] * len(towers)  # rows of each tower sent to the ranks before
     split_by_heads = heads.are_split
     end = 0
@@ -197,12 +197,12 @@ def _runs(plan: ExchangePlan, heads: HeadSlices, towers: Sequence[int]) -> tuple
         for place, tower in enumerate(towers):
             count = plan.send_rows[tower][rank]
             begin = 0 if split_by_heads else sent[place]
-            run = _Run(place, slice(begin, begin + count), slice(end, end + count), rank)
+            run = _RowRange(place, slice(begin, begin + count), slice(end, end + count), rank)
             sent[place], end = begin + count, end + count
             last = runs[-1] if runs else None
             if last and not split_by_heads and last.tower == place:
                 # The only tower here: its rows for one rank go on where the last one's end.
-                runs[-1] = _Run(
+                runs[-1] = _RowRange(
                     place,
                     slice(last.rows.start, run.rows.stop),
                     slice(last.buffer_rows.start, run.buffer_rows.stop),

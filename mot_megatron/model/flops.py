@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mot_megatron.config import ExpertsConfig, ModelConfig
+from mot_megatron.model.inventory import HeldParameter, layer_parameters, outer_parameters
+from mot_megatron.model.sharding import SHARED
 
 FORWARD_AND_BACKWARD = 3
 """One matrix multiplication forward, two backward (gradients of input and weight)."""
@@ -59,37 +61,24 @@ class FlopCount:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Parameters of the whole model, whatever the layout.
+    """Count the parameters of the whole model; no layout changes the number.
 
     Raises:
-        ConfigError: the vocabulary is not resolved.
+        ConfigError: the vocabulary size is not resolved.
     """
-    h, untied = model.hidden_size, model.untied
-    qkv, output_projection = _attention_matrices(model)
-    qk_norms = 2 * model.head_dim if model.qk_norm else 0
-    # (elements, untied?) of every component of all layers but the feed-forward network, then of
-    # the final norm.
-    components = [
-        (model.num_layers * qkv, untied.qkv),
-        (model.num_layers * output_projection, untied.output_projection),
-        (model.num_layers * 2 * h, untied.norms),
-        (model.num_layers * qk_norms, untied.qk_norm),
-        (h, untied.final_norm),
-    ]
-    of_tower = sum(size for size, is_untied in components if is_untied)
-    shared = sum(size for size, is_untied in components if not is_untied)
-    networks = [
-        model.num_layers * _stored_network(model, experts) for experts in model.experts_of_towers
-    ]
-    if not untied.feed_forward:  # towers that share one network all have the same
-        shared += networks[0]
-        networks = [0] * model.num_towers
-    vocabulary_matrices = 2 if model.untie_embeddings_and_output_weights else 1
-    shared += vocabulary_matrices * model.num_vocabulary_rows * h
-    causal = sum(_causal_router(model, experts) for experts in model.experts_of_towers)
-    return ParameterCount(
-        tuple(of_tower + network for network in networks), shared, model.num_layers * causal
-    )
+    towers, shared, causal = [0] * model.num_towers, 0, 0
+    for copies, parameters in (
+        (model.num_layers, layer_parameters(model)),
+        (1, outer_parameters(model)),
+    ):
+        for parameter in parameters:
+            if parameter.auxiliary:
+                causal += copies * parameter.size
+            elif parameter.tower == SHARED:
+                shared += copies * parameter.size
+            else:
+                towers[parameter.tower] += copies * parameter.size
+    return ParameterCount(tuple(towers), shared, causal)
 
 
 def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int) -> FlopCount:
@@ -116,46 +105,26 @@ def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: 
 
 
 def active_flops_per_token(model: ModelConfig) -> tuple[int, ...]:
-    """Forward operations of a token in the layers' matrices, by its tower, K of them.
+    """Count the forward operations of a token in the layers' matrices, by tower, K of them.
 
-    Without attention's products, which depend on documents, and without the head, which all towers
-    share. Of a mixture count the router and as many experts as a token runs through on average
-    when none drops any: for expert choice the capacity factor.
+    Attention's products, which depend on documents, and the head, which all towers share, are left
+    out. A mixture counts its router and the mean number of experts that process a token when none
+    is dropped: ``topk``, or the capacity factor of expert choice.
     """
-    attention = sum(_attention_matrices(model))
+    matrices = [p for p in layer_parameters(model) if len(p.shape) == 2 and not p.auxiliary]
     return tuple(
-        round(2 * model.num_layers * (attention + _active_network(model, experts)))
-        for experts in model.experts_of_towers
+        round(2 * model.num_layers * _active_elements(matrices, tower, experts))
+        for tower, experts in enumerate(model.experts_of_towers)
     )
 
 
-def _attention_matrices(model: ModelConfig) -> tuple[int, int]:
-    """Elements of the projections before and after attention, in one layer."""
-    h, d = model.hidden_size, model.head_dim
-    return h * d * (model.num_attention_heads + 2 * model.num_key_value_heads), h * h
-
-
-def _network(model: ModelConfig) -> int:
-    """Elements of one feed-forward network, be it an expert."""
-    return 3 * model.hidden_size * model.feed_forward_size
-
-
-def _stored_network(model: ModelConfig, experts: ExpertsConfig | None) -> int:
-    """Elements that a tower has in place of a feed-forward network, without a causal router."""
+def _active_elements(
+    matrices: Sequence[HeldParameter], tower: int, experts: ExpertsConfig | None
+) -> float:
+    """Count the matrix elements of one layer that a token of ``tower`` meets, on average."""
+    used = [matrix for matrix in matrices if matrix.tower in (tower, SHARED)]
+    plain = sum(matrix.size for matrix in used if not matrix.experts)
     if experts is None:
-        return _network(model)
-    return experts.num_moe_experts * (_network(model) + model.hidden_size)
-
-
-def _active_network(model: ModelConfig, experts: ExpertsConfig | None) -> float:
-    """Elements of them that a token meets, on average."""
-    if experts is None:
-        return _network(model)
-    router = experts.num_moe_experts * model.hidden_size
-    return experts.experts_per_token * _network(model) + router
-
-
-def _causal_router(model: ModelConfig, experts: ExpertsConfig | None) -> int:
-    if experts is None or not experts.causal_router:
-        return 0
-    return model.hidden_size // 2 * (model.hidden_size + experts.num_moe_experts)
+        return plain
+    one_expert = sum(matrix.size // matrix.experts for matrix in used if matrix.experts)
+    return plain + experts.experts_per_token * one_expert

@@ -10,7 +10,6 @@ import deepspeed
 import deepspeed.ops
 import torch.distributed as dist
 
-from mot_megatron.errors import ConfigError
 from mot_megatron.optim.owners import has_owned_towers
 from mot_megatron.optim.settings import OptimizerSettings
 
@@ -96,25 +95,6 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
-def check_layout(settings: OptimizerSettings, groups: ProcessGroups) -> None:
-    """Refuse a ZeRO stage that does not go with the layout.
-
-    Raises:
-        ConfigError: Naming the stages that do.
-    """
-    stage = settings.zero_stage
-    if groups.pipeline_size > 1 and stage != 1:
-        raise ConfigError(
-            f"zero_stage = {stage} with {groups.pipeline_size} pipeline stages: "
-            "pipeline parallelism needs zero_stage = 1"
-        )
-    if has_owned_towers(groups) and stage not in (1, 2):
-        raise ConfigError(
-            f"zero_stage = {stage} with towers on different ranks: "
-            "modality parallelism needs zero_stage 1 or 2"
-        )
 
 
 def sums_gradients(settings: OptimizerSettings) -> bool:

@@ -30,7 +30,6 @@ from mot_megatron.model.sharding import is_replica, tower_of
 from mot_megatron.optim.adamw import GatedAdamW
 from mot_megatron.optim.deepspeed_setup import (
     Topology,
-    check_layout,
     deepspeed_config,
     prepare_deepspeed,
     sums_gradients,
@@ -43,6 +42,14 @@ from mot_megatron.optim.settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from mot_megatron.parallel.groups import ProcessGroups
+
+
+def _assert_legal(settings: OptimizerSettings, groups: ProcessGroups) -> None:
+    """Assert what the configuration's rules promise about ZeRO and the layout."""
+    stage = settings.zero_stage
+    assert stage == 1 or groups.pipeline_size == 1, (stage, groups.pipeline_size)
+    assert stage in (1, 2) or not has_owned_towers(groups), stage
+    assert stage > 0 or (settings.offload, settings.precision) == ("none", "fp32"), settings
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,8 @@ class ZeroEngine:
             groups: This rank's.
             num_towers: K of the whole model, over all ranks; may be left out where every rank
                 holds every tower.
-
-        Raises:
-            ConfigError: The ZeRO stage does not go with the layout.
         """
-        check_layout(settings, groups)
+        _assert_legal(settings, groups)
         prepare_deepspeed()
         self._model = model
         self._settings = settings

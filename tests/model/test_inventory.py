@@ -8,7 +8,7 @@ import torch
 from mot_megatron.config import Config
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.model.sharding import experts_of, is_replica, sharding_of, tower_of
+from mot_megatron.model.sharding import experts_of, is_auxiliary, is_replica, sharding_of, tower_of
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.parallel.placement import balanced_placement
 from tests.fake_world import fake_world
@@ -79,17 +79,19 @@ def test_inventory_is_the_built_models(world_size: int, overrides: list[str]) ->
                 tower_of(parameter),
                 sharding_of(parameter).shard_dim is not None,
                 is_replica(parameter),
-                experts_of(parameter) is not None,
+                len(experts_of(parameter) or ()),
+                is_auxiliary(parameter),
             )
             for name, parameter in model.named_parameters()
         ]
         held = held_parameters(config, model.groups.pipeline_rank, model.towers)
         assert [
-            (p.name, p.shape, p.tower, p.tensor_parallel, p.replica, p.experts) for p in held
+            (p.name, p.shape, p.tower, p.tensor_parallel, p.replica, p.experts, p.auxiliary)
+            for p in held
         ] == built
         assert sum(p.size for p in held) == sum(p.numel() for p in model.parameters())
         seen.update(built)
-    replicas = [name for name, *_, replica, _ in seen if replica]
+    replicas = [name for name, _, _, _, replica, *_ in seen if replica]
     assert replicas == (
         ["embedding.lookup.weight"] if PP2 in overrides and TIED in overrides else []
     )

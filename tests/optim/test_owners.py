@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from mot_megatron.errors import ConfigError
 from mot_megatron.model.sharding import SHARED, mark_experts
-from mot_megatron.optim.deepspeed_setup import check_layout
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.optim.owners import by_owners, has_owned_towers
 from mot_megatron.optim.zero import ZeroEngine
@@ -397,27 +394,6 @@ def test_a_stage_reports_a_parameter_without_gradient():
     assert "layers.0.towers.1.down.bias" in first
     assert "layers.1.towers.1.down.bias" in second
     assert "towers.0" not in first + second
-
-
-@pytest.mark.parametrize(
-    ("stage", "stages", "owned", "named"),
-    [
-        (0, 2, False, "zero_stage = 0 with 2 pipeline stages"),
-        (2, 2, True, "zero_stage = 2 with 2 pipeline stages"),
-        (3, 4, False, "needs zero_stage = 1"),
-        (0, 1, True, "zero_stage = 0 with towers on different ranks"),
-        (3, 1, True, "needs zero_stage 1 or 2"),
-    ],
-)
-def test_stages_that_do_not_go_with_a_layout_are_refused(
-    stage: int, stages: int, owned: bool, named: str
-):
-    data = object()
-    groups: Any = SimpleNamespace(
-        pipeline_size=stages, data=data, holders=(data, None) if owned else ()
-    )
-    with pytest.raises(ConfigError, match=named):
-        check_layout(toy.settings(zero_stage=stage), groups)
 
 
 def _owners_of_experts(expert_size: int, shares: Shares) -> tuple[bool, list[Any]]:
