@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mot_megatron.cli.match import main
 from mot_megatron.compare.curves import read_run, write_csv
+from tests.cli.console import only_error
 from tests.compare.synthetic_runs import losses, points_of, write_description, write_run
-from tools.match_steps import main
 
 ARMS = {"dense": 1.0, "mot": 0.5, "moe": 0.8}
 LAYERS = {"dense": 2, "mot": 3, "moe": 4}
@@ -174,10 +175,7 @@ def test_a_run_that_has_not_ended_is_named(
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    return errors
+    return only_error(capsys.readouterr().err)
 
 
 def test_bad_input_is_one_line(

@@ -9,9 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mot_megatron.benchmark.layer_variants import MIXTURES, Benchmark, Variant
+from mot_megatron.cli import benchmark_layer
 from mot_megatron.parallel.groups import build_single_process_groups
+from tests.cli.console import only_error
 from tests.model.test_flops import grouped_mm_flops
-from tools import benchmark_layer
 
 SMALL = ["--tokens", "64", "--hidden", "32", "--heads", "4", "--repeats", "2"]
 NAMES = ["dense"] + [f"{way}-{k}" for k in (2, 3) for way in ("mot", "mask", "gather-scatter")]
@@ -102,7 +103,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pair_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_layer.main([*SMALL, "--ranks", "2", "--json"]) == 0
+    assert benchmark_layer.main([*SMALL, "--world-size", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     variants = ["dense", "mot-2", "mot-2-mp2-sequence", "mot-2-mp2-heads"]
     names = [name + suffix for name in variants for suffix in ("", " + gradients")]
@@ -127,7 +128,5 @@ def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_shapes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_layer.main([*SMALL, "--heads", "5"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    error = only_error(capsys.readouterr().err)
     assert "2 * model.num_attention_heads = 2 * 5" in error

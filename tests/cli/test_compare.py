@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from mot_megatron.cli.compare import main
 from mot_megatron.compare.runs import sole_user, steps_done
+from tests.cli.console import only_error
 from tests.compare.small_comparison import plan, save_ended_run, write_configs
 from tests.compare.small_comparison import write_description as write_corpus_toml
 from tests.compare.synthetic_runs import losses
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wait_until
 from tests.small_runs import write_corpus
-from tools.compare import main
 
 SCRIPT = "tools/compare.py"
 STEPS = 240
@@ -29,8 +30,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return only_error(capsys.readouterr().err)
 
 
 def assert_status(finished: Finished, status: int) -> None:
@@ -82,7 +82,7 @@ def test_what_ended_beside_a_failed_run_is_reported(
     monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
     trainer = tmp_path / "trainer.py"
     trainer.write_text("import sys\nsys.exit('error: the loss of text is not finite')\n")
-    monkeypatch.setattr("tools.compare.TRAINER", trainer)
+    monkeypatch.setattr("mot_megatron.cli.compare.TRAINER", (str(trainer),))
     configs, output = str(tmp_path / "configs"), str(tmp_path / "out")
     assert main([configs, "--output", output, "--seeds", "1"]) == 2
     printed = capsys.readouterr()
