@@ -93,6 +93,19 @@ def test_what_ended_beside_a_failed_run_is_reported(
     assert ("no report: " in printed.out) != enough
 
 
+def test_report_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in plan(tmp_path, seeds=[1])[:2]:
+        save_ended_run(run, tmp_path / "out", {"text": losses(1.0)}, causal=run.arm == "pair")
+    monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
+    configs, output = str(tmp_path / "configs"), tmp_path / "out"
+    assert main([configs, "--output", str(output), "--report-only", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["matches"] == json.loads((output / "slopes.json").read_text())
+    assert str(output / "report.md") in document["written"]
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = str(tmp_path / "nowhere")
     output = str(tmp_path / "out")

@@ -160,6 +160,23 @@ def test_memory_divides_layouts(config_file: Path, capsys: pytest.CaptureFixture
     assert "the nearest lacks 0.000 GB" in printed
 
 
+def test_less_recomputation_then_less_communication(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plenty = planned(capsys, config_file, 4, 1.0, VOCABULARY)
+    needs = sorted(layout["needed"]["none"] for layout in plenty["fitting"])
+    found = planned(capsys, config_file, 4, needs[len(needs) // 2] / 1e9, VOCABULARY)["fitting"]
+    modes = ["none", "selective", "full"]
+    keys = []
+    for layout in found:
+        parallel = layout["parallel"]
+        tensor = parallel["tensor_model_parallel_size"]
+        ranks = tensor * parallel["pipeline_model_parallel_size"]
+        keys.append((modes.index(layout["recompute"]), ranks, tensor))
+    assert keys == sorted(keys)
+    assert len({key[0] for key in keys}) > 1
+
+
 def test_token_shares_are_the_corpuss(
     corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,17 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image.endswith("below unigram and context")
 
 
+def test_several_runs_as_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name, bits) for name, bits in (("a", 5.25), ("b", 7.5))]
+    given = [part for run in runs for part in ("--checkpoint", str(run))]
+    assert main([*given, "--require", "unigram", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "not below unigram: text\n"
+    assert json.loads(printed.out) == {
+        "runs": [json.loads((run / "summary.json").read_text()) for run in runs]
+    }
+
+
 def test_missed_baseline_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", 5.25)
     assert main(["--checkpoint", str(run), "--require", "two-token"]) == 1

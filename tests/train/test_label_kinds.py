@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_the_tool_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFi
     for modality in ("text", "image", "speech"):
         assert f"\n{modality}" in printed
     assert all(len(line) <= 120 for line in printed.splitlines()[1:])
+
+
+def test_json_has_the_figures_of_the_table(
+    run: Path, trained: TrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(run), "--checkpoint", str(run), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert first == second
+    assert (first["step"], first["sees_later_tokens"]) == (1, False)
+    modalities = first["as_trained"]["modalities"]
+    for loss in held_out_by_kind(trained):
+        kind = modalities[loss.modality]["kinds"][loss.kind]
+        assert kind["labels"] == loss.labels
+        assert kind["bits_per_token"] == (pytest.approx(loss.bits) if loss.labels else None)
 
 
 @pytest.mark.parametrize(("causal", "tables"), [("true", 2), ("false", 1)])
