@@ -48,12 +48,6 @@ def test_variants_give_equal_outputs_and_gradients(other: str, num_towers: int) 
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_the_exchange(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_layer.main([*SMALL, "--exchange", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert set(result["ratio_to_dense"]) - set(NAMES) == {"exchange-sequence", "exchange-heads"}
-
-
 def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
     setting = Benchmark(
         300,
@@ -81,10 +75,11 @@ def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
     assert more == {"expert-choice-4": router, "top-1-of-4": router}
 
 
-def test_mixtures_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_layer.main([*SMALL, "--experts", "--json"]) == 0
+def test_mixtures_and_exchange_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--experts", "--exchange", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["ratio_to_dense"]) - set(NAMES) == MIXTURES.keys()
+    exchanges = {"exchange-sequence", "exchange-heads"}
+    assert set(result["ratio_to_dense"]) - set(NAMES) == MIXTURES.keys() | exchanges
 
 
 def test_every_tower_has_work() -> None:
@@ -124,6 +119,23 @@ def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
     profile = capsys.readouterr().out
     assert "mot-3 minus dense" in profile
     assert all(f"{name} minus dense" in profile for name in MIXTURES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--repeats 1", "--repeats 1: a spread needs at least 2"),
+        ("--world-size 2 --profile", "--world-size 2 goes with wall time and a thread per rank"),
+        ("--device cuda", "--device cuda: torch finds no GPU here; allowed: cpu"),
+        ("--device cuda --clock processor", "--clock processor: allowed with --device cpu only"),
+        ("--profile --json", "--profile prints text only; leave --json out"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    assert benchmark_layer.main([*SMALL, *options.split()]) == 2
+    assert message in only_error(capsys.readouterr().err)
 
 
 def test_shapes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
