@@ -19,11 +19,11 @@ from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wai
 from tests.small_runs import write_corpus
 
 SCRIPT = "tools/compare.py"
-STEPS = 150
+STEPS = 240
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    fast = ("training.micro_batch_size=8", "evaluation.interval_steps=25", "data.packing=sequence")
+    fast = ("training.micro_batch_size=8", "evaluation.interval_steps=40", "data.packing=sequence")
     settings = [part for setting in fast for part in ("--set", setting)]
     return [str(folder / "configs"), "--output", str(folder / "out"), *settings, *more]
 
