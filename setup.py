@@ -1,9 +1,17 @@
-"""Builds the C++ packing and grouping extension; everything else is in pyproject.toml."""
+"""Packages and the C++ packing and grouping extension; everything else is in pyproject.toml."""
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
+    # The configuration files are at the top of a checkout, and inside the package once installed.
+    packages=[*find_packages(include=["mot_megatron*"]), "mot_megatron.configs"],
+    package_dir={"mot_megatron.configs": "configs"},
+    package_data={
+        "mot_megatron.configs": ["**/*.toml", "**/*.md"],
+        "mot_megatron.data": ["*.pyi"],
+    },
+    include_package_data=False,
     ext_modules=[
         Pybind11Extension(
             "mot_megatron.data._native",

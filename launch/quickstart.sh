@@ -50,4 +50,4 @@ say "samples are in $RUN/samples; to watch the curves, pictures and sounds:"
 printf '  %s -m tensorboard.main --logdir %s\n' "$PYTHON" "$ROOT/runs"
 printf '  and open http://localhost:6006/#custom_scalars\n'
 say "done; held out, against what counting tokens achieves:"
-"$PYTHON" tools/show_run.py "$RUN" --require unigram
+"$PYTHON" tools/show_run.py --checkpoint "$RUN" --require unigram

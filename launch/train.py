@@ -1,107 +1,11 @@
-"""Train a model: started on every rank by the deepspeed launcher, or alone for a single rank.
+"""Train a model. Started on every rank by the deepspeed launcher, or alone for a single rank.
 
 deepspeed --num_gpus N launch/train.py --config configs/quickstart.toml --set training.train_steps=9
 """
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-# The launcher's CPU accelerator names "GPUs" 0 and 1 for its ranks; a real one would be taken.
-# Before the first import that looks for CUDA, which looks only once.
-if os.environ.get("DS_ACCELERATOR") == "cpu":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-from mot_megatron.errors import UserError
-from mot_megatron.job.distributed import World, find_world, join_world, works_on_gpus
-from mot_megatron.job.progress_report import ProgressReport
-from mot_megatron.job.watch import Watch, report_mendable
-
-_ALONE = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-}
-
-
-def main() -> int:
-    """Run on this rank; 0 on success, 2 after an error the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        action="append",
-        required=True,
-        help="TOML configuration file; of several, later ones override earlier ones",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override a key of the configuration; may be repeated",
-    )
-    parser.add_argument("--local_rank", type=int, help="given by the launcher, as LOCAL_RANK is")
-    arguments = parser.parse_args()
-    # A launcher sets these; a process started alone is a world of one.
-    for name, value in _ALONE.items():
-        os.environ.setdefault(name, value)
-    progress_report = ProgressReport()
-    try:
-        world = find_world(
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            int(os.environ["LOCAL_RANK"]),
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-        )
-        with Watch(world, progress_report):
-            run(arguments.config, arguments.overrides, world, progress_report)
-    except UserError as error:
-        return report_mendable(error)
-    return 0
-
-
-def run(
-    config_paths: list[Path], overrides: list[str], world: World, progress_report: ProgressReport
-) -> None:
-    """Check what can be checked alone, then join the other ranks and train."""
-    # Under the watch: these take seconds, and where one of them fails on one node (a package is
-    # missing), the others must hear of it.
-    import torch.distributed as dist
-
-    from mot_megatron.config_files import load_config
-    from mot_megatron.data.corpus import Corpus
-    from mot_megatron.job.hardware import keep_freed_memory
-    from mot_megatron.planning.placement_table import placement_table
-    from mot_megatron.rules import check_device, check_world_size
-    from mot_megatron.run.loop import train
-    from mot_megatron.train.preflight import check_documents
-    from mot_megatron.train.session import build_groups, resolve_config, tower_flops
-
-    config = load_config(config_paths, overrides)
-    check_world_size(config, world.size)
-    check_device(config, works_on_gpus())
-    corpus = Corpus.open(config.data.corpus)
-    config = resolve_config(config, corpus)
-    check_documents(config, corpus)
-    device = join_world(world)
-    if device.type == "cpu":
-        keep_freed_memory()
-    groups = build_groups(config, corpus, device)
-    if groups.placement is not None and groups.rank == 0:
-        flops = tower_flops(config, corpus)
-        print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
-    train(config, corpus, groups, progress_report)
-    # Not after an error: other ranks would fail for the connections that this one closes.
-    dist.destroy_process_group()
-
+from mot_megatron.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -418,7 +418,7 @@ def _check_training(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: logging.sample_interval_steps = {config.logging.sample_interval_steps}:"
             " samples are drawn during training without pipeline and modality parallelism only;"
-            " tools/generate.py draws them from any checkpoint"
+            " mot generate draws them from any checkpoint"
         )
 
 

@@ -1,4 +1,4 @@
-"""Every layout of a configuration on a number of GPUs, and what its fullest rank would hold."""
+"""List the legal layouts of a configuration on a number of GPUs, and what each needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mot_megatron.errors import ConfigError
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.planning.activations import Device, Rows, activation_bytes
-from mot_megatron.planning.memory import StateBytes, mesh_of, state_bytes
+from mot_megatron.planning.host_memory import HostBytes, host_bytes
+from mot_megatron.planning.memory import StateBytes, held_by_rank, mesh_of, state_bytes
 from mot_megatron.planning.placing import check_experts_placed, place_towers
 from mot_megatron.rules import check, check_world_size
 
@@ -33,9 +34,12 @@ class Plan:
     state: StateBytes
     activations: Mapping[Recompute, int]
     needed: Mapping[Recompute, int]
-    """Bytes on the device, model state and activations; of the rank that needs most then."""
+    """Bytes on the device, model state and activations, by recomputation; of the rank that needs
+    most with it."""
+    host: HostBytes
+    """Host memory to start and to resume, of the rank that needs most."""
     tokens: int
-    """Of the rank that has most, in an optimizer step."""
+    """Tokens per optimizer step on the rank that has most."""
 
     @property
     def accumulation(self) -> int:
@@ -43,45 +47,54 @@ class Plan:
         return self.config.accumulation_steps(self.mesh.data)
 
     def recompute_for(self, memory: float) -> Recompute | None:
-        """The least recomputation with which the layout fits; None if it does not with any."""
+        """Return the least recomputation with which the layout fits; None if it does not fit."""
         return next((mode for mode in RECOMPUTE if self.needed[mode] <= memory), None)
 
-    @property
-    def communication(self) -> tuple[int, ...]:
-        """Sorts layouts: first those whose ranks talk and wait least.
+    def order(self, memory: float) -> tuple[float, ...]:
+        """Return the key that sorts layouts from the fastest expected to the slowest.
 
-        Tensor parallelism talks most, twice in every half of a layer; pipelines talk little, but
-        stages wait for each other; modality parallelism talks around attention, expert parallelism
-        around the experts, and so less than data parallelism over gradients; ZeRO-3 gathers weights
-        in every pass.
+        In this order: less recomputation; then less communication; then less memory.
+
+        Communication counts as less with, in this order: fewer ranks per pass through a layer stack
+        (tensor-parallel size times stages); of these, fewer tensor-parallel ranks, whose
+        collectives are inside every layer, while stages wait for each other; fewer pieces per
+        stage; no exchange between modality-parallel ranks before an exchange of sequences before
+        one of heads; experts on one rank before experts spread over several; a lower ZeRO stage (2
+        reduces gradients in every micro-batch, 3 also gathers weights in every pass).
+
+        Args:
+            memory: Bytes of a device. Layouts that do not fit come last.
         """
         parallel = self.config.parallel
+        mode = self.recompute_for(memory)
+        exchange = 1 + int(parallel.attention_exchange == "heads")
         return (
+            len(RECOMPUTE) if mode is None else RECOMPUTE.index(mode),
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size,
             parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size or 1,
-            parallel.modality_parallel_size,
-            parallel.expert_model_parallel_size,
+            exchange if parallel.modality_parallel_size > 1 else 0,
+            int(parallel.expert_model_parallel_size > 1),
             parallel.zero_stage,
-            int(parallel.attention_exchange == "heads"),
+            self.needed[mode or RECOMPUTE[-1]],
         )
 
 
 def legal_layouts(
     config: Config, num_gpus: int, gpus_per_node: int, tower_tokens: Sequence[int]
 ) -> list[Config]:
-    """The configuration in every layout that the rules of training allow, and that makes sense.
+    """Return the configuration in every layout that training accepts and that makes sense.
 
-    Tensor and modality parallelism, which talk in every layer, stay together inside a node;
-    sequence parallelism goes with tensor parallelism always, as it saves memory for nothing.
-    Samples during training, which some layouts cannot draw, are given up.
+    Tensor and modality parallelism communicate in every layer, so both together stay inside a node.
+    Sequence parallelism always accompanies tensor parallelism: it saves memory at no cost. Sampling
+    during training is switched off, because some layouts do not support it.
 
     Args:
         config: With its vocabulary.
-        num_gpus: Ranks.
-        gpus_per_node: Of them on a node.
-        tower_tokens: Of the training split, K of them: they place the towers, and a tower's
-            experts need ranks that can share them equally.
+        num_gpus: World size.
+        gpus_per_node: Ranks on one node.
+        tower_tokens: Tokens of each tower in the training split, K of them. They decide the
+            placement of the towers, and a tower's experts need ranks that can share them equally.
     """
     logging = config.logging.model_copy(update={"sample_interval_steps": None})
     config = config.model_copy(update={"logging": logging})
@@ -112,7 +125,7 @@ def legal_layouts(
 
 
 def _in_layout(config: Config, wanted: Mapping[str, object]) -> Config:
-    """With the layers and placement that the file lists, where they are meant for these sizes."""
+    """Apply the sizes; keep the file's layers and placement if they are meant for these sizes."""
     parallel = config.parallel.model_copy(update=dict(wanted))
     fitting = parallel.model_copy(
         update={
@@ -151,14 +164,14 @@ def _is_legal(config: Config, num_gpus: int, tower_tokens: Sequence[int]) -> boo
 def plan(
     config: Config, num_gpus: int, tower_tokens: Sequence[int], device: Device = "cuda"
 ) -> Plan:
-    """What a legal layout needs.
+    """Compute what a legal layout needs.
 
     Args:
         config: Resolved, in the layout.
-        num_gpus: Ranks.
-        tower_tokens: Of the training split, K of them; only their proportions count. Micro-batches
-            are taken to have the same; one with more tokens of the fullest rank's towers needs
-            more.
+        num_gpus: World size.
+        tower_tokens: Tokens of each tower in the training split, K of them; only their proportions
+            count. Micro-batches are assumed to have the same proportions; one with more tokens of
+            the fullest rank's towers needs more.
         device: Where the model would run.
     """
     mesh = mesh_of(config, num_gpus)
@@ -171,6 +184,10 @@ def plan(
         for rank in ranks
         for mode in RECOMPUTE
     }
+    hosts = [
+        host_bytes(config, held_by_rank(config, mesh, placement, rank), states[rank].host)
+        for rank in ranks
+    ]
     fullest = max(ranks, key=lambda rank: states[rank].device + kept[rank, "none"])
     return Plan(
         config=config,
@@ -182,14 +199,16 @@ def plan(
             mode: max(states[rank].device + kept[rank, mode] for rank in ranks)
             for mode in RECOMPUTE
         },
+        host=HostBytes(max(h.start for h in hosts), max(h.resume for h in hosts)),
         tokens=max(row.stream for row in rows.values()) * config.accumulation_steps(mesh.data),
     )
 
 
 def _different_ranks(config: Config, mesh: Mesh, placement: Placement | None) -> Iterator[int]:
-    """Ranks among which is one like any other: tensor-parallel ranks and replicas are alike.
+    """Yield one representative rank per memory profile.
 
-    But for replicas under ZeRO-2 in fp32, which keep gradients whole that lie across pieces.
+    Tensor-parallel ranks are alike, and so are replicas, except under ZeRO-2 in fp32: there a
+    replica keeps whole every gradient that its piece covers in part.
     """
     parallel = config.parallel
     replicas = mesh.data // mesh.modality
@@ -212,14 +231,14 @@ def _rows(
     tower_tokens: Sequence[int],
     rank: int,
 ) -> Rows:
-    """Of a micro-batch whose tokens are shared among towers as the split's are."""
+    """Return a rank's rows of a micro-batch whose towers have the split's shares of tokens."""
     positions = config.training.micro_batch_size * config.data.seq_length
     shares = (1.0,) * len(tower_tokens)
     if placement is not None:
         shares = placement.shares[mesh.modality_rank(rank)]
     held = accumulate(share * tokens for share, tokens in zip(shares, tower_tokens, strict=True))
-    # Ranks that exchange by sequence bring a micro-batch each to their group; those that exchange
-    # heads share one, and attend for all of it.
+    # With a sequence exchange every rank brings a micro-batch to its group. With a heads exchange
+    # the group shares one micro-batch, and every rank attends for all of it.
     is_shared = config.parallel.attention_exchange == "heads"
     of_group = positions * (1 if is_shared else mesh.modality)
     total = sum(tower_tokens)

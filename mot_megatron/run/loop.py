@@ -206,8 +206,7 @@ def _sample(run: _Run) -> None:
     run.session.progress_report.enter("samples")
     if run.session.model_is_split:
         run.console.say(
-            "no samples: no rank holds the whole model; tools/generate.py draws them from the"
-            " checkpoint"
+            "no samples: no rank holds the whole model; mot generate draws them from the checkpoint"
         )
     elif not run.config.model.can_be_causal:
         run.console.say(

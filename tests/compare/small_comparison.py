@@ -79,7 +79,7 @@ def save_ended_run(
     write_run(directory.parent, run.name, points, f"run.seed={run.seed}")
     (directory / "config.toml").write_text(run.config.to_toml())
     write_summary(run, causal)
-    circumstances = Circumstances("python tools/compare.py x", 2, MACHINE)
+    circumstances = Circumstances("mot compare x", 2, MACHINE)
     record_run(
         run, output, circumstances, ended="2026-01-02T03:04:05+00:00", command="python train"
     )

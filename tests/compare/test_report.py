@@ -164,7 +164,7 @@ def test_setting_commands_and_plots(compared: Path) -> None:
     assert "- Held-out losses are of the whole validation split" in text
     assert "- Bear in mind: " not in text
     assert "2026-01-02T03:04:05+00:00" in text
-    assert "python tools/compare.py x" in section(compared, "Commands")
+    assert "mot compare x" in section(compared, "Commands")
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(plots) == 2 * 3
     for plot in plots:

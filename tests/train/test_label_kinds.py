@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from mot_megatron.cli.evaluate import main
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, evaluation_batches
 from mot_megatron.train.label_kinds import KINDS, held_out_by_kind, kind_of_id
 from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.trained import TrainedModel, load_trained_model
+from tests.cli.console import only_error
 from tests.small_corpus import make_corpus
 from tests.train.test_trained import save_step
-from tools.evaluate import main
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +90,25 @@ def test_losses_of_kinds_are_those_of_their_positions(trained: TrainedModel) -> 
 
 
 def test_the_tool_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(run), "--sequences", "1"]) == 0
+    assert main(["--checkpoint", str(run), "--sequences", "1"]) == 0
     printed = capsys.readouterr().out
     for modality in ("text", "image", "speech"):
         assert f"\n{modality}" in printed
     assert all(len(line) <= 120 for line in printed.splitlines()[1:])
+
+
+def test_json_has_the_figures_of_the_table(
+    run: Path, trained: TrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(run), "--checkpoint", str(run), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert first == second
+    assert (first["step"], first["sees_later_tokens"]) == (1, False)
+    modalities = first["as_trained"]["modalities"]
+    for loss in held_out_by_kind(trained):
+        kind = modalities[loss.modality]["kinds"][loss.kind]
+        assert kind["labels"] == loss.labels
+        assert kind["bits_per_token"] == (pytest.approx(loss.bits) if loss.labels else None)
 
 
 @pytest.mark.parametrize(("causal", "tables"), [("true", 2), ("false", 1)])
@@ -101,7 +117,7 @@ def test_both_routings_of_expert_choice_are_shown(
 ) -> None:
     experts = f"model.towers.text.experts={{num_moe_experts=4,causal_router={causal}}}"
     save_step(tmp_path, corpus, 1, experts)
-    assert main([str(tmp_path)]) == 0
+    assert main(["--checkpoint", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     texts = [line for line in printed.splitlines() if line.startswith("text")]
     assert len(set(texts)) == len(texts) == tables  # another routing, other losses
@@ -114,7 +130,5 @@ def test_both_routings_of_expert_choice_are_shown(
 
 
 def test_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert main(["--checkpoint", str(tmp_path)]) == 2
+    only_error(capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""The tool measures a pair of towers on two ranks against the dense model, says what is wrong."""
+"""A pair of towers on two ranks is measured against the dense model; errors are one line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mot_megatron.cli.memory import main, text, worlds_of
 from mot_megatron.config_files import load_config
 from mot_megatron.planning.activations import Rows
 from mot_megatron.planning.memory import RankMemory, StateBytes
 from mot_megatron.rules import check
+from tests.cli.console import only_error
 from tests.small_runs import CONFIG, write_corpus
-from tools.measure_memory import main, text, worlds_of
 
 # A model whose layers, not its vocabulary, hold most of the weights: 3.8 of 4.3 M elements.
 MEDIUM = [
@@ -41,7 +42,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(config_file: Path, ranks: int, *overrides: str) -> list[str]:
     settings = [part for override in overrides for part in ("--set", override)]
-    return ["--config", str(config_file), "--ranks", str(ranks), *settings]
+    return ["--config", str(config_file), "--world-size", str(ranks), *settings]
 
 
 def test_two_towers_on_two_ranks_hold_what_the_dense_model_does(
@@ -107,7 +108,7 @@ def test_the_twin_of_experts_is_plain(config_file: Path) -> None:
     ("ranks", "overrides", "message"),
     [
         (3, [MP2], "error: the world size 3 is not divisible by"),
-        (0, [], "error: --ranks 0: needed: 1 or more"),
+        (0, [], "error: --world-size 0: needed: 1 or more"),
         (8, [], "error: training.global_batch_size = 8 is one micro-batch per step"),
         (1, ["data.corpus=nowhere"], "error: nowhere/corpus.toml"),
     ],
@@ -120,21 +121,20 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     assert main(arguments(config_file, ranks, *overrides)) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith(message)
-    assert errors.count("\n") == 1
+    assert only_error(capsys.readouterr().err).startswith(message)
 
 
 def test_ranks_that_take_too_long_are_ended(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments(config_file, 1), "--timeout", "0.1"]) == 2
-    assert capsys.readouterr().err == "error: the ranks were still running after 0.1 s\n"
+    error = only_error(capsys.readouterr().err)
+    assert error == "error: the ranks were still running after 0.1 s"
 
 
 def test_no_rank_outlives_a_killed_tool(config_file: Path) -> None:
     many = "training.global_batch_size=100000"  # so that the ranks are busy for long
-    command = [sys.executable, "-m", "tools.measure_memory", *arguments(config_file, 2, many)]
+    command = [sys.executable, "-m", "mot_megatron", "memory", *arguments(config_file, 2, many)]
     tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started: list[psutil.Process] = []
 

@@ -9,9 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mot_megatron.benchmark.layer_variants import MIXTURES, Benchmark, Variant
+from mot_megatron.cli import benchmark_layer
 from mot_megatron.parallel.groups import build_single_process_groups
+from tests.cli.console import only_error
 from tests.model.test_flops import grouped_mm_flops
-from tools import benchmark_layer
 
 SMALL = ["--tokens", "64", "--hidden", "32", "--heads", "4", "--repeats", "2"]
 NAMES = ["dense"] + [f"{way}-{k}" for k in (2, 3) for way in ("mot", "mask", "gather-scatter")]
@@ -47,12 +48,6 @@ def test_variants_give_equal_outputs_and_gradients(other: str, num_towers: int) 
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_the_exchange(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_layer.main([*SMALL, "--exchange", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert set(result["ratio_to_dense"]) - set(NAMES) == {"exchange-sequence", "exchange-heads"}
-
-
 def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
     setting = Benchmark(
         300,
@@ -80,10 +75,11 @@ def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
     assert more == {"expert-choice-4": router, "top-1-of-4": router}
 
 
-def test_mixtures_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_layer.main([*SMALL, "--experts", "--json"]) == 0
+def test_mixtures_and_exchange_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_layer.main([*SMALL, "--experts", "--exchange", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["ratio_to_dense"]) - set(NAMES) == MIXTURES.keys()
+    exchanges = {"exchange-sequence", "exchange-heads"}
+    assert set(result["ratio_to_dense"]) - set(NAMES) == MIXTURES.keys() | exchanges
 
 
 def test_every_tower_has_work() -> None:
@@ -102,7 +98,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pair_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_layer.main([*SMALL, "--ranks", "2", "--json"]) == 0
+    assert benchmark_layer.main([*SMALL, "--world-size", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     variants = ["dense", "mot-2", "mot-2-mp2-sequence", "mot-2-mp2-heads"]
     names = [name + suffix for name in variants for suffix in ("", " + gradients")]
@@ -125,9 +121,24 @@ def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{name} minus dense" in profile for name in MIXTURES)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--repeats 1", "--repeats 1: a spread needs at least 2"),
+        ("--world-size 2 --profile", "--world-size 2 goes with wall time and a thread per rank"),
+        ("--device cuda", "--device cuda: torch finds no GPU here; allowed: cpu"),
+        ("--device cuda --clock processor", "--clock processor: allowed with --device cpu only"),
+        ("--profile --json", "--profile prints text only; leave --json out"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    assert benchmark_layer.main([*SMALL, *options.split()]) == 2
+    assert message in only_error(capsys.readouterr().err)
+
+
 def test_shapes_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_layer.main([*SMALL, "--heads", "5"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    error = only_error(capsys.readouterr().err)
     assert "2 * model.num_attention_heads = 2 * 5" in error

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from mot_megatron.cli.compare import main
 from mot_megatron.compare.runs import sole_user, steps_done
+from tests.cli.console import only_error
 from tests.compare.small_comparison import plan, save_ended_run, write_configs
 from tests.compare.small_comparison import write_description as write_corpus_toml
 from tests.compare.synthetic_runs import losses
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wait_until
 from tests.small_runs import write_corpus
-from tools.compare import main
 
 SCRIPT = "tools/compare.py"
 STEPS = 240
@@ -29,8 +30,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return only_error(capsys.readouterr().err)
 
 
 def assert_status(finished: Finished, status: int) -> None:
@@ -82,7 +82,7 @@ def test_what_ended_beside_a_failed_run_is_reported(
     monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
     trainer = tmp_path / "trainer.py"
     trainer.write_text("import sys\nsys.exit('error: the loss of text is not finite')\n")
-    monkeypatch.setattr("tools.compare.TRAINER", trainer)
+    monkeypatch.setattr("mot_megatron.cli.compare.TRAINER", (str(trainer),))
     configs, output = str(tmp_path / "configs"), str(tmp_path / "out")
     assert main([configs, "--output", output, "--seeds", "1"]) == 2
     printed = capsys.readouterr()
@@ -91,6 +91,19 @@ def test_what_ended_beside_a_failed_run_is_reported(
     assert printed.err.splitlines()[-1].endswith(" more)") != enough
     assert (tmp_path / "out" / "report.md").exists() == enough
     assert ("no report: " in printed.out) != enough
+
+
+def test_report_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in plan(tmp_path, seeds=[1])[:2]:
+        save_ended_run(run, tmp_path / "out", {"text": losses(1.0)}, causal=run.arm == "pair")
+    monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
+    configs, output = str(tmp_path / "configs"), tmp_path / "out"
+    assert main([configs, "--output", str(output), "--report-only", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["matches"] == json.loads((output / "slopes.json").read_text())
+    assert str(output / "report.md") in document["written"]
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from mot_megatron.cli.plan import main
 from mot_megatron.config_files import load_config
 from mot_megatron.errors import ConfigError
 from mot_megatron.planning.layouts import legal_layouts, plan
 from mot_megatron.planning.memory import state_bytes
 from mot_megatron.rules import check, check_world_size
+from tests.cli.console import only_error
 from tests.small_runs import CONFIG, write_corpus
-from tools.plan_layout import main
 
 VOCABULARY = "model.vocab_size=1024"
 EVEN = (1, 1, 1)
@@ -35,7 +36,7 @@ def config_file(tmp_path: Path) -> Path:
 
 def arguments(config_file: Path, gpus: int, memory_gb: float, *overrides: str) -> list[str]:
     settings = [part for override in overrides for part in ("--set", override)]
-    where = ["--config", str(config_file), "--gpus", str(gpus), "--memory-gb", str(memory_gb)]
+    where = ["--config", str(config_file), "--world-size", str(gpus), "--memory-gb", str(memory_gb)]
     return where + settings
 
 
@@ -159,6 +160,23 @@ def test_memory_divides_layouts(config_file: Path, capsys: pytest.CaptureFixture
     assert "the nearest lacks 0.000 GB" in printed
 
 
+def test_less_recomputation_then_less_communication(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plenty = planned(capsys, config_file, 4, 1.0, VOCABULARY)
+    needs = sorted(layout["needed"]["none"] for layout in plenty["fitting"])
+    found = planned(capsys, config_file, 4, needs[len(needs) // 2] / 1e9, VOCABULARY)["fitting"]
+    modes = ["none", "selective", "full"]
+    keys = []
+    for layout in found:
+        parallel = layout["parallel"]
+        tensor = parallel["tensor_model_parallel_size"]
+        ranks = tensor * parallel["pipeline_model_parallel_size"]
+        keys.append((modes.index(layout["recompute"]), ranks, tensor))
+    assert keys == sorted(keys)
+    assert len({key[0] for key in keys}) > 1
+
+
 def test_token_shares_are_the_corpuss(
     corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,14 +196,15 @@ def test_table_without_a_corpus(config_file: Path, capsys: pytest.CaptureFixture
     assert max(map(len, lines)) <= 120
     assert lines[0].startswith("tokens shared equally among towers: ")
     # Least communication first: plain data parallelism.
-    assert lines[4].split()[:7] == ["1", "1", "-", "1", "1", "-", "0"]
+    assert lines[4] == "without recomputation:"
+    assert lines[6].split()[:7] == ["1", "1", "-", "1", "1", "-", "0"]
     assert lines[-1] == "all legal layouts fit"
 
 
 @pytest.mark.parametrize(
     ("gpus", "memory_gb", "overrides", "message"),
     [
-        (0, 1.0, [VOCABULARY], "error: --gpus 0: needed: above 0"),
+        (0, 1.0, [VOCABULARY], "error: --world-size 0: needed: above 0"),
         (8, -1.0, [VOCABULARY], "error: --memory-gb -1.0: needed: above 0"),
         (7, 1.0, [VOCABULARY], "error: no layout of 7 GPUs is legal"),
         (8, 1.0, [], "error: model.vocab_size is absent"),
@@ -201,9 +220,7 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     assert main(arguments(config_file, gpus, memory_gb, *overrides)) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith(message)
-    assert errors.count("\n") == 1
+    assert only_error(capsys.readouterr().err).startswith(message)
 
 
 def test_an_illegal_layout_is_left_out_for_a_reason(config_file: Path) -> None:

@@ -15,6 +15,7 @@ from mot_megatron.checkpoint import (
     save_checkpoint,
 )
 from mot_megatron.checkpoint.storage import read_index, stored_tensors
+from mot_megatron.cli.upcycle import main
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.initialization import initial_values
 from mot_megatron.model.model import MixtureOfTransformers
@@ -22,11 +23,11 @@ from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.session import resolve_config
 from mot_megatron.train.state import STATE_KINDS, checkpoint_directory
+from tests.cli.console import only_error
 from tests.model.small_models import vary_norm_weights
 from tests.ranks import run_ranks
 from tests.run.test_resume import run_training
 from tests.small_runs import CONFIG, small_config, write_corpus
-from tools.upcycle import main
 
 DENSE = [f"model.modalities.{name}.tower=one" for name in ("text", "image", "speech")]
 PRE = "model.norm_placement=pre"
@@ -76,7 +77,7 @@ def save_source(folder: Path, corpus: Path, overrides: list[str]) -> Path:
 
 def arguments(source: Path, config_file: Path, *settings: str) -> list[str]:
     overrides = [f'run.directory="{config_file.parent / "runs"}"', *settings]
-    where = ["--from", str(source), "--config", str(config_file)]
+    where = ["--checkpoint", str(source), "--config", str(config_file)]
     return where + [part for override in overrides for part in ("--set", override)]
 
 
@@ -272,10 +273,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     source = save_source(config_file.parent / "source", corpus, old)
     assert main([*arguments(source, config_file, *new), *more]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in only_error(capsys.readouterr().err)
     assert not (config_file.parent / "runs").exists()
 
 

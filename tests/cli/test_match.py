@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mot_megatron.cli.match import main
 from mot_megatron.compare.curves import read_run, write_csv
+from tests.cli.console import only_error
 from tests.compare.synthetic_runs import losses, points_of, write_description, write_run
-from tools.match_steps import main
 
 ARMS = {"dense": 1.0, "mot": 0.5, "moe": 0.8}
 LAYERS = {"dense": 2, "mot": 3, "moe": 4}
@@ -114,6 +115,20 @@ def test_csv_gives_the_same(
     assert capsys.readouterr().out == of_folders
 
 
+def test_json_is_what_is_written(
+    runs: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mot_megatron.compare.match_files.draw_all", lambda *_: {})
+    assert main([runs["dense"][0], runs["mot"][0], "--json", "--output", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["matches"] == json.loads((tmp_path / "slopes.json").read_text())
+    assert document["warnings"] == []
+    assert str(tmp_path / "slopes.json") in document["written"]
+
+
 def test_plots_along_another_axis(runs: dict[str, list[str]], tmp_path: Path) -> None:
     arguments = [runs["dense"][0], runs["mot"][0], "--axis", "seconds", "--output", str(tmp_path)]
     assert main(arguments) == 0
@@ -174,10 +189,7 @@ def test_a_run_that_has_not_ended_is_named(
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    return errors
+    return only_error(capsys.readouterr().err)
 
 
 def test_bad_input_is_one_line(

@@ -1,4 +1,4 @@
-"""The tool says how an expert-choice model routes, or why it cannot generate; see test_trained."""
+"""How an expert-choice model routes, or why it cannot generate; see also test_trained."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mot_megatron.cli.generate import main
 from mot_megatron.data.corpus import Corpus
+from tests.cli.console import only_error
 from tests.small_corpus import make_corpus
 from tests.train.test_trained import save_step
-from tools.generate import main
 
 CHOICE = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
 CAPACITY = 'model.towers.text.experts={num_moe_experts=4,routing="topk",capacity_factor=1.0}'
@@ -55,6 +56,6 @@ def test_without_a_causal_router_it_is_refused_in_one_line(
 ) -> None:
     blind = CHOICE.replace("true", "false")
     assert main(arguments(tmp_path, corpus, blind)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_error(capsys.readouterr().err)
     assert line.startswith("error: model.towers.text.experts.causal_router = false: its experts")
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.show_run import main
+from mot_megatron.cli.summary import main
+from tests.cli.console import only_error
 
 
 def write_run(folder: Path, text_bits: float) -> Path:
@@ -36,7 +37,7 @@ def write_run(folder: Path, text_bits: float) -> Path:
 
 def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", 5.25)
-    assert main([str(run), "--require", "unigram"]) == 0
+    assert main(["--checkpoint", str(run), "--require", "unigram"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     (text,) = [line for line in lines if line.startswith("text")]
@@ -45,12 +46,25 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image.endswith("below unigram and context")
 
 
+def test_several_runs_as_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name, bits) for name, bits in (("a", 5.25), ("b", 7.5))]
+    given = [part for run in runs for part in ("--checkpoint", str(run))]
+    assert main([*given, "--require", "unigram", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "not below unigram: text\n"
+    assert json.loads(printed.out) == {
+        "runs": [json.loads((run / "summary.json").read_text()) for run in runs]
+    }
+
+
 def test_missed_baseline_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", 5.25)
-    assert main([str(run), "--require", "two-token"]) == 1
+    assert main(["--checkpoint", str(run), "--require", "two-token"]) == 1
     assert capsys.readouterr().err.strip() == "not below two-token: text"
     # A loss that equals the baseline has not beaten it.
-    assert main([str(write_run(tmp_path / "equal", 7.0)), "--require", "unigram"]) == 1
+    assert (
+        main(["--checkpoint", str(write_run(tmp_path / "equal", 7.0)), "--require", "unigram"]) == 1
+    )
 
 
 def test_modality_without_held_out_tokens(
@@ -61,9 +75,9 @@ def test_modality_without_held_out_tokens(
     summary["tokens_per_second"] = None
     summary["modalities"]["text"] = dict.fromkeys(summary["modalities"]["text"])
     (run / "summary.json").write_text(json.dumps(summary))
-    assert main([str(run)]) == 0
+    assert main(["--checkpoint", str(run)]) == 0
     assert "no held-out tokens" in capsys.readouterr().out
-    assert main([str(run), "--require", "unigram"]) == 1
+    assert main(["--checkpoint", str(run), "--require", "unigram"]) == 1
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -72,11 +86,8 @@ def test_bad_summary_is_one_line(
 ) -> None:
     if content is not None:
         (tmp_path / "summary.json").write_text(content)
-    assert main([str(tmp_path)]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert "summary.json" in errors
+    assert main(["--checkpoint", str(tmp_path)]) == 2
+    assert "summary.json" in only_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("has_causal_router", [True, False])
@@ -91,7 +102,7 @@ def test_losses_that_saw_later_tokens_are_told_from_honest_ones(
             summary["modalities"][modality]["held_out_bits_per_token_causal"] = bits
     (run / "summary.json").write_text(json.dumps(summary))
     # 7.5 is above the unigram entropy of 7, 5.25 is not.
-    assert main([str(run), "--require", "unigram"]) == int(has_causal_router)
+    assert main(["--checkpoint", str(run), "--require", "unigram"]) == int(has_causal_router)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
     if has_causal_router:

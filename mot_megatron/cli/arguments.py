@@ -1,0 +1,92 @@
+"""Definitions of the arguments that several commands share."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
+
+CHECKPOINT_HELP = (
+    "trained model: a run's folder or its checkpoints folder (the newest is taken), or the folder"
+    " of one step"
+)
+
+
+def add_config(parser: ArgumentParser) -> None:
+    """Add ``--config`` and ``--set``."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="TOML configuration file; may be repeated, later files override earlier ones",
+    )
+    add_overrides(parser, "override a key of the configuration; may be repeated")
+
+
+def add_overrides(parser: ArgumentParser, help_text: str) -> None:
+    """Add ``--set``."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help=help_text,
+    )
+
+
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Add ``--checkpoint``, given exactly once."""
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="RUN", help=CHECKPOINT_HELP
+    )
+
+
+def add_checkpoints(parser: ArgumentParser, help_text: str = CHECKPOINT_HELP) -> None:
+    """Add a repeatable ``--checkpoint``; the options have a list, ``checkpoints``."""
+    parser.add_argument(
+        "--checkpoint",
+        dest="checkpoints",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="RUN",
+        help=f"{help_text}; may be repeated",
+    )
+
+
+def add_moved_corpus(parser: ArgumentParser) -> None:
+    """Add ``--corpus`` of commands that load a trained model."""
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="DIR",
+        help="the model's corpus, if it has moved since training",
+    )
+
+
+def add_output(parser: ArgumentParser, help_text: str, *, required: bool = True) -> None:
+    """Add ``--output``."""
+    parser.add_argument("--output", type=Path, required=required, metavar="DIR", help=help_text)
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{text}, expected at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"{text}, expected a number above 0")
+    return value

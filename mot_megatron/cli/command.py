@@ -1,0 +1,88 @@
+"""What every command does around its work: parse, say that it has begun, report errors.
+
+Results go to standard output, as text or with ``--json`` as one document. Everything else
+(progress, warnings, errors) goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mot_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+BAD_INPUT = 2
+"""Exit status after an error that the user can fix."""
+
+
+def run_command(
+    name: str,
+    description: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Parse the arguments of ``mot NAME`` and run it.
+
+    Args:
+        name: The command, as typed after ``mot``.
+        description: Printed by ``--help``.
+        add_arguments: Adds the command's arguments to a parser.
+        run: Does the work and returns the exit status.
+        arguments: The command line without the command; None takes the process's.
+
+    Returns:
+        The exit status: that of ``run``, or 2 after a UserError, which is printed as one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"mot {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def say(name: str, text: str) -> None:
+    """Print a line of progress of ``mot NAME`` to standard error."""
+    print(f"mot {name}: {text}", file=sys.stderr, flush=True)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document to standard output; numbers that are not finite become null."""
+    print(json.dumps(_finite(document), ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def choose_device() -> torch.device:
+    """Return the GPU if torch finds one, else the CPU.
+
+    Call this before importing anything that imports DeepSpeed: without a GPU it would print a note
+    on choosing an accelerator.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")

@@ -1,0 +1,165 @@
+"""Continue a prompt into text, images and speech with a trained model.
+
+Text is printed. Every item is also written to the output folder, as MODALITY-NUMBER.txt, .png or
+.wav. Pictures are enlarged without smoothing, so that the longer side has at least 256 pixels.
+
+Example: mot generate --checkpoint runs/quickstart --prompt "red heart" --output samples
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mot_megatron.cli.arguments import (
+    add_checkpoint,
+    add_moved_corpus,
+    add_output,
+    positive_int,
+)
+from mot_megatron.cli.command import choose_device, run_command, say
+from mot_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from mot_megatron.config import ModelConfig
+    from mot_megatron.generation.generate import Generator, Item
+    from mot_megatron.generation.sampling import SamplingSettings
+
+NAME = "generate"
+LEAST_PIXELS = 256
+"""Of the longer side of a written picture, unless --image-scale says otherwise."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--prompt", required=True, help="text; may contain special tokens such as <bos>"
+    )
+    add_output(parser, "folder to write to")
+    parser.add_argument(
+        "--into",
+        action="append",
+        metavar="MODALITY",
+        help="what to generate; may be repeated (default: each modality of the corpus)",
+    )
+    parser.add_argument(
+        "--language",
+        help="language of the prompt, as the corpus names it (default: en if the corpus has it)",
+    )
+    parser.add_argument("--samples", type=int, help="items of each modality (default 1)")
+    parser.add_argument(
+        "--temperature", type=float, help="0 always takes the most likely token (default 1)"
+    )
+    parser.add_argument("--top-k", type=int, help="sample among the K most likely tokens only")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help="sample among the fewest tokens whose probabilities sum to P (default 1)",
+    )
+    parser.add_argument("--seed", type=int, help="the same seed gives the same samples (default 0)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help="longest item of a modality whose items vary in length (default 256)",
+    )
+    parser.add_argument(
+        "--image-scale",
+        type=positive_int,
+        metavar="N",
+        help="enlarge written pictures N times; 1 keeps the model's pixels"
+        f" (default: until the longer side has {LEAST_PIXELS})",
+    )
+    add_moved_corpus(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load the model, generate and write."""
+    say(NAME, f"loading {options.checkpoint}")
+    device = choose_device()
+
+    from mot_megatron.generation.generate import Generator
+    from mot_megatron.train.trained import load_trained_model
+
+    settings = sampling_settings(options)
+    trained = load_trained_model(options.checkpoint, device, options.corpus)
+    for line in trained.skipped:
+        say(NAME, f"skipped {line}")
+    print(f"checkpoint {trained.checkpoint.path}, step {trained.checkpoint.step}")
+    generator = Generator(trained.model, trained.corpus, trained.config.data.seq_length)
+    if trained.config.model.sees_the_future:
+        print(_routing_note(trained.config.model))
+    write_samples(generator, settings, options)
+    return 0
+
+
+def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
+    """Return the sampling settings, with their defaults for the options that were not given."""
+    from mot_megatron.generation.sampling import SamplingSettings
+
+    given = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "num_samples": options.samples,
+        "max_tokens": options.max_tokens,
+    }
+    return SamplingSettings(**{key: value for key, value in given.items() if value is not None})
+
+
+def write_samples(
+    generator: Generator, settings: SamplingSettings, options: argparse.Namespace
+) -> None:
+    """Generate every modality, write its items and print a line for each.
+
+    Raises:
+        UserError: the prompt, a modality or the language cannot be used, or a file not be written.
+    """
+    from mot_megatron.data.codebooks.text import TextCodec
+
+    # Check all names first: a wrong one should not surface after minutes of generating others.
+    modalities = [generator.rules(name).modality.name for name in options.into or generator.codecs]
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for name in modalities:
+            items = generator.continue_text(options.prompt, name, settings, options.language)
+            for number, item in enumerate(items, start=1):
+                path = options.output / f"{name}-{number}{item.codec.suffix}"
+                write_item(item, path, options.image_scale)
+                shown = f"  {item.media}" if isinstance(item.codec, TextCodec) else ""
+                print(f"{path}: {len(item.token_ids)} tokens{shown}", flush=True)
+    except OSError as error:
+        raise DataError(f"{options.output}: cannot be written: {error.strerror}") from error
+
+
+def write_item(item: Item, path: Path, image_scale: int | None = None) -> None:
+    """Write an item; a picture is enlarged ``image_scale`` times, each pixel to a square.
+
+    By default it is enlarged by the smallest factor that gives the longer side 256 pixels.
+    """
+    from PIL import Image
+
+    from mot_megatron.data.codebooks.image import PatchCodec
+
+    if not isinstance(item.codec, PatchCodec):
+        item.write(path)
+        return
+    picture = Image.fromarray(item.media)
+    factor = image_scale or -(-LEAST_PIXELS // max(picture.size))
+    size = (picture.width * factor, picture.height * factor)
+    picture.resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def _routing_note(model: ModelConfig) -> str:
+    """Say how tokens are routed: not as in training, where routing saw later tokens."""
+    if any(experts and experts.causal_router for experts in model.experts_of_towers):
+        return "tokens are routed by the causal router"
+    return "tokens are routed without a capacity: no expert drops any"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot generate``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

@@ -1,0 +1,320 @@
+"""Run a training step on ranks of this machine and print the bytes that each rank holds.
+
+Example: mot memory --config configs/quickstart.toml --world-size 1
+             --set training.micro_batch_size=1
+
+The bytes are read from tensors, on the CPU: weights (as forward reads them), gradients, optimizer
+(fp32 weights and both moments) at their largest between micro-batches and before the step, and
+activations, the most that autograd keeps for backward. Buffers of collectives are not counted. The
+same is measured for the dense twin: the configuration with one tower without experts for all
+modalities and without modality parallelism. It runs on two numbers of ranks. With world size /
+parallel.modality_parallel_size ranks both have equally many replicas of the model; compared with
+this twin, a rank's model state should be at most 1.1 times as large. With the full world size, ZeRO
+divides the dense model's state among more replicas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from mot_megatron.cli.arguments import add_config, add_json
+from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.errors import ConfigError, TrainingError, UserError
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+    from mot_megatron.planning.memory import RankMemory
+
+NAME = "memory"
+# Must be set before torch, megatron and deepspeed are imported, which read them then.
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCH_COMPILE_DISABLE": "1",  # compiling megatron's fused functions would take half a minute
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "DEEPSPEED_LOG_LEVEL": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+PRELOAD = ["mot_megatron.benchmark.measure"]
+DENSE = "dense"
+SAME_REPLICAS, SAME_RANKS = "dense_same_replicas", "dense_same_ranks"
+SAME = {
+    SAME_REPLICAS: " (as many model replicas: ranks / modality-parallel size)",
+    SAME_RANKS: " (as many ranks)",
+}
+"""What a dense twin has in common with the configuration, for titles."""
+KINDS = ("weights", "gradients", "optimizer")
+"""Fields of StateBytes that make up the model state."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A configuration, and the number of ranks to measure it on."""
+
+    config: Config
+    num_ranks: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add_config(parser)
+    parser.add_argument(
+        "--world-size", type=int, required=True, metavar="N", help="ranks (processes) to start"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds for each world (default 300)"
+    )
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure the configuration and its dense twins, and print the bytes."""
+    if options.world_size < 1:
+        raise ConfigError(f"--world-size {options.world_size}: needed: 1 or more")
+    say(NAME, f"measuring {' + '.join(map(str, options.config))}")
+    os.environ.update(ENVIRONMENT)
+
+    from torch.multiprocessing import get_context
+    from tqdm import tqdm
+
+    from mot_megatron.config_files import load_config
+
+    get_context("forkserver").set_forkserver_preload(PRELOAD)
+    worlds = worlds_of(load_config(options.config, options.overrides), options.world_size)
+    bar = tqdm(worlds.items(), "worlds", ncols=100, leave=False, disable=None)
+    measured = {name: measure(world, options.timeout) for name, world in bar}
+    if options.json:
+        print_json(report(worlds, measured))
+    else:
+        print(text(worlds, measured))
+    return 0
+
+
+def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
+    """Return what to measure, by the names in the report; the configuration comes first."""
+    modality = config.parallel.modality_parallel_size
+    twin = dense_twin(config)
+    worlds = {"measured": World(config, num_ranks)}
+    check(worlds["measured"])
+    if modality > 1:
+        worlds[SAME_REPLICAS] = World(twin, num_ranks // modality)
+    worlds[SAME_RANKS] = World(twin, num_ranks)
+    for world in worlds.values():
+        check(world)
+    return worlds
+
+
+def dense_twin(config: Config) -> Config:
+    """Return the same model with one plain tower, which every data-parallel rank holds."""
+    from mot_megatron.config import ModalityConfig
+
+    model, parallel = config.model, config.parallel
+    modalities = {
+        name: ModalityConfig(tower=DENSE, loss_weight=modality.loss_weight)
+        for name, modality in model.modalities.items()
+    }
+    plain = {
+        "modality_parallel_size": 1,
+        "placement": "auto",
+        "attention_exchange": "sequence",
+        "expert_model_parallel_size": 1,
+    }
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update={"modalities": modalities, "towers": {}}),
+            "parallel": parallel.model_copy(update=plain),
+        }
+    )
+
+
+def check(world: World) -> None:
+    """Check what training checks, and that a step has micro-batches to measure between.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    from mot_megatron.rules import check_world_size
+
+    config, parallel = world.config, world.config.parallel
+    check_world_size(config, world.num_ranks)
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if config.accumulation_steps(world.num_ranks // model_ranks) < 2:
+        raise ConfigError(
+            f"training.global_batch_size = {config.training.global_batch_size} is one micro-batch"
+            " per step on every rank; needed here: two or more, between which gradients are"
+            " measured (training.micro_batch_size may be lowered instead)"
+        )
+
+
+def measure(world: World, timeout: float) -> list[RankMemory]:
+    """Start the ranks, measure a step and end them; return the results in rank order.
+
+    Raises:
+        UserError: a rank failed, or the ranks took too long.
+    """
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = start_processes(
+            _rank,
+            (world, Path(folder), timeout),
+            nprocs=world.num_ranks,
+            join=False,
+            daemon=True,
+            start_method="forkserver",
+        )
+        assert ranks is not None  # join=False returns the context
+        deadline = time.monotonic() + timeout
+        try:
+            while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    raise TrainingError(f"the ranks were still running after {timeout:g} s")
+        except ProcessExitedException as error:
+            for path in sorted(Path(folder).glob("error.*")):
+                raise ConfigError(path.read_text(encoding="utf-8")) from None
+            raise TrainingError(f"a rank died: {error}") from None
+        finally:
+            for process in filter(None, ranks.processes):
+                process.kill()
+                process.join()
+        results = [Path(folder) / f"result.{rank}" for rank in range(world.num_ranks)]
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+
+def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
+    """Measure a step on this rank and write the result, or the error, into ``folder``."""
+    import torch
+    import torch.distributed as dist
+
+    from mot_megatron.benchmark.measure import measure_step
+    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.train.session import build_groups, build_session, resolve_config
+
+    _end_with_parent()
+    torch.set_num_threads(1)
+    size = world.num_ranks
+    # DeepSpeed reads them although the process group exists.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        corpus = Corpus.open(world.config.data.corpus)
+        config = resolve_config(world.config, corpus)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+        groups = build_groups(config, corpus, torch.device("cpu"))
+        result = measure_step(build_session(config, corpus, groups))
+    except UserError as error:
+        (folder / f"error.{rank}").write_text(str(error), encoding="utf-8")
+        sys.exit(2)
+    (folder / f"result.{rank}").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """End this rank when the process that started it is killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
+def ratios(measured: list[RankMemory], dense: list[RankMemory]) -> dict[str, float]:
+    """Return the ratios of the fullest ranks, by kind and for all model state together."""
+
+    def most(ranks: list[RankMemory], kind: str) -> int:
+        return max(getattr(rank.state, kind) for rank in ranks)
+
+    return {kind: most(measured, kind) / most(dense, kind) for kind in (*KINDS, "total")}
+
+
+def report(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> dict[str, Any]:
+    """Return everything measured, for JSON: bytes, and ratios of the fullest ranks."""
+    own, *twins = measured
+    return {
+        "parallel": worlds[own].config.parallel.model_dump(mode="json", exclude_none=True),
+        "towers": list(worlds[own].config.model.tower_names),
+        "ranks": as_dict(measured[own]),
+        **{
+            name: {
+                "num_ranks": worlds[name].num_ranks,
+                "ranks": as_dict(measured[name]),
+                "ratio": ratios(measured[own], measured[name]),
+            }
+            for name in twins
+        },
+    }
+
+
+def as_dict(ranks: list[RankMemory]) -> list[dict[str, Any]]:
+    """Return the ranks' bytes, for JSON."""
+    return [
+        {
+            "rank": number,
+            "stage": rank.stage,
+            "towers": list(rank.towers),
+            **{kind: getattr(rank.state, kind) for kind in KINDS},
+            "total": rank.state.total,
+            "activations": rank.activations,
+        }
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def text(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> str:
+    """Return the tables and the ratios as text."""
+    own, *twins = measured
+    titles = {name: f"dense twin on {_ranks(worlds[name])}{SAME[name]}" for name in twins}
+    config = worlds[own].config
+    title = f"{config.run.name}, {config.model.num_towers} towers on {_ranks(worlds[own])}"
+    parts = [table(f"{title}: bytes per rank", measured[own])]
+    parts += [table(f"{titles[name]}: bytes per rank", measured[name]) for name in twins]
+    lines = [ratio_lines(titles[name], ratios(measured[own], measured[name])) for name in twins]
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def table(title: str, ranks: list[RankMemory]) -> str:
+    """Return one line per rank."""
+    heads = [*KINDS, "model state", "activations"]
+    lines = [title, "rank stage " + "".join(f"{head:>15}" for head in heads) + "  towers"]
+    for number, rank in enumerate(ranks):
+        values = [getattr(rank.state, kind) for kind in KINDS]
+        values += [rank.state.total, rank.activations]
+        columns = "".join(f"{value:>15,}" for value in values)
+        lines.append(f"{number:4} {rank.stage:5} {columns}  {', '.join(rank.towers)}"[:120])
+    return "\n".join(lines)
+
+
+def ratio_lines(name: str, ratio: dict[str, float]) -> str:
+    """Return the comparison with a dense twin."""
+    kinds = ", ".join(f"{kind} {ratio[kind]:.3f}" for kind in KINDS)
+    return f"fullest rank / {name}:\n  {ratio['total']:.3f} of the model state ({kinds})"
+
+
+def _ranks(world: World) -> str:
+    return "1 rank" if world.num_ranks == 1 else f"{world.num_ranks} ranks"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot memory``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

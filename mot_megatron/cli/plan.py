@@ -1,0 +1,241 @@
+"""List the layouts of a configuration that fit on a number of GPUs, and what they need.
+
+Example: mot plan --config configs/paper/7b-mot-2.toml --world-size 64 --memory-gb 80
+
+Listed are the layouts that training accepts, as far as they make sense: tensor and modality
+parallelism together within a node, sequence parallelism wherever there is tensor parallelism, one,
+two or four pieces per pipeline stage, every ZeRO stage, and every expert-parallel size if towers
+have experts. Batch sizes, precision and offloading are the configuration's. Sampling during
+training (logging.sample_interval_steps) is ignored: it excludes pipeline and modality parallelism.
+
+Order: less recomputation first; then less communication, that is fewer ranks per pass (tensor
+parallelism times pipeline stages), of these fewer tensor-parallel ranks, then fewer pieces per
+stage, then no exchange between modality-parallel ranks before an exchange of sequences before one
+of heads, then lower ZeRO stages; then less memory.
+
+Memory is that of the fullest rank, in GB of 10^9 bytes. On the device: model state as DeepSpeed
+lays it out, with padding, and activations as autograd keeps them on a GPU. Buffers of collectives,
+temporary tensors and the allocator's fragmentation come on top: leave a tenth of the memory for
+them. On the host, per rank: "start" is the rank's part of the model, which is built there before it
+moves to the GPU, plus the largest matrix in fp32; "resume" is 12 bytes per parameter of that part,
+which loading a checkpoint holds. The libraries' own few GB come on top. Multiply by the ranks of a
+node.
+
+With modality parallelism, a rank's activations are those of its towers' mean share of the tokens. A
+micro-batch with more tokens for these towers needs more memory: in the worst case, all tokens of
+the group. With data.packing = "budget" every micro-batch has the mean shares. Experts are assumed
+to be equally busy, as expert choice makes them; top-k can need more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mot_megatron.cli.arguments import add_config, add_json
+from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+    from mot_megatron.planning.layouts import Plan
+
+NAME = "plan"
+GB = 1e9
+LISTED = 40
+TRAIN_SPLIT = "train"
+MODES = {
+    "none": "without recomputation",
+    "selective": "with selective recomputation",
+    "full": "with full recomputation",
+}
+HEAD = (
+    f"{'tp':>3}{'pp':>4}{'vpp':>4}{'mp':>3}{'ep':>3} {'exch':5}{'zero':>5}{'dp':>5}{'accum':>6}"
+    f"{'tokens':>10}{'weights':>9}{'grads':>8}{'optim':>8}{'act':>8}{'select':>8}{'full':>8}"
+    f"{'need':>8}{'start':>7}{'resume':>7}"
+)
+EXCHANGES = {"sequence": "seq", "heads": "heads"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add_config(parser)
+    parser.add_argument(
+        "--world-size", type=int, required=True, metavar="N", help="ranks of the job: its GPUs"
+    )
+    parser.add_argument(
+        "--memory-gb", type=float, required=True, metavar="GB", help="of one GPU, in 10^9 bytes"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the layouts; 1 if none fits."""
+    for name in ("world_size", "memory_gb", "gpus_per_node"):
+        if getattr(options, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(options, name)}: needed: above 0")
+    say(NAME, f"reading {' + '.join(map(str, options.config))}")
+
+    from mot_megatron.config_files import load_config
+
+    memory = options.memory_gb * GB
+    config, tokens, note = resolve(load_config(options.config, options.overrides))
+    plans = plan_all(config, tokens, options)
+    plans.sort(key=lambda layout: layout.order(memory))
+    fitting = [layout for layout in plans if layout.recompute_for(memory)]
+    others = [layout for layout in plans if not layout.recompute_for(memory)]
+    if options.json:
+        found = [as_dict(layout, memory) for layout in fitting]
+        shares = [count / sum(tokens) for count in tokens]
+        print_json({"token_shares": shares, "fitting": found, "not_fitting": len(others)})
+    else:
+        print(report(fitting, [note, *without_samples(config)], memory))
+        print(shortfall(others, memory))
+    return 0 if fitting else 1
+
+
+def plan_all(config: Config, tokens: Sequence[int], options: argparse.Namespace) -> list[Plan]:
+    """Plan every legal layout.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from tqdm import tqdm
+
+    from mot_megatron.planning.layouts import legal_layouts, plan
+
+    layouts = legal_layouts(config, options.world_size, options.gpus_per_node, tokens)
+    if not layouts:
+        raise ConfigError(
+            f"no layout of {options.world_size} GPUs is legal; for training.global_batch_size ="
+            f" {config.training.global_batch_size} and training.micro_batch_size ="
+            f" {config.training.micro_batch_size} and the model's sizes none divides"
+        )
+    bar = tqdm(layouts, "layouts", ncols=100, leave=False, delay=5, disable=None)
+    return [plan(layout, options.world_size, tokens) for layout in bar]
+
+
+def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
+    """Take the vocabulary and each tower's tokens from the corpus, if it exists.
+
+    Returns:
+        The resolved configuration, the tokens (only their proportions count), and a line that says
+        where they come from.
+
+    Raises:
+        ConfigError: neither the configuration nor a corpus has the vocabulary.
+    """
+    from mot_megatron.planning.placing import tokens_of_towers
+
+    model = config.model
+    if not (config.data.corpus / "corpus.toml").exists():
+        if model.vocab_size is None:
+            raise ConfigError(
+                f"model.vocab_size is absent and {config.data.corpus}/corpus.toml is not there to"
+                " take it from; needed: either"
+            )
+        note = f"tokens shared equally among towers: {config.data.corpus} is not there"
+        return config, (1,) * model.num_towers, note
+    # Only here: importing it imports megatron, which takes seconds.
+    from mot_megatron.data.corpus import Corpus
+
+    description = Corpus.open(config.data.corpus).description
+    names = [modality.name for modality in description.modalities]
+    config = config.resolved_for(names, description.vocab_size)
+    tokens_per_modality = description.splits[TRAIN_SPLIT].tokens_per_modality
+    tokens = tokens_of_towers(config.model, tokens_per_modality)
+    parts = zip(config.model.tower_names, tokens, strict=True)
+    note = "tokens of towers: " + ", ".join(
+        f"{name} {count / sum(tokens):.0%}" for name, count in parts
+    )
+    return config, tokens, f"{note} ({config.data.corpus})"
+
+
+def report(fitting: Sequence[Plan], notes: Sequence[str], memory: float) -> str:
+    """Return the tables of the layouts that fit, one per amount of recomputation."""
+    lines = [
+        *notes,
+        f"{len(fitting)} layouts fit in {memory / GB:g} GB; below GB on the fullest rank",
+        "(act, select, full: activations without, with selective and with full recompute;"
+        " tokens: per rank and step;",
+        " need: on the device; start, resume: on the host, to start and to continue from a"
+        " checkpoint)",
+    ]
+    shown = fitting[:LISTED]
+    for mode, title in MODES.items():
+        layouts = [layout for layout in shown if layout.recompute_for(memory) == mode]
+        if layouts:
+            lines += [f"{title}:", HEAD, *(line(layout, memory) for layout in layouts)]
+    if len(fitting) > LISTED:
+        lines.append(f"... and {len(fitting) - LISTED} more, in this order (--json has all)")
+    return "\n".join(lines)
+
+
+def line(layout: Plan, memory: float) -> str:
+    """Return one layout, under HEAD."""
+    parallel = layout.config.parallel
+    is_exchanging = parallel.modality_parallel_size > 1
+    exchange = EXCHANGES[parallel.attention_exchange] if is_exchanging else "-"
+    sizes = f"{parallel.tensor_model_parallel_size:3}{parallel.pipeline_model_parallel_size:4}"
+    sizes += f"{parallel.virtual_pipeline_model_parallel_size or '-':>4}"
+    sizes += f"{parallel.modality_parallel_size:3}{parallel.expert_model_parallel_size:3}"
+    sizes += f" {exchange:5}{parallel.zero_stage:5}"
+    sizes += f"{layout.mesh.data:5}{layout.accumulation:6}{layout.tokens:10,}"
+    state = layout.state
+    values = [state.gradients, state.optimizer, *layout.activations.values()]
+    values.append(layout.needed[layout.recompute_for(memory) or "full"])
+    columns = f"{state.weights / GB:9.3f}" + "".join(f"{value / GB:8.3f}" for value in values)
+    return f"{sizes}{columns}{layout.host.start / GB:7.1f}{layout.host.resume / GB:7.1f}"
+
+
+def as_dict(layout: Plan, memory: float) -> dict[str, Any]:
+    """Return one layout for JSON; memory in bytes."""
+    state = layout.state
+    shares = None if layout.placement is None else layout.placement.shares
+    return {
+        "parallel": layout.config.parallel.model_dump(mode="json", exclude_none=True),
+        "placement": shares,
+        "data_parallel_size": layout.mesh.data,
+        "accumulation_steps": layout.accumulation,
+        "tokens_per_rank_and_step": layout.tokens,
+        "weights": state.weights,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "in_host_memory": state.host,
+        "activations": dict(layout.activations),
+        "needed": dict(layout.needed),
+        "host_to_start": layout.host.start,
+        "host_to_resume": layout.host.resume,
+        "recompute": layout.recompute_for(memory),
+    }
+
+
+def shortfall(others: Sequence[Plan], memory: float) -> str:
+    """Say how many layouts do not fit, and how much memory the nearest lacks."""
+    if not others:
+        return "all legal layouts fit"
+    nearest = min(others, key=lambda layout: layout.needed["full"])
+    missing = nearest.needed["full"] - memory
+    return (
+        f"{len(others)} legal layouts do not fit, even with full recompute; the nearest lacks"
+        f" {missing / GB:.3f} GB:\n{HEAD}\n{line(nearest, memory)}"
+    )
+
+
+def without_samples(config: Config) -> list[str]:
+    """Return a note if logging.sample_interval_steps is set: layouts are listed without it."""
+    interval = config.logging.sample_interval_steps
+    if interval is None:
+        return []
+    return [
+        f"without logging.sample_interval_steps = {interval}: training draws samples without"
+        " pipeline and modality\nparallelism only, so leave the key out of other layouts"
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot plan``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

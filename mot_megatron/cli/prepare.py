@@ -1,0 +1,117 @@
+"""Build a corpus of text, images and speech.
+
+Example: mot prepare openmoji --output corpora/openmoji
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mot_megatron.cli.arguments import add_json, add_output, positive_int
+from mot_megatron.cli.command import print_json, run_command, say
+
+if TYPE_CHECKING:
+    from mot_megatron.data.corpus import Corpus
+
+NAME = "prepare"
+DEB_PACKAGES = {
+    "--stamps-deb": "tuxpaint-stamps-default",
+    "--clipart-deb": "openclipart-svg",
+    "--wordnet-deb": "wordnet-base",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line: one subcommand per corpus."""
+    corpora = parser.add_subparsers(dest="builder", required=True, metavar="CORPUS")
+    openmoji = corpora.add_parser(
+        "openmoji", help="emoji: pictures, names in eight languages, names spoken"
+    )
+    stamps = corpora.add_parser(
+        "stamps", help="stamps: pictures, captions in 40 languages, recorded speech in 14"
+    )
+    _add_deb(stamps, "--deb", DEB_PACKAGES["--stamps-deb"])
+    mixed = corpora.add_parser(
+        "mixed", help="both of these, clip art and WordNet's glosses: 13 million tokens"
+    )
+    for option, package in DEB_PACKAGES.items():
+        _add_deb(mixed, option, package)
+    for corpus in (openmoji, stamps, mixed):
+        add_output(corpus, "new or empty folder")
+        corpus.add_argument(
+            "--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)"
+        )
+        corpus.add_argument("--workers", type=positive_int, default=2, help="processes (default 2)")
+        corpus.add_argument(
+            "--limit",
+            type=positive_int,
+            metavar="N",
+            help="use only about N sources, for a quick look",
+        )
+        add_json(corpus)
+
+
+def _add_deb(parser: argparse.ArgumentParser, option: str, package: str) -> None:
+    parser.add_argument(
+        option, type=Path, required=True, metavar="FILE", help=f"from apt-get download {package}"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build the corpus and print its counts."""
+    began = time.monotonic()
+    say(NAME, f"building {options.output}")
+    corpus = build(options)
+    seconds = time.monotonic() - began
+    if options.json:
+        print_json(counts(corpus) | {"output": str(options.output), "seconds": seconds})
+        return 0
+    for name, split in corpus.description.splits.items():
+        tokens = ", ".join(f"{key} {n:,}" for key, n in split.tokens_per_modality.items())
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens ({tokens})")
+    print(f"{options.output}: complete after {seconds:.0f} s")
+    return 0
+
+
+def build(options: argparse.Namespace) -> Corpus:
+    """Build the corpus that the options name, and open it."""
+    from mot_megatron.data.corpus import Corpus
+
+    shared = {"seed": options.seed, "workers": options.workers, "limit": options.limit}
+    if options.builder == "stamps":
+        from mot_megatron.data.builders.stamps import build_stamps
+
+        build_stamps(options.deb, options.output, **shared)
+    elif options.builder == "mixed":
+        from mot_megatron.data.builders.mixed import DebPackages, build_mixed
+
+        packages = DebPackages(options.stamps_deb, options.clipart_deb, options.wordnet_deb)
+        build_mixed(packages, options.output, **shared)
+    else:
+        from mot_megatron.data.builders.openmoji import build_openmoji
+
+        build_openmoji(options.output, **shared)
+    return Corpus.open(options.output)
+
+
+def counts(corpus: Corpus) -> dict[str, Any]:
+    """Return the documents and tokens of every split, for JSON."""
+    return {
+        "splits": {
+            name: {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "tokens_per_modality": dict(split.tokens_per_modality),
+            }
+            for name, split in corpus.description.splits.items()
+        }
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot prepare``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

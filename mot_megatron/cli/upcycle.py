@@ -1,0 +1,114 @@
+"""Make a new run from a trained model: a tower per modality, or mixtures of experts, from copies.
+
+Example: mot upcycle --checkpoint runs/dense --config base.toml --config mot.toml --check
+
+Writes the folder of the configuration's run with a checkpoint of step 0, from which training
+continues with the same configuration. Each new tower copies one of the source's towers: the only
+one, the one with the same name, or the one that ``--map NEW=OLD`` names. If the new tower has
+experts and the old one has none, every expert is a copy of the old feed-forward network, and the
+routers are drawn from run.seed. A mixture of experts is copied as it is; its number of experts
+cannot change. Only weights are copied: optimizer moments, data position, learning-rate schedule and
+the counts of steps, tokens and FLOPs start afresh.
+
+Does the new model compute what the source did? Plain copies do. So do experts whose gates sum to
+one: softmax gates when every expert takes every token (expert choice with capacity_factor =
+num_moe_experts, or topk = num_moe_experts), and sigmoid gates with topk of at least two, which are
+normalized. Otherwise the network's output is multiplied by the sum of a token's gates. At first
+that is about topk / E (softmax) or 1/2 (sigmoid); with expert choice it is capacity_factor times
+that on average, and 0 for a token that no expert takes. A norm behind the network (norm_placement =
+"post") cancels every factor but 0, up to norm_eps.
+
+The command says for every tower whether its weights compute the same as the source's, and for the
+whole model whether its first forward pass does. It does not if attention carries one tower's
+difference to the others, or if a modality's tokens run through copies of another tower than before.
+``--check`` runs both models on a held-out sequence and prints the largest difference of their
+logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mot_megatron.cli.arguments import add_checkpoint, add_config
+from mot_megatron.cli.command import choose_device, run_command, say
+from mot_megatron.errors import ConfigError
+
+NAME = "upcycle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line; ``--config`` and ``--set`` are the new run's."""
+    add_checkpoint(parser)
+    add_config(parser)
+    parser.add_argument(
+        "--map",
+        dest="towers",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NEW=OLD",
+        help="a tower of the new run, and the tower of the source that it copies",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare both models' logits on a held-out sequence"
+    )
+
+
+def parse_towers(entries: list[str]) -> dict[str, str]:
+    """Parse ``NEW=OLD`` entries into a dictionary.
+
+    Raises:
+        ConfigError: an entry has another form, or two entries name the same new tower.
+    """
+    towers: dict[str, str] = {}
+    for entry in entries:
+        new, equals, old = entry.partition("=")
+        if not (new and equals and old):
+            raise ConfigError(f"--map {entry}: expected NEW=OLD, the names of two towers")
+        if new in towers:
+            raise ConfigError(f"--map {entry}: tower {new} copies {towers[new]} already")
+        towers[new] = old
+    return towers
+
+
+def run(options: argparse.Namespace) -> int:
+    """Copy the weights, and say what each tower computes now."""
+    say(NAME, f"reading {options.checkpoint}")
+    choose_device()
+
+    from mot_megatron.config_files import load_config
+    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.train.session import resolve_config
+    from mot_megatron.train.trained import SavedRun
+    from mot_megatron.train.upcycle import compare_logits, upcycle
+    from mot_megatron.train.upcycle_plan import first_forwards, source_towers, whole_model
+
+    config = load_config(options.config, options.overrides)
+    corpus = Corpus.open(config.data.corpus)
+    config = resolve_config(config, corpus)
+    source = SavedRun.open(options.checkpoint)
+    source.check_corpus(corpus, "data.corpus")
+    for line in source.skipped:
+        say(NAME, f"skipped {line}")
+    old, new = source.config.model, config.model
+    towers = source_towers(old, new, parse_towers(options.towers))
+    checkpoint = upcycle(source, config, corpus, towers)
+    print(f"from {source.checkpoint.path}, step {source.checkpoint.step}")
+    forwards = first_forwards(old, new, towers)
+    for forward in forwards:
+        print(forward)
+    print(whole_model(old, new, towers, forwards))
+    print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0; weights only")
+    if options.check:
+        difference = compare_logits(source, checkpoint, corpus)
+        print(
+            f"logits of {difference.tokens} held-out tokens differ by at most"
+            f" {difference.largest:.3g} (largest logit {difference.scale:.3g})"
+        )
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot upcycle``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

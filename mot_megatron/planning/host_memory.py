@@ -1,0 +1,72 @@
+"""Host memory in closed form: the bytes that one rank of a GPU job needs to start and to resume.
+
+Start: a rank builds its whole part of the model (its pipeline stage, towers and tensor-parallel
+shard) on the host before moving it to the GPU. Linear layers and vocabulary matrices are built in
+the training precision; norms, routers and experts are built in fp32. To initialize a matrix, the
+rank draws the whole global matrix in fp32 and keeps its shard. Every rank does this, whatever the
+ZeRO stage.
+
+Resume: after that, the rank reads fp32 weights and both moments of its whole part, 12 bytes per
+parameter, and copies its share to the device. An offloaded optimizer is in host memory as well.
+
+Not counted: what Python, CUDA and the libraries take (a few GB per rank), pinned copies of an
+offloaded optimizer, and file buffers. DeepSpeed is assumed to build its flat weight buffers on the
+GPU, as it does while there is room; otherwise it holds a group's weights on the host twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mot_megatron.config import Config
+from mot_megatron.model.inventory import HeldParameter
+
+_FP32 = 4
+_RESUMED = 3 * _FP32
+"""Of an element: the weight and both moments."""
+_BUILT_IN_PRECISION = ("linear.weight", "lookup.weight")
+"""How the names of parameters end that megatron's parallel layers make."""
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Peak bytes of host memory on one rank."""
+
+    start: int
+    resume: int
+
+
+def host_bytes(config: Config, held: Sequence[HeldParameter], offloaded: int) -> HostBytes:
+    """Estimate a rank's host memory.
+
+    Args:
+        config: Resolved, in its layout.
+        held: The rank's parameters.
+        offloaded: Bytes of model state that stay in host memory during training.
+    """
+    built = sum(parameter.size * _built_width(config, parameter) for parameter in held)
+    drawn = max(_global_elements(config, parameter) for parameter in held)
+    start = max(built + _FP32 * drawn, offloaded)
+    resume = _RESUMED * sum(parameter.size for parameter in held) + offloaded
+    return HostBytes(start, max(start, resume))
+
+
+def _built_width(config: Config, parameter: HeldParameter) -> int:
+    """Return the bytes per element with which a parameter is built on the host."""
+    in_bf16 = config.training.precision == "bf16" and parameter.name.endswith(_BUILT_IN_PRECISION)
+    return 2 if in_bf16 else _FP32
+
+
+def _global_elements(config: Config, parameter: HeldParameter) -> int:
+    """Return the elements of the global tensor drawn at once: one expert's, if it stacks them."""
+    if len(parameter.shape) == 1:
+        return 0  # norms are not drawn
+    parallel = config.parallel
+    elements = parameter.size
+    if parameter.tensor_parallel:
+        elements *= parallel.tensor_model_parallel_size
+    experts = config.model.experts_of_towers[parameter.tower] if parameter.experts else None
+    if experts is not None:
+        elements //= experts.num_moe_experts // parallel.expert_model_parallel_size
+    return elements

@@ -1,0 +1,13 @@
+"""What commands print to standard error."""
+
+from __future__ import annotations
+
+
+def only_error(errors: str) -> str:
+    """The one line beside those of progress; it must be there, and be an error.
+
+    A traceback, a warning or a second error fails the test.
+    """
+    (line,) = [line for line in errors.splitlines() if not line.startswith("mot ")]
+    assert line.startswith("error: "), line
+    return line
