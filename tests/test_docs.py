@@ -43,7 +43,7 @@ _FENCE = re.compile(
 )
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _SPAN = re.compile(r"`([^`\n]+)`")
-_PLACEHOLDER = re.compile(r"\.\.\.|\bmine\b|[A-Z]{2,}(?!EADME|ONTRIBUTING|HANGELOG)")
+_PLACEHOLDER = re.compile(r"\.\.\.|\bmine\b|(?!README|CONTRIBUTING|CHANGELOG)(?<![A-Z])[A-Z]{2,}")
 
 
 @dataclass(frozen=True)
