@@ -1,0 +1,62 @@
+"""The reference of the configuration says what the code says, and the page is the generated one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mot_megatron.config import Config, ExpertsConfig, ModelConfig, Section
+from mot_megatron.config_reference import config_reference
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+def rows(section: str) -> dict[str, list[str]]:
+    """Cells of a section's table by key."""
+    part = config_reference().partition(f"## `[{section}]`\n")[2].partition("\n## ")[0]
+    table = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    return {cells[0].strip("`"): cells[1:] for cells in table}
+
+
+def test_the_page_is_what_is_generated():
+    assert PAGE.read_text(encoding="utf-8") == config_reference(), (
+        "python tools/write_config_reference.py writes it anew"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("run", Config), ("model", ModelConfig), ("model.towers.NAME.experts", ExpertsConfig)],
+)
+def test_every_key_has_a_row(name: str, section: type[Section]) -> None:
+    kind = section.model_fields[name].annotation if section is Config else section
+    assert isinstance(kind, type)
+    assert issubclass(kind, Section)
+    assert list(rows(name)) == list(kind.model_fields)
+
+
+def test_types_bounds_and_defaults():
+    assert rows("optimizer")["adam_beta1"][:2] == ["number ≥ 0 and < 1", "`0.9`"]
+    assert rows("training")["train_steps"][:2] == ["integer > 0", "*required*"]
+    assert rows("training")["precision"][:2] == ['`"fp32"`, `"bf16"`', '`"bf16"`']
+    assert rows("model")["num_query_groups"][:2] == ["integer > 0", "*absent*"]
+    assert rows("run")["directory"][:2] == ["path", '`"runs"`']
+    assert rows("parallel")["pipeline_layers"][0] == "array of integers > 0"
+    assert rows("parallel")["virtual_pipeline_model_parallel_size"][0] == "integer ≥ 2"
+
+
+def test_tables_lead_to_their_sections():
+    assert "(#modelmodalitiesname)" in rows("model")["modalities"][2]
+    assert "## `[model.modalities.NAME]`" in config_reference()
+
+
+def test_every_key_says_what_it_means():
+    meanings = [
+        cells[-1]
+        for line in config_reference().splitlines()
+        if line.startswith("| `")
+        for cells in [line.strip("| ").split(" | ")]
+    ]
+    assert len(meanings) > 70
+    assert all(len(meaning) > 5 for meaning in meanings)
