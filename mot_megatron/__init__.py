@@ -1,7 +1,7 @@
-"""Training of Mixture-of-Transformers models on megatron-core and DeepSpeed."""
+"""Train Mixture-of-Transformers models with megatron-core and DeepSpeed."""
 
 import warnings
 
-# megatron-core says, once per file and process, that Transformer Engine and Apex are absent. They
-# change speed only, and the lines would bury what people have to read.
+# megatron-core warns in several files of every process that Transformer Engine and Apex are absent.
+# They affect speed only, and the warnings would hide more important output.
 warnings.filterwarnings("ignore", r"Transformer Engine and Apex are not installed")

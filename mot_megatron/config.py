@@ -1,8 +1,8 @@
-"""The typed, immutable configuration: its keys with their types, defaults and meaning.
+"""The typed, immutable configuration: every key with its type, default and meaning.
 
-config_files.py reads it from TOML, rules.py checks keys against each other. A field's docstring
-gives its unit and says whether it counts per rank or over all ranks. Unknown keys are errors: a
-misspelt key must never train a different model silently.
+config_files.py reads it from TOML; rules.py checks keys against each other. Each field's docstring
+is its entry in the configuration reference. Unknown keys are errors, because a misspelled key would
+otherwise silently train a different model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mot_megatron.errors import ConfigError
 
 VOCABULARY_MULTIPLE = 128
-"""A vocabulary taken from a corpus is rounded up to this, so that any usual TP size divides it."""
+"""A corpus vocabulary is rounded up to a multiple of this, so common TP sizes divide it."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -26,188 +26,207 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A table of the configuration file."""
+    """A table of the configuration file; immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
-    """What the run is called and where it writes."""
+    """Name, output folder and seed of the run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The run's folder under ``directory``; letters, digits, dot, dash, underscore."""
+    """Name of the run and of its folder under ``run.directory``. Starts with a letter or digit,
+    followed by letters, digits, dots, dashes and underscores."""
     directory: Path = Path("runs")
-    """Folder of all runs, relative to the working directory."""
+    """Parent folder of all runs, absolute or relative to the working directory."""
     seed: NonNegativeInt = 1234
-    """Seeds the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the training data, the same on all ranks."""
 
 
 class DataConfig(Section):
-    """Which corpus, in sequences of which length."""
+    """The corpus and how its documents are packed into sequences."""
 
     corpus: Path
-    """Folder that holds corpus.toml."""
+    """Folder of the prepared corpus, which contains corpus.toml."""
     seq_length: PositiveInt = 4096
-    """Tokens per packed sequence; no document may be longer."""
+    """Length of a packed sequence in tokens; a longer document is an error."""
     packing: Literal["sequence", "budget"] = "sequence"
-    """sequence: fill each sequence as far as possible. budget: every micro-batch of a rank also has
-    a fixed number of tokens of each tower, its share of the corpus, so that shapes are static; what
-    documents leave is filled up. Evaluation is always packed by sequence."""
+    """How training documents are packed. sequence: fill each sequence as far as possible. budget:
+    also give every micro-batch the same number of tokens of each tower, in proportion to the
+    tower's share of the corpus, so that shapes are static; the remaining positions are padded.
+    Evaluation always packs by sequence."""
 
 
 class ModalityConfig(Section):
-    """How one modality of the corpus is modeled."""
+    """Tower and loss weight of one modality of the corpus."""
 
     tower: str = Field(min_length=1)
-    """The set of untied weights its tokens use; modalities that name the same tower share it."""
+    """Tower (set of untied weights) for this modality's tokens; modalities may share a tower."""
     loss_weight: NonNegativeFloat = 1.0
-    """Weight of its labels in the mean over the tokens of the global batch."""
+    """Weight of this modality's labels in the loss, a weighted mean over all labels of the global
+    batch. 0: its labels do not count. At least one modality needs a weight above 0."""
 
 
 class ExpertsConfig(Section):
-    """A tower's feed-forward network as a mixture of experts, each of the plain one's width."""
+    """A mixture of experts in place of a tower's feed-forward networks.
+
+    Every expert has the width of a plain feed-forward network, ``model.ffn_hidden_size``.
+    """
 
     num_moe_experts: PositiveInt
-    """E, feed-forward networks of every layer."""
+    """Number of experts per layer, E, over all ranks."""
     routing: Literal["expert_choice", "topk"] = "expert_choice"
-    """expert_choice: experts choose among the tower's tokens of a micro-batch, so no auxiliary loss
-    is needed, but a token's experts depend on later tokens. topk: tokens choose experts."""
+    """Which side chooses. expert_choice: every expert takes the same number of the tower's tokens
+    in a micro-batch, so load is balanced without an auxiliary loss, but a token's experts depend on
+    later tokens. topk: every token takes its ``topk`` highest-scoring experts."""
     capacity_factor: PositiveFloat | None = None
-    """Expert choice: mean number of experts per token, c; absent: 1. Top-k: experts drop what
-    exceeds this many times an equal share; absent: nothing is dropped."""
+    """With expert choice, the average number of experts per token; absent: 1. With top-k, the
+    capacity of an expert as a multiple of an equal share of the assignments; an expert at capacity
+    drops the tokens with the smallest weights; absent: unlimited, no token is dropped."""
     topk: PositiveInt | None = None
-    """Top-k: experts per token; absent: 1. Expert choice: must be absent."""
+    """Experts per token with top-k routing; absent: 1. Not allowed with expert choice."""
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
-    """What turns router logits into the weight of an expert's output. Top-k with sigmoid and k
-    above 1: the weights of a token's experts are scaled to sum to 1, as in megatron."""
+    """Function from router logits to the weights of the experts' outputs, by which experts also
+    rank tokens under expert choice. With top-k, sigmoid and ``topk`` above 1, a token's weights are
+    normalized to sum to 1, as in megatron-core."""
     aux_loss_coefficient: NonNegativeFloat = 0.0
-    """Top-k: coefficient of the load-balancing loss, a mean over the tower's tokens."""
+    """Coefficient of the Switch Transformer load-balancing loss, a mean over the tower's tokens in
+    the global batch, added once per layer; top-k only. 0: no such loss."""
     z_loss_coefficient: NonNegativeFloat = 0.0
-    """Coefficient of the mean square of the router's log-partition."""
+    """Coefficient of the router z-loss, the squared logsumexp of a token's router logits: a mean
+    over the tower's tokens in the global batch, added once per layer. 0: no such loss."""
     causal_router: bool = False
-    """Expert choice: train beside the model a router that predicts the experts' choices from the
-    token alone, for generation and honest evaluation; the model itself trains as without it."""
+    """Also train a router that predicts the experts' choices from each token alone; expert choice
+    only. Generation requires it, and evaluation then also reports the loss without access to later
+    tokens. It does not change how the model itself trains."""
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that a token runs through, when nothing is dropped."""
+        """Average number of experts per token, if none is dropped."""
         if self.routing == "topk":
             return float(self.topk or 1)
         return self.capacity_factor or 1.0
 
     @property
     def sees_the_future(self) -> bool:
-        """Whether, as trained, the experts of a token depend on later tokens."""
+        """Whether a token's experts depend on later tokens during training."""
         return self.routing == "expert_choice" or self.capacity_factor is not None
 
     @property
     def can_be_causal(self) -> bool:
-        """Whether tokens can be routed without later ones."""
+        """Whether tokens can be routed without access to later tokens."""
         return self.routing == "topk" or self.causal_router
 
 
 class TowerConfig(Section):
-    """What one tower has that the others need not have."""
+    """Settings of a single tower."""
 
     experts: ExpertsConfig | None = None
-    """A mixture of experts as its feed-forward network; absent: a plain one."""
+    """Mixture of experts in every layer of this tower; absent: plain feed-forward networks."""
 
 
 class UntiedConfig(Section):
-    """Which components have one set of weights per tower; the others are shared by all towers."""
+    """Which components are untied: one set of weights per tower, or one shared by all towers."""
 
     feed_forward: bool = True
-    """Feed-forward network."""
+    """Feed-forward network: true: one per tower; false: one shared by all towers."""
     qkv: bool = True
-    """Query, key and value projections."""
+    """Query, key and value projections: true: one set per tower; false: one set for all towers."""
     output_projection: bool = True
-    """Attention output projection."""
+    """Attention output projection: true: one per tower; false: one shared by all towers."""
     norms: bool = True
-    """The two norms of every layer."""
+    """The two norms of every layer: true: a pair per tower; false: one pair for all towers."""
     qk_norm: bool = True
-    """Norms of queries and keys."""
+    """Norms of queries and keys: true: a pair per tower; false: one pair for all towers."""
     final_norm: bool = True
-    """Norm before the output head."""
+    """Norm before the output head: true: one per tower; false: one shared by all towers."""
 
 
 class ModelConfig(Section):
-    """Shape of the transformer; the dense baseline is the same with a single tower."""
+    """Architecture of the transformer; with a single tower it is a dense model."""
 
     num_layers: PositiveInt
-    """Transformer layers."""
+    """Number of transformer layers, over all pipeline stages."""
     hidden_size: PositiveInt
-    """Width of the residual stream."""
+    """Width of the residual stream, a multiple of twice the number of attention heads."""
     num_attention_heads: PositiveInt
-    """Query heads."""
+    """Number of query heads, over all tensor-parallel ranks."""
     num_query_groups: PositiveInt | None = None
-    """Key-value heads (grouped-query attention); absent: as many as query heads."""
+    """Number of key-value heads (grouped-query attention), a divisor of the number of query heads;
+    absent: one per query head."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width of SwiGLU; absent: 256 * ceil((8 * hidden_size / 3) / 256), the paper's rule."""
+    """Inner width of the SwiGLU feed-forward network, or of each expert; absent: the paper's rule,
+    8/3 of ``hidden_size`` rounded up to a multiple of 256."""
     vocab_size: PositiveInt | None = None
-    """Rows of embedding and head; absent: the corpus's, rounded up to a multiple of 128."""
+    """Number of rows of the embedding and of the output head, at least the vocabulary size of the
+    corpus; absent: that size rounded up to a multiple of 128."""
     norm_placement: Literal["post", "pre"] = "post"
-    """post: h + norm(f(h)), the paper's; pre: h + f(norm(h)), LLaMA's."""
+    """Position of a layer's norms. post: h + norm(f(h)), as in the paper; pre: h + f(norm(h)), as
+    in LLaMA."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
     qk_norm: bool = True
-    """RMSNorm over the head dimension of queries and keys, before RoPE."""
+    """Apply RMSNorm over the head dimension of queries and keys, before RoPE."""
     rotary_base: PositiveFloat = 10000.0
-    """Base of the rotary position embedding."""
+    """Base of the rotary position embedding (RoPE)."""
     untie_embeddings_and_output_weights: bool = True
-    """A head of its own; false: the head is the embedding's transpose."""
+    """true: the output head has its own weights; false: it reuses the embedding's weights."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of every initial matrix; norms begin at one."""
+    """Standard deviation of the normal distribution that every matrix is initialized from; norm
+    weights start at one."""
     z_loss_coefficient: NonNegativeFloat = 1e-5
-    """Coefficient of log(Z)^2, Z the softmax's denominator: keeps the logits from drifting."""
+    """Coefficient of the output z-loss, which keeps logits from drifting: log(Z)^2 per label, with
+    Z the denominator of the output softmax, averaged as the cross entropy is. 0: no z-loss."""
     attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
-    """Kernel of the global attention; auto: flex on CUDA, sdpa elsewhere."""
+    """Kernel of the global self-attention. flex: FlexAttention, CUDA only; sdpa: PyTorch's scaled
+    dot-product attention, one call per document; auto: flex on CUDA, sdpa elsewhere."""
     modalities: dict[str, ModalityConfig] = Field(min_length=1)
-    """Every modality of the corpus, by its name there."""
+    """One table per modality of the corpus, by its name in the corpus; all of them are required."""
     towers: dict[str, TowerConfig] = {}
-    """Settings of single towers, by the names that ``modalities`` use."""
+    """Settings of individual towers, by the tower names used in ``model.modalities``."""
     untied: UntiedConfig = UntiedConfig()
-    """Which components are untied."""
+    """Which components have one set of weights per tower; default: all but embedding and head."""
 
     @property
     def tower_names(self) -> tuple[str, ...]:
-        """Distinct towers in order of first mention."""
+        """Names of the towers, in order of first mention in ``modalities``."""
         return tuple(dict.fromkeys(modality.tower for modality in self.modalities.values()))
 
     @property
     def num_towers(self) -> int:
-        """K."""
+        """Number of towers, K."""
         return len(self.tower_names)
 
     @property
     def towers_of_modalities(self) -> tuple[int, ...]:
-        """Tower index of every modality, in the order of ``modalities``."""
+        """Tower index per modality, in the order of ``modalities``."""
         names = self.tower_names
         return tuple(names.index(modality.tower) for modality in self.modalities.values())
 
     @property
     def experts_of_towers(self) -> tuple[ExpertsConfig | None, ...]:
-        """The mixture of every tower, K of them; None for a plain feed-forward network."""
+        """Experts per tower, K entries; None for a tower with plain feed-forward networks."""
         plain = TowerConfig()
         return tuple(self.towers.get(name, plain).experts for name in self.tower_names)
 
     @property
     def has_experts(self) -> bool:
-        """Whether any tower is a mixture of experts."""
+        """Whether any tower has experts."""
         return any(self.experts_of_towers)
 
     @property
     def sees_the_future(self) -> bool:
-        """Whether, as trained, a token's experts depend on later tokens."""
+        """Whether in any tower a token's experts depend on later tokens during training."""
         return any(experts and experts.sees_the_future for experts in self.experts_of_towers)
 
     @property
     def can_be_causal(self) -> bool:
-        """Whether every tower can route tokens without later ones."""
+        """Whether every tower can route tokens without access to later tokens."""
         return all(experts is None or experts.can_be_causal for experts in self.experts_of_towers)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
-        """Loss weight of every modality, in the order of ``modalities``."""
+        """Loss weight per modality, in the order of ``modalities``."""
         return tuple(modality.loss_weight for modality in self.modalities.values())
 
     @property
@@ -217,116 +236,147 @@ class ModelConfig(Section):
 
     @property
     def num_key_value_heads(self) -> int:
-        """Key-value heads, ``num_attention_heads`` without grouped-query attention."""
+        """Number of key-value heads: ``num_query_groups``, or one per query head."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def feed_forward_size(self) -> int:
-        """Width of SwiGLU: ``ffn_hidden_size`` or the paper's rule."""
+        """Inner width of SwiGLU: ``ffn_hidden_size``, or the paper's rule."""
         return self.ffn_hidden_size or 256 * -(-8 * self.hidden_size // (3 * 256))
 
     @property
     def num_vocabulary_rows(self) -> int:
-        """``vocab_size`` of a resolved configuration."""
+        """``vocab_size`` of a resolved configuration.
+
+        Raises:
+            ConfigError: The configuration is not resolved and does not set it.
+        """
         if self.vocab_size is None:
-            raise ConfigError("model.vocab_size is absent and no corpus was given to take it from")
+            raise ConfigError(
+                "model.vocab_size is absent, and no corpus was given to derive it from"
+            )
         return self.vocab_size
 
 
 class ParallelConfig(Section):
-    """How the model and its optimizer are laid over the ranks; what is left is data parallel."""
+    """The layout: sizes of the parallel axes, placement of towers, and ZeRO.
+
+    The data-parallel size is the world size divided by the tensor- and pipeline-parallel sizes.
+    """
 
     tensor_model_parallel_size: PositiveInt = 1
-    """Ranks that share every matrix."""
+    """Tensor parallelism: number of ranks over which every matrix is split."""
     sequence_parallel: bool = False
-    """Split the residual stream over the tensor-parallel ranks too; needs a TP size above 1."""
+    """Also split the residual stream over the tensor-parallel ranks; needs
+    tensor_model_parallel_size of 2 or more. Required for tensor parallelism with experts."""
     pipeline_model_parallel_size: PositiveInt = 1
-    """Stages that each hold some of the layers."""
+    """Pipeline parallelism: number of stages, each of which holds part of the layers."""
     virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
-    """Pieces of the model per stage, for the interleaved schedule; absent: one, plain 1F1B."""
+    """Number of model pieces per pipeline stage, for megatron-core's interleaved schedule; absent:
+    one piece per stage, the plain 1F1B schedule."""
     pipeline_layers: tuple[PositiveInt, ...] | None = None
-    """Layers of every piece in the model's order; absent: equally many."""
+    """Number of layers of each piece, in model order: one entry per pipeline stage, or per stage
+    and piece if interleaved, with sum model.num_layers; absent: the same number for all pieces."""
     modality_parallel_size: PositiveInt = 1
-    """Neighbors inside data parallel that hold the towers together and exchange q, k and v."""
+    """Modality parallelism: number of ranks in a modality group. They are consecutive data-parallel
+    ranks, hold the towers between them and exchange q, k, v and the attention output. 1: every rank
+    holds all towers."""
     placement: Literal["auto"] | tuple[dict[str, PositiveFloat], ...] = "auto"
-    """Per rank of a modality group, the share of each tower's tokens: {text = 1.0, image = 0.5}."""
+    """Which rank of a modality group holds which towers: one table per rank, from tower name to the
+    share of the tower's tokens it processes, as in {text = 1.0, image = 0.5}; each tower's shares
+    sum to 1. auto: as few copies of towers as possible, then the most balanced FLOPs."""
     attention_exchange: Literal["sequence", "heads"] = "sequence"
-    """A rank of a modality group attends for its sequences, or for the group's in some heads."""
+    """What each rank of a modality group attends for. sequence: its own sequences, with all heads;
+    heads: all sequences of the group, with its share of the heads, so that a sequence may be longer
+    than one rank could store."""
     expert_model_parallel_size: PositiveInt = 1
-    """Ranks, of those that hold a tower, over which its experts are spread."""
+    """Expert parallelism: number of ranks over which the experts of a tower are split, taken from
+    the data-parallel ranks that hold the tower. 1: each of those ranks holds all its experts."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO over data parallel: 1 optimizer states, 2 + gradients, 3 + weights."""
+    """What DeepSpeed ZeRO shards over the data-parallel ranks. 0: nothing; 1: optimizer state; 2:
+    also gradients; 3: also weights. 0 needs fp32; pipeline parallelism allows 1 only, modality and
+    expert parallelism 1 and 2."""
     offload: Literal["none", "optimizer"] = "none"
-    """Where optimizer states live: "optimizer" keeps and updates them in host memory."""
+    """optimizer: store the optimizer state, fp32 weights included, in host memory and update it
+    there; none: on the device. Requires a ZeRO stage of 1 or more."""
 
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warm-up."""
     min_lr: NonNegativeFloat = 1.5e-5
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay and after it; unused with the constant style."""
     lr_warmup_steps: NonNegativeInt | None = None
-    """Steps of linear rise from 0 to ``lr``; absent: a fiftieth of training.train_steps."""
+    """Optimizer steps of linear warm-up from 0 to ``lr``; 0: no warm-up; absent: 2% of
+    training.train_steps, rounded down."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay from ``lr`` to ``min_lr``."""
+    """Shape of the decay from ``lr`` to ``min_lr``; constant: stay at ``lr`` after warm-up."""
     lr_decay_steps: PositiveInt | None = None
-    """Step at which ``min_lr`` is reached; absent: training.train_steps."""
+    """Optimizer step at which the decay reaches ``min_lr``, counted from the start of training, the
+    warm-up included; absent: training.train_steps."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay; norm weights have none."""
+    """Decoupled weight decay of all matrices, the embedding included; norm weights have none."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of the running mean of the gradient (first moment)."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay rate of the running mean of the squared gradient (second moment)."""
     adam_eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment in the denominator of the update."""
     clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Clip gradients to this L2 norm, taken over all parameters and ranks; 0: no clipping."""
 
 
 class TrainingConfig(Section):
-    """How long, in which batches and in which precision."""
+    """Length of the run, batch sizes, precision and recomputation."""
 
     train_steps: PositiveInt
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run, including steps before a resume."""
     micro_batch_size: PositiveInt = 1
-    """Sequences per data-parallel rank in one pass; with attention_exchange = "heads" per group."""
+    """Sequences per data-parallel rank in one forward and backward pass; with
+    parallel.attention_exchange = "heads", sequences per modality group."""
     global_batch_size: PositiveInt
-    """Sequences per optimizer step over all ranks; the rest is gradient accumulation."""
+    """Sequences per optimizer step over all ranks, a multiple of the sequences that all ranks
+    process in one pass; gradients are accumulated over several passes if needed."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of weights and activations; the optimizer keeps fp32 weights either way."""
+    """Precision of weights and activations; the optimizer keeps fp32 weights in both cases."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations to compute again in backward: none, the attention core, or whole layers."""
+    """What to recompute in backward instead of storing its activations. none: nothing; selective:
+    the attention core; full: whole layers."""
 
 
 class CheckpointConfig(Section):
-    """When training state is saved; the last step always is."""
+    """When to save checkpoints; one is always saved after the last step."""
 
     interval_steps: PositiveInt = 1000
-    """Steps between checkpoints."""
+    """Optimizer steps between checkpoints; one is always saved after the last step."""
     keep: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    """Number of most recent checkpoints to keep; older ones are deleted."""
 
 
 class EvaluationConfig(Section):
-    """Held-out loss per modality; the last step always evaluates."""
+    """When and on how much of the validation split to evaluate."""
 
     interval_steps: PositiveInt = 500
-    """Steps between evaluations."""
+    """Optimizer steps between evaluations of the held-out loss; there is always one after the last
+    step."""
     max_sequences: PositiveInt | None = None
-    """Packed sequences of the validation split to use; absent: all. The last step uses all."""
+    """Number of packed sequences of the validation split to evaluate, over all ranks; absent: all.
+    The evaluation after the last step always uses all."""
 
 
 class LoggingConfig(Section):
     """Console and TensorBoard."""
 
     interval_steps: PositiveInt = 10
-    """Steps between console lines and scalars."""
+    """Optimizer steps between console lines and TensorBoard scalars, which average over them."""
     sample_interval_steps: PositiveInt | None = None
-    """Steps between generated samples in TensorBoard; absent: only after the last step."""
+    """Optimizer steps between generated samples in TensorBoard; absent: only after the last step.
+    Not allowed with pipeline or modality parallelism, where training generates no samples."""
     peak_flops: PositiveFloat | None = None
-    """FLOP/s of one device for MFU; absent: the data sheet's, or a measured matmul on a CPU."""
+    """Peak FLOP/s of one device, the reference for MFU; absent: NVIDIA's data sheet for known GPUs,
+    or the measured speed of a matrix multiplication on other devices."""
 
 
 class Config(Section):
@@ -344,27 +394,28 @@ class Config(Section):
 
     @property
     def run_directory(self) -> Path:
-        """Folder that everything of this run is written to."""
+        """Folder for all output of the run."""
         return self.run.directory / self.run.name
 
     @property
     def num_warmup_steps(self) -> int:
-        """``optimizer.lr_warmup_steps``, or its default for this length of training."""
+        """``optimizer.lr_warmup_steps``, or its default, 2% of ``training.train_steps``."""
         if self.optimizer.lr_warmup_steps is not None:
             return self.optimizer.lr_warmup_steps
         return self.training.train_steps // 50
 
     def resolved_for(self, modality_names: Sequence[str], corpus_vocab_size: int) -> Config:
-        """Take from a corpus what the file left open, and put its modalities in its order.
+        """Return a copy completed from a corpus: vocabulary size, and modalities in corpus order.
 
         Raises:
-            ConfigError: the modalities are not the corpus's, or the vocabulary is too small.
+            ConfigError: The modalities are not those of the corpus, or ``model.vocab_size`` is too
+                small for it.
         """
         model = self.model
         if set(model.modalities) != set(modality_names):
             raise ConfigError(
-                f"model.modalities has {', '.join(sorted(model.modalities))}; {self.data.corpus}"
-                f" has, and needs, {', '.join(modality_names)}"
+                f"model.modalities has {', '.join(sorted(model.modalities))}; needed for"
+                f" {self.data.corpus}: {', '.join(modality_names)}"
             )
         rounded = -(-corpus_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         vocab_size = model.vocab_size or rounded
@@ -378,14 +429,15 @@ class Config(Section):
         return self.model_copy(update={"model": resolved})
 
     def to_toml(self) -> str:
-        """The configuration as a file that ``load_config`` reads back to an equal one."""
+        """Return TOML text from which ``load_config`` reads an equal configuration."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def sequences_per_pass(self, data_parallel_size: int) -> int:
-        """Sequences of one micro-batch over all ranks.
+        """Return the number of sequences in one micro-batch over all ranks.
 
-        Every data-parallel rank brings ``micro_batch_size`` of them; where a modality group splits
-        attention by heads, the group does, so that a sequence may exceed what one rank can hold.
+        Every data-parallel rank contributes ``micro_batch_size`` sequences; with
+        ``attention_exchange = "heads"`` every modality group does, so that a sequence may be longer
+        than one rank could store.
         """
         if self.parallel.attention_exchange == "heads":
             data_parallel_size //= self.parallel.modality_parallel_size
@@ -393,13 +445,13 @@ class Config(Section):
 
     @property
     def pool_sequences(self) -> int:
-        """Sequences of whose tokens a tower's experts choose at once.
+        """Sequences pooled in one routing decision.
 
-        Those of one micro-batch of a rank, or of a modality group's ranks, whose tokens a tower
-        shares if it lies on one of them.
+        These are the sequences of one micro-batch of a rank, or of all ranks of a modality group: a
+        tower that only one of them holds routes the tokens of all of them together.
         """
         return self.sequences_per_pass(self.parallel.modality_parallel_size)
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
-        """Micro-batches per rank and optimizer step."""
+        """Return the number of micro-batches per rank and optimizer step."""
         return self.training.global_batch_size // self.sequences_per_pass(data_parallel_size)

@@ -1,6 +1,6 @@
-"""Read the configuration from TOML files and ``section.key=value`` overrides, and check it.
+"""Load the configuration from TOML files and ``section.key=value`` overrides, and check it.
 
-Errors name the file that has the offending value, or all files if they conflict only together.
+Errors name the file with the offending value, or all files if only their combination is illegal.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from mot_megatron.rules import check
 
 
 def load_config(paths: Path | Sequence[Path], overrides: list[str] | None = None) -> Config:
-    """Read TOML files, apply ``section.key=value`` overrides and check what they say together.
+    """Load TOML files, apply ``section.key=value`` overrides and check the merged configuration.
 
-    Tables of several files merge; other values of a file, arrays too, replace those of files
-    before it.
+    Tables of several files are merged; any other value, including an array, replaces the value from
+    earlier files.
 
     Raises:
-        ConfigError: one line that names the file, the key, its value and what is allowed. All
-            files are named if what they say is legal in each and not together.
+        ConfigError: One line with the file, the key, its value and what is allowed. It names all
+            files if no single one has the illegal value.
     """
     files = [paths] if isinstance(paths, Path) else paths
     return _build([(str(path), _parse(_read(path), str(path))) for path in files], overrides)
 
 
 def parse_config(text: str, source: str, overrides: list[str] | None = None) -> Config:
-    """``load_config`` of a text; ``source`` names it in errors."""
+    """Parse and check TOML text as ``load_config`` does; ``source`` names it in errors."""
     return _build([(source, _parse(text, source))], overrides)
 
 
 _Tree = dict[str, Any]
-"""A TOML file's tables, or one of them."""
+"""A parsed TOML file, or one of its tables."""
 
 
 def _read(path: Path) -> str:
@@ -72,9 +72,9 @@ def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> C
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Of two configurations as trees: dotted keys, and what either says; None for what is absent.
+    """Return the dotted keys in which two configuration trees differ, with both values.
 
-    Those of ``run``, which say what a run is called and not what it does, are left out.
+    The value of an absent key is None. Keys of ``run`` are ignored.
     """
     ours, theirs = (
         {key: value for key, value in _flatten(tree) if not key.startswith("run.")}
@@ -96,7 +96,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _merge(base: _Tree, tree: _Tree) -> _Tree:
-    """``base`` as ``tree`` overrides it; both stay as they are."""
+    """Return a copy of ``base`` with the values of ``tree`` merged in."""
     merged = dict(base)
     for key, value in tree.items():
         old = merged.get(key)
@@ -109,7 +109,7 @@ def _merge(base: _Tree, tree: _Tree) -> _Tree:
 def _source_of(
     location: Sequence[int | str], value: Any, files: Sequence[tuple[str, _Tree]]
 ) -> str | None:
-    """The last file that has ``value`` there; None: no single file says so."""
+    """Return the last file with ``value`` at ``location``; None if no single file has it."""
     for source, tree in reversed(files):
         found: Any = tree
         for part in location:
@@ -127,7 +127,7 @@ def _apply_override(tree: _Tree, override: str) -> None:
     try:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        # A bare word is the string it spells, so that a shell needs no second pair of quotes.
+        # Take a bare word as a string, so that it needs no second pair of quotes in a shell.
         parsed = value.strip()
     for part in path[:-1]:
         tree = tree.setdefault(part, {})

@@ -1,6 +1,6 @@
-"""Errors that a user can mend: entry points print their one line and exit with status 2.
+"""Errors that a user can fix: entry points print one line and exit with status 2.
 
-Anything else that escapes is a defect of ours and keeps its traceback.
+Any other exception that reaches an entry point is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 Location = tuple[int | str, ...]
-"""Keys and indices that lead to a value in a tree."""
+"""Path of keys and indices to a value in a nested structure."""
 
 
 class UserError(Exception):
-    """What is wrong, where (file, key or document), the value found and what is allowed."""
+    """An error that the user can fix.
+
+    Its message says what is wrong, where (file, key or document), the value found and what is
+    allowed.
+    """
 
 
 class ConfigError(UserError):
-    """A configuration key, its value, or a combination of keys is not legal."""
+    """A configuration key, a value or a combination of keys is illegal."""
 
 
 class DataError(UserError):
@@ -29,21 +33,21 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, found, verified or loaded into this model."""
+    """A checkpoint cannot be written, found, verified, or loaded into this model."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 def first_problem(
     error: ValidationError, allowed_at: Callable[[Location], Iterable[str]] | None = None
 ) -> str:
-    """The first thing that a model of pydantic's finds wrong, and how many more there are.
+    """Describe the first problem of a validation error, and count the others.
 
     Args:
-        error: Of the model.
-        allowed_at: The keys that a section may have, to be named beside an unknown one.
+        error: Raised by a pydantic model.
+        allowed_at: Returns the keys allowed in a section, listed after an unknown key.
     """
     problems = error.errors(include_url=False)
     first = problems[0]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever their writer is killed."""
+"""Atomic writes: a file is complete or absent, even if its writer is killed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write text, as UTF-8, or bytes; what was there before stays until the new is on the disk.
+    """Write text (as UTF-8) or bytes to ``path``, replacing an existing file atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,6 +1,6 @@
-"""Rules between keys of the configuration: what does not fit together, and what would.
+"""Rules across configuration keys: combinations that are illegal, and the nearest legal values.
 
-Every violation is found before the layout's process groups are made and explained in one line.
+All rules are checked before any process group is created. Each violation is explained in one line.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from mot_megatron.errors import ConfigError
 
 
 def check(config: Config, source: str) -> None:
-    """Rules that hold for any number of ranks.
+    """Check the rules that do not depend on the number of ranks.
 
     Raises:
-        ConfigError: names ``source``, the keys and their values, and what is allowed.
+        ConfigError: Names ``source``, the keys, their values and what is allowed.
     """
     _check_shapes(config, source)
     _check_tensor_parallel(config, source)
@@ -29,10 +29,12 @@ def check(config: Config, source: str) -> None:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Rules that depend on the number of ranks; called before any process group is made.
+    """Check the rules that depend on the number of ranks.
+
+    Call this before creating any process group.
 
     Raises:
-        ConfigError: what does not divide, and the nearest legal value.
+        ConfigError: Names the sizes that do not divide, and the nearest legal values.
     """
     parallel = config.parallel
     sizes = {
@@ -62,7 +64,7 @@ def check_world_size(config: Config, world_size: int) -> None:
         what += " / parallel.modality_parallel_size (heads)"
         factors += f" / {parallel.modality_parallel_size}"
     if parallel.virtual_pipeline_model_parallel_size is not None:
-        # megatron's interleaved schedule works off micro-batches in rounds of one per stage.
+        # megatron's interleaved schedule needs a multiple of the number of stages.
         per_step *= parallel.pipeline_model_parallel_size
         what += " * parallel.pipeline_model_parallel_size (interleaved)"
         factors += f" * {parallel.pipeline_model_parallel_size}"
@@ -74,15 +76,15 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 
 def check_expert_holders(config: Config, holders: Mapping[str, int]) -> None:
-    """Every tower with experts needs equally many on each of its ranks.
+    """Check that the experts of every tower can be split equally over the ranks that hold it.
 
     Args:
-        config: With its experts.
-        holders: By tower the data-parallel ranks that hold it; with modality parallelism that
-            depends on its placement.
+        config: The configuration.
+        holders: Per tower name, the number of data-parallel ranks that hold the tower. With
+            modality parallelism it depends on the placement.
 
     Raises:
-        ConfigError: the tower, its ranks and the sizes that divide them.
+        ConfigError: Names the tower, its number of ranks and the nearest legal sizes.
     """
     size = config.parallel.expert_model_parallel_size
     model = config.model
@@ -97,10 +99,10 @@ def check_expert_holders(config: Config, holders: Mapping[str, int]) -> None:
 
 
 def check_device(config: Config, on_gpus: bool) -> None:
-    """Refuse what the devices of this job cannot do.
+    """Check that the devices of this job support the configuration.
 
     Raises:
-        ConfigError: the flex kernel on a CPU.
+        ConfigError: ``attention_backend = "flex"`` on a CPU.
     """
     if config.model.attention_backend == "flex" and not on_gpus:
         raise ConfigError(
@@ -170,7 +172,7 @@ def _check_pipeline(config: Config, source: str) -> None:
     layers = parallel.pipeline_layers
     if layers is None:
         if num_layers % pieces:
-            # Interleaved, the number of pieces is a product: two stages or more of two or more.
+            # Interleaved, the number of pieces is a product of two factors of at least 2.
             legal = [
                 divisor
                 for divisor in _divisors(num_layers)
@@ -178,7 +180,7 @@ def _check_pipeline(config: Config, source: str) -> None:
             ]
             raise ConfigError(
                 f"{source}: model.num_layers = {num_layers} is not divisible by {key} = {pieces};"
-                f" nearest legal: {_nearest(legal, pieces)}, or give"
+                f" nearest legal: {_nearest(legal, pieces)}, or set"
                 f" parallel.pipeline_layers, {pieces} numbers that sum to {num_layers}"
             )
     elif len(layers) != pieces or sum(layers) != num_layers:
@@ -204,7 +206,7 @@ def _check_modality_parallel(config: Config, source: str) -> None:
 
 
 def _check_heads(config: Config, source: str) -> None:
-    """Each rank of a modality group attends in its slice of a tensor-parallel rank's heads."""
+    """Check that a modality group can split the heads of a tensor-parallel rank."""
     model, parallel = config.model, config.parallel
     size, tensor = parallel.modality_parallel_size, parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
@@ -217,8 +219,9 @@ def _check_heads(config: Config, source: str) -> None:
         raise ConfigError(
             f'{source}: parallel.attention_exchange = "heads" splits the {heads} heads and'
             f" {groups} key-value heads of a tensor-parallel rank over"
-            f" parallel.modality_parallel_size = {size}, which must divide the former, and divide"
-            f" or be a multiple of the latter; nearest legal: {_nearest(legal, size)}"
+            f" parallel.modality_parallel_size = {size}, which must divide the number of heads and"
+            " be a divisor or a multiple of the number of key-value heads; nearest legal:"
+            f" {_nearest(legal, size)}"
         )
 
 
@@ -240,12 +243,12 @@ def _check_placement(config: Config, source: str) -> None:
         unknown = sorted(set(shares) - set(towers))
         if unknown:
             raise ConfigError(
-                f"{source}: parallel.placement[{rank}] names {unknown[0]}, which is no tower;"
+                f"{source}: parallel.placement[{rank}] names {unknown[0]}, which is not a tower;"
                 f" allowed: {', '.join(towers)}"
             )
         if not shares:
             raise ConfigError(
-                f"{source}: parallel.placement[{rank}] is empty: every rank needs a tower"
+                f"{source}: parallel.placement[{rank}] is empty; every rank needs a tower"
             )
     for tower in towers:
         total = sum(shares.get(tower, 0.0) for shares in placement)
@@ -261,7 +264,7 @@ def _check_experts(config: Config, source: str) -> None:
     unknown = sorted(set(model.towers) - set(model.tower_names))
     if unknown:
         raise ConfigError(
-            f"{source}: model.towers.{unknown[0]} is no tower of model.modalities; allowed:"
+            f"{source}: model.towers.{unknown[0]} is not a tower of model.modalities; allowed:"
             f" {', '.join(model.tower_names)}"
         )
     for name, experts in zip(model.tower_names, model.experts_of_towers, strict=True):
@@ -290,7 +293,7 @@ def _check_experts(config: Config, source: str) -> None:
 
 
 def _check_grouped_matmul(config: Config, source: str) -> None:
-    """What torch asks of the experts' matrices: begin and rows at multiples of 16 bytes."""
+    """Check what torch's grouped matmul needs: matrices and rows aligned to 16 bytes."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     multiple = 8 if config.training.precision == "bf16" else 4
     hidden_unit, why = multiple, ""
@@ -299,8 +302,9 @@ def _check_grouped_matmul(config: Config, source: str) -> None:
         for experts in model.experts_of_towers
         if experts is not None
     ):
-        # Parameters may lie back to back, and it has E h / 2 numbers.
-        hidden_unit, why = 2 * multiple, "; twice as many beside a causal router of odd experts"
+        # The experts may follow the causal router's output matrix of E h / 2 numbers in a flat
+        # buffer, without padding.
+        hidden_unit, why = 2 * multiple, "; twice as many with a causal router of odd experts"
     for key, columns, unit, more in (
         ("model.hidden_size", model.hidden_size, hidden_unit, why),
         ("model.ffn_hidden_size", model.feed_forward_size, multiple * tensor, ""),
@@ -334,8 +338,8 @@ def _check_mixture(config: Config, experts: ExpertsConfig, key: str) -> None:
         )
     if experts.causal_router:
         raise ConfigError(
-            f'{key}.causal_router = true is for routing = "expert_choice"; with top-k routing'
-            " tokens choose without later ones, and causally no capacity applies"
+            f'{key}.causal_router = true needs routing = "expert_choice"; with top-k, tokens'
+            " choose without later ones, and generation ignores capacity_factor"
         )
     if experts.capacity_factor is not None:
         _check_capacity(config, experts.capacity_factor, each, number, key)
@@ -348,20 +352,26 @@ def _check_expert_choice(experts: ExpertsConfig, key: str) -> None:
         ("aux_loss_coefficient", experts.aux_loss_coefficient),
     ):
         if value:
-            raise ConfigError(
-                f'{key}.{name} = {value} is for routing = "topk"; expert choice balances by itself'
-            )
+            raise ConfigError(f'{key}.{name} = {value} needs routing = "topk", not "expert_choice"')
     if factor > number:
         raise ConfigError(
-            f"{key}.capacity_factor = {factor:g} is above num_moe_experts = {number}: no token can"
-            f" run through more; allowed: at most {number}"
+            f"{key}.capacity_factor = {factor:g} is above num_moe_experts = {number}, but a token"
+            f" cannot use more experts than there are; allowed: at most {number}"
         )
 
 
 def _check_capacity(config: Config, factor: float, each: int, number: int, key: str) -> None:
-    """Of experts that take ``factor`` equal shares when every token runs through ``each``."""
+    """Check that an expert can take at least one token of a micro-batch.
+
+    Args:
+        config: The configuration.
+        factor: Capacity of an expert, as a multiple of an equal share of the assignments.
+        each: Assignments per token.
+        number: E, the number of experts.
+        key: Dotted key of the experts, for the message.
+    """
     tokens = config.data.seq_length * config.training.micro_batch_size
-    # Not as a product, whose rounding could refuse what the line names.
+    # Compare with the quotient: a rounded product could reject the value that the message allows.
     if factor < number / (tokens * each):
         least = Context(prec=6, rounding=ROUND_CEILING).divide(number, tokens * each)
         raise ConfigError(
@@ -377,19 +387,19 @@ def _check_zero(config: Config, source: str) -> None:
     if pipeline > 1 and stage != 1:
         raise ConfigError(
             f"{source}: parallel.zero_stage = {stage} with"
-            f" parallel.pipeline_model_parallel_size = {pipeline}: legal with pipeline"
-            " parallelism is zero_stage 1 only"
+            f" parallel.pipeline_model_parallel_size = {pipeline}: pipeline parallelism"
+            " allows zero_stage 1 only"
         )
     if modality > 1 and stage not in (1, 2):
         raise ConfigError(
             f"{source}: parallel.zero_stage = {stage} with parallel.modality_parallel_size ="
-            f" {modality}: legal with modality parallelism are zero_stage 1 and 2"
+            f" {modality}: modality parallelism allows zero_stage 1 and 2"
         )
     if parallel.expert_model_parallel_size > 1 and stage not in (1, 2):
         raise ConfigError(
             f"{source}: parallel.zero_stage = {stage} with parallel.expert_model_parallel_size ="
-            f" {parallel.expert_model_parallel_size}: legal with expert parallelism are zero_stage"
-            " 1 and 2"
+            f" {parallel.expert_model_parallel_size}: expert parallelism allows zero_stage 1"
+            " and 2"
         )
     if parallel.offload != "none" and stage == 0:
         raise ConfigError(
@@ -411,14 +421,16 @@ def _check_training(config: Config, source: str) -> None:
             f" {optimizer.lr}"
         )
     if not any(weight > 0 for weight in config.model.loss_weights):
-        raise ConfigError(f"{source}: every model.modalities.*.loss_weight is 0: nothing to learn")
+        raise ConfigError(
+            f"{source}: every model.modalities.*.loss_weight is 0; at least one must be above 0"
+        )
     if config.logging.sample_interval_steps is not None and (
         parallel.pipeline_model_parallel_size > 1 or parallel.modality_parallel_size > 1
     ):
         raise ConfigError(
             f"{source}: logging.sample_interval_steps = {config.logging.sample_interval_steps}:"
-            " samples are drawn during training without pipeline and modality parallelism only;"
-            " mot generate draws them from any checkpoint"
+            " samples can be generated during training only without pipeline and modality"
+            " parallelism; mot generate creates them from any checkpoint"
         )
 
 

@@ -124,7 +124,7 @@ PIPELINES = [
     ),
     (
         [f"{PIPELINE}=2", f"{VIRTUAL}=2", "model.num_layers=7"],
-        ["nearest legal: none, or give", "4 numbers that sum to 7"],
+        ["nearest legal: none, or set", "4 numbers that sum to 7"],
         [f"{LAYERS}=[2, 2, 2, 1]", "model.num_layers=8"],
     ),
     (
@@ -204,7 +204,7 @@ PLACEMENTS = [
     ),
     (
         [f"{MODALITY}=2", f"{PLACEMENT}=[{ALL_HELD}, {{image = 1.0}}]"],
-        [f"{PLACEMENT}[1] names image", "no tower", "allowed: text, vision, audio"],
+        [f"{PLACEMENT}[1] names image", "not a tower", "allowed: text, vision, audio"],
         [f"{PLACEMENT}=[{ALL_HELD}, {ALL_HELD}]"],
     ),
     (
@@ -227,7 +227,7 @@ ZERO_STAGES = [
     *(
         (
             [f"{PIPELINE}=2", f"{ZERO}={stage}"],
-            [f"{ZERO} = {stage}", f"{PIPELINE} = 2", "legal", "zero_stage 1 only"],
+            [f"{ZERO} = {stage}", f"{PIPELINE} = 2", "allows", "zero_stage 1 only"],
             [f"{ZERO}=1", f"{PIPELINE}=1"],
         )
         for stage in (0, 2, 3)
@@ -235,7 +235,7 @@ ZERO_STAGES = [
     *(
         (
             [f"{MODALITY}=2", f"{ZERO}={stage}"],
-            [f"{ZERO} = {stage}", f"{MODALITY} = 2", "legal", "zero_stage 1 and 2"],
+            [f"{ZERO} = {stage}", f"{MODALITY} = 2", "allows", "zero_stage 1 and 2"],
             [f"{ZERO}=1", f"{ZERO}=2", f"{MODALITY}=1"],
         )
         for stage in (0, 3)
@@ -365,7 +365,7 @@ EXPERTS = [
     ),
     (
         ["model.towers.image.experts={ num_moe_experts = 4 }"],
-        ["model.towers.image is no tower", "allowed: text, vision, audio"],
+        ["model.towers.image is not a tower", "allowed: text, vision, audio"],
         ["model.modalities.image.tower=image"],
     ),
     (

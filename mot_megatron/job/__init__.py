@@ -1,1 +1,1 @@
-"""Ranks started, watched and stopped; the hardware they run on."""
+"""Job control: joining the world, the watchdog over ranks, stop requests, and hardware."""

@@ -1,4 +1,4 @@
-"""The world a launcher starts: one process per device, or one process alone."""
+"""The world of a job: one process per device, started by a launcher, or a single process."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from mot_megatron.errors import ConfigError, TrainingError
 from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
 
 START_TIMEOUT = timedelta(minutes=10)
-"""For all ranks to come: nodes start, and import over the network, at different speeds."""
+"""How long a rank tries to connect to rank 0. Nodes start, and import packages over the network,
+at different speeds."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those of a job."""
+    """This process's ranks, and the store that all ranks of the job share."""
 
     rank: int
     size: int
     local_rank: int
-    """Its place on its node."""
+    """Rank of this process on its node."""
     address: str
-    """Of the node of rank 0."""
+    """Host name or address of rank 0's node."""
     store: Store
-    """Held by rank 0: what is set on one rank can be read on all."""
+    """Key-value store hosted by rank 0, shared by all ranks."""
 
 
 def find_world(rank: int, size: int, local_rank: int, address: str, port: int) -> World:
-    """Reach rank 0's store, or open it on rank 0; waits for rank 0 but for nobody else.
+    """Connect to rank 0's store, or open it on rank 0.
+
+    This waits for rank 0, but not for the other ranks.
 
     Raises:
-        TrainingError: rank 0 did not open its store in time, or the port is taken.
+        TrainingError: Rank 0 did not open its store in time, or the port is in use.
     """
     try:
         store = TCPStore(
@@ -54,18 +57,18 @@ def find_world(rank: int, size: int, local_rank: int, address: str, port: int) -
 
 
 def works_on_gpus() -> bool:
-    """Whether ranks on this machine get a GPU each; else they work on the CPU."""
+    """Return whether ranks on this machine use one GPU each, rather than the CPU."""
     return torch.cuda.is_available()
 
 
 def join_world(world: World) -> torch.device:
-    """Join the other ranks: NCCL with one GPU per rank where there are GPUs, else gloo.
+    """Initialize ``torch.distributed``: NCCL with one GPU per rank, or gloo without GPUs.
 
     Returns:
-        The device this rank works on.
+        The device of this rank.
 
     Raises:
-        ConfigError: more ranks on the node than it has GPUs.
+        ConfigError: The node has more ranks than GPUs.
     """
     place = {"store": world.store, "rank": world.rank, "world_size": world.size}
     if not works_on_gpus():

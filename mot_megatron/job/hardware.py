@@ -1,4 +1,4 @@
-"""What the run runs on: its name for reports, its peak for MFU, its memory."""
+"""The hardware of a run: device name for reports, peak FLOP/s for MFU, memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DATA_SHEET: dict[str, dict[str, float]] = {
     "L40S": {"bf16": 362e12, "fp32": 91.6e12},
 }
 _MEASURED_SIZE = 1024
-# Of mallopt(3), from glibc's malloc.h.
+# Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 _MEASURED_REPEATS = 10
 
 
 def device_name(device: torch.device) -> str:
-    """Model name of the GPU, or of the processor with its number of cores."""
+    """Return the model name of the GPU, or of the CPU with its number of available cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor_name()}, {len(os.sched_getaffinity(0))} cores"
@@ -43,7 +43,10 @@ def _processor_name() -> str:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What figures were measured on; the load tells whether others worked there too."""
+    """Return what measurements ran on, as a dictionary for reports.
+
+    It includes the load average, which shows whether other processes were running.
+    """
     return {
         "cpu": _processor_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -56,7 +59,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that MFU is relative to: the data sheet's, or else that of a measured matmul."""
+    """Return the peak FLOP/s of one device, the reference for MFU.
+
+    For a known GPU this is the value of its data sheet, otherwise that of a measured matmul.
+    """
     name = device_name(device)
     for model, peaks in _DATA_SHEET.items():
         if device.type == "cuda" and model in name:
@@ -77,17 +83,17 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device's queued work; nothing is queued on a CPU."""
+    """Wait until the device has finished its queued work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for what it allocates next.
+    """Make malloc reuse freed memory instead of returning it to the kernel.
 
-    glibc gives large blocks back at once, so that a training step on a CPU asks for its activations
-    and logits anew, page by page: a tenth of a small model's step. Where the C library has no such
-    setting, nothing changes.
+    By default glibc returns large blocks at once, so every training step on a CPU faults in the
+    pages of its activations and logits again, which takes a tenth of a small model's step. This
+    does nothing if the C library has no ``mallopt``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -96,7 +102,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: tensors on a GPU, the whole process on a CPU."""
+    """Return peak memory in bytes so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts ru_maxrss in KiB.

@@ -1,4 +1,4 @@
-"""Where this rank is in its work, written by the work and read by the thread that reports."""
+"""The current phase of this rank, set by the main thread and read by the watchdog thread."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ from typing import NamedTuple
 
 
 class Phase(NamedTuple):
-    """One stretch of work; compares by how far the run has come, as all ranks do the same."""
+    """One phase of the work of a rank.
+
+    All ranks go through the same phases, so ``order`` shows which of two ranks is further ahead.
+    """
 
     order: int
-    """Phases begun before this one since the start of the process."""
+    """Number of phases before this one since the process started."""
     name: str
-    """Such as "data" or "checkpoint"."""
+    """Name of the phase, for example "data" or "checkpoint"."""
     step: int | None
-    """Training step it belongs to, from 1; None before the first."""
+    """Training step that it belongs to, counted from 1; None before the first step."""
 
     def __str__(self) -> str:
         return self.name if self.step is None else f"step {self.step}, {self.name}"
 
 
 class ProgressReport:
-    """The phase this rank is in. Reading it from another thread needs no lock."""
+    """The current phase of this rank. Other threads may read it without a lock."""
 
     def __init__(self) -> None:
         self.now = Phase(0, "start", None)
 
     def enter(self, name: str, step: int | None = None) -> None:
-        """Begin a phase; without ``step``, one of the same step."""
+        """Start a phase; without ``step``, it belongs to the current step."""
         self.now = Phase(self.now.order + 1, name, self.now.step if step is None else step)

@@ -1,4 +1,4 @@
-"""Who has not been heard for too long."""
+"""Heartbeat timeouts: which ranks have not sent a heartbeat for too long."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ import time
 from collections.abc import Callable
 
 LONGEST_TICK_SECONDS = 5.0
+"""A longer gap between two checks means that this process was itself paused."""
 
 
 class Silence:
-    """Notices peers that were not heard for a while.
+    """Detects ranks whose heartbeats have stopped.
 
-    Time in which this process itself was paused (a job suspended and resumed, a migrated virtual
-    machine) says nothing about the others: after it, all of them get the full time again.
+    Time during which this process was itself paused (a suspended job, a migrated virtual machine)
+    does not count against other ranks: after a pause, every rank gets the full timeout again.
     """
 
     def __init__(self, limit_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit_seconds = limit_seconds
         self._clock = clock
-        self._heard: dict[int, float] = {}
-        self._last_look = clock()
+        self._last_heard: dict[int, float] = {}
+        self._last_check = clock()
 
     def heard(self, rank: int) -> None:
-        """Note a sign of life."""
-        self._heard[rank] = self._clock()
+        """Record a heartbeat, or any other message, from a rank."""
+        self._last_heard[rank] = self._clock()
 
     def forget(self, rank: int) -> None:
-        """Expect nothing more from a rank."""
-        self._heard.pop(rank, None)
+        """Stop monitoring a rank."""
+        self._last_heard.pop(rank, None)
 
     def expired(self) -> list[int]:
-        """Ranks that were silent for too long, ascending; to be asked several times a second."""
+        """Return the ranks whose timeout has expired, in ascending order.
+
+        Call this several times a second, since a long gap between calls counts as a pause.
+        """
         now = self._clock()
-        paused, self._last_look = now - self._last_look > LONGEST_TICK_SECONDS, now
+        paused, self._last_check = now - self._last_check > LONGEST_TICK_SECONDS, now
         if paused:
-            self._heard = dict.fromkeys(self._heard, now)
-        return sorted(rank for rank, then in self._heard.items() if now - then > self.limit_seconds)
+            self._last_heard = dict.fromkeys(self._last_heard, now)
+        return sorted(
+            rank for rank, then in self._last_heard.items() if now - then > self.limit_seconds
+        )

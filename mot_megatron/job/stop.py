@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal as a request: finish the step, save, leave.
+"""Graceful stop on SIGINT, SIGTERM, SIGUSR1 or SIGHUP: finish the step, save, and exit.
 
-A signal may reach one rank only, so the request travels with the step's counts and all ranks stop
-after the same step. SIGUSR1 is for runs under a launcher: DeepSpeed's answers the others by killing
-its ranks after 30 s, however long their step and their checkpoint take. A terminal that closes
-sends SIGHUP; a process that was started to ignore it, as by nohup, goes on.
+A signal may reach only one rank. The request is therefore all-reduced with the token counts of the
+next step, and all ranks stop after the same step. Use SIGUSR1 for runs under the DeepSpeed
+launcher: on the other signals it kills its ranks after 30 s, even in the middle of a step or a
+checkpoint. Closing a terminal sends SIGHUP; a process that was started to ignore it, for example by
+nohup, continues.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _OUTPUTS = (1, 2)
-"""Descriptors of the standard output and of errors."""
+"""File descriptors of standard output and standard error."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop; installed for the length of a ``with`` block."""
+    """Whether this process was asked to stop.
+
+    Its signal handlers are installed for the duration of a ``with`` block.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -41,12 +45,15 @@ class StopRequest:
         del frame
         self.requested = True
         if number == signal.SIGHUP:
-            self._forget_terminals_gone()
+            self._redirect_closed_terminals()
 
-    def _forget_terminals_gone(self) -> None:
-        """Write into nothing in their place: the first line to one would end the work unsaved."""
+    def _redirect_closed_terminals(self) -> None:
+        """Redirect output to closed terminals to the null device.
+
+        Otherwise the next line of output would raise an error before the run is saved.
+        """
         for output in self._terminals:
             if not os.isatty(output):
-                nothing = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nothing, output)
-                os.close(nothing)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, output)
+                os.close(null)

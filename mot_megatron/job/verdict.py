@@ -1,4 +1,4 @@
-"""What ended a job: the messages that the ranks' watch threads exchange about it."""
+"""Verdicts, which say why a job ends, and the messages that watchdog threads exchange."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from pathlib import Path
 from typing import Any
 
 MENDABLE_STATUS = 2
-"""Exit status of every rank after an error that the user can mend."""
+"""Exit status of every rank after an error that the user can fix: a UserError or absent ranks."""
 DEFECT_STATUS = 1
-"""... after an exception that is no UserError."""
+"""Exit status of every rank after any other exception."""
 LOST_STATUS = 3
-"""... after a rank that died or stopped answering."""
+"""Exit status of every rank after one died or stopped answering."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A rank as a process on a machine."""
+    """The process of a rank, on its host."""
 
     rank: int
     host: str
     pid: int
     started: str
-    """When the process started, in the kernel's ticks: a pid alone may belong to a later one."""
+    """Start time of the process in clock ticks since boot. It guards against a reused pid; empty if
+    unknown."""
 
     @classmethod
     def of_this_process(cls, rank: int) -> Peer:
-        """The rank that this process is."""
+        """Describe this process as ``rank``."""
         return cls(rank, socket.gethostname(), os.getpid(), _start_of(os.getpid()))
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
     def kill_if_here(self) -> None:
-        """End the process if it runs on this machine: a stopped one does not end by itself."""
+        """Kill the process if it runs on this host, since a stopped process does not exit."""
         if self.host == socket.gethostname() and _start_of(self.pid) == self.started:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -46,47 +47,47 @@ class Peer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job ends, and who says so."""
+    """Why the job ends, which rank reports it, and the exit status."""
 
     message: str
-    """One line."""
+    """Error message of one line."""
     reporter: int
-    """The only rank that prints it."""
+    """The one rank that prints the message."""
     status: int
     """Exit status of every rank."""
     hung: Peer | None = None
-    """A rank that will not end by itself."""
+    """A process that stopped answering and must be killed; None if there is none."""
 
     @classmethod
     def decode(cls, fields: dict[str, Any]) -> Verdict:
-        """From what ``asdict`` made of it."""
+        """Rebuild a verdict from the output of ``asdict``."""
         hung = fields.pop("hung")
         return cls(**fields, hung=Peer(**hung) if hung else None)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception that ended the work of a rank."""
+    """An exception that left the main code of a rank."""
 
     summary: str
-    """Of the exception, in one line."""
+    """The exception in one line."""
     mendable: bool
     """Whether it is a UserError."""
 
 
 def lost(peer: Peer, phase: str, reporter: int) -> Verdict:
-    """A rank's process has ended without a word."""
+    """Return the verdict on a process that ended without reporting a reason."""
     return Verdict(f"{peer} died during {phase}", reporter, LOST_STATUS)
 
 
 def hung(peer: Peer, phase: str, seconds: float, reporter: int) -> Verdict:
-    """A rank's process, or its machine, has not been heard for ``seconds``."""
-    message = f"{peer} stopped answering during {phase}: silent for {seconds:.0f} s"
+    """Return the verdict on a process or host without a heartbeat for ``seconds``."""
+    message = f"{peer} stopped answering during {phase}: no heartbeat for {seconds:.0f} s"
     return Verdict(message, reporter, LOST_STATUS, hung=peer)
 
 
 def failed(peer: Peer, failure: Failure, phase: str) -> Verdict:
-    """A rank raised; it reports that itself, where it has the traceback."""
+    """Return the verdict on an exception; the rank that raised it reports it, with traceback."""
     if failure.mendable:
         message = failure.summary if peer.rank == 0 else f"{peer}: {failure.summary}"
         return Verdict(message, peer.rank, MENDABLE_STATUS)
@@ -95,36 +96,36 @@ def failed(peer: Peer, failure: Failure, phase: str) -> Verdict:
 
 
 def absent(ranks: list[int], world_size: int, seconds: float) -> Verdict:
-    """Ranks that have not joined in time."""
+    """Return the verdict on ranks that did not join in time."""
     names = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     message = (
         f"{len(ranks)} of {world_size} ranks ({names}) have not started within {seconds:.0f} s;"
-        " look at their nodes' logs"
+        " check the logs of their nodes"
     )
     return Verdict(message, 0, MENDABLE_STATUS)
 
 
 def encode(kind: str, **fields: object) -> bytes:
-    """One message: a line of JSON."""
+    """Encode a message as one line of JSON."""
     return json.dumps({"kind": kind, **fields}).encode() + b"\n"
 
 
 def encode_verdict(verdict: Verdict) -> bytes:
-    """The message that ends every rank."""
+    """Encode the message that makes every rank exit."""
     return encode("verdict", verdict=asdict(verdict))
 
 
 class Lines:
-    """Cuts what a socket delivers into messages."""
+    """Splits the byte stream of a socket into messages."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, received: bytes) -> list[dict[str, Any]]:
-        """The messages that ``received`` completes.
+        """Return the messages that ``received`` completes.
 
         Raises:
-            ValueError: a line is no message: somebody else is speaking.
+            ValueError: A line is not a message, so the peer is not a watchdog.
         """
         *whole, self._rest = (self._rest + received).split(b"\n")
         messages = [json.loads(line) for line in whole]
@@ -134,10 +135,10 @@ class Lines:
 
 
 def _start_of(pid: int) -> str:
-    """Field 22 of /proc/PID/stat; empty for a process that does not exist."""
+    """Return field 22 of /proc/PID/stat, or an empty string if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    # The second field, the command in parentheses, may itself hold spaces and parentheses.
+    # The second field, the command in parentheses, may itself contain spaces and parentheses.
     return stat.rpartition(")")[2].split()[19]

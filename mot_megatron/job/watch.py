@@ -1,9 +1,9 @@
-"""Nobody hangs: the ranks watch over each other, and one of them says what happened.
+"""The watchdog of a rank: end all ranks when one fails, and report the reason exactly once.
 
-Every rank keeps a thread that tells the hub in rank 0 where its work is (see watch_hub) and listens
-for a verdict. A verdict ends the process at once, also out of a collective that waits for a rank
-that will never come. Exactly one rank prints it: for an exception the rank that raised it, for a
-lost rank rank 0, for a lost rank 0 the last rank, which is on the node farthest from it.
+A watchdog thread on every rank sends heartbeats with the rank's current phase to the hub on rank 0
+(see watch_hub) and waits for a verdict. A verdict ends the process at once, even while its main
+thread is blocked in a collective. One rank prints it: the rank that raised an exception, rank 0 for
+a rank that was lost, or the last rank if rank 0 was lost.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ from mot_megatron.job.watch_hub import BEAT_SECONDS, SILENCE_SECONDS, WatchHub
 _STORE_KEY = "mot_megatron/watch"
 _CONNECT_SECONDS = 30.0
 _VERDICT_SECONDS = SILENCE_SECONDS + 10
-"""For the hub to judge a reported failure; longer than a silent hub takes to be noticed."""
+"""How long a failed rank waits for a verdict. Longer than the heartbeat timeout, so that a hung hub
+is detected first."""
 _GOODBYE_SECONDS = 5.0
 
 
 class Watch:
-    """Holds the ranks together for the length of a ``with`` block; a world of one needs nothing.
+    """Monitors all ranks during a ``with`` block; does nothing in a world of one process.
 
-    An exception that leaves the block ends the whole job, and does not come out of it, unless the
-    world is one process. Leaving it normally waits, on rank 0, for all other ranks to leave it.
+    An exception that leaves the block ends the process of every rank and does not propagate. On
+    normal exit, rank 0 waits until all other ranks have left the block.
     """
 
     def __init__(self, world: World, progress_report: ProgressReport) -> None:
-        """Connect to the hub, or open it on rank 0.
+        """Connect to the hub, after starting it on rank 0.
 
         Raises:
-            TrainingError: rank 0 is gone already.
+            TrainingError: The hub cannot be reached.
         """
         self._world = world
         self._progress_report = progress_report
@@ -68,7 +69,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         if world.size > 1:
             self._connection = self._connect()
-            # The main thread sends what the beating thread must not cut in two.
+            # Both the main and the watchdog thread send; the lock keeps their messages apart.
             self._sending = threading.Lock()
             self._send("hello")
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -117,7 +118,7 @@ class Watch:
         self._send("failed", failure=asdict(failure))
         assert self._thread is not None
         self._thread.join(_VERDICT_SECONDS)
-        # The thread ends the process; if it has not, nobody else speaks either.
+        # The thread ends the process on a verdict. If none has come, this rank reports itself.
         self._end(failed(self._peer, failure, str(self._progress_report.now)))
 
     def _send(self, kind: str, **fields: Any) -> None:
@@ -129,7 +130,7 @@ class Watch:
             try:
                 self._connection.sendall(encode(kind, **fields))
             except OSError:
-                return  # a hub that is gone is noticed by reading
+                return  # the next read detects a lost hub
 
     def _run(self) -> None:
         lines, silence = Lines(), Silence(SILENCE_SECONDS)
@@ -146,11 +147,11 @@ class Watch:
                     break
                 silence.heard(0)
                 for message in lines.feed(received):
-                    self._take(message)
+                    self._handle(message)
             elif silence.expired():
-                self._hub_is_lost(silent=True)
+                self._end_without_hub(silent=True)
         if not self._leaving:
-            self._hub_is_lost(silent=False)
+            self._end_without_hub(silent=False)
 
     def _receive(self) -> bytes:
         try:
@@ -158,7 +159,7 @@ class Watch:
         except OSError:
             return b""
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         if message["kind"] == "welcome":
             self._hub_peer = Peer(**message["peer"])
         elif message["kind"] == "beat":
@@ -166,8 +167,8 @@ class Watch:
         else:
             self._end(Verdict.decode(message["verdict"]))
 
-    def _hub_is_lost(self, silent: bool) -> NoReturn:
-        # Without a welcome, rank 0 was lost while this rank was greeting it.
+    def _end_without_hub(self, silent: bool) -> NoReturn:
+        # Without a welcome message, rank 0 was lost during the handshake.
         peer = self._hub_peer or Peer(0, self._world.address, 0, "")
         phase = str(max(self._hub_phase, self._progress_report.now, key=lambda phase: phase.order))
         reporter = self._world.size - 1
@@ -176,11 +177,11 @@ class Watch:
         self._end(lost(peer, phase, reporter))
 
     def _end(self, verdict: Verdict) -> NoReturn:
-        """End this process, from whichever thread, without waiting for any other."""
+        """End this process from any thread, without waiting for its other threads."""
         if verdict.hung:
             verdict.hung.kill_if_here()
         if verdict.reporter == self._world.rank:
-            # Not through sys.stderr: the main thread may be stuck with its lock.
+            # Not through sys.stderr: a stuck main thread may hold its lock.
             if sys.stderr.isatty():
                 os.write(2, b"\n")  # below the progress bar
             os.write(2, f"{self._traceback}error: {verdict.message}\n".encode())
@@ -190,6 +191,6 @@ class Watch:
 
 
 def report_mendable(error: UserError) -> int:
-    """Print the one line of an error outside of any watch; returns the exit status."""
+    """Print an error raised outside of a watch in one line, and return the exit status."""
     os.write(2, f"error: {error}\n".encode())
     return MENDABLE_STATUS

@@ -1,9 +1,9 @@
-"""The meeting point of the ranks' watch threads, in a thread of rank 0.
+"""The hub of the watchdogs, a thread on rank 0 that decides when and why the job ends.
 
-Every rank keeps one connection to it. The kernel closes the connection of a process that ends in
-whatever way, so a death is known at once; a process that stops without ending is known by the
-beats that fail to come. The first of these, or of the failures that ranks report, becomes the
-verdict, which goes to every rank.
+Every rank keeps a connection to it. However a process ends, the kernel closes its connection, so
+the hub detects a death immediately. It detects a stopped process by missing heartbeats. The first
+of these events, or of the failures that ranks report, becomes the verdict, which is sent to every
+rank.
 """
 
 from __future__ import annotations
@@ -33,81 +33,84 @@ from mot_megatron.job.verdict import (
 )
 
 BEAT_SECONDS = 2.0
-"""Between two signs of life."""
+"""Interval between heartbeats."""
 SILENCE_SECONDS = 30.0
-"""Without a sign of life until a process counts as hung. The beats come from a thread of their own,
-however long a step takes; only a stopped process, or one that holds Python's lock, sends none."""
+"""Heartbeat timeout, after which a process counts as hung. Heartbeats come from a separate thread,
+so a long step does not delay them; only a stopped process, or one that holds Python's global
+interpreter lock, sends none."""
 JOIN_SECONDS = 600.0
-"""For all ranks to start: nodes come up, and import over the network, at different speeds."""
+"""How long to wait for all ranks to join. Nodes start, and import packages over the network, at
+different speeds."""
 
 _TICK_SECONDS = 0.5
 _DEFECT_SECONDS = 1.0
-"""From a reported defect to the verdict: it may be the echo of a death that is not known yet."""
+"""Delay from a reported exception to the verdict, because the exception may be a consequence of a
+death that the hub has not detected yet."""
 _MENDABLE_SECONDS = 5.0
-"""From a UserError to the verdict: most likely rank 0 reports the same."""
+"""Delay from a reported UserError to the verdict, because rank 0 probably reports it too."""
 _FAREWELL_SECONDS = 3.0
-"""For the ranks to hear the verdict and go."""
+"""How long to wait, after the verdict, for the ranks to receive it and exit."""
 _LATECOMER_SECONDS = 30.0
-"""For ranks that were still starting to come and hear it."""
+"""The same, if there are ranks that have not joined yet: they need time to start."""
 _LOOPBACK = ("localhost", "127.0.0.1")
 
 
 @dataclass
 class _Client:
-    """One rank's connection."""
+    """The connection of one rank, and what the hub knows about the rank."""
 
     connection: socket.socket
     lines: Lines = field(default_factory=Lines)
     peer: Peer | None = None
-    """None until it has said who it is."""
+    """None until the rank has identified itself."""
     phase: Phase = field(default_factory=lambda: ProgressReport().now)
     failure: Failure | None = None
 
 
 class WatchHub:
-    """Accepts the ranks, passes judgement, tells everybody."""
+    """Monitors the connections of all ranks and sends the verdict to every rank."""
 
     def __init__(
         self, address: str, world_size: int, peer: Peer, progress_report: ProgressReport
     ) -> None:
-        """Open the meeting point.
+        """Listen on a free port and start the hub's thread.
 
         Args:
-            address: What the others call this machine.
-            world_size: Ranks to come.
+            address: Host name or address of this node, as other ranks use it.
+            world_size: Number of ranks that will join, this one included.
             peer: This process.
-            progress_report: This process's progress report.
+            progress_report: Of this process.
         """
-        # On every interface, as torch's own store: the name may resolve differently here.
+        # Bind every interface, as torch's store does: the name may resolve differently here.
         bound = address if address in _LOOPBACK else ""
         self._listener = socket.create_server((bound, 0), backlog=1024)
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
-        """Keeps strangers out that happen to connect."""
+        """Secret that a connection must present to be accepted."""
         self._world_size = world_size
         self._peer = peer
         self._progress_report = progress_report
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._clients: dict[int, _Client] = {}
-        """By rank, those that are there."""
+        """Connections of the ranks that have joined and not left, by rank."""
         self._joined: set[int] = set()
         self._silence = Silence(SILENCE_SECONDS)
         self._started = self._last_beat = time.monotonic()
         self._first_failure: tuple[float, int] | None = None
-        """When, and whose."""
+        """Time and rank of the first reported failure."""
         self._verdict: Verdict | None = None
-        self._judged = 0.0
+        self._issued_at = 0.0
         self._others_left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch hub", daemon=True)
         self._thread.start()
 
     def wait_for_others(self) -> None:
-        """Return when every other rank has said goodbye."""
+        """Wait until every other rank has left its watch normally."""
         self._others_left.wait()
 
     def wait_until_heard(self) -> None:
-        """Return when every rank has heard the verdict and gone, or had the time to."""
+        """Wait until every rank has received the verdict and exited, or the time for it is up."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -117,21 +120,21 @@ class WatchHub:
                     self._accept()
                 else:
                     self._read(key.data)
-            self._look_around()
+            self._check()
         self._selector.close()
         self._listener.close()
 
     def _finished(self) -> bool:
         all_came = len(self._joined) == self._world_size
-        # Rank 0 waits for the hub, so it cannot be the last to go once there is a verdict.
+        # After a verdict rank 0 waits for the hub, so the hub must not wait for rank 0.
         if all_came and set(self._clients) <= ({0} if self._verdict else set()):
             return True
         limit = _FAREWELL_SECONDS if all_came else _LATECOMER_SECONDS
-        return self._verdict is not None and time.monotonic() - self._judged > limit
+        return self._verdict is not None and time.monotonic() - self._issued_at > limit
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        connection.settimeout(1.0)  # tiny messages: only a stopped reader lets them pile up
+        connection.settimeout(1.0)  # messages are tiny: only a stopped reader blocks a send
         self._selector.register(connection, selectors.EVENT_READ, _Client(connection))
 
     def _read(self, client: _Client) -> None:
@@ -141,15 +144,15 @@ class WatchHub:
         except (OSError, ValueError):
             received, messages = b"", []
         for message in messages:
-            if not self._take(client, message):
+            if not self._handle(client, message):
                 received = b""
         if not received:
             self._drop(client)
 
-    def _take(self, client: _Client, message: dict[str, Any]) -> bool:
-        """Act on a message; False ends the connection."""
+    def _handle(self, client: _Client, message: dict[str, Any]) -> bool:
+        """Handle a message; return False to close the connection."""
         if client.peer is None:
-            return self._greet(client, message)
+            return self._admit(client, message)
         rank = client.peer.rank
         self._silence.heard(rank)
         if message["kind"] == "goodbye":
@@ -162,7 +165,7 @@ class WatchHub:
             self._first_failure = self._first_failure or (time.monotonic(), rank)
         return True
 
-    def _greet(self, client: _Client, message: dict[str, Any]) -> bool:
+    def _admit(self, client: _Client, message: dict[str, Any]) -> bool:
         if message.get("token") != self.token:
             return False
         client.peer = peer = Peer(**message["peer"])
@@ -181,9 +184,9 @@ class WatchHub:
         if peer and self._clients.get(peer.rank) is client:
             del self._clients[peer.rank]
             self._silence.forget(peer.rank)
-            self._judge(lost(peer, self._phase_of(client), reporter=0))
+            self._issue(lost(peer, self._phase_of(client), reporter=0))
 
-    def _look_around(self) -> None:
+    def _check(self) -> None:
         now = time.monotonic()
         if now - self._last_beat >= BEAT_SECONDS:
             self._last_beat = now
@@ -198,34 +201,37 @@ class WatchHub:
             client = self._clients[silent[0]]
             assert client.peer is not None
             phase = self._phase_of(client)
-            self._judge(hung(client.peer, phase, SILENCE_SECONDS, reporter=0))
+            self._issue(hung(client.peer, phase, SILENCE_SECONDS, reporter=0))
         elif self._first_failure:
-            self._weigh_failures(now, *self._first_failure)
+            self._decide_on_failures(now, *self._first_failure)
         elif missing and now - self._started > JOIN_SECONDS:
-            self._judge(absent(missing, self._world_size, JOIN_SECONDS))
+            self._issue(absent(missing, self._world_size, JOIN_SECONDS))
 
-    def _weigh_failures(self, now: float, since: float, rank: int) -> None:
+    def _decide_on_failures(self, now: float, since: float, rank: int) -> None:
         first = self._clients[rank].failure
         assert first is not None
         own = self._clients.get(0)
         if first.mendable and own and own.failure and own.failure.mendable:
-            rank, patience = 0, 0.0
+            rank, delay = 0, 0.0
         else:
-            patience = _MENDABLE_SECONDS if first.mendable else _DEFECT_SECONDS
-        if now - since >= patience:
+            delay = _MENDABLE_SECONDS if first.mendable else _DEFECT_SECONDS
+        if now - since >= delay:
             client = self._clients[rank]
             assert client.peer is not None
             assert client.failure is not None
-            self._judge(failed(client.peer, client.failure, str(client.phase)))
+            self._issue(failed(client.peer, client.failure, str(client.phase)))
 
     def _phase_of(self, client: _Client) -> str:
-        """Where a rank got lost: what it said last, or what rank 0 has reached waiting for it."""
+        """Return the phase in which a rank was lost.
+
+        This is its last reported phase, or rank 0's current one if that is further ahead.
+        """
         return str(max(client.phase, self._progress_report.now, key=lambda phase: phase.order))
 
-    def _judge(self, verdict: Verdict) -> None:
+    def _issue(self, verdict: Verdict) -> None:
         if self._verdict is None:
             self._verdict = verdict
-            self._judged = time.monotonic()
+            self._issued_at = time.monotonic()
             self._send_all(encode_verdict(verdict))
 
     def _send_all(self, message: bytes) -> None:
@@ -233,6 +239,6 @@ class WatchHub:
             self._send(client, message)
 
     def _send(self, client: _Client, message: bytes) -> None:
-        # Who cannot be reached is noticed by reading.
+        # The next read detects a lost rank.
         with contextlib.suppress(OSError):
             client.connection.sendall(message)

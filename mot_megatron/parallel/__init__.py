@@ -1,1 +1,1 @@
-"""Configuration of axes, process groups and the CPU adaptation of megatron-core."""
+"""Parallel axes, process groups, placement of towers, and CPU patches for megatron-core."""

@@ -1,9 +1,13 @@
-"""The adaptation of megatron-core to machines without CUDA; nothing else patches or calls it.
+"""Patches that let megatron-core run on the CPU with gloo; nothing else patches megatron-core.
 
-Five things of megatron's are not for the CPU: buffers on ``torch.cuda.current_device()``, a
-counter on the device "cuda" in its pipeline schedules, messages between stages that rely on NCCL's
-order, the stream on which its dispatcher of tokens to experts copies sizes to the host, and gathers
-of unequal parts, which gloo refuses.
+megatron-core assumes CUDA in five places:
+
+- Buffers are allocated on ``torch.cuda.current_device()``.
+- The pipeline schedules create a counter on the device "cuda".
+- Point-to-point messages between stages rely on NCCL's ordering.
+- The MoE token dispatcher copies sizes to the host on a side stream.
+- Gathers and reduce-scatters along the first dimension may have unequal parts, which gloo does not
+  support.
 """
 
 from __future__ import annotations
@@ -21,14 +25,14 @@ _ACTIVATION, _GRADIENT = 0, 1
 _gather_equal_parts = mappings._gather_along_first_dim
 _reduce_scatter_equal_parts = mappings._reduce_scatter_along_first_dim
 _NO_STREAM = object()
-"""Where the dispatcher would otherwise make a CUDA stream."""
+"""Placeholder for the dispatcher's side stream, so that it does not create a CUDA stream."""
 
 
 def adapt_megatron_to_cpu() -> None:
-    """Let megatron-core work on host memory and gloo; idempotent.
+    """Patch megatron-core to run on host memory and gloo; idempotent.
 
-    Where CUDA is available but unused, megatron would still allocate on the GPU: a run on CPU
-    tensors then needs the GPU hidden (``CUDA_VISIBLE_DEVICES=""``).
+    This does nothing if CUDA is available, since megatron-core then allocates on the GPU. To run on
+    the CPU of a machine with a GPU, hide the GPU with ``CUDA_VISIBLE_DEVICES=""``.
     """
     if not torch.cuda.is_available():
         torch.cuda.current_device = _host_device  # type: ignore[assignment]
@@ -45,7 +49,7 @@ def _host_device() -> str:
 
 
 class _HostTorch(ModuleType):
-    """``torch`` as megatron's schedules see it, where the device "cuda" is the host."""
+    """A proxy for ``torch`` in megatron's schedules, where the device "cuda" means the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -61,7 +65,7 @@ def _gather(
     output_split_sizes: list[int] | None = None,
     use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """All ranks' parts, of these sizes, one after the other."""
+    """Gather the parts of all ranks along the first dimension; sizes may differ."""
     if output_split_sizes is None or group.size() == 1:
         return _gather_equal_parts(part, group, output_split_sizes, use_global_buffer)
     gathered = part.new_empty(sum(output_split_sizes), *part.shape[1:])
@@ -77,7 +81,7 @@ def _reduce_scatter(
     input_split_sizes: list[int] | None = None,
     use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """This rank's part, of these sizes, of the sum over all ranks."""
+    """Return this rank's part of the sum over all ranks; sizes may differ."""
     if input_split_sizes is None or group.size() == 1:
         return _reduce_scatter_equal_parts(whole, group, input_split_sizes, use_global_buffer)
     own = input_split_sizes[group.rank()]
@@ -94,7 +98,7 @@ def _sizes_on_host(
     point: str,
     tokens_per_expert: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Nothing is to be copied or waited for; sizes become arrays, as the copy makes them."""
+    """Convert sizes to arrays, as the copy to the host would; there is nothing to wait for."""
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             sizes = getattr(dispatcher, name)
@@ -113,10 +117,11 @@ def _tagged_messages(
     prev_pipeline_rank: int,
     next_pipeline_rank: int,
 ) -> dict[str, dist.Work]:
-    """Megatron's messages between neighboring stages, activations told from gradients by tag.
+    """Send and receive between neighboring stages, with a tag per kind of message.
 
-    With two stages previous and next are the same rank, and gloo matches untagged messages by
-    order alone: interleaved schedules then take one for the other, and train on it.
+    With two stages, the previous and the next stage are the same rank, and gloo matches untagged
+    messages by order alone. Interleaved schedules would then silently swap activations and
+    gradients.
     """
     messages = (
         ("send_prev", dist.isend, tensor_send_prev, prev_pipeline_rank, _GRADIENT),

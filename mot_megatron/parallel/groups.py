@@ -1,7 +1,7 @@
-"""Process groups of this rank, made once and handed down; nothing looks them up globally.
+"""The process groups of this rank: built once, then passed explicitly instead of looked up.
 
-They are built by megatron's ``parallel_state`` because a few megatron functions (its
-vocabulary-parallel loss) read that global state and take no group.
+megatron's ``parallel_state`` builds those that it knows, because a few megatron functions, such as
+the vocabulary-parallel loss, take no group and read that global state.
 """
 
 from __future__ import annotations
@@ -22,47 +22,53 @@ from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """Where the experts of a tower that this rank holds lie."""
+    """Process groups for the experts of a tower that this rank holds."""
 
     expert: dist.ProcessGroup
-    """Ranks that hold the tower's experts together, equally many each, in the experts' order."""
+    """Expert-parallel group: its ranks split the tower's experts equally, in order."""
     tensor_expert: dist.ProcessGroup
-    """Their tensor-parallel groups together; tensor parallelism is fastest."""
+    """Union of the tensor-parallel groups of the ranks in ``expert``; the tensor rank varies
+    fastest."""
     data: dist.ProcessGroup
-    """Ranks that hold the same experts: gradients are summed over these."""
+    """Ranks that hold the same experts; gradients of the experts are summed over them."""
 
     def held(self, num_experts: int) -> range:
-        """The experts that this rank holds, of ``num_experts``, which the group's size divides."""
+        """Return which of ``num_experts`` this rank holds; the group size must divide them."""
         share = num_experts // self.expert.size()
         return range(self.expert.rank() * share, (self.expert.rank() + 1) * share)
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The groups this rank belongs to, and where it works."""
+    """The process groups of this rank, its position in the mesh and its device."""
 
     tensor: dist.ProcessGroup
-    """Ranks that share every matrix."""
+    """Tensor-parallel group: ranks over which every matrix is split."""
     data: dist.ProcessGroup
-    """Ranks with the same shared weights and different sequences; modality groups lie inside."""
+    """Data-parallel group: ranks with the same pipeline stage and tensor-parallel rank. Consists
+    of whole modality groups."""
     model: dist.ProcessGroup
-    """Tensor and pipeline parallelism together."""
+    """Combined tensor- and pipeline-parallel group."""
     pipeline: dist.ProcessGroup
-    """The stages of one pipeline, in order."""
+    """Stages of one pipeline, in order."""
     embedding: dist.ProcessGroup | None
-    """First and last stage, which both hold a tied embedding; None elsewhere and without stages."""
+    """First and last stage of a pipeline, which both hold a tied embedding. None on other stages
+    and without pipeline parallelism."""
     modality: dist.ProcessGroup | None
-    """Ranks that hold the towers together; None without modality parallelism."""
+    """Modality group: ranks that hold the towers between them. None without modality
+    parallelism."""
     holders: tuple[dist.ProcessGroup | None, ...]
-    """Per tower: the ranks over which its gradients are summed; None if this rank is not one.
+    """Per tower, the data-parallel ranks that hold it, over which its gradients are summed. None
+    for a tower that this rank does not hold.
 
-    Empty without modality parallelism, where every data-parallel rank holds every tower.
+    Empty without modality parallelism: every data-parallel rank then holds every tower.
     """
     experts: tuple[ExpertGroups | None, ...]
-    """Per tower; None if this rank does not hold it. Without modality parallelism one for all."""
+    """Groups per tower; None for a tower that this rank does not hold. Without modality
+    parallelism, a single entry for all towers."""
     mesh: Mesh
     placement: Placement | None
-    """None without modality parallelism."""
+    """Which ranks of a modality group hold which towers; None without modality parallelism."""
     rank: int
     device: torch.device
 
@@ -73,7 +79,7 @@ class ProcessGroups:
 
     @property
     def tensor_size(self) -> int:
-        """Ranks in the tensor-parallel group."""
+        """Number of ranks in a tensor-parallel group."""
         return self.mesh.tensor
 
     @property
@@ -83,7 +89,7 @@ class ProcessGroups:
 
     @property
     def data_size(self) -> int:
-        """Ranks in the data-parallel group."""
+        """Number of ranks in a data-parallel group."""
         return self.mesh.data
 
     @property
@@ -93,40 +99,41 @@ class ProcessGroups:
 
     @property
     def pipeline_size(self) -> int:
-        """Pipeline stages."""
+        """Number of pipeline stages."""
         return self.mesh.pipeline
 
     @property
     def modality_rank(self) -> int:
-        """This rank's position in its modality-parallel group."""
+        """This rank's position in its modality group."""
         return self.mesh.modality_rank(self.rank)
 
     @property
     def modality_size(self) -> int:
-        """Ranks in the modality-parallel group."""
+        """Number of ranks in a modality group."""
         return self.mesh.modality
 
     @property
     def expert_size(self) -> int:
-        """Ranks over which the experts of this rank's towers are spread."""
+        """Largest expert-parallel size among the towers of this rank."""
         return max(groups.expert.size() for groups in self.experts if groups is not None)
 
     def towers_held(self, num_towers: int) -> tuple[int, ...]:
-        """The towers whose weights this rank holds, ascending."""
+        """Return the indices of the towers that this rank holds, in ascending order."""
         if self.placement is None:
             return tuple(range(num_towers))
         return self.placement.towers(self.modality_rank)
 
     def experts_of(self, tower: int) -> ExpertGroups:
-        """Where the experts of a tower lie, which this rank holds."""
+        """Return the groups for the experts of a tower that this rank holds."""
         found = self.experts[tower if self.holders else 0]
         assert found is not None, f"this rank holds no weights of tower {tower}"
         return found
 
     def reduction_group(self, tower: int, of_experts: bool = False) -> dist.ProcessGroup:
-        """The ranks over which gradients of a tower, or of SHARED (-1) weights, are summed.
+        """Return the group over which gradients of a tower or of SHARED (-1) weights are summed.
 
-        Those of its routed experts, if ``of_experts``, lie on fewer ranks under expert parallelism.
+        With ``of_experts``, return the group for the tower's routed experts, which is smaller under
+        expert parallelism.
         """
         if of_experts:
             return self.experts_of(tower).data
@@ -146,12 +153,13 @@ def build_process_groups(
     placement: Placement | None = None,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> ProcessGroups:
-    """Make the groups of a world that ``torch.distributed`` has already set up.
+    """Build all process groups in a world that ``torch.distributed`` has already initialized.
 
-    Every rank calls this once, with the same arguments; the world size must be divisible by the
-    product of the sizes, that of the modality-parallel groups being the placement's. Towers whose
-    holders ``expert_model_parallel_size`` does not divide cannot have experts. ``timeout`` holds
-    for collectives of the new groups, in whole minutes (megatron takes no others).
+    Every rank calls this once, with the same arguments. The world size must be divisible by the
+    product of the tensor-parallel size, the pipeline-parallel size and the number of ranks in the
+    placement. If ``expert_model_parallel_size`` does not divide the number of data-parallel ranks
+    that hold a tower, that tower cannot have experts. ``timeout`` applies to collectives of the new
+    groups and is rounded down to whole minutes, because megatron accepts no other.
     """
     if device.type == "cpu":
         adapt_megatron_to_cpu()
@@ -171,9 +179,10 @@ def build_process_groups(
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
-    """A world of one, without a launcher: for tools and single-rank tests.
+    """Build the groups of a single-process world without a launcher, for tools and tests.
 
-    Made once per process: torch never ends the threads of a group, dozens for megatron's groups.
+    The groups are created once per process: torch never stops a group's threads, and megatron's
+    groups have dozens of them.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
@@ -217,9 +226,9 @@ def _initialized_groups(
 def _holder_groups(
     mesh: Mesh, placement: Placement, data: dist.ProcessGroup, rank: int, timeout: timedelta
 ) -> tuple[dist.ProcessGroup | None, ...]:
-    """One group per set of holders, not per tower: towers held together share theirs."""
+    """Return a group per tower; towers held by the same ranks share one."""
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {
-        tuple(range(mesh.modality)): data  # held by all: the group is there already
+        tuple(range(mesh.modality)): data  # held by all ranks: the group exists
     }
     for tower in range(placement.num_towers):
         holders = placement.holders(tower)
@@ -236,7 +245,7 @@ def _expert_groups(
     timeout: timedelta,
     size: int,
 ) -> tuple[ExpertGroups | None, ...]:
-    """As ``holders``: one set of groups for towers that are held together."""
+    """Return expert groups per entry of ``holders``; towers on the same ranks share them."""
     alone = _present(parallel_state.get_expert_model_parallel_group())
     tensor = _present(parallel_state.get_tensor_model_parallel_group())
     made: dict[tuple[int, ...], ExpertGroups | None] = {}
@@ -260,7 +269,7 @@ def _expert_groups(
 def _own_group(
     all_groups: list[list[int]], rank: int, timeout: timedelta
 ) -> dist.ProcessGroup | None:
-    """Make every group, as torch asks of every rank; return the one that this rank is in."""
+    """Create all groups, which every rank must do, and return the one that contains this rank."""
     own = None
     for ranks in all_groups:
         group = dist.new_group(ranks, timeout=timeout)
@@ -270,6 +279,6 @@ def _own_group(
 
 
 def _present(group: dist.ProcessGroup | list[dist.ProcessGroup] | int | None) -> dist.ProcessGroup:
-    """The group; torch gives a number or nothing to a process outside of it."""
+    """Narrow the type to a group; torch returns a number or None to ranks outside of it."""
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -1,8 +1,8 @@
-"""Arithmetic of the parallel axes, without any process group.
+"""Rank arithmetic of the parallel axes, without process groups.
 
-Ranks are numbered with tensor parallelism fastest, then modality, data and pipeline parallelism
-(Megatron's order, in which a modality group is a run of neighbors inside data parallelism), so
-that the ranks that talk most sit on one node.
+In global ranks, the tensor-parallel rank varies fastest, then modality, data and pipeline. This is
+megatron's order, with a modality group as consecutive data-parallel ranks. It places the ranks that
+communicate most on the same node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the axes of a job; the world size is divisible by their product."""
+    """Sizes of the parallel axes of a job; their product must divide the world size."""
 
     world_size: int
     tensor: int
@@ -22,37 +22,40 @@ class Mesh:
 
     @property
     def data(self) -> int:
-        """Ranks that load different sequences: what tensor and pipeline parallelism leave.
+        """Data-parallel size: world size divided by tensor- and pipeline-parallel size.
 
-        Modality parallelism lies inside: its groups are runs of ``modality`` of these ranks.
+        A modality group consists of ``modality`` consecutive data-parallel ranks.
         """
         return self.world_size // (self.tensor * self.pipeline)
 
     def tensor_rank(self, rank: int) -> int:
-        """Position of a global rank in its tensor-parallel group."""
+        """Return the position of a global rank in its tensor-parallel group."""
         return rank % self.tensor
 
     def data_rank(self, rank: int) -> int:
-        """Position of a global rank in its data-parallel group."""
+        """Return the position of a global rank in its data-parallel group."""
         return rank // self.tensor % self.data
 
     def modality_rank(self, rank: int) -> int:
-        """Position of a global rank in its modality-parallel group."""
+        """Return the position of a global rank in its modality group."""
         return self.data_rank(rank) % self.modality
 
     def pipeline_rank(self, rank: int) -> int:
-        """Pipeline stage of a global rank, which is its position in its pipeline group."""
+        """Return the pipeline stage of a global rank, its position in its pipeline group."""
         return rank // (self.tensor * self.data)
 
     def tensor_groups(self) -> list[list[int]]:
-        """Global ranks of every tensor-parallel group."""
+        """Return the global ranks of every tensor-parallel group."""
         return [
             list(range(first, first + self.tensor))
             for first in range(0, self.world_size, self.tensor)
         ]
 
     def data_groups(self) -> list[list[int]]:
-        """Global ranks of every data-parallel group: one stage, one tensor-parallel rank."""
+        """Return the global ranks of every data-parallel group.
+
+        The ranks of a group have the same pipeline stage and the same tensor-parallel rank.
+        """
         stage = self.tensor * self.data
         return [
             list(range(first + tensor, first + stage, self.tensor))
@@ -61,7 +64,7 @@ class Mesh:
         ]
 
     def modality_groups(self) -> list[list[int]]:
-        """Global ranks of every modality-parallel group."""
+        """Return the global ranks of every modality group."""
         return [
             group[first : first + self.modality]
             for group in self.data_groups()
@@ -69,12 +72,16 @@ class Mesh:
         ]
 
     def pipeline_groups(self) -> list[list[int]]:
-        """Global ranks of every pipeline group, in the order of the stages."""
+        """Return the global ranks of every pipeline group, in stage order."""
         stage = self.tensor * self.data
         return [list(range(first, self.world_size, stage)) for first in range(stage)]
 
     def holder_groups(self, modality_ranks: Iterable[int]) -> list[list[int]]:
-        """Every data-parallel group without the modality ranks that are not named."""
+        """Return every data-parallel group, restricted to the given modality ranks.
+
+        If these are the modality ranks that hold a tower, the groups are the ranks over which the
+        tower's gradients are summed.
+        """
         chosen = set(modality_ranks)
         return [
             [rank for rank in group if self.modality_rank(rank) in chosen]
@@ -82,7 +89,7 @@ class Mesh:
         ]
 
     def expert_groups(self, modality_ranks: Iterable[int], size: int) -> list[list[int]]:
-        """Runs of ``size`` holders of a tower, which hold its experts together."""
+        """Return the groups of ``size`` consecutive holders of a tower that split its experts."""
         return [
             holders[first : first + size]
             for holders in self.holder_groups(modality_ranks)
@@ -90,7 +97,7 @@ class Mesh:
         ]
 
     def expert_data_groups(self, modality_ranks: Iterable[int], size: int) -> list[list[int]]:
-        """Holders of a tower that hold the same of its experts."""
+        """Return the groups of holders of a tower that hold the same experts."""
         return [
             holders[position::size]
             for holders in self.holder_groups(modality_ranks)
@@ -98,7 +105,7 @@ class Mesh:
         ]
 
     def tensor_expert_groups(self, modality_ranks: Iterable[int], size: int) -> list[list[int]]:
-        """The expert groups of all ranks of a tensor-parallel group in one, that rank fastest."""
+        """Return the expert groups merged over tensor-parallel ranks, which vary fastest."""
         return [
             [rank + tensor for rank in group for tensor in range(self.tensor)]
             for group in self.expert_groups(modality_ranks, size)

@@ -1,6 +1,6 @@
-"""Which towers each rank of a modality-parallel group holds, and which of their tokens it takes.
+"""Which towers each rank of a modality group holds, and which of their tokens it processes.
 
-Letters: P ranks of a modality-parallel group, K towers.
+Letters: P ranks of a modality group, K towers.
 """
 
 from __future__ import annotations
@@ -12,54 +12,54 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Placement:
-    """The share of every tower's tokens on every rank of a group.
+    """Share of each tower's tokens on each rank of a modality group.
 
-    A rank holds the weights of the towers of which it has a share. Ranks and towers each have at
-    least one of the other; a tower's shares sum to one.
+    A rank holds the weights of every tower of which it has a share. Every rank holds at least one
+    tower, every tower is held by at least one rank, and a tower's shares sum to one.
     """
 
     shares: tuple[tuple[float, ...], ...]
-    """[P][K], fractions of a tower's tokens."""
+    """[P][K], fraction of a tower's tokens on a rank."""
 
     @property
     def num_ranks(self) -> int:
-        """P."""
+        """Number of ranks, P."""
         return len(self.shares)
 
     @property
     def num_towers(self) -> int:
-        """K."""
+        """Number of towers, K."""
         return len(self.shares[0])
 
     def towers(self, modality_rank: int) -> tuple[int, ...]:
-        """Towers whose weights a rank holds, ascending."""
+        """Return the towers that a rank holds, in ascending order."""
         return self._towers[modality_rank]
 
     def holders(self, tower: int) -> tuple[int, ...]:
-        """Ranks of the group that hold a tower, ascending."""
+        """Return the ranks of the group that hold a tower, in ascending order."""
         return tuple(rank for rank in range(self.num_ranks) if tower in self._towers[rank])
 
     @property
     def num_copies(self) -> int:
-        """Pairs of a rank and a tower that it holds."""
+        """Number of tower copies in the group: towers held, summed over its ranks."""
         return sum(len(towers) for towers in self._towers)
 
     def cuts(self, tower: int, num_tokens: int) -> tuple[int, ...]:
-        """Where a tower's tokens are cut among the ranks: P + 1 ascending numbers.
+        """Return the boundaries that split a tower's tokens over the ranks, P + 1 of them.
 
-        Rank p takes tokens [cuts[p], cuts[p + 1]) of the tower's ``num_tokens``; none if it does
-        not hold the tower.
+        Rank p processes tokens [cuts[p], cuts[p + 1]) of the tower's ``num_tokens``, an empty range
+        if it does not hold the tower.
         """
         last = self.holders(tower)[-1]
         cuts, share = [0], 0.0
         for rank in range(self.num_ranks):
             share += self.shares[rank][tower]
-            # The shares' sum may be a rounding error short of one.
+            # The shares may sum to slightly less than one, so the last holder takes the rest.
             cuts.append(num_tokens if rank >= last else min(num_tokens, round(num_tokens * share)))
         return tuple(cuts)
 
     def loads(self, tower_flops: Sequence[float]) -> tuple[float, ...]:
-        """FLOPs of every rank, P of them, when the towers' tokens cost ``tower_flops``."""
+        """Return the FLOPs per rank, P values, given the FLOPs of each tower's tokens."""
         return tuple(
             sum(share * flops for share, flops in zip(row, tower_flops, strict=True))
             for row in self.shares
@@ -73,13 +73,13 @@ class Placement:
 
 
 def balanced_placement(tower_flops: Sequence[float], num_ranks: int) -> Placement:
-    """The placement with the fewest copies of weights and, of those, the smallest largest load.
+    """Return the placement with the fewest tower copies and, among those, the lowest maximum load.
 
-    With at least as many ranks as towers every rank holds one tower, and a tower's ranks share its
-    tokens equally; with fewer every tower sits on one rank.
+    With at least as many ranks as towers, every rank holds one tower, and the ranks of a tower
+    share its tokens equally. With fewer ranks, every tower is on one rank.
 
     Args:
-        tower_flops: FLOPs of every tower's tokens, K of them; none negative.
+        tower_flops: FLOPs of each tower's tokens, K non-negative values.
         num_ranks: P.
     """
     if num_ranks >= len(tower_flops):
@@ -90,7 +90,7 @@ def balanced_placement(tower_flops: Sequence[float], num_ranks: int) -> Placemen
 def _one_tower_per_rank(tower_flops: Sequence[float], num_ranks: int) -> Placement:
     towers = range(len(tower_flops))
     holders = [1 for _ in towers]
-    # Giving each further rank to the tower with the largest load per rank minimizes the maximum.
+    # Greedy is optimal: give each further rank to the tower with the highest load per rank.
     for _ in range(num_ranks - len(towers)):
         busiest = max(towers, key=lambda tower: tower_flops[tower] / holders[tower])
         holders[busiest] += 1
@@ -108,7 +108,7 @@ def _one_rank_per_tower(tower_flops: Sequence[float], num_ranks: int) -> Placeme
     best: tuple[tuple[float, ...], tuple[int, ...]] | None = None
 
     def search(ranks: tuple[int, ...]) -> None:
-        """Try every assignment, each set of equal ones once: a new rank is opened in order."""
+        """Try every assignment up to renumbering of ranks: a new rank is used in order."""
         nonlocal best
         used = max(ranks, default=-1) + 1
         if num_ranks - used > num_towers - len(ranks):

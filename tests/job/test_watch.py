@@ -128,7 +128,7 @@ def test_a_stopped_rank(tmp_path: Path, victim: int) -> None:
         assert reporter == (0 if victim else RANKS - 1)
         assert re.fullmatch(
             rf"error: rank {victim} \(host {HOST}, pid {job.pid(victim)}\) stopped answering during"
-            r" step 12, data: silent for 6 s\n",
+            r" step 12, data: no heartbeat for 6 s\n",
             line,
         )
 
