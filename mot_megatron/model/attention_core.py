@@ -1,7 +1,7 @@
-"""The one global attention, in sequence order, over whatever kernel the device offers.
+"""Global self-attention in sequence order, with the best kernel the device offers.
 
-A core takes q [t, heads, d] and k, v [t, key-value heads, d] of all documents of a micro-batch and
-lets each token see itself and what precedes it in its document.
+An attention core takes q [t, heads, d] and k, v [t, key-value heads, d] for all documents of a
+micro-batch. Each token attends to itself and to the preceding tokens of its document.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from mot_megatron.model.micro_batch import MicroBatch
 
 AttentionCore = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer index, q, k, v) -> output [t, heads, d]; the index lets a cache keep layers apart."""
+"""(layer index, q, k, v) -> output [t, heads, d]; a key-value cache uses the layer index."""
 
 
 def build_attention_core(
     micro_batch: MicroBatch, backend: Literal["auto", "sdpa", "flex"]
 ) -> AttentionCore:
-    """The core for a micro-batch on its device.
+    """Build the attention core for a micro-batch on its device.
 
-    Under "auto" that is FlexAttention on CUDA and torch's scaled dot product attention elsewhere:
-    FlexAttention has no backward on a CPU.
+    "auto" selects FlexAttention on CUDA and torch's scaled dot product attention elsewhere, because
+    FlexAttention has no backward pass on a CPU.
     """
     on_cuda = micro_batch.token_ids.is_cuda
     if backend == "flex" or (backend == "auto" and on_cuda):
@@ -36,8 +36,8 @@ def build_attention_core(
 class DocumentAttention:
     """Causal scaled dot product attention, one call per document.
 
-    Without a kernel that skips masked blocks this does a fraction of the work of one call with a
-    [t, t] mask: packed documents are much shorter than the sequence.
+    Packed documents are much shorter than the sequence, so separate calls do a fraction of the work
+    of a single call with a [t, t] mask when the kernel cannot skip masked blocks.
     """
 
     def __init__(self, document_ids: torch.Tensor) -> None:
@@ -49,14 +49,23 @@ class DocumentAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """Attend within each document; shapes as the module says."""
+        """Attend within each document; see the module docstring for shapes."""
         del layer
         parts = (tensor.split(self.lengths) for tensor in (q, k, v))
         return torch.cat([causal_attention(*part) for part in zip(*parts, strict=True)])
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of one document, [n, heads, d] with grouped key-value heads allowed."""
+    """Compute causal attention within one document of n tokens.
+
+    Args:
+        q: [n, heads, d].
+        k: [n, key-value heads, d]; grouped-query attention is allowed.
+        v: Same shape as ``k``.
+
+    Returns:
+        [n, heads, d].
+    """
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
     output = F.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
@@ -65,7 +74,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 class FlexDocumentAttention:
-    """FlexAttention with a block mask: all documents in one kernel, empty blocks skipped."""
+    """FlexAttention with a block mask: one kernel for all documents that skips empty blocks."""
 
     def __init__(self, document_ids: torch.Tensor, compiled: bool) -> None:
         self.num_rows = document_ids.shape[0]
@@ -75,7 +84,7 @@ class FlexDocumentAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """Attend within each document; shapes as the module says."""
+        """Attend within each document; see the module docstring for shapes."""
         del layer
         # [b * s, heads, d] -> [b, heads, s, d]
         q, k, v = (t.unflatten(0, (self.num_rows, -1)).transpose(1, 2) for t in (q, k, v))
@@ -88,7 +97,7 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
-    """Causal mask within documents, [b, s, s] in sparse blocks, of document ids [b, s]."""
+    """Build the block-sparse causal mask [b, s, s] within documents from ids [b, s]."""
     num_rows, sequence_length = document_ids.shape
 
     def visible(

@@ -1,13 +1,14 @@
-"""Modality parallelism around attention: q, k, v travel to where it runs, the output back.
+"""Modality parallelism around attention: send q, k and v to the attending rank, and return.
 
-One all-to-all each way, forward and backward; nothing else of a layer crosses the modality group.
-Each rank's stream holds the rows of its own towers, for all the group's sequences; attention sees
-either this rank's sequences with all heads, or all of the group's sequences with this rank's slice
-of the heads (DeepSpeed-Ulysses, with tokens sharded by modality instead of by position). All sizes
-come with the batch as Python ints.
+Each direction takes one all-to-all over the modality group, in forward and in backward; no other
+data of a layer crosses the group. A rank's stream holds the rows of its own towers, for all
+sequences of the group. Attention runs either on this rank's sequences with all heads ("sequence"),
+or on all sequences of the group with this rank's slice of the heads ("heads", as in
+DeepSpeed-Ulysses, but with tokens sharded by modality instead of by position). All sizes are Python
+ints that come with the batch.
 
 Letters: P ranks of the group, a attended positions, g_k slots of tower k, H query heads and G
-key-value heads of this tensor-parallel rank (H', G' those attended with), d head size.
+key-value heads of this tensor-parallel rank (H', G' those it attends with), d head size.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from mot_megatron.model.micro_batch import ExchangePlan, MicroBatch
 
 @dataclass(frozen=True)
 class HeadSlices:
-    """Which heads each rank attends with; P of each."""
+    """The heads that each of the P ranks attends with."""
 
     queries: tuple[slice, ...]
     keys: tuple[slice, ...]
 
     @property
     def are_split(self) -> bool:
-        """Whether ranks attend with different heads."""
+        """Whether the ranks attend with different heads."""
         return self.queries[0] != self.queries[-1]
 
     @classmethod
@@ -42,20 +43,21 @@ class HeadSlices:
         num_groups: int,
         num_ranks: int,
     ) -> HeadSlices:
-        """Those of an exchange: "heads" splits them, "sequence" does not."""
+        """Return the slices of an exchange: "heads" splits the heads, "sequence" does not."""
         make = cls.split if exchange == "heads" else cls.whole
         return make(num_heads, num_groups, num_ranks)
 
     @classmethod
     def whole(cls, num_heads: int, num_groups: int, num_ranks: int) -> HeadSlices:
-        """Every rank attends with all heads, for its own sequences."""
+        """Give every rank all heads; it attends for its own sequences."""
         return cls((slice(0, num_heads),) * num_ranks, (slice(0, num_groups),) * num_ranks)
 
     @classmethod
     def split(cls, num_heads: int, num_groups: int, num_ranks: int) -> HeadSlices:
-        """Every rank attends with its part; a key-value head goes to all whose queries share it.
+        """Split the query heads over the ranks; a key-value head goes to all ranks that need it.
 
-        ``num_ranks`` divides ``num_heads``, and one of ``num_ranks`` and ``num_groups`` the other.
+        ``num_ranks`` must divide ``num_heads``, and ``num_ranks`` must divide ``num_groups`` or the
+        other way round.
         """
         heads, groups = num_heads // num_ranks, max(num_groups // num_ranks, 1)
         first = [rank * num_groups // num_ranks for rank in range(num_ranks)]
@@ -67,26 +69,26 @@ class HeadSlices:
 
 @dataclass(frozen=True)
 class _RowRange:
-    """Rows of a tower that lie together both in its slice and in the buffer of the exchange."""
+    """Rows of a tower that are contiguous both in its slice and in the exchange buffer."""
 
     tower: int
-    """Place in the stream."""
+    """Index of the tower's slice in this rank's stream."""
     rows: slice
     buffer_rows: slice
     rank: int
-    """Where they attend; of several such ranks with the same heads, the first."""
+    """Rank of the group that attends for them; the first one if several have the same heads."""
 
 
 @dataclass(frozen=True)
 class ModalityExchange:
-    """The exchange of one micro-batch on one rank."""
+    """The exchange of one micro-batch, as one rank performs it."""
 
     plan: ExchangePlan
     heads: HeadSlices
     slots: tuple[int, ...]
-    """g_k of the towers that this rank holds, in the order of its stream."""
+    """g_k of each tower that this rank holds, in the order of its stream."""
     tokens: tuple[int, ...]
-    """The slots of each that hold tokens; padding comes behind."""
+    """Slots of each tower that hold tokens; padding slots follow them."""
     runs: tuple[_RowRange, ...]
     group: dist.ProcessGroup
 
@@ -98,7 +100,7 @@ class ModalityExchange:
         micro_batch: MicroBatch,
         group: dist.ProcessGroup,
     ) -> ModalityExchange:
-        """The exchange of a micro-batch on a rank that holds ``towers``."""
+        """Build the exchange of a micro-batch for a rank that holds ``towers``."""
         plan = micro_batch.exchange
         assert plan is not None, "the micro-batch was not built for modality parallelism"
         return cls(
@@ -112,7 +114,7 @@ class ModalityExchange:
 
     @property
     def send_sizes(self) -> list[int]:
-        """Rows that go to each rank."""
+        """Rows that this rank sends to each rank of the group."""
         return [sum(rows) for rows in zip(*self.plan.send_rows, strict=True)]
 
     def to_attention(
@@ -121,29 +123,30 @@ class ModalityExchange:
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows of this rank's towers -> the attended positions, in sequence order.
+        """Send rows in grouped order to the attending ranks; receive positions in sequence order.
 
-        One all-to-all over the modality group forward, one backward.
+        Collectives: one all-to-all over the modality group in forward, one in backward.
 
         Args:
             queries: Per tower held, [g_k, H, d].
             keys: Per tower held, [g_k, G, d].
-            values: As keys.
+            values: Same shapes as ``keys``.
 
         Returns:
-            q [a, H', d], and k and v [a, G', d].
+            q [a, H', d], k [a, G', d] and v [a, G', d].
         """
         return _ToAttention.apply(self, *queries, *keys, *values)
 
     def from_attention(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[a, H', d] -> per tower held, [g_k, H * d]; padding slots become zero rows.
+        """Return attention's output [a, H', d] to grouped order: per tower held, [g_k, H * d].
 
-        One all-to-all over the modality group forward, one backward.
+        Padding slots become zero rows. Collectives: one all-to-all over the modality group in
+        forward, one in backward.
         """
         return _FromAttention.apply(self, output)
 
     def send(self, buffer: torch.Tensor) -> torch.Tensor:
-        """[rows of the stream for each rank, ...] -> [rows as they arrive from each rank, ...]."""
+        """Exchange [rows for each rank, ...] for [rows received from each rank, ...]."""
         received = buffer.new_empty(sum(self.plan.receive_rows), *buffer.shape[1:])
         dist.all_to_all_single(
             received, buffer, list(self.plan.receive_rows), self.send_sizes, group=self.group
@@ -161,9 +164,9 @@ class ModalityExchange:
     def unpack(
         self, buffer: torch.Tensor, chosen: Sequence[slice], num_heads: int
     ) -> tuple[torch.Tensor, ...]:
-        """[rows of the stream for each rank, H', d] -> per tower held, [g_k, num_heads, d].
+        """Unpack [rows for each rank, H', d] into per tower held, [g_k, num_heads, d].
 
-        Where a key-value head went to several ranks, the sum of what came back.
+        Sum what returns for a key-value head that was sent to several ranks.
         """
         summed = self.heads.are_split and chosen[0] == chosen[1]
         slices = []
@@ -182,15 +185,15 @@ class ModalityExchange:
     def pack(
         self, buffer: torch.Tensor, slices: Sequence[torch.Tensor], chosen: Sequence[slice]
     ) -> None:
-        """Fill [rows of the stream for each rank, H', d] from the towers' slices."""
+        """Fill the buffer [rows for each rank, H', d] from the towers' slices."""
         for run in self.runs:
             buffer[run.buffer_rows] = slices[run.tower][run.rows, chosen[run.rank]]
 
 
 def _runs(plan: ExchangePlan, heads: HeadSlices, towers: Sequence[int]) -> tuple[_RowRange, ...]:
-    """Every rank's rows, tower after tower, as few runs as can be."""
+    """List the row ranges for each rank, tower by tower, merging contiguous ones."""
     runs: list[_RowRange] = []
-    sent = [0] * len(towers)  # rows of each tower sent to the ranks before
+    sent = [0] * len(towers)  # rows of each tower that went to earlier ranks
     split_by_heads = heads.are_split
     end = 0
     for rank in range(len(plan.receive_rows)):
@@ -201,7 +204,7 @@ def _runs(plan: ExchangePlan, heads: HeadSlices, towers: Sequence[int]) -> tuple
             sent[place], end = begin + count, end + count
             last = runs[-1] if runs else None
             if last and not split_by_heads and last.tower == place:
-                # The only tower here: its rows for one rank go on where the last one's end.
+                # This rank holds one tower: its rows for successive ranks are contiguous.
                 runs[-1] = _RowRange(
                     place,
                     slice(last.rows.start, run.rows.stop),
@@ -279,10 +282,10 @@ class _FromAttention(torch.autograd.Function):
 
 
 def _width(chosen: Sequence[slice]) -> int:
-    """Heads that a rank attends with, the same on all."""
+    """Number of heads that a rank attends with; equal on all ranks."""
     return chosen[0].stop - chosen[0].start
 
 
 def _total(chosen: Sequence[slice]) -> int:
-    """Heads of all ranks."""
+    """Number of heads over all ranks."""
     return max(part.stop for part in chosen)

@@ -1,9 +1,8 @@
 """A tower's feed-forward network as a mixture of experts.
 
-A router says which experts a row goes to; the experts of a rank are one grouped matrix
-multiplication. Where a rank holds all experts whole, rows are picked and added in place. With
-expert or tensor parallelism megatron's all-to-all dispatcher carries rows to their experts and
-back.
+A router assigns rows to experts, and a rank's experts run as one grouped matrix multiplication. A
+rank that holds all experts unsharded gathers and scatters rows locally. Under expert or tensor
+parallelism, megatron's all-to-all dispatcher moves rows to their experts and back.
 
 Letters: n rows of this rank, r rows at its experts, E experts of which it holds e, h hidden size, f
 feed-forward width, tp tensor-parallel size.
@@ -26,12 +25,12 @@ from mot_megatron.model.towers import ParallelLinears
 
 
 class ExpertFeedForward(nn.Module):
-    """In place of a feed-forward network; rows that no expert takes come out as zeros."""
+    """A mixture of experts in place of a feed-forward network; unassigned rows become zeros."""
 
     def __init__(
         self, config: ModelConfig, linears: ParallelLinears, tower: int, mode: RoutingMode
     ) -> None:
-        """Make the one of a tower that this rank holds, for one layer."""
+        """Build one layer's expert FFN for a local tower."""
         super().__init__()
         settings = config.experts_of_towers[tower]
         assert settings is not None
@@ -55,11 +54,11 @@ class ExpertFeedForward(nn.Module):
             )
 
     def forward(self, x: torch.Tensor, pool: RoutingPool) -> torch.Tensor:
-        """[n, h] -> [n, h].
+        """Apply the experts: [n, h] -> [n, h].
 
-        Collectives, besides the router's: over expert parallelism all-to-alls of rows there and
-        back, over tensor parallelism an all-gather and a reduce-scatter of them, and a small
-        all-gather of counts over both; the same number in backward.
+        Collectives besides the router's: all-to-alls of rows over the expert-parallel group, to the
+        experts and back; an all-gather and a reduce-scatter of rows over the tensor-parallel group;
+        a small all-gather of counts over both. Backward runs the same number.
         """
         routing = self.router(x, pool)
         if self.dispatcher is not None:
@@ -72,8 +71,8 @@ class ExpertFeedForward(nn.Module):
             assert weights is not None
             outputs = self.experts(rows, routing.assigned.sum(0), weights)
             return unpermute(outputs, index, x.shape)
-        # As many for every expert: no size here depends on what the device has computed. Only where
-        # torch has no grouped kernel, as for fp32 on GPUs, grouped_mm reads its offsets back.
+        # Every expert takes the same number of rows, so no size depends on device results. Without
+        # a grouped kernel (fp32 on GPUs), grouped_mm still reads its offsets on the host.
         num_experts, k = routing.chosen.shape
         index = routing.chosen.flatten()
         weights = routing.weights.T.gather(1, routing.chosen).flatten()
@@ -92,10 +91,10 @@ class ExpertFeedForward(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU networks of a rank's experts, stacked: (silu(x W_gate) * (x W_up)) W_down."""
+    """Stacked SwiGLU networks of a rank's experts: (silu(x W_gate) * (x W_up)) W_down."""
 
     def __init__(self, config: ModelConfig, held: range, tensor_size: int) -> None:
-        """Make this rank's part of the experts ``held``."""
+        """Allocate this rank's tensor-parallel shard of the experts ``held``."""
         super().__init__()
         h, f = config.hidden_size, config.feed_forward_size
         self.num_held = len(held)
@@ -109,15 +108,15 @@ class GroupedExperts(nn.Module):
     def forward(
         self, rows: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Every expert on its run of rows; no collectives.
+        """Apply each expert to its contiguous rows. No collectives.
 
         Args:
-            rows: [r, h], expert after expert.
-            counts: [e] rows of each.
-            weights: [r] what each row's output counts.
+            rows: [r, h], ordered by expert.
+            counts: [e], rows of each expert.
+            weights: [r], factor of each row's output.
 
         Returns:
-            [r, h]; with tensor parallelism this rank's part of the sum.
+            [r, h]; under tensor parallelism this rank's partial sum.
         """
         ends = counts.to(rows.device).cumsum(0).to(torch.int32)
         gate_up = self.gate_up.unflatten(0, (self.num_held, -1)).transpose(1, 2)
@@ -130,17 +129,17 @@ class GroupedExperts(nn.Module):
 def _dispatcher_config(
     config: ModelConfig, linears: ParallelLinears, num_experts: int
 ) -> TransformerConfig:
-    """What the dispatcher reads of a configuration; no layer is built from it."""
+    """Return the settings that the dispatcher reads; no layer is built from them."""
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_moe_experts=num_experts,
         moe_ffn_hidden_size=config.feed_forward_size,
-        # Any number makes it count the rows, rather than take k times as many as came in.
+        # With any capacity factor the dispatcher counts rows; otherwise it assumes k per token.
         moe_expert_capacity_factor=1.0,
         moe_token_dispatcher_type="alltoall",
-        cuda_graph_scope=[],  # its default warns of itself
+        cuda_graph_scope=[],  # the default triggers a deprecation warning
         add_bias_linear=False,
         tensor_model_parallel_size=linears.groups.tensor_size,
         sequence_parallel=linears.sequence_parallel,

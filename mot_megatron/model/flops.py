@@ -1,10 +1,10 @@
-"""Parameters and floating-point operations of a model in closed form, tower by tower.
+"""Parameter counts and floating-point operations of a model in closed form, by tower.
 
-Only matrix multiplications count, as is usual for model FLOPs utilization: one multiply-add is two
-operations, and backward costs twice as much as forward. Recomputed activations do not count. Nor do
-causal routers: they learn beside the model, which computes the same without them.
-Letters: h hidden size, d head size, f feed-forward width, L layers, V vocabulary rows, K towers, E
-experts.
+Only matrix multiplications count, as is usual for model FLOPs utilization (MFU): one multiply-add
+is two operations, and backward costs twice as much as forward. Recomputed activations do not count.
+Causal routers do not count either, because the model computes the same without them.
+
+Letters: h hidden size, V vocabulary rows, K towers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mot_megatron.model.inventory import HeldParameter, layer_parameters, outer_
 from mot_megatron.model.sharding import SHARED
 
 FORWARD_AND_BACKWARD = 3
-"""One matrix multiplication forward, two backward (gradients of input and weight)."""
+"""One matrix multiplication in forward, two in backward (gradients of input and weight)."""
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,32 @@ class ParameterCount:
     """Elements of the global parameters."""
 
     towers: tuple[int, ...]
-    """Untied parameters of every tower, K of them: of all experts and their routers."""
+    """Untied parameters of each of the K towers, with all experts and their routers."""
     shared: int
     """Embedding, head and components that are not untied."""
     causal_routers: int = 0
-    """Of all towers. They predict the experts' choices and change nothing of what is trained, so
-    arms are compared without them."""
+    """Causal routers of all towers. They predict the experts' choices without influencing the
+    model, so comparisons of models leave them out."""
 
     @property
     def total(self) -> int:
-        """The model's: all but causal routers."""
+        """Parameters of the model, without causal routers."""
         return sum(self.towers) + self.shared
 
     @property
     def stored(self) -> int:
-        """All that ranks hold and checkpoints keep."""
+        """Parameters that ranks hold and checkpoints store, with causal routers."""
         return self.total + self.causal_routers
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Operations of forward and backward, over all ranks that share the tokens."""
+    """Operations of forward and backward, summed over all ranks that process the tokens."""
 
     towers: tuple[int, ...]
-    """Projections and feed-forward networks on every tower's tokens, K of them."""
+    """Projections and feed-forward networks of each of the K towers, on its tokens."""
     attention: int
-    """The products of queries with keys and of weights with values."""
+    """Products of queries with keys and of attention weights with values."""
     head: int
     """The projection to the vocabulary; the embedding is a lookup and costs none."""
 
@@ -82,18 +82,18 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int) -> FlopCount:
-    """Operations of forward and backward over some tokens, for example those of a step.
+    """Count the operations of forward and backward over some tokens, such as those of a step.
 
-    A tower's experts are charged for all of its tokens, also for positions that no document fills,
-    which no router sees and no expert takes: a step that is not full does a little less.
+    Experts are charged for all tokens of their tower, including positions that no document fills.
+    Routers ignore those, so a step that is not full does slightly less work.
 
     Args:
-        model: Shapes.
-        tower_tokens: Tokens of every tower, K of them; a step's with unfilled positions.
-        attended_pairs: Pairs of a query and a key that it sees, over all documents: n (n + 1) / 2
-            for a document of n tokens, whatever a kernel computes and masks.
+        model: The model's shapes.
+        tower_tokens: Tokens of each of the K towers, including unfilled positions.
+        attended_pairs: Pairs of a query and a visible key, over all documents: n (n + 1) / 2 for a
+            document of n tokens, whatever a kernel computes and masks.
     """
-    # Two products of 2 * heads * d operations a pair; grouped queries share keys, not products.
+    # Two products of 2 * heads * d operations per pair; grouped queries share keys, not products.
     per_pair = 4 * FORWARD_AND_BACKWARD * model.num_layers * model.hidden_size
     head = 2 * FORWARD_AND_BACKWARD * model.hidden_size * model.num_vocabulary_rows
     pairs = zip(active_flops_per_token(model), tower_tokens, strict=True)

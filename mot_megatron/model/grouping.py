@@ -1,9 +1,9 @@
-"""Moves rows between grouped order, where towers work, and sequence order, where attention works.
+"""Move rows between grouped order, in which towers work, and sequence order, for attention.
 
-The residual stream is a tuple of K tensors, one contiguous slice per tower, so that a tower's
-matrix multiplication needs no mask, no gather and no copy. Only attention needs sequence order:
-one pass takes q, k and v there and one brings the output back. Each of the two autograd functions
-is the other's backward, and every size is a Python int known before the step.
+The residual stream is a tuple of K tensors, one contiguous slice per tower, so a tower's matrix
+multiplication needs no mask, gather or copy. Only attention needs sequence order: one pass moves q,
+k and v there, and one moves the output back. Each of the two autograd functions is the backward of
+the other, and every size is a Python int known before the step.
 
 Letters: t tokens of the micro-batch, t_k tokens and g_k >= t_k slots of tower k, c columns.
 """
@@ -21,16 +21,16 @@ from mot_megatron.model.micro_batch import MicroBatch
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which sequence positions belong to which tower, in the order of the tower's slots."""
+    """The sequence positions of each tower's tokens, in the order of the tower's slots."""
 
     indices: tuple[torch.Tensor, ...]
-    """K tensors [t_k] int64: sequence position of each of tower k's tokens."""
+    """K tensors [t_k] int64: sequence positions of tower k's tokens."""
     slots: tuple[int, ...]
-    """g_k: rows of tower k's slice; those after the first t_k are padding."""
+    """g_k: rows of tower k's slice; rows after the first t_k are padding."""
 
     @classmethod
     def of(cls, micro_batch: MicroBatch) -> Grouping:
-        """The grouping of a micro-batch, on the batch's device."""
+        """Build the grouping of a micro-batch, on the batch's device."""
         starts = micro_batch.group_index.split(micro_batch.tower_slots)
         indices = tuple(
             index[:tokens] for index, tokens in zip(starts, micro_batch.tower_tokens, strict=True)
@@ -43,26 +43,26 @@ class Grouping:
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """K slices [g_k, heads, d] of each -> q [t, heads, d], k and v in sequence order."""
+        """Move K slices [g_k, heads, d] of each to q, k and v [t, heads, d] in sequence order."""
         return self.to_sequence(queries), self.to_sequence(keys), self.to_sequence(values)
 
     def from_attention(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[t, heads, d] in sequence order -> K slices [g_k, heads * d]."""
+        """Move [t, heads, d] from sequence order to K slices [g_k, heads * d]."""
         return self.to_towers(output.flatten(1))
 
     @property
     def is_identity(self) -> bool:
-        """Whether both orders are the same: one tower without padding keeps sequence order."""
+        """Whether the two orders coincide, as with one tower without padding."""
         return len(self.slots) == 1 and self.slots[0] == self.indices[0].numel()
 
     def to_sequence(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
-        """K slices [g_k, ...] in grouped order -> [t, ...] in sequence order, without padding."""
+        """Move K slices [g_k, ...] to [t, ...] in sequence order, dropping padding slots."""
         if self.is_identity:
             return slices[0]
         return _ToSequence.apply(self, *slices)
 
     def to_towers(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[t, ...] in sequence order -> K slices [g_k, ...]; padding slots become zero rows."""
+        """Move [t, ...] from sequence order to K slices [g_k, ...]; padding slots become zeros."""
         if self.is_identity:
             return (rows,)
         return _ToTowers.apply(self, rows)
@@ -111,10 +111,10 @@ def _gather(grouping: Grouping, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def rank_major(values: torch.Tensor, slots: Sequence[int], num_ranks: int) -> torch.Tensor:
-    """Reorder [g, ...] from tower-major to the order a sequence-parallel gather produces.
+    """Reorder [g, ...] from tower-major order to the order that a sequence-parallel gather yields.
 
-    Rank r's local stream is its r-th part of every tower's slice; gathering the local streams of
-    all ranks puts rank 0's parts of all towers first, then rank 1's. Identity for one rank.
+    Rank r's local stream is the r-th part of every tower's slice. Gathering the local streams puts
+    rank 0's parts of all towers first, then rank 1's. With one rank this is the identity.
     """
     if num_ranks == 1 or not values.numel():
         return values

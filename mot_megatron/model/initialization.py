@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and a parameter's global name, and on nothing else.
+"""Initialize weights from the seed and a parameter's global name, and from nothing else.
 
-Each rank draws the whole tensor from a generator of its own and keeps its part, so every layout
-starts from the same model, whatever the order in which modules are built.
+Each rank draws the whole tensor from a generator of its own and keeps its shard. Every layout
+therefore starts from the same model, whatever order modules are built in.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mot_megatron.model.sharding import parts_of
 def initialize_parameters(
     model: nn.Module, seed: int, std: float, tensor_rank: int, tensor_size: int
 ) -> None:
-    """Fill every matrix with normal(0, std) in fp32, cut to this rank; leave vectors as they are.
+    """Fill every matrix with this rank's shard of normal(0, std), drawn in fp32.
 
-    Norm weights, the only vectors, are made as ones.
+    Vectors keep their values: they are norm weights, which start as ones.
     """
     for name, parameter in model.named_parameters():
         for part in parts_of(name, parameter):
@@ -36,7 +36,7 @@ def initialize_parameters(
 
 
 def initial_values(name: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor:
-    """The whole matrix of that global name, fp32 on the host."""
+    """Draw the whole matrix with global name ``name``, in fp32 on the host."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)

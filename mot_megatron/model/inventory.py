@@ -1,4 +1,4 @@
-"""The parameters that a rank holds, listed from the configuration alone; no module is built.
+"""List the parameters that a rank holds, from the configuration alone; no module is built.
 
 This is the one list of weight shapes outside the modules themselves: memory plans, parameter counts
 and FLOPs are computed from it, for layouts of any size on one machine. A test holds it equal to

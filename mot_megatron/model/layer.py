@@ -30,13 +30,14 @@ Stream = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the layers need to know of a micro-batch besides the stream itself."""
+    """Per-micro-batch inputs of the layers besides the residual stream."""
 
     grouping: Grouping | ModalityExchange
+    """Moves rows between grouped and sequence order, within a rank or across a modality group."""
     rotary: RotaryAngles
     attend: AttentionCore
     pools: tuple[RoutingPool, ...]
-    """Per tower held."""
+    """One routing pool per tower held."""
 
 
 class Attention(nn.Module):
@@ -54,8 +55,8 @@ class Attention(nn.Module):
         self.group_width = (heads // groups, 1, 1)
         self.local_groups = groups // linears.groups.tensor_size
         self.head_dim = d
-        # Rows lie group by group (its queries, its key, its value), so that any TP size that
-        # divides the groups cuts between them.
+        # Rows are ordered by key-value group (its queries, its key, its value), so any TP size
+        # that divides the number of groups splits the matrix between groups.
         shape = (groups * sum(self.group_width) * d,)
         self.qkv = PerTower(lambda _: linears.column(config.hidden_size, shape), towers, untied.qkv)
 
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, stream: Stream, layer_inputs: LayerInputs) -> Stream:
-        """K x [g_k, h] -> K x [g_k, h]."""
+        """Attend: K x [g_k, h] -> K x [g_k, h]."""
         queries, keys, values = zip(*map(self._split, self.qkv(stream)), strict=True)
         parts = (self.q_norm(queries), self.k_norm(keys), values)
         q, k, v = layer_inputs.grouping.to_attention(*(_merge_groups(slices) for slices in parts))
@@ -82,20 +83,20 @@ class Attention(nn.Module):
             rotate = layer_inputs.rotary.rotate
             return (layer_inputs.attend(self.index, rotate(q), rotate(k), v),)
 
-        # The exchange stays outside: computed again, its collectives would run again.
+        # Keep the exchange outside: recomputing it would run its collectives again.
         recompute = self.recompute_core and torch.is_grad_enabled()
         (mixed,) = _recomputed(attend, (q, k, v)) if recompute else attend(q, k, v)
         return self.output_projection(layer_inputs.grouping.from_attention(mixed))
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[g_k, groups / tp * width * d] -> [g_k, groups / tp, width of q, k or v, d] of each."""
+        """Split [g_k, groups / tp * width * d] into q, k and v, [g_k, groups / tp, width, d]."""
         width = sum(self.group_width)
         by_group = qkv.view(qkv.shape[0], self.local_groups, width, self.head_dim)
         return by_group.split(self.group_width, dim=2)
 
 
 def _merge_groups(slices: Stream) -> Stream:
-    """[g_k, groups / tp, heads per group, d] -> [g_k, heads / tp, d]; after the norm a view."""
+    """Merge [g_k, groups / tp, heads per group, d] into [g_k, heads / tp, d]."""
     return tuple(part.flatten(1, 2) for part in slices)
 
 
@@ -109,15 +110,16 @@ class FeedForward(nn.Module):
         self.down = linears.row(size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, _pool: RoutingPool) -> torch.Tensor:
-        """[n, h] -> [n, h]; every row goes through, whatever pool a router would see."""
+        """Apply the network to every row, [n, h] -> [n, h]; the routing pool is unused."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward with residual connections; post-norm or pre-norm.
+    """Attention and feed-forward network with residual connections; post-norm or pre-norm.
 
-    post: h = x + norm(attention(x)), y = h + norm(ffn(h)); pre: norms before the two instead.
+    Post-norm: h = x + norm(attention(x)), y = h + norm(ffn(h)).
+    Pre-norm: h = x + attention(norm(x)), y = h + ffn(norm(h)).
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Layer(nn.Module):
         self.post_norm = config.norm_placement == "post"
 
     def forward(self, stream: Stream, layer_inputs: LayerInputs) -> Stream:
-        """K x [g_k, h] -> K x [g_k, h]."""
+        """Apply the layer: K x [g_k, h] -> K x [g_k, h]."""
         if self.post_norm:
             stream = _add(stream, self.attention_norm(self.attention(stream, layer_inputs)))
             return _add(
@@ -160,7 +162,7 @@ class Layer(nn.Module):
 def run_layer(
     layer: nn.Module, stream: Stream, layer_inputs: LayerInputs, recompute: bool
 ) -> Stream:
-    """``layer(stream, layer_inputs)``, keeping only its input for backward if ``recompute``."""
+    """Run ``layer``; with ``recompute``, save only its input and recompute the rest in backward."""
     if recompute and torch.is_grad_enabled():
         return _recomputed(lambda *slices: layer(slices, layer_inputs), stream)
     return layer(stream, layer_inputs)
@@ -171,6 +173,6 @@ def _add(stream: Stream, update: Stream) -> Stream:
 
 
 def _recomputed(function: Callable[..., Stream], slices: Stream) -> Stream:
-    # There is no dropout, so no random state to restore. The re-entrant form is the one that
-    # ZeRO-3's partitioned weights survive.
+    # Without dropout there is no random state to restore. ZeRO-3's partitioned weights work only
+    # with the re-entrant form.
     return checkpoint(function, *slices, use_reentrant=True, preserve_rng_state=False)  # type: ignore[return-value]

@@ -1,9 +1,11 @@
-"""One micro-batch in the two orders the model uses, prepared on the host by the data path.
+"""One micro-batch in sequence order and in grouped order, prepared on the host by the data path.
 
-Letters: b sequences of s = seq_length tokens, t = b * s positions, K towers, M modalities,
-g grouped slots. Grouped order is tower-major: all slots of tower 0, then tower 1, and so on; within
-a tower, tokens keep their sequence order. Under sequence parallelism each tower's slots are rounded
-up to a multiple of the tensor-parallel size, so g >= t; otherwise g = t.
+Grouped order is tower-major: all slots of tower 0, then those of tower 1, and so on; within a tower
+tokens keep their sequence order. Under sequence parallelism each tower's slots are rounded up to a
+multiple of the tensor-parallel size, so g >= t; otherwise g = t.
+
+Letters: b sequences of s = seq_length tokens, t = b * s positions, K towers, M modalities, g
+grouped slots.
 """
 
 from __future__ import annotations
@@ -14,37 +16,37 @@ from typing import Any
 import torch
 
 NO_LABEL = -100
-"""The label of a position that has no next token in its document (the value torch ignores)."""
+"""The label of a position without a next token in its document; torch ignores this value."""
 
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Where the rows of this rank's stream attend, and in which order the others' rows arrive.
+    """Which rank attends for each row of this rank's stream, and the order of received rows.
 
-    P ranks of a modality-parallel group, a positions for which this rank runs attention. A rank's
-    rows arrive tower after tower, each tower's in sequence order, behind those of the ranks before
-    it.
+    P is the number of ranks in the modality group, and a the number of positions for which this
+    rank runs attention. Rows are received rank by rank, within a rank tower by tower, and within a
+    tower in sequence order.
     """
 
     send_rows: tuple[tuple[int, ...], ...]
-    """[K][P]: how many of the rows of tower k here attend on rank p.
+    """[K][P]: rows of tower k on this rank that go to rank p.
 
-    Where each rank attends for its own sequences, a tower's rows for rank 0 come first, then those
-    for rank 1; where it attends in its slice of the heads, every row goes to every rank.
+    If each rank attends for its own sequences, a tower's rows for rank 0 come first, then those for
+    rank 1, and so on. If each rank attends in its slice of the heads, every row goes to every rank.
     """
     receive_rows: tuple[int, ...]
-    """[P]: rows that arrive from each rank, summing to a."""
+    """[P]: rows received from each rank, summing to a."""
     arrival_index: torch.Tensor
-    """[a] int64: position, in the order of ``positions``, of each row as it arrives."""
+    """[a] int64: position, in the order of ``positions``, of each received row."""
     position_index: torch.Tensor
-    """[a] int64: the inverse, the arrived row of each position."""
+    """[a] int64: the inverse: received row of each position."""
     rank_tokens: tuple[tuple[int, ...], ...]
-    """[P][K]: rows of every tower in every rank's stream."""
+    """[P][K]: rows of each tower in each rank's stream."""
     rank_pairs: tuple[int, ...]
-    """[P]: ``attended_pairs`` of every rank."""
+    """[P]: ``attended_pairs`` of each rank."""
 
     def to(self, device: torch.device) -> ExchangePlan:
-        """The same plan with its tensors on ``device``."""
+        """Return the same plan with its tensors on ``device``."""
         return replace(
             self,
             arrival_index=self.arrival_index.to(device, non_blocking=True),
@@ -54,35 +56,35 @@ class ExchangePlan:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch as one data-parallel rank needs it; the same on all its tensor ranks.
+    """One micro-batch of one data-parallel rank; its tensor-parallel ranks have the same one.
 
-    Under modality parallelism the slots are those of the towers that the rank holds, filled from
-    all the group's sequences (t are the positions of the group then), while positions and
-    document_ids are those of the sequences that the rank attends for.
+    Under modality parallelism the slots belong to the towers that the rank holds and are filled
+    from all sequences of the modality group (t then counts the group's positions), while positions
+    and document_ids describe the sequences that the rank attends for.
     """
 
     token_ids: torch.Tensor
-    """[g] int64, grouped order; padding slots hold a legal id."""
+    """[g] int64, grouped order; padding slots hold some legal id."""
     labels: torch.Tensor
     """[g] int64, grouped order: the next token of the same document, or NO_LABEL."""
     label_modalities: torch.Tensor
-    """[g] int64, grouped order: modality index of the label, 0 where there is none."""
+    """[g] int64, grouped order: modality index of the label, 0 for NO_LABEL."""
     positions: torch.Tensor
     """[t] int64, sequence order: position within the token's document, from 0."""
     document_ids: torch.Tensor
     """[b, s] int32: equal inside a document, ascending along a sequence."""
     group_index: torch.Tensor
-    """[g] int64: the sequence-order position that fills each slot; padding slots hold 0."""
+    """[g] int64: sequence-order position of each slot's token; 0 for padding slots."""
     ungroup_index: torch.Tensor
-    """[t] int64: the slot of each sequence-order position; the inverse of group_index.
+    """[t] int64: slot of each sequence-order position, the inverse of group_index.
 
-    Empty under modality parallelism, where a sequence's tokens lie on several ranks.
+    Empty under modality parallelism, where a sequence's tokens are spread over several ranks.
     """
     padding_slots: torch.Tensor
     """[g - t] int64: slots that hold no token."""
     filled: torch.Tensor
-    """[g] bool: slots that hold a token of a document; the others hold padding of sequences or of
-    slots, which no router may see."""
+    """[g] bool: slots that hold a document's token. The others are padding of sequences or slots,
+    which routers must ignore."""
     tower_slots: tuple[int, ...]
     """Slots per tower, K of them, summing to g."""
     tower_tokens: tuple[int, ...]
@@ -90,20 +92,20 @@ class MicroBatch:
     tower_filled: tuple[int, ...]
     """Filled slots per tower, K of them."""
     modality_tokens: tuple[int, ...]
-    """Document tokens per modality, M of them; unfilled positions are not counted."""
+    """Document tokens per modality, M of them, without unfilled positions."""
     modality_labels: tuple[int, ...]
-    """Labels per modality, M of them: what a mean over tokens divides by."""
+    """Labels per modality, M of them: the divisors of means over tokens."""
     attended_pairs: int
-    """Pairs of a query and a key that it sees, for which the rank runs attention.
+    """Pairs of a query and a visible key for which this rank runs attention.
 
-    Where it attends in a part of the heads, that part of the pairs: over the ranks of a
-    modality group they add up to those of its sequences.
+    A rank that attends in a slice of the heads counts that fraction of the pairs, so the ranks of a
+    modality group sum to the pairs of its sequences.
     """
     exchange: ExchangePlan | None = None
-    """How q, k and v travel; None without modality parallelism."""
+    """How q, k and v are exchanged; None without modality parallelism."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)

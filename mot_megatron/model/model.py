@@ -1,6 +1,6 @@
 """The Mixture-of-Transformers: shared embedding and head around layers of untied towers.
 
-Letters as in layer.py; M modalities, V vocabulary rows, g all grouped slots of a micro-batch.
+Letters as in layer.py; M modalities, V vocabulary rows, g grouped slots of a micro-batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mot_megatron.rules import check_device
 
 
 class Embedding(nn.Module):
-    """Token embedding, its rows split over the tensor-parallel ranks."""
+    """Token embedding with rows split over the tensor-parallel ranks."""
 
     def __init__(self, num_rows: int, hidden_size: int, linears: ParallelLinears) -> None:
         super().__init__()
@@ -61,19 +61,19 @@ class Embedding(nn.Module):
         set_sharding(self.lookup.weight, ParameterSharding((num_rows, hidden_size), shard_dim=0))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[g] -> [g, h] (sequence parallel: this rank's [g / tp, h]).
+        """Embed ids [g] as [g, h] (sequence parallel: this rank's [g / tp, h]).
 
-        Collectives: forward all-reduce (sequence parallel: reduce-scatter), backward none
-        (sequence parallel: all-gather).
+        Collectives over the tensor-parallel group: all-reduce in forward, none in backward
+        (sequence parallel: reduce-scatter in forward, all-gather in backward).
         """
         if self.sequence_parallel:
-            # megatron's layer expects [b, s] and swaps the two before it scatters.
+            # megatron's layer expects [b, s] and transposes it before the reduce-scatter.
             return self.lookup(token_ids[None]).squeeze(1)
         return self.lookup(token_ids)
 
 
 class Head(nn.Module):
-    """Projection to the vocabulary; its weight may be the embedding's."""
+    """Projection to the vocabulary; its weight may be tied to the embedding."""
 
     def __init__(
         self, num_rows: int, hidden_size: int, linears: ParallelLinears, own_weight: bool
@@ -94,15 +94,15 @@ class Head(nn.Module):
             )
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """[g, h] (sequence parallel: [g / tp, h]) -> logits [g, V / tp]."""
+        """Project [g, h] (sequence parallel: [g / tp, h]) to logits [g, V / tp]."""
         return self.linear(x, weight=weight)[0]
 
 
 class MixtureOfTransformers(nn.Module):
-    """The part of the model that one rank holds: its towers, its stage, its share of matrices.
+    """The part of the model that one rank holds: its towers, its stage, its shards of matrices.
 
-    Every parameter carries ``sharding`` (its place in the global tensor), ``tower`` (an index,
-    or -1 for shared) and megatron's ``tensor_model_parallel``.
+    Every parameter carries the attributes ``sharding`` (its place in the global tensor), ``tower``
+    (an index, or SHARED) and megatron's ``tensor_model_parallel``.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class MixtureOfTransformers(nn.Module):
             self, config.run.seed, model.init_std, groups.tensor_rank, groups.tensor_size
         )
         self.to(dtype=dtype, device=groups.device)
-        # No buffer: that would be rounded with the weights, while the loss's divisor is not.
+        # Not a buffer: ``to`` would round it to the weights' dtype, while the divisor is exact.
         self.loss_weights = torch.tensor(
             model.loss_weights, dtype=torch.float32, device=groups.device
         )
@@ -159,7 +159,7 @@ class MixtureOfTransformers(nn.Module):
             self.embedding.lookup.weight.tied_across_stages = True  # type: ignore[attr-defined]
 
     def _add_end(self, linears: ParallelLinears) -> None:
-        """The final norm and the head; where they are tied, the embedding that the head reads."""
+        """Add the final norm and the head, and the tied embedding if this stage lacks it."""
         model = self.config
         rows, hidden, untied = model.num_vocabulary_rows, model.hidden_size, model.untied
         self.final_norm = PerTower(
@@ -186,19 +186,19 @@ class MixtureOfTransformers(nn.Module):
     def forward(
         self, micro_batch: MicroBatch, cache: AttentionCore | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Losses of a micro-batch that lies on the model's device; with a cache, its logits.
+        """Compute the losses of a micro-batch, or with a cache its logits.
 
-        Generation comes through here too because ZeRO-3 gathers weights during forward only.
+        Generation also calls ``forward``, because ZeRO-3 gathers weights only in forward.
 
         Args:
-            micro_batch: The tokens.
+            micro_batch: The tokens, on the model's device.
             cache: The attention core to use while generating.
 
         Returns:
-            The weighted sum of token losses (divide by the global batch's weight before
-            backward), and the detached sums of cross entropy in nats per modality, [M]. Both are
-            this data-parallel rank's and equal on its tensor-parallel ranks. With a cache only
-            ``sequence_logits``.
+            The weighted sum of token losses (divide it by the global batch's weight before
+            backward), and the detached sums of cross entropy in nats per modality, [M]. Both cover
+            this data-parallel rank's tokens and are equal on its tensor-parallel ranks. With a
+            cache, only ``sequence_logits``.
         """
         if cache is not None:
             return (self.sequence_logits(micro_batch, cache),)
@@ -206,12 +206,12 @@ class MixtureOfTransformers(nn.Module):
 
     @contextmanager
     def routed_causally(self) -> Iterator[None]:
-        """Within it, no token's experts depend on later tokens: causal routers choose, none drops.
+        """Route causally inside the context: causal routers choose, and no expert drops tokens.
 
-        Without experts it changes nothing.
+        Without experts this changes nothing.
 
         Raises:
-            ConfigError: A tower's experts choose their tokens, and it has no causal router.
+            ConfigError: A tower uses expert choice without a causal router.
         """
         check_can_be_causal(self.config)
         before, self.routing.causal = self.routing.causal, True
@@ -222,7 +222,7 @@ class MixtureOfTransformers(nn.Module):
 
     @contextmanager
     def counting_experts(self) -> Iterator[dict[int, ExpertUse]]:
-        """Within it, count what experts take on this rank, by tower; nothing of towers without."""
+        """Count expert assignments per tower on this rank; towers without experts are absent."""
         self.routing.use = use = {}
         try:
             yield use
@@ -236,24 +236,24 @@ class MixtureOfTransformers(nn.Module):
         layer_inputs: LayerInputs,
         arrived: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """One piece of the pipeline, on a micro-batch that lies on the model's device.
+        """Run one piece of the pipeline.
 
         Args:
-            piece: Of ``pieces``.
-            micro_batch: The same on all stages.
-            layer_inputs: Of the micro-batch; all pieces of a stage can use one.
-            arrived: [g, h] (sequence parallel: [g / tp, h]), what the piece before returned; None
-                for the first.
+            piece: One of ``pieces``.
+            micro_batch: The micro-batch, on the model's device; the same on all stages.
+            layer_inputs: Its layer inputs; all pieces of a stage may share them.
+            arrived: [g, h] (sequence parallel: [g / tp, h]), the output of the previous piece; None
+                for the first piece.
 
         Returns:
-            The stream [g, h] for the next piece, or from the last what ``forward`` returns.
+            The stream [g, h] for the next piece; for the last piece, what ``forward`` returns.
         """
         stream = self._embed(micro_batch) if arrived is None else self._cut(arrived, micro_batch)
         stream = self._run_layers(piece.layers, stream, layer_inputs)
         return self._losses(stream, micro_batch) if piece.last else (torch.cat(stream),)
 
     def logits(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> torch.Tensor:
-        """Logits [g, V / tp] in grouped order (sequence parallel: rank-major order)."""
+        """Compute logits [g, V / tp] in grouped order (sequence parallel: rank-major order)."""
         return self._logits(self.hidden_states(micro_batch, attend))
 
     def _logits(self, stream: Stream) -> torch.Tensor:
@@ -266,7 +266,7 @@ class MixtureOfTransformers(nn.Module):
     def sequence_logits(
         self, micro_batch: MicroBatch, attend: AttentionCore | None = None
     ) -> torch.Tensor:
-        """Logits [t, V / tp] in sequence order, padding slots left out."""
+        """Compute logits [t, V / tp] in sequence order, without padding slots."""
         slots = torch.arange(sum(micro_batch.tower_slots), device=self.groups.device)
         slot_of_row = self._stream_order(slots, micro_batch)
         row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
@@ -274,7 +274,7 @@ class MixtureOfTransformers(nn.Module):
         return self.logits(micro_batch, attend).index_select(0, rows)
 
     def hidden_states(self, micro_batch: MicroBatch, attend: AttentionCore | None = None) -> Stream:
-        """The stream after the last layer, before the final norm: K x [g_k, h]."""
+        """Compute the stream after the last layer, before the final norm: K x [g_k, h]."""
         stream = self._embed(micro_batch)
         layer_inputs = self.layer_inputs(micro_batch, attend)
         return self._run_layers(range(self.config.num_layers), stream, layer_inputs)
@@ -284,14 +284,14 @@ class MixtureOfTransformers(nn.Module):
         return self._cut(self.embedding(token_ids), micro_batch)
 
     def _cut(self, rows: torch.Tensor, micro_batch: MicroBatch) -> Stream:
-        """[g, h] -> the slices of the towers that this rank holds."""
+        """Split [g, h] into the slices of the towers that this rank holds."""
         divisor = self.groups.tensor_size if self.sequence_parallel else 1
         return rows.split([micro_batch.tower_slots[tower] // divisor for tower in self.towers])
 
     def layer_inputs(
         self, micro_batch: MicroBatch, attend: AttentionCore | None = None
     ) -> LayerInputs:
-        """What the layers need of a micro-batch: where rows go, angles and the attention core."""
+        """Build the layers' inputs for a micro-batch: row order, angles, attention core, pools."""
         model, group = self.config, self.groups.modality
         if group is None:
             grouping = Grouping.of(micro_batch)
@@ -324,7 +324,7 @@ class MixtureOfTransformers(nn.Module):
         return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights)
 
     def _own_rows(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-        """[g] in grouped order -> of the rows of this rank's stream."""
+        """Select from [g] in grouped order the entries of this rank's rows."""
         if not self.sequence_parallel:
             return values
         ordered, ranks = self._stream_order(values, micro_batch), self.groups.tensor_size

@@ -1,4 +1,4 @@
-"""RMSNorm whose weight's gradient is whole on every tensor-parallel rank."""
+"""RMSNorm with a weight gradient that is complete on every tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class RMSNorm(nn.Module):
     """y = x / rms(x) * weight over the last dimension.
 
     Args:
-        size: width of the last dimension.
-        eps: added to the mean square.
-        partial_rows: the group over which each rank norms only a part of the rows or heads, as
-            under sequence parallelism and for heads split over tensor-parallel ranks. The
-            weight's gradient is then all-reduced over it in backward; None if every rank norms all.
+        size: Width of the last dimension.
+        eps: Added to the mean square.
+        partial_rows: The group over which rows or heads are split, under sequence parallelism or
+            with heads split over tensor-parallel ranks. Backward then all-reduces the weight's
+            gradient over it. None if every rank normalizes all rows.
     """
 
     def __init__(self, size: int, eps: float, partial_rows: dist.ProcessGroup | None) -> None:
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         self.partial_rows = partial_rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size] -> [..., size]."""
+        """Normalize [..., size] over the last dimension."""
         weight = self.weight
         if self.partial_rows is not None:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.partial_rows)

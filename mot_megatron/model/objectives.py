@@ -1,6 +1,7 @@
-"""Next-token loss over a vocabulary split by tensor parallelism, per modality, with z-loss.
+"""Next-token loss per modality, with z-loss, over a vocabulary split by tensor parallelism.
 
-Sums, never means: the mean is over the tokens of the *global* batch, which no micro-batch knows.
+Functions return sums, never means: the mean is over the tokens of the *global* batch, and a
+micro-batch does not know their number.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from mot_megatron.model.micro_batch import NO_LABEL
 def token_losses(
     logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy and log-partition of every row, in fp32.
+    """Compute the cross entropy and log-partition of every row, in fp32.
 
-    Collectives over ``group``: two small all-reduces forward, none backward.
+    Collectives over ``group``: two small all-reduces in forward, none in backward.
 
     Args:
-        logits: [g, V / tp], this rank's part of the vocabulary; overwritten if fp32.
-        labels: [g] int64 global ids; rows with NO_LABEL give losses of no meaning.
-        group: the tensor-parallel group.
-        rank: this rank's place in it.
+        logits: [g, V / tp], this rank's shard of the vocabulary; overwritten if fp32.
+        labels: [g] int64 global ids; the losses of rows with NO_LABEL are meaningless.
+        group: The tensor-parallel group.
+        rank: This rank's index in it.
 
     Returns:
-        Cross entropy [g] in nats, and log Z [g], Z = sum exp(logits).
+        Cross entropy [g] in nats, and log Z [g] with Z = sum exp(logits).
     """
     return _TokenLosses.apply(logits, labels.clamp(min=0), group, rank)
 
 
 class _TokenLosses(torch.autograd.Function):
-    """megatron's vocabulary-parallel loss, with log Z for the z-loss as a second output.
+    """megatron's vocabulary-parallel loss with a second output, log Z, for the z-loss.
 
-    megatron's own function gives no log Z, and rebuilding it from the target's logit would cost
-    two more passes over the logits.
+    megatron's own function does not return log Z, and reconstructing it from the target's logit
+    would take two more passes over the logits.
     """
 
     @staticmethod
@@ -78,18 +79,18 @@ def sum_losses(
     label_modalities: torch.Tensor,
     loss_weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum to differentiate, and plain sums to report.
+    """Sum the losses: one weighted sum to differentiate, and one plain sum per modality to report.
 
     Args:
         cross_entropy: [g].
         z_loss: [g].
-        labels: [g]; rows with NO_LABEL count nowhere.
-        label_modalities: [g], a modality index for every row.
+        labels: [g]; rows with NO_LABEL are ignored.
+        label_modalities: [g], the modality index of each row.
         loss_weights: [M], one per modality.
 
     Returns:
-        The sum over labels of weight * (cross entropy + z-loss), and the sums of cross entropy in
-        nats per modality, [M], detached.
+        The sum over labels of weight * (cross entropy + z-loss), and the detached sums of cross
+        entropy in nats per modality, [M].
     """
     labeled = labels != NO_LABEL
     weights = torch.where(labeled, loss_weights[label_modalities], 0.0)

@@ -1,4 +1,4 @@
-"""Which layers a pipeline stage runs: one piece of the model, or several for interleaving."""
+"""Assign layers to pipeline stages: one piece of the model per stage, or several, interleaved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mot_megatron.config import Config
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive layers, with the embedding before the first and the head behind the last."""
+    """Consecutive layers; the first piece has the embedding too, the last one the head."""
 
     layers: range
     first: bool
@@ -18,7 +18,7 @@ class Piece:
 
 
 def all_pieces(config: Config) -> list[Piece]:
-    """The pieces of the whole model, in its order: the list of the configuration, or equal ones."""
+    """List the pieces of the whole model in order: ``pipeline_layers``, or pieces of equal size."""
     parallel = config.parallel
     count = parallel.pipeline_model_parallel_size * (
         parallel.virtual_pipeline_model_parallel_size or 1
@@ -32,5 +32,5 @@ def all_pieces(config: Config) -> list[Piece]:
 
 
 def pieces_of_stage(config: Config, stage: int) -> tuple[Piece, ...]:
-    """The pieces of a stage: every so many-th, so that the model goes round the stages."""
+    """List the pieces of a stage, assigned round-robin."""
     return tuple(all_pieces(config)[stage :: config.parallel.pipeline_model_parallel_size])

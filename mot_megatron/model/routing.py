@@ -1,13 +1,13 @@
-"""Routers: which experts of its tower a token runs through, and with what weight.
+"""Routers select the experts of its tower that process a token, and their weights.
 
-Expert choice (arXiv 2202.09368): the experts choose. Of the N tokens of a pool every expert takes
-the k = ceil(c N / E) with its largest scores, and its output counts with the gate's value. What is
-chosen depends on later tokens too, so for generation there is a second, causal router (arXiv
-2407.21770), which learns to predict the choices and changes nothing else. Top-k: each token takes
-its k best experts, by megatron's functions.
+Expert choice (arXiv 2202.09368): each expert takes the k = ceil(c N / E) tokens of a pool of N
+tokens with the largest scores, and the gate's value weights its output. The choice depends on later
+tokens, so generation needs a second, causal router (arXiv 2407.21770) that learns to predict the
+choices without influencing anything else. Top-k: each token takes its k best experts, through
+megatron's functions.
 
-The pool of a router is what one rank, with its tensor-parallel peers, holds of the tower's tokens
-in one micro-batch. Letters: n rows of this rank, E experts, h hidden size.
+A router's pool is the tower's tokens of one micro-batch that one rank and its tensor-parallel peers
+hold. Letters: n rows of this rank, N tokens of the pool, E experts, h hidden size.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from mot_megatron.model.sharding import ParameterSharding, mark_auxiliary, set_s
 
 @dataclass(frozen=True)
 class RoutingPool:
-    """A tower's tokens of one micro-batch."""
+    """The tokens of a tower in one micro-batch that are routed together."""
 
     filled: torch.Tensor
-    """[n] bool: rows of this rank that hold a document's token; the others are never routed."""
+    """[n] bool: rows of this rank that hold a document's token; other rows are never routed."""
     num_tokens: int
-    """N, over this rank and its tensor-parallel peers."""
+    """N, summed over this rank and its tensor-parallel peers."""
 
 
 def routing_pools(
     towers: Sequence[int], filled: Sequence[torch.Tensor], tower_filled: Sequence[int]
 ) -> tuple[RoutingPool, ...]:
-    """A pool for each of ``towers``.
+    """Build one routing pool per held tower.
 
     Args:
-        towers: Those that this rank holds.
-        filled: Their rows, in their order.
-        tower_filled: The tokens of every tower of the model, K of them.
+        towers: Indices of the towers that this rank holds.
+        filled: Masks of their filled rows, in the same order.
+        tower_filled: Filled slots of each of the model's K towers.
     """
     return tuple(
         RoutingPool(rows, tower_filled[tower]) for tower, rows in zip(towers, filled, strict=True)
@@ -59,62 +59,63 @@ def routing_pools(
 
 
 class Routing(NamedTuple):
-    """Where a pool's rows go; a tuple, as ZeRO-3 looks for tensors in nothing else."""
+    """The assignment of a pool's rows to experts; a tuple so that ZeRO-3 finds the tensors."""
 
     weights: torch.Tensor
-    """[n, E] fp32: what an expert's output counts; zero where the row does not go."""
+    """[n, E] fp32: weight of each expert's output; zero where a row is not assigned."""
     assigned: torch.Tensor
-    """[n, E] bool."""
+    """[n, E] bool: whether an expert processes a row."""
     chosen: torch.Tensor | None = None
-    """[E, k] rows by expert, ascending, where their number is known on the host; else None."""
+    """[E, k] rows of each expert, ascending, if the host knows their number; otherwise None."""
 
 
 @dataclass
 class ExpertUse:
-    """How many experts the tokens of a tower ran through on this rank, summed over its layers."""
+    """Expert assignments of a tower's tokens on this rank, summed over its layers."""
 
     tokens: int = 0
     taken: int = 0
-    """Pairs of a token and an expert that took it."""
+    """Pairs of a token and an expert that processed it."""
     untaken: int = 0
-    """Tokens that no expert took."""
+    """Tokens that no expert processed."""
 
 
 @dataclass
 class RoutingMode:
-    """What all routers of a model are told from outside; one object for all of them."""
+    """Settings that all routers of a model share and the training step changes."""
 
     token_weights: tuple[float, ...]
-    """Per tower: one over its tokens in the global batch, by which sums of auxiliary losses become
-    means; times what the engine multiplies the loss with."""
+    """Per tower: loss factor of the engine / tokens of the tower in the global batch. It turns sums
+    of auxiliary losses into means."""
     causal: bool = False
-    """Whether nothing may depend on later tokens: causal routers stand in for expert choice, and
-    no capacity makes an expert drop tokens."""
+    """Whether routing must not depend on later tokens: causal routers replace expert choice, and
+    no expert drops tokens over its capacity."""
     use: dict[int, ExpertUse] | None = None
-    """By tower, while somebody counts, which waits for the device; else None."""
+    """Assignment counts by tower while they are collected, which synchronizes with the device."""
 
 
 @dataclass
 class RoutingStatistics:
-    """Sums over the micro-batches of an interval, kept on the device: reading them waits for it."""
+    """Sums over the micro-batches of an interval, accumulated on the device."""
 
     num_experts: int
     values: torch.Tensor | None = field(default=None, repr=False)
 
     NAMES = ("tokens", "untaken", "entropy", "aux_loss", "z_loss", "causal_loss", "causal_agreed")
-    """tokens: of documents; untaken: those that no expert took; entropy: of softmax(logits), in
-    nats; losses: sums over tokens before their coefficients; causal_agreed: pairs of a token and an
-    expert of which the causal router is right. Behind them E counts of tokens per expert."""
+    """tokens: document tokens; untaken: tokens that no expert processed; entropy: of
+    softmax(logits), in nats; losses: sums over tokens before their coefficients; causal_agreed:
+    (token, expert) pairs that the causal router predicts correctly. E counts of tokens per expert
+    follow."""
 
     def add(self, sums: dict[str, torch.Tensor], tokens_per_expert: torch.Tensor) -> None:
-        """Add the sums of one micro-batch; a name that is absent adds nothing."""
+        """Add the sums of one micro-batch; absent names add nothing."""
         zero = tokens_per_expert.new_zeros(())
         ordered = [sums.get(name, zero).detach() for name in self.NAMES]
         new = torch.cat((torch.stack(ordered), tokens_per_expert))
         self.values = new if self.values is None else self.values + new
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """[7 + E] fp32 sums since the last time, in the order of NAMES, on ``device``."""
+        """Return and reset the sums, [7 + E] fp32 in the order of NAMES, on ``device``."""
         values, self.values = self.values, None
         if values is None:
             return torch.zeros(len(self.NAMES) + self.num_experts, device=device)
@@ -122,10 +123,10 @@ class RoutingStatistics:
 
 
 class Router(nn.Module):
-    """Logits of every row; what becomes of them is the subclasses'.
+    """Base class of routers: it computes logits, and subclasses turn them into assignments.
 
-    Under sequence parallelism every rank has a part of the rows, so the weights' gradients are
-    all-reduced over tensor parallelism in backward.
+    Under sequence parallelism each rank has a part of the rows, so backward all-reduces the
+    weights' gradients over the tensor-parallel group.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Router(nn.Module):
         mode: RoutingMode,
         pool_group: dist.ProcessGroup | None,
     ) -> None:
-        """Make the router of one layer; ``pool_group`` are the ranks that hold parts of a pool."""
+        """Build the router of one layer; ``pool_group`` are the ranks that share a pool."""
         super().__init__()
         self.settings = config
         self.tower = tower
@@ -148,7 +149,7 @@ class Router(nn.Module):
         self.causal = CausalRouter(self, hidden_size) if config.causal_router else None
 
     def forward(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
-        """[n, h] -> the routing of its rows; collectives as ``route``."""
+        """Route the rows [n, h], counting assignments on request; collectives as in ``route``."""
         routing = self.route(x, pool)
         if self.mode.use is not None:
             use = self.mode.use.setdefault(self.tower, ExpertUse())
@@ -158,27 +159,27 @@ class Router(nn.Module):
         return routing
 
     def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
-        """[n, h] -> the routing of its rows."""
+        """Route the rows [n, h]."""
         raise NotImplementedError
 
     def whole(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight, such that its gradient becomes the sum over the ranks of the pool."""
+        """Return the weight so that backward sums its gradient over the ranks of the pool."""
         if self.pool_group is None:
             return weight
         return copy_to_tensor_model_parallel_region(weight, group=self.pool_group)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> [n, E] fp32: rounding must not decide which expert a token goes to."""
+        """Compute logits [n, h] -> [n, E] in fp32, so that rounding decides no assignment."""
         return F.linear(x.float(), self.whole(self.weight).float())
 
     def gate(self, logits: torch.Tensor) -> torch.Tensor:
-        """What an expert's output counts, [n, E] -> [n, E]."""
+        """Turn logits into weights of the experts' outputs, [n, E] -> [n, E]."""
         if self.settings.gate == "sigmoid":
             return torch.sigmoid(logits)
         return torch.softmax(logits, dim=-1)
 
     def over_pool(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks of the pool; one small all-reduce, none without such ranks."""
+        """Sum ``counts`` over the ranks of the pool: one small all-reduce if there are several."""
         if self.pool_group is not None:
             dist.all_reduce(counts, group=self.pool_group)
         return counts
@@ -186,17 +187,17 @@ class Router(nn.Module):
     def largest_of_pool(
         self, scores: torch.Tensor, k: int
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The ``k`` rows of the pool with the largest scores, for every expert.
+        """Find, for every expert, the ``k`` rows of the pool with the largest scores.
 
-        One all-gather of [N, E] scores over the ranks of the pool.
+        Collectives: one all-gather of [N, E] scores over the ranks of the pool, if several.
 
         Args:
             scores: [n, E], without gradient.
-            k: At most the rows of the pool.
+            k: At most the number of rows in the pool.
 
         Returns:
-            The rows by expert [E, k], ascending, None where other ranks have some of them; and
-            [n, E] bool.
+            The rows of each expert [E, k], ascending, or None if several ranks share the pool; and
+            the assignment of this rank's rows, [n, E] bool.
         """
         own, group = slice(0, len(scores)), self.pool_group
         if group is not None:
@@ -215,13 +216,14 @@ class Router(nn.Module):
         pool: RoutingPool,
         losses: dict[str, torch.Tensor],
     ) -> Routing:
-        """Let backward through ``routing`` also be backward of auxiliary losses; keep statistics.
+        """Attach auxiliary losses to ``routing`` for backward, and add to the statistics.
 
         Args:
-            routing: Of the pool.
+            routing: The pool's routing.
             logits: [n, E].
-            pool: The rows.
-            losses: Sums over this rank's tokens by name, without coefficients; z-loss is added.
+            pool: The routed rows.
+            losses: Sums over this rank's tokens by name, without coefficients. The z-loss is added
+                here.
         """
         if not torch.is_grad_enabled():
             return routing
@@ -263,10 +265,10 @@ class Router(nn.Module):
 
 
 class ExpertChoiceRouter(Router):
-    """Every expert takes the same number of the pool's tokens."""
+    """Expert choice: every expert takes the same number of the pool's tokens."""
 
     def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
-        """[n, h] -> its routing; over the pool's ranks one all-gather of [N, E] logits."""
+        """Route the rows [n, h]; one all-gather of [N, E] logits over the ranks of the pool."""
         logits = self.logits(x)
         if self.mode.causal:
             assert self.causal is not None, "refused where a model is made to route causally"
@@ -288,13 +290,13 @@ class ExpertChoiceRouter(Router):
         return self.largest_of_pool(scores, min(pool.num_tokens, _rounded_up(wanted)))
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """By what experts choose: softmax compares a token's experts first, sigmoid does not."""
+        """Return the scores by which experts choose: softmax over a token's experts, or logits."""
         if self.settings.gate == "sigmoid":
-            return logits  # in the same order as sigmoid(logits), without its rounding at the ends
+            return logits  # same order as sigmoid(logits), without saturation
         return torch.softmax(logits, dim=-1)
 
     def _causal_loss(self, x: torch.Tensor, routing: Routing, pool: RoutingPool) -> torch.Tensor:
-        """Sum over tokens of the mean over experts of the binary cross entropy."""
+        """Sum the binary cross entropy over tokens, averaged over experts."""
         assert self.causal is not None
         predicted, target = self.causal(x.detach()), routing.assigned.float()
         each = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
@@ -306,10 +308,10 @@ class ExpertChoiceRouter(Router):
 
 
 class CausalRouter(nn.Module):
-    """Predicts from a token alone which experts will choose it: SiLU(x W1) W2."""
+    """A predictor, from a token alone, of the experts that will choose it: SiLU(x W1) W2."""
 
     def __init__(self, router: Router, hidden_size: int) -> None:
-        """Make it for ``router``, which it does not own."""
+        """Build the predictor for ``router``; it holds no reference to the router's parameters."""
         super().__init__()
         num_experts = router.settings.num_moe_experts
         self._whole = router.whole
@@ -320,20 +322,20 @@ class CausalRouter(nn.Module):
         mark_auxiliary(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> logits [n, E] fp32; above zero an expert is expected to choose the token."""
+        """Predict logits, [n, h] -> [n, E] fp32; a positive logit means that the expert chooses."""
         hidden = F.silu(F.linear(x, self._whole(self.hidden)))
         return F.linear(hidden, self._whole(self.output)).float()
 
 
 class TopKRouter(Router):
-    """Every token takes its k best experts; an expert may drop what exceeds its capacity."""
+    """Top-k: every token takes its k best experts; an expert may drop tokens over its capacity."""
 
     def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
-        """[n, h] -> its routing.
+        """Route the rows [n, h].
 
-        Over the pool's ranks one all-reduce of counts for the balancing loss, and with a capacity
-        one all-gather of [N, E] weights. Of the tokens above its capacity an expert drops those
-        with the smallest weights.
+        An expert over its capacity drops the tokens with the smallest weights. Collectives over the
+        ranks of the pool: one all-reduce of counts for the balancing loss, and one all-gather of
+        [N, E] weights if there is a capacity.
         """
         settings, k = self.settings, self.settings.topk or 1
         logits = self.logits(x)
@@ -355,7 +357,7 @@ class TopKRouter(Router):
     def _balancing_loss(
         self, logits: torch.Tensor, assigned: torch.Tensor, pool: RoutingPool
     ) -> torch.Tensor:
-        """The Switch Transformer's loss times N, this rank's part of the sum over the pool."""
+        """Compute this rank's part of the Switch Transformer's balancing loss times N."""
         settings = self.settings
         scores = torch.softmax(logits, dim=-1) * pool.filled[:, None]
         loss = switch_load_balancing_loss_func(
@@ -370,10 +372,10 @@ class TopKRouter(Router):
 
 
 def check_can_be_causal(model: ModelConfig) -> None:
-    """Refuse a model that can only route tokens by looking at later ones.
+    """Check that every tower can route tokens without looking at later ones.
 
     Raises:
-        ConfigError: a tower's experts choose their tokens, and no causal router stands in for them.
+        ConfigError: A tower uses expert choice without a causal router.
     """
     for name, experts in zip(model.tower_names, model.experts_of_towers, strict=True):
         if experts is not None and not experts.can_be_causal:
@@ -385,10 +387,10 @@ def check_can_be_causal(model: ModelConfig) -> None:
 
 
 def _rounded_up(number: float) -> int:
-    """Up to the next whole number, unless only a rounding error lies above the last."""
+    """Round up to a whole number, ignoring a rounding error just above one."""
     return math.ceil(number - 1e-6)
 
 
 def router_class(config: ExpertsConfig) -> type[Router]:
-    """The router that a tower's configuration asks for."""
+    """Return the router class for a tower's configuration."""
     return ExpertChoiceRouter if config.routing == "expert_choice" else TopKRouter

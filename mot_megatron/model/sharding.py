@@ -1,7 +1,7 @@
-"""How a rank's parameter lies inside the global one, and which tower owns it.
+"""How a rank's shard of a parameter fits into the global parameter, and which tower owns it.
 
-Every parameter carries a ``sharding`` attribute; initialization, checkpoints and conversion
-read it and nothing else, so none of them has to know what kind of layer a parameter belongs to.
+Every parameter carries a ``sharding`` attribute. Initialization and checkpoints read nothing else,
+so they do not depend on the kind of layer a parameter belongs to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 SHARED = -1
-"""The tower of a parameter that belongs to none."""
+"""The tower index of a parameter that all towers share."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ParameterSharding:
     shard_dim: int | None = None
 
     def local_shape(self, tensor_parallel_size: int) -> tuple[int, ...]:
-        """Shape of one rank's part, with as many dimensions as ``global_shape``."""
+        """Return the shape of one rank's shard, with as many dimensions as ``global_shape``."""
         if self.shard_dim is None:
             return self.global_shape
         shape = list(self.global_shape)
@@ -36,23 +36,23 @@ class ParameterSharding:
 
 @dataclass(frozen=True)
 class NamedPart:
-    """What checkpoints and initialization know by one name: a parameter, or one expert's rows."""
+    """A parameter, or one expert's rows of it, under the name that checkpoints use."""
 
     name: str
-    """Global."""
+    """Global name."""
     rows: slice
     """Rows of the parameter (elements of a vector)."""
     sharding: ParameterSharding
 
 
 def set_sharding(parameter: torch.nn.Parameter | None, sharding: ParameterSharding) -> None:
-    """Attach ``sharding`` to ``parameter``; megatron types its weights as possibly absent."""
+    """Attach ``sharding`` to ``parameter``, which megatron's types allow to be None."""
     assert parameter is not None
     parameter.sharding = sharding  # type: ignore[attr-defined]
 
 
 def sharding_of(parameter: torch.nn.Parameter) -> ParameterSharding:
-    """The sharding attached by ``set_sharding``."""
+    """Return the sharding attached by ``set_sharding``."""
     return parameter.sharding  # type: ignore[attr-defined]
 
 
@@ -63,48 +63,48 @@ def mark_tower(module: torch.nn.Module, tower: int) -> None:
 
 
 def tower_of(parameter: torch.nn.Parameter) -> int:
-    """The tower attached by ``mark_tower``."""
+    """Return the tower attached by ``mark_tower``."""
     return parameter.tower  # type: ignore[attr-defined]
 
 
 def mark_replica(module: torch.nn.Module) -> None:
-    """Say that this rank's parameters of ``module`` are copies of another pipeline stage's.
+    """Mark this rank's parameters of ``module`` as copies of another pipeline stage's.
 
-    The other stage's count in norms and are saved; the copies follow them because both get the
-    sum of both stages' gradients.
+    Only the originals count in norms and are saved. The copies stay equal to them because both
+    receive the sum of both stages' gradients.
     """
     for parameter in module.parameters():
         parameter.replica = True  # type: ignore[attr-defined]
 
 
 def is_replica(parameter: torch.nn.Parameter) -> bool:
-    """Whether ``mark_replica`` was called for the parameter."""
+    """Return whether ``mark_replica`` was called for the parameter."""
     return getattr(parameter, "replica", False)
 
 
 def mark_experts(parameter: torch.nn.Parameter, experts: range) -> None:
-    """Say that the parameter stacks the rows of these experts, by their global indices.
+    """Mark the parameter as the stacked rows of these experts, given by global index.
 
-    Its layout is that of a single expert. The tower's experts are spread over the ranks of
-    ``ExpertGroups.expert``; those of ``ExpertGroups.data`` hold the same ones.
+    Its sharding describes a single expert. A tower's experts are spread over the ranks of
+    ``ExpertGroups.expert``; the ranks of ``ExpertGroups.data`` hold the same experts.
     """
     parameter.experts = experts  # type: ignore[attr-defined]
 
 
 def experts_of(parameter: torch.nn.Parameter) -> range | None:
-    """The experts attached by ``mark_experts``; None for what is no expert's."""
+    """Return the experts attached by ``mark_experts``, or None for any other parameter."""
     return getattr(parameter, "experts", None)
 
 
 def parts_of(name: str, parameter: torch.nn.Parameter) -> list[NamedPart]:
-    """The parameter by its global name, or expert by expert: ``experts.<i>`` for ``experts``.
+    """List the parameter under its global name, or one part per expert (``experts.<i>...``).
 
-    No name depends on where an expert lies, so that any layout can read what another wrote.
+    No name depends on the rank that holds an expert, so any layout can read what another wrote.
     """
     layout, experts = sharding_of(parameter), experts_of(parameter)
     if experts is None:
         return [NamedPart(name, slice(None), layout)]
-    # ZeRO-3 leaves a parameter without its shape.
+    # ZeRO-3 empties a parameter's shape and stores the full one in ds_shape.
     num_rows = getattr(parameter, "ds_shape", parameter.shape)[0] // len(experts)
     return [
         NamedPart(name_of_expert(name, expert), slice(at * num_rows, (at + 1) * num_rows), layout)
@@ -113,17 +113,17 @@ def parts_of(name: str, parameter: torch.nn.Parameter) -> list[NamedPart]:
 
 
 def name_of_expert(name: str, expert: int) -> str:
-    """What checkpoints call one expert's part of the parameter ``name``, which stacks several."""
+    """Return the checkpoint name of one expert's part of the stacked parameter ``name``."""
     stem, _, kind = name.rpartition(".")
     return f"{stem}.{expert}.{kind}"
 
 
 def mark_auxiliary(module: torch.nn.Module) -> None:
-    """Say that ``module`` learns beside the model, whose training it must not change."""
+    """Mark ``module`` as trained beside the model, without influence on the model's training."""
     for parameter in module.parameters():
         parameter.auxiliary = True  # type: ignore[attr-defined]
 
 
 def is_auxiliary(parameter: torch.nn.Parameter) -> bool:
-    """Whether ``mark_auxiliary`` was called for the parameter."""
+    """Return whether ``mark_auxiliary`` was called for the parameter."""
     return getattr(parameter, "auxiliary", False)

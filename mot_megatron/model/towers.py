@@ -1,7 +1,7 @@
-"""One module per tower, or one for all: the untying that makes a Mixture-of-Transformers.
+"""One module per tower, or one shared by all: the untying that makes a Mixture-of-Transformers.
 
-Every component of a layer that has weights is a ``PerTower``; the configuration says which are
-untied. Parallel linear layers are megatron's, made here with the layout that checkpoints need.
+Every layer component with weights is a ``PerTower``; the configuration says which are untied.
+Parallel linear layers are megatron's, built here with the sharding that checkpoints need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mot_megatron.parallel.groups import ProcessGroups
 
 
 class PerTower(nn.Module):
-    """A module per tower that this rank holds, with its own weights, or one that all share.
+    """One module for each tower that this rank holds, or one module that all towers share.
 
     Parameters are named ``towers.<k>...`` or ``shared...`` and carry an attribute ``tower``.
     """
@@ -30,7 +30,7 @@ class PerTower(nn.Module):
     def __init__(
         self, make: Callable[[int], nn.Module], towers: Sequence[int], untied: bool
     ) -> None:
-        """Call ``make`` with every tower's index; with the first's for a module that all share."""
+        """Call ``make`` with each tower's index, or only with the first one if tied."""
         super().__init__()
         self.num_held = len(towers)
         if untied:
@@ -45,11 +45,14 @@ class PerTower(nn.Module):
     def forward(
         self, slices: Sequence[torch.Tensor], *others: Sequence[Any]
     ) -> tuple[torch.Tensor, ...]:
-        """Each tower's module on that tower's slice, zero rows included; one slice per tower held.
+        """Apply each tower's module to that tower's slice, even if the slice has zero rows.
 
-        What else a module needs comes in ``others``, each one item per tower held. An absent
-        modality must still run: its weights then get zero gradients, and every rank calls every
-        collective in the same order.
+        An absent modality must still run: its weights then get zero gradients, and every rank calls
+        every collective in the same order.
+
+        Args:
+            slices: One slice per tower held.
+            others: Further arguments of the modules, each with one item per tower held.
         """
         modules = self.towers.values() if self.untied else [self.shared] * self.num_held
         return tuple(
@@ -59,7 +62,7 @@ class PerTower(nn.Module):
 
 @dataclass(frozen=True)
 class ParallelLinears:
-    """Makes megatron's parallel linear layers, without biases and without initializing them."""
+    """A factory of megatron's parallel linear layers, without biases or initialization."""
 
     groups: ProcessGroups
     sequence_parallel: bool
@@ -67,7 +70,7 @@ class ParallelLinears:
 
     @cached_property
     def megatron_config(self) -> ModelParallelConfig:
-        """What megatron's layers read of a configuration."""
+        """The configuration that megatron's layers read."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.groups.tensor_size,
             sequence_parallel=self.sequence_parallel,
@@ -88,26 +91,27 @@ class ParallelLinears:
         return self.groups.tensor if self.groups.tensor_size > 1 else None
 
     def column(self, input_size: int, output_shape: tuple[int, ...]) -> ColumnLinear:
-        """A linear layer whose outputs are split; ``output_shape`` is split in its last dimension.
+        """Build a column-parallel layer; the last dimension of ``output_shape`` is split.
 
-        (ffn,) for a plain layer; (2, ffn) for two stacked ones, of which each rank has its part.
+        Use (ffn,) for a plain layer and (2, ffn) for two stacked ones, each of which is split.
         """
         return ColumnLinear(self, input_size, output_shape)
 
     def row(self, input_size: int, output_size: int) -> RowLinear:
-        """A linear layer whose inputs are split and whose output is summed over the ranks."""
+        """Build a row-parallel layer: split inputs, output summed over the ranks."""
         return RowLinear(self, input_size, output_size)
 
 
 def _no_initialization(_: torch.Tensor) -> None:
-    """Megatron wants a method; weights are filled by ``initialize_parameters``."""
+    """Do nothing: megatron requires a method, and ``initialize_parameters`` fills the weights."""
 
 
 class ColumnLinear(nn.Module):
-    """[n, input] -> [m, output / tp]; m = n, or n * tp under sequence parallelism.
+    """Column-parallel linear layer: [n, input] -> [m, output / tp].
 
-    Collectives over tensor parallelism: forward none (sequence parallel: all-gather), backward
-    all-reduce of the input's gradient (sequence parallel: all-gather and reduce-scatter).
+    m = n, or n * tp under sequence parallelism. Collectives over the tensor-parallel group: none in
+    forward and an all-reduce of the input's gradient in backward; under sequence parallelism an
+    all-gather in forward, and an all-gather and a reduce-scatter in backward.
     """
 
     def __init__(
@@ -132,10 +136,11 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """[m, input / tp] -> [n, output]; n = m, or m / tp under sequence parallelism.
+    """Row-parallel linear layer: [m, input / tp] -> [n, output].
 
-    Collectives over tensor parallelism: forward all-reduce (sequence parallel: reduce-scatter),
-    backward none (sequence parallel: all-gather).
+    n = m, or m / tp under sequence parallelism. Collectives over the tensor-parallel group: an
+    all-reduce in forward and none in backward; under sequence parallelism a reduce-scatter in
+    forward and an all-gather in backward.
     """
 
     def __init__(self, linears: ParallelLinears, input_size: int, output_size: int) -> None:
