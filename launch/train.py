@@ -1,4 +1,4 @@
-"""Train a model: started on every rank by the deepspeed launcher, or alone for a single rank.
+"""Train a model. Start it with the deepspeed launcher, or directly for a single rank.
 
 deepspeed --num_gpus N launch/train.py --config configs/quickstart.toml --set training.train_steps=9
 """
@@ -10,8 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-# The launcher's CPU accelerator names "GPUs" 0 and 1 for its ranks; a real one would be taken.
-# Before the first import that looks for CUDA, which looks only once.
+# With the CPU accelerator, the launcher sets CUDA_VISIBLE_DEVICES to its local ranks, so real GPUs
+# with these numbers would be used. Hide them before the first import that looks for CUDA, which
+# looks only once.
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -30,14 +31,14 @@ _ALONE = {
 
 
 def main() -> int:
-    """Run on this rank; 0 on success, 2 after an error the user can mend."""
+    """Train on this rank; return the exit status, 0 or 2 (an error that the user can fix)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--config",
         type=Path,
         action="append",
         required=True,
-        help="TOML configuration file; of several, later ones override earlier ones",
+        help="TOML configuration file; may be repeated, later files override earlier ones",
     )
     parser.add_argument(
         "--set",
@@ -45,11 +46,13 @@ def main() -> int:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override a key of the configuration; may be repeated",
+        help="override a configuration key; may be repeated",
     )
-    parser.add_argument("--local_rank", type=int, help="given by the launcher, as LOCAL_RANK is")
+    parser.add_argument(
+        "--local_rank", type=int, help="set by the launcher; ignored in favor of LOCAL_RANK"
+    )
     arguments = parser.parse_args()
-    # A launcher sets these; a process started alone is a world of one.
+    # A launcher sets these; without one, the process is a world of one rank.
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
     progress_report = ProgressReport()
@@ -71,9 +74,9 @@ def main() -> int:
 def run(
     config_paths: list[Path], overrides: list[str], world: World, progress_report: ProgressReport
 ) -> None:
-    """Check what can be checked alone, then join the other ranks and train."""
-    # Under the watch: these take seconds, and where one of them fails on one node (a package is
-    # missing), the others must hear of it.
+    """Check what one rank can check alone, then join the other ranks and train."""
+    # Import these under the watchdog: they take seconds, and if one fails on a node (for example
+    # because a package is missing), the other ranks must end too.
     import torch.distributed as dist
 
     from mot_megatron.config_files import load_config
@@ -99,7 +102,7 @@ def run(
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
     train(config, corpus, groups, progress_report)
-    # Not after an error: other ranks would fail for the connections that this one closes.
+    # Not after an error: other ranks would fail because this one closes its connections.
     dist.destroy_process_group()
 
 
