@@ -1,11 +1,12 @@
-# The Python environment of every command of this repository. For scripts: source it under set -e,
-# then use "$PYTHON"; it exits on errors. (In a shell of your own: source .venv/bin/activate.)
+# Set up the Python environment for all commands of this repository. Source this file from scripts
+# that use set -e, then run "$PYTHON"; it exits on errors. (In an interactive shell, use
+# source .venv/bin/activate instead.)
 #
-# Makes .venv in the repository root, installs the pinned packages of requirements.txt and this
-# package with its C++ extension, and reuses whatever is already there and unchanged.
-#   MOT_PYTHON=/path/to/python   use that interpreter, with the packages it has, and install nothing
+# It creates .venv in the repository root and installs the pinned packages of requirements.txt and
+# this package with its C++ extension. It reuses whatever exists and is unchanged.
+#   MOT_PYTHON=/path/to/python   use this interpreter with the packages it has, and install nothing
 #                                (for a machine with its own torch and no package index)
-#   CXX=/path/to/compiler        the C++17 compiler, default c++
+#   CXX=/path/to/compiler        C++17 compiler; default: c++
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -25,7 +26,7 @@ _is_recent_python() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
-# One hash over the named files and folders (relative to ROOT) and the words on standard input.
+# Hash the given files and folders (relative to ROOT) together with standard input.
 _fingerprint() {
     {
         cat
@@ -45,7 +46,7 @@ _find_python() {
         "  install one, for example: apt-get install python3.11 python3.11-venv python3.11-dev"
 }
 
-# $1: the interpreter the extension is built for.
+# $1: the interpreter that the extension is built for.
 _check_compiler() {
     local include
     command -v "${CXX:-c++}" >/dev/null ||
@@ -59,7 +60,7 @@ _check_compiler() {
 
 _make_venv() {
     local base
-    # pip too: a venv whose making was interrupted has a python and nothing else.
+    # Check pip too: an interrupted venv has only a python.
     if _is_recent_python "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         return
     fi
@@ -67,7 +68,7 @@ _make_venv() {
     _check_compiler "$base"
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
         _stop "$base has no venv module;" "  install it, for example: apt-get install python3-venv"
-    _say "making .venv with $("$base" --version) ($base)"
+    _say "creating .venv with $("$base" --version) ($base)"
     rm -rf "$VENV"
     "$base" -m venv "$VENV"
 }
@@ -79,19 +80,19 @@ _install_requirements() {
         return
     fi
     rm -f "$stamp"
-    _say "installing the packages of requirements.txt (minutes, the first time)"
-    # torch alone and first: it decides between its CPU and CUDA builds by what the index offers,
-    # and DeepSpeed's build looks for it.
+    _say "installing the packages of requirements.txt (takes minutes the first time)"
+    # Install torch first, because DeepSpeed's build imports it. Whether this is the CPU or the CUDA
+    # build depends on the package index.
     "$PYTHON" -m pip install --disable-pip-version-check \
         "$(grep '^setuptools==' "$ROOT/requirements.txt")" "$(grep '^torch==' "$ROOT/requirements.txt")" ||
-        _stop "pip could not install torch; its messages above say why"
+        _stop "pip could not install torch; see its messages above"
     "$PYTHON" -m pip install --disable-pip-version-check --no-build-isolation \
         --requirement "$ROOT/requirements.txt" ||
-        _stop "pip could not install requirements.txt; its messages above say why"
+        _stop "pip could not install requirements.txt; see its messages above"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
-# $1: file of the stamp; the rest: the command that builds.
+# $1: the stamp file; the rest: the build command.
 _build_when_changed() {
     local stamp="$1" wanted
     shift
@@ -104,19 +105,19 @@ _build_when_changed() {
     rm -f "$stamp"
     _check_compiler "$PYTHON"
     _say "building the C++ extension"
-    (cd "$ROOT" && "$@") || _stop "the C++ extension could not be built; the messages above say why"
+    (cd "$ROOT" && "$@") || _stop "the C++ extension could not be built; see the messages above"
     mkdir -p "$(dirname "$stamp")"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
 if [ -n "${MOT_PYTHON:-}" ]; then
-    _is_recent_python "$MOT_PYTHON" || _stop "MOT_PYTHON=$MOT_PYTHON is no Python 3.11, 3.12 or 3.13"
+    _is_recent_python "$MOT_PYTHON" || _stop "MOT_PYTHON=$MOT_PYTHON is not Python 3.11, 3.12 or 3.13"
     PYTHON="$("$MOT_PYTHON" -c 'import sys; print(sys.executable)')"
     for _module in torch megatron.core deepspeed pybind11 setuptools pydantic tokenizers tensorboard \
         tqdm PIL scipy sklearn soundfile tomli_w threadpoolctl; do
         "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$_module') is None)" \
             2>/dev/null ||
-            _stop "MOT_PYTHON=$MOT_PYTHON lacks the module $_module, and nothing is installed into it"
+            _stop "MOT_PYTHON=$MOT_PYTHON lacks the module $_module; install it there"
     done
     _build_when_changed "$ROOT/build/extension-stamp" "$PYTHON" setup.py --quiet build_ext --inplace
 else
@@ -127,7 +128,7 @@ else
         "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
         --editable .
 fi
-# Ranks started by the deepspeed launcher, and the tools, find this package from any folder.
+# Lets tools, and ranks started by the deepspeed launcher, import this package from any folder.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 PATH="$(dirname "$PYTHON"):$PATH"
 export PATH PYTHON

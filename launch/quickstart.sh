@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a trained three-modality model: environment, corpus, training through the
-# deepspeed launcher, samples, and a closing table. Run again, it reuses what is there.
-# Arguments go to launch/train.py: bash launch/quickstart.sh --set training.train_steps=400
-# (but the run's name and folder are the quickstart's).
+# Set up the environment, build a corpus, train a small three-modality model with the deepspeed
+# launcher, generate samples and print a table of results. When run again, it reuses what exists.
+# Arguments are passed to launch/train.py: bash launch/quickstart.sh --set training.train_steps=400
+# (except that the name and folder of the run are fixed).
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -17,17 +17,17 @@ say() {
 }
 
 if [ -f "$CORPUS/corpus.toml" ]; then
-    say "the corpus is there: $CORPUS"
+    say "using the existing corpus in $CORPUS"
 else
     say "building the corpus in $CORPUS"
     "$PYTHON" tools/prepare_corpus.py openmoji --output "$CORPUS"
 fi
 
-# GPUs, as many as divide the batch; without one, two ranks on the CPU.
+# Use as many GPUs as divide the batch, or up to two CPU ranks if there is no GPU.
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 devices="$gpus"
 if [ "$gpus" -eq 0 ]; then
-    # Before OMP_NUM_THREADS is set: nproc would take it for the number of processors.
+    # Unset OMP_NUM_THREADS, which nproc would report instead of the number of processors.
     devices="$(env -u OMP_NUM_THREADS nproc)"
     [ "$devices" -le 2 ] || devices=2
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -46,7 +46,7 @@ say "training on $ranks ranks (${gpus} GPUs)"
 say "continuing a prompt"
 "$PYTHON" tools/generate.py --checkpoint "$RUN" --prompt "red heart" --output "$RUN/samples"
 
-say "samples are in $RUN/samples; to watch the curves, pictures and sounds:"
+say "samples are in $RUN/samples; to see the curves, images and sounds, run"
 printf '  %s -m tensorboard.main --logdir %s\n' "$PYTHON" "$ROOT/runs"
 printf '  and open http://localhost:6006/#custom_scalars\n'
 say "done; held out, against what counting tokens achieves:"

@@ -1,4 +1,4 @@
-"""Train a model. Started on every rank by the deepspeed launcher, or alone for a single rank.
+"""Train a model. Start it with the deepspeed launcher, or directly for a single rank.
 
 deepspeed --num_gpus N launch/train.py --config configs/quickstart.toml --set training.train_steps=9
 """

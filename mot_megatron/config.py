@@ -26,7 +26,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A table of the configuration file; immutable, unknown keys are errors."""
+    """A table of the configuration file. It is immutable and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -129,17 +129,17 @@ class UntiedConfig(Section):
     """Which components are untied: one set of weights per tower, or one shared by all towers."""
 
     feed_forward: bool = True
-    """Feed-forward network: true: one per tower; false: one shared by all towers."""
+    """Whether each tower has its own feed-forward networks; false: all towers share them."""
     qkv: bool = True
-    """Query, key and value projections: true: one set per tower; false: one set for all towers."""
+    """Whether each tower has its own q, k and v projections; false: all towers share them."""
     output_projection: bool = True
-    """Attention output projection: true: one per tower; false: one shared by all towers."""
+    """Whether each tower has its own attention output projections; false: all towers share them."""
     norms: bool = True
-    """The two norms of every layer: true: a pair per tower; false: one pair for all towers."""
+    """Whether each tower has its own pair of norms per layer; false: all towers share them."""
     qk_norm: bool = True
-    """Norms of queries and keys: true: a pair per tower; false: one pair for all towers."""
+    """Whether each tower has its own norms of queries and keys; false: all towers share them."""
     final_norm: bool = True
-    """Norm before the output head: true: one per tower; false: one shared by all towers."""
+    """Whether each tower has its own norm before the output head; false: all towers share it."""
 
 
 class ModelConfig(Section):
@@ -170,7 +170,7 @@ class ModelConfig(Section):
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding (RoPE)."""
     untie_embeddings_and_output_weights: bool = True
-    """true: the output head has its own weights; false: it reuses the embedding's weights."""
+    """Whether the output head has its own weights; false: it reuses those of the embedding."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal distribution that every matrix is initialized from; norm
     weights start at one."""
@@ -297,8 +297,8 @@ class ParallelConfig(Section):
     also gradients; 3: also weights. 0 needs fp32; pipeline parallelism allows 1 only, modality and
     expert parallelism 1 and 2."""
     offload: Literal["none", "optimizer"] = "none"
-    """optimizer: store the optimizer state, fp32 weights included, in host memory and update it
-    there; none: on the device. Requires a ZeRO stage of 1 or more."""
+    """What to move to host memory. none: nothing; optimizer: the optimizer state, including the
+    fp32 weights, which the CPU then updates; needs zero_stage 1 or more."""
 
 
 class OptimizerConfig(Section):
