@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mot_megatron.config_reference import config_reference
-from mot_megatron.files import write_whole
+from mot_megatron.files import write_atomically
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 def main(arguments: list[str] | None = None) -> int:
     """Write the page; returns the exit status."""
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
-    write_whole(PAGE, config_reference())
+    write_atomically(PAGE, config_reference())
     print(f"wrote {PAGE}")
     return 0
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from mot_megatron.job.distributed import find_world
     from mot_megatron.job.progress_report import ProgressReport
-    from mot_megatron.job.watch import Watch, report_mendable
+    from mot_megatron.job.watch import Watchdog, report_user_error
 
     progress_report = ProgressReport()
     try:
@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
         )
-        with Watch(world, progress_report):
+        with Watchdog(world, progress_report):
             run(options.config, options.overrides, world, progress_report)
     except UserError as error:
-        return report_mendable(error)
+        return report_user_error(error)
     return 0
 
 
@@ -82,7 +82,7 @@ def run(
     from mot_megatron.config_files import load_config
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.distributed import join_world, works_on_gpus
-    from mot_megatron.job.hardware import keep_freed_memory
+    from mot_megatron.job.hardware import disable_malloc_trim
     from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device, check_world_size
     from mot_megatron.run.loop import train
@@ -97,7 +97,7 @@ def run(
     check_documents(config, corpus)
     device = join_world(world)
     if device.type == "cpu":
-        keep_freed_memory()
+        disable_malloc_trim()
     groups = build_groups(config, corpus, device)
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)

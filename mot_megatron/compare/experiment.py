@@ -31,7 +31,7 @@ from mot_megatron.config import Config, NonNegativeInt
 from mot_megatron.config_files import differing_keys, load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError, Location, first_problem
-from mot_megatron.files import write_whole
+from mot_megatron.files import write_atomically
 from mot_megatron.run.summary import SUMMARY_FILE, has_summary
 
 BASE_FILE = "base.toml"
@@ -279,7 +279,7 @@ def record_run(
             folder.mkdir(parents=True, exist_ok=True)
         write_csv(read_run(directory), curves)
         # Last: where it is, the curves are.
-        write_whole(path, record.model_dump_json(indent=1) + "\n")
+        write_atomically(path, record.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
 

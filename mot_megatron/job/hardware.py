@@ -88,7 +88,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Make malloc reuse freed memory instead of returning it to the kernel.
 
     By default glibc returns large blocks at once, so every training step on a CPU faults in the

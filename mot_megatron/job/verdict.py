@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-MENDABLE_STATUS = 2
+USER_ERROR_STATUS = 2
 """Exit status of every rank after an error that the user can fix: a UserError or absent ranks."""
 DEFECT_STATUS = 1
 """Exit status of every rank after any other exception."""
@@ -71,7 +71,7 @@ class Failure:
 
     summary: str
     """The exception in one line."""
-    mendable: bool
+    is_user_error: bool
     """Whether it is a UserError."""
 
 
@@ -88,9 +88,9 @@ def hung(peer: Peer, phase: str, seconds: float, reporter: int) -> Verdict:
 
 def failed(peer: Peer, failure: Failure, phase: str) -> Verdict:
     """Return the verdict on an exception; the rank that raised it reports it, with traceback."""
-    if failure.mendable:
+    if failure.is_user_error:
         message = failure.summary if peer.rank == 0 else f"{peer}: {failure.summary}"
-        return Verdict(message, peer.rank, MENDABLE_STATUS)
+        return Verdict(message, peer.rank, USER_ERROR_STATUS)
     message = f"{peer} failed during {phase}: {failure.summary}"
     return Verdict(message, peer.rank, DEFECT_STATUS)
 
@@ -102,7 +102,7 @@ def absent(ranks: list[int], world_size: int, seconds: float) -> Verdict:
         f"{len(ranks)} of {world_size} ranks ({names}) have not started within {seconds:.0f} s;"
         " check the logs of their nodes"
     )
-    return Verdict(message, 0, MENDABLE_STATUS)
+    return Verdict(message, 0, USER_ERROR_STATUS)
 
 
 def encode(kind: str, **fields: object) -> bytes:

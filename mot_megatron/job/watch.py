@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 
 from mot_megatron.errors import TrainingError, UserError
 from mot_megatron.job.distributed import World
+from mot_megatron.job.heartbeats import HeartbeatMonitor
 from mot_megatron.job.progress_report import Phase, ProgressReport
-from mot_megatron.job.silence import Silence
 from mot_megatron.job.verdict import (
-    MENDABLE_STATUS,
+    USER_ERROR_STATUS,
     Failure,
     Lines,
     Peer,
@@ -35,17 +35,21 @@ from mot_megatron.job.verdict import (
     hung,
     lost,
 )
-from mot_megatron.job.watch_hub import BEAT_SECONDS, SILENCE_SECONDS, WatchHub
+from mot_megatron.job.watch_hub import (
+    HEARTBEAT_INTERVAL_SECONDS,
+    HEARTBEAT_TIMEOUT_SECONDS,
+    WatchHub,
+)
 
 _STORE_KEY = "mot_megatron/watch"
 _CONNECT_SECONDS = 30.0
-_VERDICT_SECONDS = SILENCE_SECONDS + 10
+_VERDICT_SECONDS = HEARTBEAT_TIMEOUT_SECONDS + 10
 """How long a failed rank waits for a verdict. Longer than the heartbeat timeout, so that a hung hub
 is detected first."""
 _GOODBYE_SECONDS = 5.0
 
 
-class Watch:
+class Watchdog:
     """Monitors all ranks during a ``with`` block; does nothing in a world of one process.
 
     An exception that leaves the block ends the process of every rank and does not propagate. On
@@ -75,7 +79,7 @@ class Watch:
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(
@@ -109,12 +113,12 @@ class Watch:
 
     def _fail(self, error: BaseException) -> NoReturn:
         summary = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
-        mendable = isinstance(error, UserError)
-        if mendable:
+        is_user_error = isinstance(error, UserError)
+        if is_user_error:
             summary = str(error)
         else:
             self._traceback = "".join(traceback.format_exception(error))
-        failure = Failure(summary, mendable)
+        failure = Failure(summary, is_user_error)
         self._send("failed", failure=asdict(failure))
         assert self._thread is not None
         self._thread.join(_VERDICT_SECONDS)
@@ -133,22 +137,22 @@ class Watch:
                 return  # the next read detects a lost hub
 
     def _run(self) -> None:
-        lines, silence = Lines(), Silence(SILENCE_SECONDS)
-        silence.heard(0)
+        lines, monitor = Lines(), HeartbeatMonitor(HEARTBEAT_TIMEOUT_SECONDS)
+        monitor.heard(0)
         next_beat = time.monotonic()
         while True:
             now = time.monotonic()
             if now >= next_beat:
-                next_beat = now + BEAT_SECONDS
+                next_beat = now + HEARTBEAT_INTERVAL_SECONDS
                 self._send("beat")
-            if select.select([self._connection], [], [], BEAT_SECONDS / 4)[0]:
+            if select.select([self._connection], [], [], HEARTBEAT_INTERVAL_SECONDS / 4)[0]:
                 received = self._receive()
                 if not received:
                     break
-                silence.heard(0)
+                monitor.heard(0)
                 for message in lines.feed(received):
                     self._handle(message)
-            elif silence.expired():
+            elif monitor.expired():
                 self._end_without_hub(silent=True)
         if not self._leaving:
             self._end_without_hub(silent=False)
@@ -173,7 +177,7 @@ class Watch:
         phase = str(max(self._hub_phase, self._progress_report.now, key=lambda phase: phase.order))
         reporter = self._world.size - 1
         if silent:
-            self._end(hung(peer, phase, SILENCE_SECONDS, reporter))
+            self._end(hung(peer, phase, HEARTBEAT_TIMEOUT_SECONDS, reporter))
         self._end(lost(peer, phase, reporter))
 
     def _end(self, verdict: Verdict) -> NoReturn:
@@ -190,7 +194,7 @@ class Watch:
         os._exit(verdict.status)
 
 
-def report_mendable(error: UserError) -> int:
+def report_user_error(error: UserError) -> int:
     """Print an error raised outside of a watch in one line, and return the exit status."""
     os.write(2, f"error: {error}\n".encode())
-    return MENDABLE_STATUS
+    return USER_ERROR_STATUS

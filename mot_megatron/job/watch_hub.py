@@ -17,8 +17,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mot_megatron.job.heartbeats import HeartbeatMonitor
 from mot_megatron.job.progress_report import Phase, ProgressReport
-from mot_megatron.job.silence import Silence
 from mot_megatron.job.verdict import (
     Failure,
     Lines,
@@ -32,13 +32,13 @@ from mot_megatron.job.verdict import (
     lost,
 )
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_INTERVAL_SECONDS = 2.0
 """Interval between heartbeats."""
-SILENCE_SECONDS = 30.0
+HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """Heartbeat timeout, after which a process counts as hung. Heartbeats come from a separate thread,
 so a long step does not delay them; only a stopped process, or one that holds Python's global
 interpreter lock, sends none."""
-JOIN_SECONDS = 600.0
+JOIN_TIMEOUT_SECONDS = 600.0
 """How long to wait for all ranks to join. Nodes start, and import packages over the network, at
 different speeds."""
 
@@ -46,7 +46,7 @@ _TICK_SECONDS = 0.5
 _DEFECT_SECONDS = 1.0
 """Delay from a reported exception to the verdict, because the exception may be a consequence of a
 death that the hub has not detected yet."""
-_MENDABLE_SECONDS = 5.0
+_USER_ERROR_SECONDS = 5.0
 """Delay from a reported UserError to the verdict, because rank 0 probably reports it too."""
 _FAREWELL_SECONDS = 3.0
 """How long to wait, after the verdict, for the ranks to receive it and exit."""
@@ -95,7 +95,7 @@ class WatchHub:
         self._clients: dict[int, _Client] = {}
         """Connections of the ranks that have joined and not left, by rank."""
         self._joined: set[int] = set()
-        self._silence = Silence(SILENCE_SECONDS)
+        self._monitor = HeartbeatMonitor(HEARTBEAT_TIMEOUT_SECONDS)
         self._started = self._last_beat = time.monotonic()
         self._first_failure: tuple[float, int] | None = None
         """Time and rank of the first reported failure."""
@@ -154,10 +154,10 @@ class WatchHub:
         if client.peer is None:
             return self._admit(client, message)
         rank = client.peer.rank
-        self._silence.heard(rank)
+        self._monitor.heard(rank)
         if message["kind"] == "goodbye":
             self._clients.pop(rank)
-            self._silence.forget(rank)
+            self._monitor.forget(rank)
             return False
         client.phase = Phase(*message["phase"])
         if message["kind"] == "failed" and client.failure is None:
@@ -171,7 +171,7 @@ class WatchHub:
         client.peer = peer = Peer(**message["peer"])
         self._clients[peer.rank] = client
         self._joined.add(peer.rank)
-        self._silence.heard(peer.rank)
+        self._monitor.heard(peer.rank)
         self._send(client, encode("welcome", peer=asdict(self._peer)))
         if self._verdict:
             self._send(client, encode_verdict(self._verdict))
@@ -183,17 +183,17 @@ class WatchHub:
         peer = client.peer
         if peer and self._clients.get(peer.rank) is client:
             del self._clients[peer.rank]
-            self._silence.forget(peer.rank)
+            self._monitor.forget(peer.rank)
             self._issue(lost(peer, self._phase_of(client), reporter=0))
 
     def _check(self) -> None:
         now = time.monotonic()
-        if now - self._last_beat >= BEAT_SECONDS:
+        if now - self._last_beat >= HEARTBEAT_INTERVAL_SECONDS:
             self._last_beat = now
             self._send_all(encode("beat", phase=self._progress_report.now))
         if len(self._joined) == self._world_size and set(self._clients) <= {0}:
             self._others_left.set()
-        silent = self._silence.expired()
+        silent = self._monitor.expired()
         if self._verdict:
             return
         missing = sorted(set(range(self._world_size)) - self._joined)
@@ -201,20 +201,20 @@ class WatchHub:
             client = self._clients[silent[0]]
             assert client.peer is not None
             phase = self._phase_of(client)
-            self._issue(hung(client.peer, phase, SILENCE_SECONDS, reporter=0))
+            self._issue(hung(client.peer, phase, HEARTBEAT_TIMEOUT_SECONDS, reporter=0))
         elif self._first_failure:
             self._decide_on_failures(now, *self._first_failure)
-        elif missing and now - self._started > JOIN_SECONDS:
-            self._issue(absent(missing, self._world_size, JOIN_SECONDS))
+        elif missing and now - self._started > JOIN_TIMEOUT_SECONDS:
+            self._issue(absent(missing, self._world_size, JOIN_TIMEOUT_SECONDS))
 
     def _decide_on_failures(self, now: float, since: float, rank: int) -> None:
         first = self._clients[rank].failure
         assert first is not None
         own = self._clients.get(0)
-        if first.mendable and own and own.failure and own.failure.mendable:
+        if first.is_user_error and own and own.failure and own.failure.is_user_error:
             rank, delay = 0, 0.0
         else:
-            delay = _MENDABLE_SECONDS if first.mendable else _DEFECT_SECONDS
+            delay = _USER_ERROR_SECONDS if first.is_user_error else _DEFECT_SECONDS
         if now - since >= delay:
             client = self._clients[rank]
             assert client.peer is not None

@@ -17,7 +17,7 @@ from mot_megatron.config_files import differing_keys
 from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import TrainingError
-from mot_megatron.files import write_whole
+from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import peak_flops, peak_memory_bytes
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.stop import StopRequest
@@ -253,10 +253,10 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
 def _make_run_directory(config: Config, corpus: Corpus) -> None:
     """Make the run's folder, with the resolved configuration and the corpus's description in it."""
     config.run_directory.mkdir(parents=True, exist_ok=True)
-    write_whole(config.run_directory / "config.toml", config.to_toml())
+    write_atomically(config.run_directory / "config.toml", config.to_toml())
     # Says on which tokens the run was trained, also where the corpus is not at hand.
     description = (corpus.directory / DESCRIPTION_FILE).read_bytes()
-    write_whole(config.run_directory / DESCRIPTION_FILE, description)
+    write_atomically(config.run_directory / DESCRIPTION_FILE, description)
 
 
 def _peak_flops(session: Session) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mot_megatron.config import Config
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
-from mot_megatron.files import write_whole
+from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import device_name
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.train.session import Session
@@ -55,7 +55,7 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
         },
     }
     path = config.run_directory / SUMMARY_FILE
-    write_whole(path, json.dumps(summary, indent=1) + "\n")
+    write_atomically(path, json.dumps(summary, indent=1) + "\n")
     return path
 
 

@@ -22,7 +22,7 @@ from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import CheckpointError
-from mot_megatron.files import write_whole
+from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
 from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
@@ -77,7 +77,7 @@ def upcycle(
     )
     path = config.run_directory / "config.toml"
     try:
-        write_whole(path, config.to_toml())
+        write_atomically(path, config.to_toml())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     return checkpoint

@@ -15,12 +15,12 @@ import pytest
 from torch.multiprocessing import get_context
 
 from mot_megatron.errors import ConfigError
-from mot_megatron.job import distributed, silence, verdict, watch, watch_hub
+from mot_megatron.job import distributed, heartbeats, verdict, watch, watch_hub
 from mot_megatron.job.progress_report import Phase, ProgressReport
 from tests.ranks import ENVIRONMENT, PRELOAD
 
 RANKS = 3
-SILENCE_SECONDS = 6.0
+HEARTBEAT_TIMEOUT_SECONDS = 6.0
 """Instead of 30; longer than a pause of the watching process itself."""
 HOST = re.escape(socket.gethostname())
 
@@ -79,12 +79,14 @@ class Job:
 
 def _rank(rank: int, port: int, folder: Path, event: str) -> None:
     os.dup2(os.open(folder / f"stderr.{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    watch.SILENCE_SECONDS = watch_hub.SILENCE_SECONDS = SILENCE_SECONDS
+    watch.HEARTBEAT_TIMEOUT_SECONDS = watch_hub.HEARTBEAT_TIMEOUT_SECONDS = (
+        HEARTBEAT_TIMEOUT_SECONDS
+    )
     if event == "die before joining":
         os._exit(7)
     world = distributed.find_world(rank, RANKS, rank, "127.0.0.1", port)
     progress_report = ProgressReport()
-    with watch.Watch(world, progress_report):
+    with watch.Watchdog(world, progress_report):
         progress_report.enter("data", step=12)
         (folder / f"ready.{rank}").touch()
         _act(event)
@@ -93,7 +95,7 @@ def _rank(rank: int, port: int, folder: Path, event: str) -> None:
 def _act(event: str) -> None:
     if event == "defect":
         raise ValueError("a defect\nof two lines")
-    if event == "mendable":
+    if event == "is_user_error":
         raise ConfigError("a.key = 3; allowed: 4")
     if event == "work":
         time.sleep(100)  # as in a collective: nothing of the main thread's own will end it
@@ -123,7 +125,7 @@ def test_a_stopped_rank(tmp_path: Path, victim: int) -> None:
         os.kill(job.pid(victim), signal.SIGSTOP)
         expected: list[int | None] = [verdict.LOST_STATUS] * RANKS
         expected[victim] = -signal.SIGKILL  # by the others: it would stay for ever
-        assert job.wait(SILENCE_SECONDS + 5) == expected
+        assert job.wait(HEARTBEAT_TIMEOUT_SECONDS + 5) == expected
         ((reporter, line),) = job.errors().items()
         assert reporter == (0 if victim else RANKS - 1)
         assert re.fullmatch(
@@ -149,14 +151,14 @@ def test_a_defect_on_one_rank(tmp_path: Path, culprit: int) -> None:
 
 
 def test_a_mendable_error_on_all_ranks_is_one_line(tmp_path: Path) -> None:
-    with Job(tmp_path, "mendable", *range(RANKS)) as job:
-        assert job.wait(20) == [verdict.MENDABLE_STATUS] * RANKS
+    with Job(tmp_path, "is_user_error", *range(RANKS)) as job:
+        assert job.wait(20) == [verdict.USER_ERROR_STATUS] * RANKS
         assert job.errors() == {0: "error: a.key = 3; allowed: 4\n"}
 
 
 def test_a_mendable_error_on_one_rank_names_it(tmp_path: Path) -> None:
-    with Job(tmp_path, "mendable", 1) as job:
-        assert job.wait(20) == [verdict.MENDABLE_STATUS] * RANKS
+    with Job(tmp_path, "is_user_error", 1) as job:
+        assert job.wait(20) == [verdict.USER_ERROR_STATUS] * RANKS
         text = f"error: rank 1 (host {socket.gethostname()}, pid {job.pid(1)}): a.key = 3;"
         assert job.errors() == {1: f"{text} allowed: 4\n"}
 
@@ -166,7 +168,7 @@ def test_a_finished_rank_is_not_a_lost_one(tmp_path: Path) -> None:
         job.wait_until_all_work()
         job.processes[1].join(10)
         assert job.processes[1].exitcode == 0
-        job.processes[0].join(SILENCE_SECONDS + 2)
+        job.processes[0].join(HEARTBEAT_TIMEOUT_SECONDS + 2)
         assert job.processes[0].is_alive()  # waits for rank 2
         assert job.processes[2].is_alive()
         os.kill(job.pid(2), signal.SIGKILL)
@@ -206,9 +208,9 @@ def test_strangers_are_turned_away() -> None:
 # --- the pieces
 
 
-def test_silence_is_counted_from_the_last_sign_of_life() -> None:
+def test_the_timeout_counts_from_the_last_heartbeat() -> None:
     now = 0.0
-    pulse = silence.Silence(30, clock=lambda: now)
+    pulse = heartbeats.HeartbeatMonitor(30, clock=lambda: now)
     pulse.heard(1)
     pulse.heard(2)
     pulse.heard(3)
@@ -223,7 +225,7 @@ def test_silence_is_counted_from_the_last_sign_of_life() -> None:
 
 def test_a_pause_of_the_watcher_itself_proves_nothing() -> None:
     now = 0.0
-    pulse = silence.Silence(30, clock=lambda: now)
+    pulse = heartbeats.HeartbeatMonitor(30, clock=lambda: now)
     pulse.heard(1)
     now = 100.0  # suspended for that long, as everybody else may have been
     assert pulse.expired() == []

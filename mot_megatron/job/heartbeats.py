@@ -9,7 +9,7 @@ LONGEST_TICK_SECONDS = 5.0
 """A longer gap between two checks means that this process was itself paused."""
 
 
-class Silence:
+class HeartbeatMonitor:
     """Detects ranks whose heartbeats have stopped.
 
     Time during which this process was itself paused (a suspended job, a migrated virtual machine)
