@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mot_megatron.cli.generate import main
 from mot_megatron.data.corpus import Corpus
 from tests.cli.console import only_error
+from tests.compare.synthetic_runs import write_run
 from tests.small_corpus import make_corpus
 from tests.train.test_trained import save_step
+from tools import draw_samples
 
 CHOICE = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
 CAPACITY = 'model.towers.text.experts={num_moe_experts=4,routing="topk",capacity_factor=1.0}'
@@ -59,3 +62,19 @@ def test_without_a_causal_router_it_is_refused_in_one_line(
     line = only_error(capsys.readouterr().err)
     assert line.startswith("error: model.towers.text.experts.causal_router = false: its experts")
     assert not (tmp_path / "out").exists()
+
+
+def test_losses_and_pictures_are_drawn(corpus: Corpus, tmp_path: Path) -> None:
+    losses = {
+        f"loss_{split}/{modality}": {10: 5.0, 20: 4.0}
+        for split in ("train", "held_out")
+        for modality in ("text", "image")
+    }
+    write_run(tmp_path, "run", losses)
+    save_step(tmp_path / "run", corpus, 1)
+    picture = tmp_path / "samples.png"
+    prompts = ["--prompt", "a", "--prompt", "bc", "--samples", "2"]
+    assert draw_samples.main([str(tmp_path / "run"), "--output", str(picture), *prompts]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1000
+        assert len(drawn.convert("RGB").getcolors(drawn.width * drawn.height) or []) > 50
