@@ -73,11 +73,12 @@ def draw(
     curves: RunCurves, corpus: CorpusDescription, pictures: Mapping[str, Sequence[Item]]
 ) -> Figure:
     """Return a figure with the losses on the left and a column of pictures for each prompt."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     rows = max(map(len, pictures.values()))
     figure = Figure((13, 3.4), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
+    left, right = np.array(figure.subfigures(1, 2, width_ratios=(1, 2.6)), dtype=object)
     _draw_losses(left.subplots(), curves, corpus)
     grid = right.subplots(rows, len(pictures), squeeze=False)
     for column, (prompt, items) in enumerate(pictures.items()):
