@@ -182,7 +182,7 @@ def test_a_run_that_has_not_ended_is_named(
     assert main([runs["dense"][0], str(running)]) == 0
     lines = capsys.readouterr().out.splitlines()
     said = lines[lines.index("to bear in mind:") + 1 :]
-    assert said[0].startswith(f"{running}: ends at step 1,500 of 9,000; ")
+    assert said[0].startswith(f"{running}: stops at step 1,500 of 9,000; ")
     assert len(said) == 2
     assert said[1].startswith(f"{running}: training.train_steps = 9,000, but ")
 

@@ -368,10 +368,11 @@ def test_what_to_bear_in_mind() -> None:
         dataclasses.replace(whole, identity=identity(pool_sequences=number)) for number in (8, 2, 8)
     ]
     assert warnings([whole, *pools]) == [
-        "experts choose among the tokens of 2 or 8 sequences, which changes their losses"
+        "experts choose among the tokens of 2 or 8 sequences, depending on the run, which affects"
+        " the losses"
     ]
     assert warnings([whole, short]) == [
-        "short: ends at step 900 of 1,500; what it has not reached it may still reach"
+        "short: stops at step 900 of 1,500; it may still reach losses that count as not reached"
     ]
 
 
@@ -401,6 +402,6 @@ def test_runs_that_differ_in_their_seed_only_are_one_arm(tmp_path: Path) -> None
 
 def test_a_run_given_twice_is_refused() -> None:
     runs = [curves(power_law, name=name, seed=3) for name in ("a", "b")]
-    with pytest.raises(DataError, match=r"b: the same configuration and run\.seed = 3 as a"):
+    with pytest.raises(DataError, match=r"b: has the same configuration and run\.seed = 3 as a"):
         group_seeds(runs)
     assert list(group_seeds([runs[0]])) == ["a"]
