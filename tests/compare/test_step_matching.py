@@ -335,7 +335,7 @@ def test_every_modality_split_and_axis_is_matched() -> None:
         ([curves(power_law, name="b", points=4)], ["b: ", "4 points", "at least 5"]),
         (
             [curves(power_law, name="b"), curves(power_law, name="c", last=600)],
-            ["c: ", "step 600", "b at 1500"],
+            ["c: ", "step 600", "b at step 1500"],
         ),
     ],
 )
