@@ -37,8 +37,8 @@ SPLITS: tuple[Split, ...] = ("train", "held_out", "held_out_causal")
 AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
 SPLIT_TITLES: dict[Split, str] = {
     "train": "training loss",
-    "held_out": "held-out loss, as trained",
-    "held_out_causal": "held-out loss, without later tokens",
+    "held_out": "held-out loss, routed as in training",
+    "held_out_causal": "held-out loss, routed causally",
 }
 """Display names of the splits."""
 
