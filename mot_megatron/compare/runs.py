@@ -158,7 +158,7 @@ def _end(
     on_end: Callable[[PlannedRun], None],
     display: _Display,
 ) -> None:
-    """Handle the end of a run's process that no request to stop explains: finished or failed."""
+    """Record a run whose process has ended if it finished; otherwise report why it failed."""
     failure = None
     if status == 0 and run.has_ended:
         try:
