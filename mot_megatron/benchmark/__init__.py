@@ -1,1 +1,1 @@
-"""Speed and memory measured on this machine: single layers, ranks, what autograd saves."""
+"""Measure speed and memory on this machine: of the data path, single layers and training steps."""

@@ -64,7 +64,7 @@ def scaled(values: dict[str, float], factor: float) -> dict[str, float]:
 
 
 def sample(work: Callable[[], object], repeats: int, description: str) -> list[float]:
-    """Return the seconds of each call, after one that is not counted."""
+    """Return the seconds of each call, after one untimed warm-up call."""
     work()
     seconds = []
     for _ in tqdm(range(repeats), desc=description, delay=5, ncols=100, leave=False):
@@ -118,7 +118,7 @@ def benchmark_packing(
 
 
 def synthetic_counts(lengths: np.ndarray) -> np.ndarray:
-    """Return tokens per tower, [documents, 3] int32: lengths cut in uniformly drawn proportions."""
+    """Return tokens per tower, [documents, 3] int32: lengths split in random proportions."""
     shares = np.random.default_rng(0).dirichlet(np.ones(len(MODALITIES)), len(lengths))
     counts = np.floor(shares * lengths[:, None]).astype(np.int32)
     counts[:, 0] += (lengths - counts.sum(axis=1)).astype(np.int32)
@@ -180,7 +180,7 @@ def benchmark_batches(corpus: Corpus, split: str, settings: DataPathSettings) ->
 
 
 def benchmark(settings: DataPathSettings) -> dict[str, Any]:
-    """Time everything; return the figures, ready for JSON.
+    """Run all measurements; return the results, ready for JSON.
 
     Raises:
         DataError: The corpus cannot be used with this sequence length.

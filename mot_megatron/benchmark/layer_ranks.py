@@ -1,8 +1,9 @@
-"""One layer on two ranks: towers apart (modality parallelism), together, and dense.
+"""Time one layer on two ranks: dense, with all towers on both, and with modality parallelism.
 
-Every rank has a sequence of its own, so the pair works on the same tokens in every variant. Each is
-timed alone, and with its weights' gradients summed over the ranks that hold them, as a training
-step must: the towers of a modality group have nobody to be summed with.
+Every rank has one sequence, so the pair processes the same tokens in every variant. Each variant is
+timed with and without the all-reduce of its weights' gradients that a training step needs, over the
+ranks that hold the same weights. With modality parallelism, only one rank holds a tower, so its
+gradients need no all-reduce.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _TIMEOUT = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What the ranks are told."""
+    """The settings of all ranks of the pair."""
 
     tokens: int
-    """Per rank."""
+    """Tokens per rank."""
     hidden: int
     heads: int
     repeats: int
@@ -43,9 +44,10 @@ class PairSettings:
 
 
 def measure_pair(rank: int, folder: str, settings: PairSettings) -> None:
-    """Run on every rank of a fresh pair; rank 0 leaves ``folder``/seconds.pt.
+    """Time all variants; run on every rank of a fresh pair of processes.
 
-    That holds, by variant, the seconds of the pair in every round after one not counted.
+    Rank 0 writes ``folder``/seconds.pt: variant -> the pair's seconds in every round, without a
+    warm-up round.
     """
     torch.set_num_threads(1)
     on_gpu = settings.device.startswith("cuda")
@@ -67,7 +69,7 @@ def measure_pair(rank: int, folder: str, settings: PairSettings) -> None:
 
 
 def _steps(settings: PairSettings, device: torch.device) -> dict[str, Callable[[], None]]:
-    """One step of every variant, by name."""
+    """Return a function per variant that runs one of its steps, by name."""
     apart = build_process_groups(1, device, placement=balanced_placement([1.0] * TOWERS, RANKS))
     together = replace(apart, modality=None, holders=(), placement=None, mesh=Mesh(RANKS, tensor=1))
 

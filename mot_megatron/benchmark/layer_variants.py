@@ -1,7 +1,7 @@
-"""One layer, forward and backward: ours and other ways to untie weights, on the same weights.
+"""Time forward and backward of one layer: ours, and other implementations of untied weights.
 
-Every variant has the same active FLOPs (mixtures of experts also their router's) and the same
-attention (one causal document).
+Every variant has the same active FLOPs, apart from the routers of mixtures of experts, and the same
+attention, over one causal document. Implementations of one number of towers share their weights.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MIXTURES = {
     f"expert-choice-{NUM_EXPERTS}-causal": 'routing = "expert_choice"\ncausal_router = true',
     f"top-1-of-{NUM_EXPERTS}": 'routing = "topk"',
 }
-"""A single tower whose tokens run through one expert each, on average or exactly."""
+"""Mixtures of experts in a single tower, with one expert per token, on average or exactly."""
 LONGEST_RUN = 256
-"""Tokens of one modality in a row, at most."""
+"""Maximum number of consecutive tokens of one modality."""
 PROFILED_OPERATIONS = 15
 
 CONFIG = """
@@ -65,7 +65,7 @@ global_batch_size = 1
 
 
 class MaskedRows:
-    """Rows of each tower by boolean masks, as the published code picks and merges them."""
+    """Selects the rows of each tower by boolean masks, as the published code does."""
 
     def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
         self.selectors = [towers == tower for tower in range(num_towers)]
@@ -83,7 +83,7 @@ class MaskedRows:
 
 
 class IndexedRows:
-    """Rows of each tower by integer positions."""
+    """Selects the rows of each tower by integer positions."""
 
     def __init__(self, towers: torch.Tensor, num_towers: int) -> None:
         self.num_tokens = len(towers)
@@ -104,7 +104,10 @@ class IndexedRows:
 def run_in_sequence_order(
     layer: Layer, x: torch.Tensor, layer_inputs: LayerInputs, rows: MaskedRows | IndexedRows
 ) -> torch.Tensor:
-    """Our post-norm layer's weights with the stream [t, h] in sequence order throughout."""
+    """Run our post-norm layer with the stream [t, h] in sequence order instead of grouped order.
+
+    The rows of each tower are picked before, and merged after, every operation with untied weights.
+    """
     attention = layer.attention
     width = sum(attention.group_width)
     qkv = attention.qkv(rows.pick(x))
@@ -127,20 +130,23 @@ def run_in_sequence_order(
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a layer; ``forward`` maps the stream's tensors to those of its output."""
+    """A way to run a layer; ``forward`` maps the tensors of the input stream to the output's."""
 
     name: str
     layer: nn.Module
     inputs: tuple[torch.Tensor, ...]
     forward: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
     to_sequence: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
-    """Outputs, or gradients of the inputs, in sequence order [t, h].
+    """Brings outputs, or gradients of the inputs, into sequence order, [t, h].
 
-    Under modality parallelism in the stream's order, of the rows that this rank holds.
+    With modality parallelism, it concatenates this rank's rows in the order of the stream instead.
     """
 
     def step(self) -> tuple[torch.Tensor, ...]:
-        """Forward and backward of ``sum(y * y) / 2``; gradients add up in inputs and weights."""
+        """Run forward and backward with the loss ``sum(y * y) / 2``; return the outputs.
+
+        Gradients accumulate in inputs and weights.
+        """
         outputs = self.forward(self.inputs)
         torch.autograd.backward(outputs, [output.detach() for output in outputs])
         return outputs
@@ -153,7 +159,7 @@ class Variant:
 
 
 class _UnsentExchange(ModalityExchange):
-    """Rows are packed and unpacked as ever; what would arrive is whatever memory holds."""
+    """An exchange that packs and unpacks rows but sends none; received rows are uninitialized."""
 
     def send(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.new_empty(sum(self.plan.receive_rows), *buffer.shape[1:])
@@ -164,7 +170,7 @@ class _UnsentExchange(ModalityExchange):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What to build variants for."""
+    """Builds variants of a layer, all with the same sizes, device and process groups."""
 
     tokens: int
     hidden: int
@@ -174,7 +180,7 @@ class Benchmark:
     groups: ProcessGroups
 
     def variants(self) -> list[Variant]:
-        """Dense first, then the three ways for every number of towers."""
+        """Return dense, then the three implementations for every number of towers."""
         variants = [self.ours(1, "dense")]
         for num_towers in NUM_TOWERS:
             ours, layer_inputs, towers = self._ours(num_towers, f"mot-{num_towers}")
@@ -189,14 +195,14 @@ class Benchmark:
         return variants
 
     def mixtures(self) -> list[Variant]:
-        """The dense layer with a mixture of experts for its feed-forward network."""
+        """Return dense layers with a mixture of experts as their feed-forward network."""
         return [
             self._ours(1, name, f"num_moe_experts = {NUM_EXPERTS}\n{routing}\n")[0]
             for name, routing in MIXTURES.items()
         ]
 
     def compiled(self) -> list[Variant]:
-        """Dense and ours through torch.compile, with the sizes of this one batch."""
+        """Return dense and ours compiled by torch.compile, specialized to the batch's sizes."""
         variants = [self.ours(1, "dense")] + [self.ours(k, f"mot-{k}") for k in NUM_TOWERS]
         return [
             replace(v, name=f"{v.name} compiled", forward=torch.compile(v.forward, dynamic=False))
@@ -204,7 +210,7 @@ class Benchmark:
         ]
 
     def exchange_permutations(self, exchange: Literal["sequence", "heads"]) -> Variant:
-        """What the exchange does to its rows on one of a pair of ranks, without sending them."""
+        """Return only the exchange's work on rows, on one of a pair of ranks, without sending."""
         placement = balanced_placement([1.0, 1.0], 2)
         batch = self._batch(2, ModalityShard(placement, 0, exchange))[1].to(self.device)
         local = _UnsentExchange.of(
@@ -227,7 +233,7 @@ class Benchmark:
         )
 
     def ours(self, num_towers: int, name: str) -> Variant:
-        """Our layer with all its towers on this rank; with one tower it is the dense layer."""
+        """Return our layer with all towers on this rank; with one tower, it is the dense layer."""
         return self._ours(num_towers, name)[0]
 
     def _ours(
@@ -254,7 +260,7 @@ class Benchmark:
     def modality_parallel(
         self, num_towers: int, name: str, exchange: Literal["sequence", "heads"]
     ) -> Variant:
-        """Ours with the towers on the ranks of a modality group, one sequence of each rank."""
+        """Return our layer with towers spread over a modality group, with one sequence per rank."""
         placement, group = self.groups.placement, self.groups.modality
         assert placement is not None
         assert group is not None
@@ -309,7 +315,12 @@ class Benchmark:
         )
 
     def _config(self, num_towers: int, experts: str | None = None) -> Config:
-        """Of so many towers, the first with the settings ``experts`` of a mixture, as TOML."""
+        """Return a configuration with one tower per modality.
+
+        Args:
+            num_towers: Number of modalities and towers.
+            experts: Settings of a mixture of experts in the first tower, as TOML; None: no experts.
+        """
         modalities = "".join(f'm{k} = {{ tower = "t{k}" }}\n' for k in range(num_towers))
         text = CONFIG.format(hidden=self.hidden, heads=self.heads) + modalities
         if experts is not None:
@@ -325,9 +336,12 @@ class Benchmark:
     def _batch(
         self, num_towers: int, shard: ModalityShard | None = None
     ) -> tuple[torch.Tensor, MicroBatch]:
-        """([t] tower of every token, the batch): one document of random runs.
+        """Build a batch of one document, with random runs of tokens of each modality.
 
-        For a modality group, as many sequences as ranks, all alike.
+        With a shard, the batch has one such sequence per rank of the modality group, all equal.
+
+        Returns:
+            [t] tower of every token of a sequence, and the batch.
         """
         generator = np.random.default_rng(0)
         longest = max(1, min(LONGEST_RUN, self.tokens // (8 * num_towers)))
@@ -348,7 +362,7 @@ class Benchmark:
 def measure(
     variants: list[Variant], repeats: int, device: torch.device, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, after one that is not counted."""
+    """Return every variant's seconds in every round, without a warm-up round."""
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     order = random.Random(0)
     with tqdm(total=(1 + repeats) * len(variants), ncols=100, delay=5) as bar:
@@ -368,29 +382,29 @@ def measure(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return the median and the quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
 def profile_difference(dense: Variant, ours: Variant, device: torch.device) -> str:
-    """Table of the operations on which ``ours`` spends most beyond ``dense``."""
+    """Return a table of the operations that take the most additional time in ``ours``."""
     of_variants = [_operation_seconds(variant, device) for variant in (dense, ours)]
     names = set(of_variants[0]) | set(of_variants[1])
     rows = [(of_variants[1].get(n, 0.0) - of_variants[0].get(n, 0.0), n) for n in names]
     rows.sort(reverse=True)
     total = sum(of_variants[0].values())
-    lines = [f"{ours.name} minus dense, own time of operations (dense: {total * 1e3:.1f} ms)"]
+    lines = [f"{ours.name} minus dense, self time of operations (dense: {total * 1e3:.1f} ms)"]
     lines += [
         f"{difference * 1e3:+9.2f} ms {difference / total:+7.2%}  {name}"
         for difference, name in rows[:PROFILED_OPERATIONS]
     ]
-    lines.append(f"{sum(d for d, _ in rows) * 1e3:+9.2f} ms in all")
+    lines.append(f"{sum(d for d, _ in rows) * 1e3:+9.2f} ms in total")
     return "\n".join(lines)
 
 
 def _operation_seconds(variant: Variant, device: torch.device) -> dict[str, float]:
-    """Median own time of every operation over a few steps."""
+    """Return the median self time of every operation over a few steps."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]
     variant.step()

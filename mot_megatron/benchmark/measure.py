@@ -1,7 +1,7 @@
-"""What a training step holds on this rank, read from its tensors.
+"""Measure the memory of a training step on this rank from its tensors.
 
-Model state is measured between micro-batches and before the optimizer's step, when nothing is
-under way: storages of tensors, each counted once, padding included.
+Model state is measured between micro-batches and before the optimizer step, when no operation is in
+progress. Every tensor storage counts once, with its padding.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from mot_megatron.train.session import Session
 
 
 def measure_step(session: Session) -> RankMemory:
-    """Run forward and backward of a step's micro-batches, all but the optimizer's step.
+    """Run forward and backward of all micro-batches of a step, and measure memory.
 
-    On a CPU: elsewhere backward runs in threads of its own, where what it keeps is not seen. As
-    collective as a training step. The session is of no use afterwards.
+    The optimizer step is not run, and the session is unusable afterwards. Collective, like a
+    training step. Runs only on CPUs: on other devices, backward runs in separate threads, where
+    saved tensors are not counted.
     """
     groups, model = session.groups, session.model
     assert groups.device.type == "cpu"
@@ -68,12 +69,12 @@ def _state(session: Session) -> StateBytes:
     return StateBytes(
         weights=sum(weights.values()),
         gradients=sum(_storages(held.gradients).values()),
-        # Without ZeRO, AdamW steps the weights themselves.
+        # Without ZeRO, AdamW updates the weights in place, so they do not count again.
         optimizer=sum(size for place, size in optimizer.items() if place not in weights),
     )
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of every piece of memory, by its address."""
+    """Return the bytes of every storage, by its address."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}

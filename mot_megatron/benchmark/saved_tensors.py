@@ -1,4 +1,4 @@
-"""Counts, while a model runs, the bytes that autograd keeps for backward."""
+"""Count the bytes that autograd saves for backward while a model runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class SavedForBackward:
-    """Bytes that are kept now and were kept at most, storages counted once.
+    """A counter of the bytes of tensors saved for backward, and of their peak.
 
-    Weights are left out, views of them included. What a layer computes and nothing saves is not
-    counted either: it lives for an operation, not until backward.
+    Every storage counts once. Weights and views of them are not counted, nor are temporaries that
+    autograd does not save: they live only during an operation, not until backward.
     """
 
     def __init__(self, weights: Iterable[torch.nn.Parameter]) -> None:
@@ -24,12 +24,15 @@ class SavedForBackward:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Count what is saved inside, by this thread; on a CPU backward runs in it too."""
+        """Count tensors saved by this thread in the ``with`` block.
+
+        On a CPU, backward runs in this thread too.
+        """
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
 
     def keep(self, storage: torch.UntypedStorage) -> None:
-        """Count a use; of the first, the bytes."""
+        """Count a use of a storage; its bytes count at the first use."""
         self._uses[storage.data_ptr()] += 1
         if self._uses[storage.data_ptr()] == 1:
             self._kept_bytes += storage.nbytes()
@@ -44,16 +47,16 @@ class SavedForBackward:
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
         storage = tensor.untyped_storage()
-        # Looked up anew each time: ZeRO-3 gathers weights to other places.
+        # Look up addresses every time, because ZeRO-3 gathers weights into new memory.
         weights = {p.untyped_storage().data_ptr() for p in self._weights}
         return tensor if storage.data_ptr() in weights else _Kept(tensor, self)
 
 
 class _Kept:
-    """A saved tensor, for as long as autograd holds on to it."""
+    """A saved tensor, counted as long as autograd keeps it."""
 
     def __init__(self, tensor: torch.Tensor, counter: SavedForBackward) -> None:
-        self.tensor = tensor.detach()  # with its history it would keep itself alive
+        self.tensor = tensor.detach()  # undetached, its graph would keep this object alive
         self._counter = counter
         counter.keep(self.tensor.untyped_storage())
 

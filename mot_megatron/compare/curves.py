@@ -1,8 +1,9 @@
-"""The loss curves of a run: read from its TensorBoard log, kept as a small CSV.
+"""The loss curves of a run, read from its TensorBoard log and stored as a small CSV file.
 
-A curve is the loss of one modality on one split in bits per token, a point per report. A point of
-``train`` is the mean since the report before; ``held_out`` is the validation split as the model was
-trained; ``held_out_causal`` is it without a look at the future, for models with expert choice.
+A curve is the loss of one modality on one split, in bits per token, with one point per report or
+evaluation. A ``train`` point averages over the steps since the previous report. ``held_out`` is the
+loss on the validation split with tokens routed as in training. ``held_out_causal`` is the same loss
+with causal routing; it is logged only for models whose training routes with later tokens.
 """
 
 from __future__ import annotations
@@ -36,35 +37,36 @@ SPLITS: tuple[Split, ...] = ("train", "held_out", "held_out_causal")
 AXES: tuple[Axis, ...] = ("steps", "flops", "seconds")
 SPLIT_TITLES: dict[Split, str] = {
     "train": "training loss",
-    "held_out": "held-out loss, as trained",
-    "held_out_causal": "held-out loss, without later tokens",
+    "held_out": "held-out loss, routed as in training",
+    "held_out_causal": "held-out loss, routed causally",
 }
-"""What a person reads for them."""
+"""Display names of the splits."""
 
 _LOSS = "loss_"
 _PROGRESS = ("tokens", "flops", "seconds")
-# All scalars; of the pictures and sounds in the same files as few as can be asked for.
+# 0 loads all scalars; 1 is the smallest limit for the other kinds, which are not used.
 _SIZES = {"scalars": 0, "images": 1, "audio": 1, "tensors": 1}
 _RECORD_HEAD, _RECORD_FRAME = 12, 16
-"""Bytes before a record of an event file, and in all beside it: length and two checksums."""
+"""Bytes of an event file's record before its content (length and checksum), and bytes added in all
+(length and two checksums)."""
 
-_SAME = {
+_MUST_BE_EQUAL = {
     "data.seq_length": "seq_length",
     "evaluation.max_sequences": "held_out_sequences",
 }
-"""Keys that decide which labels a loss is a mean of, and where a run's identity has them."""
-_ALIKE = {
+"""Keys that decide which labels a loss averages over, and their fields in RunIdentity."""
+_WARN_IF_DIFFERENT = {
     "training.global_batch_size": "step_sequences",
     "training.train_steps": "train_steps",
 }
-"""Keys that change what a step is or how its learning rate falls, likewise."""
+"""Keys that change the size of a step or the learning-rate schedule, and their fields."""
 
 Points = dict[int, float]
 """Step -> value."""
 
 
 class RunIdentity(BaseModel):
-    """What a run is, so that only comparable ones are compared and seeds are found."""
+    """What identifies a run: decides which runs are comparable and which are seeds of one arm."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,27 +77,28 @@ class RunIdentity(BaseModel):
     corpus: str
     """Name of the corpus."""
     splits: dict[str, str]
-    """Per split of the corpus the digest of its documents: ``token_digests``."""
+    """Split name -> digest of its documents, from ``token_digests``."""
     vocabulary: tuple[str, ...]
-    """Per modality its name, number of ids and codec, in the order of the ids."""
+    """Name, number of ids and codec of each modality, in the order of the ids."""
     towers: tuple[str, ...]
-    """Names of the towers; one: dense."""
+    """Names of the towers; a dense model has one."""
     parameters: int
-    """Of the whole model, but for causal routers, which are trained beside it."""
+    """Parameters of the whole model, without causal routers, which are trained separately."""
     sees_the_future: bool
     """Whether a token's experts depend on later tokens in ``train`` and ``held_out``."""
     pool_sequences: int | None
-    """Sequences among whose tokens experts choose; None where none see later tokens."""
+    """Sequences pooled in one routing decision; None if routing does not see later tokens."""
     seq_length: int
-    """Tokens of a packed sequence."""
+    """Tokens per packed sequence."""
     held_out_sequences: int | None
-    """Of the validation split, in every evaluation but the last; None: all."""
+    """Validation sequences in every evaluation but the last; None: all."""
     step_sequences: int
     """Sequences in the global batch of a step."""
     train_steps: int
-    """Steps that the run is to have."""
+    """Number of steps the run is configured for."""
     configuration: str
-    """sha256 of the configuration without run.name, run.seed and run.directory: names the arm."""
+    """sha256 of the configuration without run.name, run.seed and run.directory; the same for all
+    runs of an arm."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Curve:
     """Loss of one modality on one split."""
 
     steps: np.ndarray
-    """[n] int64, rising: steps done."""
+    """[n] int64, ascending: steps completed."""
     bits: np.ndarray
     """[n] float64, bits per token."""
 
@@ -116,42 +119,42 @@ class RunCurves:
     """The run's folder or the CSV, for error messages."""
     identity: RunIdentity
     curves: Mapping[tuple[Split, str], Curve]
-    """By split and modality; absent where nothing was logged."""
+    """(split, modality) -> its curve; has no entry if nothing was logged."""
     steps: np.ndarray
-    """[m] int64, rising: all steps of all curves."""
+    """[m] int64, ascending: union of the steps of all curves."""
     tokens: np.ndarray
-    """[m] document tokens trained on so far, over all ranks."""
+    """[m] cumulative document tokens trained on, over all ranks."""
     flops: np.ndarray
-    """[m] model FLOPs so far, over all ranks."""
+    """[m] cumulative model FLOPs, over all ranks."""
     seconds: np.ndarray
-    """[m] seconds spent in training steps so far."""
+    """[m] cumulative seconds spent in training steps."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last report is of the last step, or the one before it of the last interval.
+        """Whether the last logged step is within one report interval of the configured last step.
 
-        A run's last steps need not fill an interval.
+        The final steps of a run need not fill an interval.
         """
         interval = int(np.diff(self.steps).max(initial=0))
         return self.steps[-1] + interval >= self.identity.train_steps
 
     @property
     def without_honest_loss(self) -> bool:
-        """Whether the model sees the future, and its loss without that is not known."""
+        """Whether routing sees later tokens and no loss with causal routing was logged."""
         known = any(split == "held_out_causal" for split, _ in self.curves)
         return self.identity.sees_the_future and not known
 
     def curve(self, split: Split, modality: str) -> Curve | None:
-        """The curve, or None where there is none.
+        """Return the curve, or None if nothing was logged for it.
 
-        A model that never sees the future has its ``held_out`` for ``held_out_causal``.
+        If the model's routing never sees later tokens, ``held_out_causal`` is ``held_out``.
         """
         if split == "held_out_causal" and not self.identity.sees_the_future:
             split = "held_out"
         return self.curves.get((split, modality))
 
     def along(self, curve: Curve, axis: Axis) -> np.ndarray:
-        """Where the points of ``curve``, one of this run's, lie on ``axis``: [n] float64."""
+        """Return the positions on ``axis`` of the points of a curve of this run, [n] float64."""
         if axis == "steps":
             return curve.steps.astype(np.float64)
         values = self.flops if axis == "flops" else self.seconds
@@ -159,13 +162,13 @@ class RunCurves:
 
 
 def read_run(directory: Path) -> RunCurves:
-    """The curves of the run in ``directory``, from config.toml, corpus.toml and tensorboard/.
+    """Read the curves of a run's folder: its config.toml, corpus.toml and tensorboard/.
 
-    Steps that a resumed run did again count once, as they were done last.
+    If a resumed run repeated steps, their last values count.
 
     Raises:
-        DataError: a file or a curve is missing or damaged; the line names it.
-        ConfigError: config.toml is missing or not legal.
+        DataError: A file or a curve is missing or damaged; the message names it.
+        ConfigError: config.toml is missing or invalid.
     """
     config = load_config(directory / "config.toml")
     identity = _identity(config, read_description(directory / DESCRIPTION_FILE))
@@ -179,7 +182,7 @@ def read_run(directory: Path) -> RunCurves:
     for split in ("train", "held_out"):
         if not any(split == found for found, _ in losses):
             raise DataError(
-                f"{directory}: no points of {_LOSS}{split} in tensorboard/; has the run come to"
+                f"{directory}: no points of {_LOSS}{split} in tensorboard/; has the run reached"
                 " its first report and evaluation?"
             )
     progress = {name: scalars.get(f"progress/{name}", {}) for name in _PROGRESS}
@@ -187,14 +190,14 @@ def read_run(directory: Path) -> RunCurves:
 
 
 def write_csv(curves: RunCurves, path: Path) -> None:
-    """Write ``path`` and, beside it, the identity as ``path.with_suffix(".json")``.
+    """Write the curves to ``path`` and the run's identity to ``path.with_suffix(".json")``.
 
-    A row per logged step: step, tokens, flops, seconds, and a column per curve, called as in
-    TensorBoard, whose cells are empty where it has no point. Numbers have the nine digits of the
-    float32 values in a TensorBoard log.
+    The CSV file has one row per logged step: step, tokens, flops, seconds, and one column per
+    curve, named by its TensorBoard tag. A cell is empty if the curve has no point at that step.
+    Nine significant digits restore the float32 values of a TensorBoard log exactly.
 
     Raises:
-        OSError: one cannot be written.
+        OSError: A file cannot be written.
     """
     points = {
         key: dict(zip(curve.steps.tolist(), curve.bits.tolist(), strict=True))
@@ -214,10 +217,10 @@ def write_csv(curves: RunCurves, path: Path) -> None:
 
 
 def read_csv(path: Path) -> RunCurves:
-    """What ``write_csv`` wrote.
+    """Read the files that ``write_csv`` wrote.
 
     Raises:
-        DataError: a file is missing or was not written by ``write_csv``; the line names it.
+        DataError: A file is missing or was not written by ``write_csv``; the message names it.
     """
     identity = read_identity(path)
     try:
@@ -230,7 +233,7 @@ def read_csv(path: Path) -> RunCurves:
     except (ValueError, IndexError) as error:
         raise DataError(f"{path}: not a table of curves: {error}") from None
     if header[:4] != ["step", *_PROGRESS] or any(len(row) != len(header) for row in rows):
-        raise DataError(f"{path}: not a table of curves: its columns are not those of one")
+        raise DataError(f"{path}: not a table of curves: unexpected columns")
     columns = {
         name: {
             step: row[number]
@@ -245,10 +248,10 @@ def read_csv(path: Path) -> RunCurves:
 
 
 def read_identity(path: Path) -> RunIdentity:
-    """The identity that ``write_csv`` wrote beside ``path``.
+    """Read the identity that ``write_csv`` wrote beside ``path``.
 
     Raises:
-        DataError: it is missing or was not written by ``write_csv``; the line names it.
+        DataError: It is missing or was not written by ``write_csv``; the message names it.
     """
     beside = path.with_suffix(".json")
     try:
@@ -260,7 +263,7 @@ def read_identity(path: Path) -> RunIdentity:
 
 
 def token_digests(corpus: CorpusDescription) -> dict[str, str]:
-    """Per split a sha256 of its tokens and of where its documents begin."""
+    """Return, for each split, a sha256 of its tokens and document boundaries."""
     return {
         name: hashlib.sha256((counts.sha256.bin + counts.sha256.idx).encode()).hexdigest()
         for name, counts in corpus.splits.items()
@@ -268,10 +271,10 @@ def token_digests(corpus: CorpusDescription) -> dict[str, str]:
 
 
 def read_description(path: Path) -> CorpusDescription:
-    """What a corpus.toml says, a corpus's own or the copy that a run keeps.
+    """Read a corpus.toml: a corpus's own or the copy in a run's folder.
 
     Raises:
-        DataError: it cannot be read or is not legal; the line names it.
+        DataError: It cannot be read or is invalid; the message names it.
     """
     try:
         return parse_description(path.read_text(encoding="utf-8"), str(path))
@@ -282,21 +285,21 @@ def read_description(path: Path) -> CorpusDescription:
 
 
 def at_common_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Several runs' curves at the steps that all of them have.
+    """Restrict the curves of several runs to their common steps.
 
     Returns:
-        [n] steps, and [runs, n] bits there.
+        [n] steps, and [runs, n] bits per token at these steps.
     """
     common = reduce(np.intersect1d, [curve.steps for curve in curves])
     return common, np.stack([curve.bits[np.isin(curve.steps, common)] for curve in curves])
 
 
 def check_comparable(runs: Sequence[RunCurves]) -> None:
-    """Check that all runs saw the same tokens, so that their losses mean the same.
+    """Check that the runs' losses are comparable, because they are losses of the same tokens.
 
     Raises:
-        DataError: another corpus or tokenizer, sequences of another length, or losses of other
-            held-out sequences; the line names both runs.
+        DataError: Two runs differ in corpus, tokenizer, sequence length or held-out sequences; the
+            message names both.
     """
     first, *others = runs
     one = first.identity
@@ -312,7 +315,7 @@ def check_comparable(runs: Sequence[RunCurves]) -> None:
                 f"{run.source}: trained on corpus {_corpus(other)}, but {first.source} on"
                 f" {_corpus(one)}; only runs on the same tokens can be compared"
             )
-        for key, field in _SAME.items():
+        for key, field in _MUST_BE_EQUAL.items():
             ours, theirs = getattr(one, field), getattr(other, field)
             if ours != theirs:
                 raise DataError(
@@ -322,21 +325,21 @@ def check_comparable(runs: Sequence[RunCurves]) -> None:
 
 
 def warnings(runs: Sequence[RunCurves]) -> list[str]:
-    """What makes a match of comparable runs say less than it seems to, a line each."""
+    """Return the caveats of matching these comparable runs, one line each."""
     lines = [
-        f"{run.source}: ends at step {run.steps[-1]:,} of {run.identity.train_steps:,}; what it has"
-        " not reached it may still reach"
+        f"{run.source}: stops at step {run.steps[-1]:,} of {run.identity.train_steps:,}; it may"
+        " still reach losses that count as not reached"
         for run in runs
         if not run.has_ended
     ]
     pools = sorted({pool for run in runs if (pool := run.identity.pool_sequences)})
     if len(pools) > 1:
         lines.append(
-            f"experts choose among the tokens of {' or '.join(map(str, pools))} sequences, which"
-            " changes their losses"
+            f"experts choose among the tokens of {' or '.join(map(str, pools))} sequences,"
+            " depending on the run, which affects the losses"
         )
     first, *others = runs
-    for key, field in _ALIKE.items():
+    for key, field in _WARN_IF_DIFFERENT.items():
         ours = getattr(first.identity, field)
         lines += [
             f"{run.source}: {key} = {theirs:,}, but {first.source} has {ours:,}"
@@ -347,12 +350,12 @@ def warnings(runs: Sequence[RunCurves]) -> list[str]:
 
 
 def group_seeds(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
-    """Runs that differ in their seed only belong together: arm's name -> runs, in their order.
+    """Group runs that differ only in their seed: arm's name -> its runs, in the given order.
 
-    An arm is called as its runs are without the seed at their end: mot for mot-seed1, mot-seed2.
+    An arm is named after its runs, without the trailing seed: mot for mot-seed1 and mot-seed2.
 
     Raises:
-        DataError: two runs of an arm have the same seed; the line names both.
+        DataError: Two runs of an arm have the same seed; the message names both.
     """
     arms: dict[str, list[RunCurves]] = {}
     for run in runs:
@@ -391,14 +394,14 @@ def _identity(config: Config, corpus: CorpusDescription) -> RunIdentity:
 
 
 def _read_scalars(directory: Path) -> dict[str, Points]:
-    """All scalars of a folder of event files, by tag."""
+    """Read all scalars of a folder of event files, by tag."""
     files = sorted(directory.glob("*tfevents*"))
     if not files:
-        raise DataError(f"{directory}: no TensorBoard event files; has the run begun?")
+        raise DataError(f"{directory}: no TensorBoard event files; has the run started?")
     for path in files:
         _check_records(path)
     events = EventAccumulator(str(directory), _SIZES).Reload()
-    # Points that a resumed run wrote anew come last, and a dictionary keeps the last.
+    # A resumed run may log a step again; later points override earlier ones.
     return {
         tag: {point.step: point.value for point in events.Scalars(tag)}
         for tag in events.Tags()["scalars"]
@@ -406,12 +409,13 @@ def _read_scalars(directory: Path) -> dict[str, Points]:
 
 
 def _check_records(path: Path) -> None:
-    """Check that an event file can be read to its end: TensorBoard leaves out the rest silently.
+    """Check that an event file is readable to its end.
 
-    A last record that is cut short is what a killed process leaves, and no damage.
+    TensorBoard silently skips everything after a damaged record. A truncated last record is not
+    damage: a killed process leaves one.
 
     Raises:
-        DataError: a record in it does not agree with its checksum.
+        DataError: A record does not match its checksum.
     """
     content = path.read_bytes()
     records = RawEventFileLoader(str(path)).Load()
@@ -437,7 +441,7 @@ def _assemble(
         if absent:
             raise DataError(
                 f"{source}: no progress/{name} at step {absent[0]}; the run, or the checkpoint it"
-                " went on from, is from before it was logged"
+                " resumed from, predates this tag"
             )
     return RunCurves(
         source=source,
@@ -454,7 +458,7 @@ def _curve(points: Points) -> Curve:
 
 
 def _number(cell: str) -> float:
-    # Through float32, so that nine digits give back exactly what the log held.
+    # Nine digits identify a float32, so this restores exactly the value in the log.
     return float(np.float32(cell)) if cell else np.nan
 
 
@@ -485,8 +489,8 @@ def _check_seeds(members: Sequence[RunCurves]) -> None:
         other = of_seed.setdefault(run.identity.seed, run)
         if other is not run:
             raise DataError(
-                f"{run.source}: the same configuration and run.seed = {run.identity.seed} as"
-                f" {other.source}; a run may stand once"
+                f"{run.source}: has the same configuration and run.seed = {run.identity.seed} as"
+                f" {other.source}; give each run only once"
             )
 
 

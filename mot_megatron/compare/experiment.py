@@ -1,9 +1,10 @@
-"""A comparison of arms: which runs it is made of, and what is kept of each of them when it ends.
+"""A comparison of arms: the runs it consists of, and the records stored when they end.
 
-A folder of configurations holds base.toml, which all arms share, small files that make the arms of
-it, and experiment.toml, which says which arms run with which seeds. In the output folder a run's
-scalars (curves/) and a record of it (records/) outlive its own folder (runs/): the report is made
-of them alone. A run whose record is there has ended.
+A folder of configurations contains base.toml, which all arms share, small files that turn it into
+the arms, and experiment.toml, which says which arms run with which seeds. The output folder has the
+folder of each run (runs/), and for each run that has ended its scalars (curves/) and a record
+(records/). The report needs only curves/ and records/, so runs/ may be deleted. A run with a record
+has ended.
 """
 
 from __future__ import annotations
@@ -40,27 +41,27 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
 class Arm(BaseModel):
-    """One of the models that are compared."""
+    """One of the models compared, trained with one or several seeds."""
 
     model_config = _FROZEN
 
     files: tuple[str, ...] = Field(min_length=1)
-    """Configurations that follow base.toml, in its folder."""
+    """Configuration files applied after base.toml, in its folder."""
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
-    """A run for each."""
+    """Seeds; there is one run for each."""
     paper: dict[str, dict[str, float]] = {}
-    """Slopes of the training loss in steps that the paper prints: modality -> model size."""
+    """The paper's slopes of the training loss in steps: modality -> model size -> slope."""
     paper_says: str | None = None
-    """What it prints of the arm besides."""
+    """Other results of the paper for this arm, in words."""
 
 
 class Experiment(BaseModel):
-    """experiment.toml."""
+    """The contents of experiment.toml."""
 
     model_config = _FROZEN
 
     baseline: str
-    """The arm that all others are matched against."""
+    """Name of the arm that all others are matched against."""
     arms: dict[str, Arm]
 
     @property
@@ -71,62 +72,62 @@ class Experiment(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """An arm with a seed."""
+    """A run to train: an arm with a seed."""
 
     arm: str
     seed: int
     files: tuple[Path, ...]
-    """Its configuration, later files overriding earlier ones."""
+    """Configuration files; later ones override earlier ones."""
     overrides: tuple[str, ...]
-    """``section.key=value``."""
+    """Overrides of the configuration, ``section.key=value``."""
     config: Config
-    """What these say, resolved for the corpus."""
+    """Configuration of files and overrides, resolved for the corpus."""
     corpus: CorpusDescription
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return self.config.run.name
 
     @property
     def arguments(self) -> list[str]:
-        """Of the command line that trains it."""
+        """Arguments of the training command."""
         files = [part for file in self.files for part in ("--config", str(file))]
         return files + [part for override in self.overrides for part in ("--set", override)]
 
     @property
     def has_ended(self) -> bool:
-        """Whether its last step is done and summed up, in its own folder."""
+        """Whether its own folder has the summary of its last step."""
         return has_summary(self.config.run_directory, self.config.training.train_steps)
 
 
 class RunRecord(BaseModel):
-    """What is kept of a run beside its curves."""
+    """What is stored about a run besides its curves."""
 
     model_config = _FROZEN
 
     arm: str
     seed: int
     ended: str
-    """Date and time, ISO 8601."""
+    """Date and time at which the run ended, ISO 8601."""
     command: str
-    """That trained it."""
+    """Command that trained the run."""
     comparison: str
-    """The command that it was a part of."""
+    """Command of the comparison that started the run."""
     parallel: int
-    """Runs side by side on the machine."""
+    """Maximum number of runs at a time on the machine."""
     machine: dict[str, Any]
     corpus: dict[str, Any]
-    """Its name, builder and tokens per split and modality."""
+    """Name and builder of the corpus, and its tokens per split and modality."""
     summary: dict[str, Any]
-    """Its summary.json."""
+    """Contents of the run's summary.json."""
     config: Config
-    """Resolved."""
+    """Configuration of the run, resolved for the corpus."""
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the records of all runs of one start of a comparison have in common."""
+    """The fields of RunRecord that are the same for all runs of one ``mot compare`` command."""
 
     comparison: str
     parallel: int
@@ -135,17 +136,17 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run that has ended."""
+    """A run that has ended: its record and curves."""
 
     record: RunRecord
     curves: RunCurves
 
 
 def load_experiment(directory: Path) -> Experiment:
-    """Read experiment.toml of a folder of configurations.
+    """Read the experiment.toml of a folder of configurations.
 
     Raises:
-        ConfigError: it cannot be read, or is no experiment; the line names file and key.
+        ConfigError: It cannot be read or is invalid; the message names file and key.
     """
     path = directory / EXPERIMENT_FILE
     try:
@@ -159,17 +160,17 @@ def load_experiment(directory: Path) -> Experiment:
         raise ConfigError(f"{path}: {first_problem(error, _keys_at)}") from None
     if experiment.baseline not in experiment.arms:
         raise ConfigError(
-            f"{path}: baseline = {experiment.baseline!r} is no arm; allowed:"
+            f"{path}: baseline = {experiment.baseline!r} is not an arm; allowed:"
             f" {', '.join(experiment.arms)}"
         )
     for name, arm in experiment.arms.items():
         if len(set(arm.seeds)) < len(arm.seeds):
-            raise ConfigError(f"{path}: arms.{name}.seeds = {list(arm.seeds)}: each may stand once")
+            raise ConfigError(f"{path}: arms.{name}.seeds = {list(arm.seeds)}: seeds must differ")
     return experiment
 
 
 def _keys_at(location: Location) -> Iterable[str]:
-    """Of experiment.toml, or of an arm in it."""
+    """Return the keys allowed at the top of experiment.toml or in an arm."""
     return (Arm if location else Experiment).model_fields
 
 
@@ -181,22 +182,22 @@ def plan_runs(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
 ) -> list[PlannedRun]:
-    """All runs of the experiment in the order in which they start.
+    """Return all runs of the experiment in the order in which they start.
 
-    Every arm's first seed, then every arm's second, so that what has ended at any time is about as
-    much of each, and the baseline's is always there.
+    All arms' first seeds come first, then all arms' second seeds, with the baseline first in each
+    round. At any time, each arm then has about as many finished runs, and the baseline has some.
 
     Args:
         directory: Folder of the configurations.
-        output: Folder of the comparison.
-        arms: Only these; absent: all.
-        seeds: Only these of the arms' seeds; absent: all.
-        overrides: Of every run's configuration.
+        output: Output folder of the comparison.
+        arms: Names of the arms to run; None: all.
+        seeds: Seeds to run, of those the arms have; None: all.
+        overrides: Overrides of every run's configuration, ``section.key=value``.
 
     Raises:
-        ConfigError: a configuration is not legal or its curves will be too short to be matched, or
+        ConfigError: A configuration is invalid or its curves would be too short to be matched, or
             an arm or a seed is not in experiment.toml.
-        DataError: the corpus cannot be read.
+        DataError: The corpus cannot be read.
     """
     experiment = load_experiment(directory)
     chosen = _chosen(experiment, arms, seeds, directory / EXPERIMENT_FILE)
@@ -224,11 +225,11 @@ def plan_runs(
 
 
 def is_recorded(run: PlannedRun, output: Path) -> bool:
-    """Whether the run has ended and its curves are kept.
+    """Return whether the run has ended and its record and curves are stored.
 
     Raises:
-        ConfigError: it, or the part of it that is done, is of another configuration.
-        DataError: its record is damaged, or it was trained on another corpus.
+        ConfigError: The run has ended or started with another configuration.
+        DataError: Its record is damaged, or it was trained on another corpus.
     """
     path, curves = _record_path(output, run.name), _curves_path(output, run.name)
     if path.exists() and curves.exists():
@@ -246,11 +247,11 @@ def is_recorded(run: PlannedRun, output: Path) -> bool:
 def record_run(
     run: PlannedRun, output: Path, circumstances: Circumstances, *, ended: str, command: str
 ) -> None:
-    """Keep the curves and the record of a run that has ended.
+    """Store the curves and the record of a run that has ended.
 
     Raises:
-        DataError: its log has no curves, or something cannot be written.
-        ConfigError: it was trained with another configuration, as a file changed after planning.
+        DataError: Its log has no curves, or a file cannot be written.
+        ConfigError: It was trained with another configuration: a file changed after planning.
     """
     directory = run.config.run_directory
     _check_unchanged(load_config(directory / "config.toml"), run, directory)
@@ -278,17 +279,17 @@ def record_run(
         for folder in (path.parent, curves.parent):
             folder.mkdir(parents=True, exist_ok=True)
         write_csv(read_run(directory), curves)
-        # Last: where it is, the curves are.
+        # Written last, so a run with a record always has its curves.
         write_atomically(path, record.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read what ``record_run`` wrote.
+    """Read a record that ``record_run`` wrote.
 
     Raises:
-        DataError: it is damaged.
+        DataError: It is damaged.
     """
     try:
         return RunRecord.model_validate_json(path.read_bytes())
@@ -297,11 +298,12 @@ def read_record(path: Path) -> RunRecord:
 
 
 def read_records(experiment: Experiment, output: Path) -> dict[str, list[RecordedRun]]:
-    """All runs that have ended, by arm in the experiment's order, the baseline's first.
+    """Read all runs that have ended, by arm: the baseline first, then in the experiment's order.
 
     Raises:
-        DataError: none of the baseline has ended, or none of another arm; a file is damaged; a run
-            is of no arm; runs of an arm differ in more than their seed. The line names a file.
+        DataError: No run of the baseline has ended, or none of another arm; a file is damaged; a
+            run's arm is not in the experiment; runs of an arm differ in more than their seed. The
+            message names a file or folder.
     """
     paths = sorted((output / "records").glob("*.json"))
     found: dict[str, list[RecordedRun]] = {name: [] for name in experiment.order}
@@ -312,8 +314,8 @@ def read_records(experiment: Experiment, output: Path) -> dict[str, list[Recorde
         of_arm = found[record.arm]
         if of_arm and (keys := differing_settings(of_arm[0].record.config, record.config)):
             raise DataError(
-                f"{path}: {next(iter(keys))} is not as in {of_arm[0].curves.source.stem}; runs of"
-                " one arm may differ in their seed only"
+                f"{path}: {next(iter(keys))} differs from {of_arm[0].curves.source.stem}; runs of"
+                " one arm may differ only in their seed"
             )
         of_arm.append(RecordedRun(record, read_csv(_curves_path(output, path.stem))))
     records = {
@@ -322,21 +324,21 @@ def read_records(experiment: Experiment, output: Path) -> dict[str, list[Recorde
     if experiment.baseline not in records or len(records) == 1:
         has = ", ".join(records) or "none"
         raise DataError(
-            f"{output}: nothing to compare yet: needed are runs of {experiment.baseline} and of"
-            f" another arm that have ended; there are: {has}"
+            f"{output}: nothing to compare yet: the report needs finished runs of"
+            f" {experiment.baseline} and of another arm; there are finished runs of: {has}"
         )
     return records
 
 
 def differing_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys, but for those of ``run``, and what either says; None for what is absent."""
+    """Return the dotted keys that differ, without ``run``, and both values; None if absent."""
     return differing_keys(one.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
 def _chosen(
     experiment: Experiment, arms: Sequence[str] | None, seeds: Sequence[int] | None, source: Path
 ) -> dict[str, list[int]]:
-    """Arm -> its seeds, of those asked for."""
+    """Return the chosen arms with their chosen seeds."""
     for name in arms or ():
         if name not in experiment.arms:
             raise ConfigError(
@@ -349,12 +351,12 @@ def _chosen(
     }
     for seed in seeds or ():
         if not any(seed in of_arm for of_arm in chosen.values()):
-            raise ConfigError(f"--seeds {seed}: no chosen arm has it in {source}")
+            raise ConfigError(f"--seeds {seed}: no chosen arm has this seed in {source}")
     return {name: of_arm for name, of_arm in chosen.items() if of_arm}
 
 
 def _check_points(config: Config) -> None:
-    """Check that a run's curves will have points enough, before it is trained."""
+    """Check, before a run is trained, that its curves will have enough points."""
     steps = config.training.train_steps
     for key, interval, what in (
         ("logging.interval_steps", config.logging.interval_steps, "reports"),
@@ -362,8 +364,8 @@ def _check_points(config: Config) -> None:
     ):
         if steps // interval < LEAST_POINTS:
             raise ConfigError(
-                f"{key} = {interval}: {config.run.name} comes to {steps // interval} {what} in"
-                f" training.train_steps = {steps}; needed to match steps: at least {LEAST_POINTS}"
+                f"{key} = {interval}: {config.run.name} has {steps // interval} {what} in"
+                f" training.train_steps = {steps}; step matching needs at least {LEAST_POINTS}"
             )
 
 
@@ -378,8 +380,8 @@ def _curves_path(output: Path, name: str) -> Path:
 def _check_same_corpus(trained_on: Mapping[str, str], run: PlannedRun, source: Path) -> None:
     if trained_on != token_digests(run.corpus):
         raise DataError(
-            f"{source}: was trained on other tokens than {run.config.data.corpus} now holds; move"
-            " it away or choose another --output"
+            f"{source}: was trained on other tokens than {run.config.data.corpus} now contains;"
+            " move it away or choose another --output"
         )
 
 

@@ -1,4 +1,4 @@
-"""What matching leaves in a folder: slopes.json, the plots as PNG, and the same in tensorboard/."""
+"""Write the results of step matching: slopes.json, and plots as PNG and in tensorboard/."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SLOPES_FILE = "slopes.json"
 def draw_all(
     arms: Mapping[str, Sequence[RunCurves]], matches: Sequence[Match], axis: Axis = "steps"
 ) -> dict[str, Figure]:
-    """All plots by their names: matches and losses of every split.
+    """Draw the matches and losses of every split; return the plots by name.
 
     Args:
         arms: Name -> its runs; the baseline first.
-        matches: Of the others against it, from ``match_arms``.
-        axis: Of the plots of matches.
+        matches: Matches of the other arms against the baseline, from ``match_arms``.
+        axis: Axis of the plots of matches.
     """
     baseline = next(iter(arms))
     splits = splits_of(matches)
@@ -38,13 +38,13 @@ def draw_all(
 def write_matches(
     matches: Sequence[Match], figures: Mapping[str, Figure], directory: Path
 ) -> list[Path]:
-    """Write slopes.json and the plots into a folder, which is made.
+    """Write slopes.json and the plots to a folder, which is created if needed.
 
     Returns:
-        slopes.json and the PNGs.
+        The paths of slopes.json and the PNG files.
 
     Raises:
-        DataError: one cannot be written.
+        DataError: A file cannot be written.
     """
     slopes = json.dumps([match.to_json() for match in matches], indent=1)
     path = directory / SLOPES_FILE

@@ -1,7 +1,7 @@
-"""The paper's plot, the baseline's steps against steps to match, and the loss curves themselves.
+"""Plot step matching, as in the paper, and loss curves.
 
-Figures are objects of their own: nothing is registered with pyplot, so that none outlives its use
-and no display is asked for. Legends stand below the panels, where no line can run under them.
+Figures are not registered with pyplot, so they are freed after use and need no display. Legends are
+below the panels, where they cover no lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mot_megatron.compare.curves import SPLIT_TITLES, Axis, Curve, RunCurves, Split
 from mot_megatron.compare.step_matching import Match, smoothed_mean
 
-# Okabe and Ito's colors, told apart with any color vision; the baseline is grey.
+# The palette of Okabe and Ito, distinguishable with any color vision; the baseline is gray.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINE_STYLES = ("-", (0, (6, 1, 1, 1)), (0, (1, 1)))
 _BASELINE_COLOR = "#4D4D4D"
@@ -43,31 +43,32 @@ _LEGEND: dict[str, Any] = {
 }
 _AREA_ALPHA = 0.16
 _BEGINNING = 0.03
-"""Share of the steps whose losses may lie above the picture, or they alone would fill it."""
+"""Fraction of the steps, the first ones, whose losses may exceed the y axis; otherwise they would
+take up most of it."""
 
 
 def plot_matches(
     matches: Sequence[Match], *, split: Split, axis: Axis = "steps", baseline: str = "dense"
 ) -> Figure:
-    """The paper's plot: a panel per modality, a line per arm with its slope in the legend.
+    """Plot tau against t: a panel per modality, a line per arm with its slope in the legend.
 
-    The area under a line ends where the candidate's losses do, at a dot.
+    The line and the shaded area under it end with a dot at the last loss the candidate reaches.
 
     Args:
-        matches: From ``match_arms``, of at least one arm on this split and axis; others are not
-            drawn.
-        split: To draw.
-        axis: To draw.
-        baseline: Its name.
+        matches: From ``match_arms``; includes at least one arm on this split and axis. Matches on
+            other splits and axes are not drawn.
+        split: Split to draw.
+        axis: Axis to draw.
+        baseline: Name of the baseline.
     """
     drawn = [match for match in matches if (match.split, match.axis) == (split, axis)]
-    # Of all arms, so that each has the same color in every plot.
+    # Assigned over all matches, so an arm has the same color in every plot.
     styles = _styles(list(dict.fromkeys(match.arm for match in matches)))
     modalities = list(dict.fromkeys(match.modality for match in drawn))
     num_arms = len({match.arm for match in drawn})
-    # And the baseline and a title, below every panel.
+    # The legend also has a title and the baseline.
     figure, panels = _panels(
-        modalities, f"Step matching, {SPLIT_TITLES[split]}", legend_lines=num_arms + 2
+        modalities, f"Step matching: {SPLIT_TITLES[split]}", legend_lines=num_arms + 2
     )
     unit = _AXIS_TITLES[axis]
     for panel, modality in zip(panels, modalities, strict=True):
@@ -75,7 +76,7 @@ def plot_matches(
         end = max(match.baseline_end for match in of_panel)
         panel.plot([0, end], [0, end], "--", color=_BASELINE_COLOR, lw=1.3, label=f"{baseline}: 1")
         for match in of_panel:
-            # Areas lie over each other: the more arms, the lighter each.
+            # Areas overlap, so they are lighter the more arms there are.
             _draw_match(panel, match, styles[match.arm], area=_AREA_ALPHA / len(of_panel))
         highest = max([end, *(match.tau[-1] for match in of_panel if match.points)])
         panel.set(xlim=(0, 1.02 * end), ylim=(0, 1.02 * highest), xlabel=f"{baseline}: {unit}")
@@ -89,16 +90,16 @@ def plot_matches(
             **_LEGEND,
         )
     for panel in panels[::_PANELS_PER_ROW]:
-        panel.set_ylabel(f"{unit} to the same loss")
+        panel.set_ylabel(f"{unit} to reach the same loss")
     return figure
 
 
 def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Figure:
-    """Loss against steps, a panel per modality: an arm's smoothed mean, each of its runs thin.
+    """Plot loss against steps, a panel per modality: arms' smoothed means, and thin single runs.
 
     Args:
         arms: Name -> its runs; the baseline first.
-        split: To draw, which at least one run has.
+        split: Split to draw; at least one run has it.
     """
     modalities = list(
         dict.fromkeys(
@@ -139,17 +140,17 @@ def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Fig
 
 
 def write_figures(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
-    """Write every figure as NAME.png into ``directory`` and as an image into its tensorboard/.
+    """Write every figure to ``directory`` as NAME.png and as an image in its tensorboard/.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: A file cannot be written.
     """
     paths = []
     with SummaryWriter(str(directory / "tensorboard")) as writer:
         for name, figure in figures.items():
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
-            # Without the transparency, which the white ground does not have.
+            # Drop the alpha channel; the background is opaque white.
             pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
             writer.add_image(f"step_matching/{name}", pixels, dataformats="HWC")
             path = directory / f"{name}.png"
@@ -159,7 +160,7 @@ def write_figures(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
 
 
 def _styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each arm's color and line; lines change where colors begin anew."""
+    """Return each arm's color and line style; the style changes when the colors repeat."""
     return {
         arm: {
             "color": _COLORS[number % len(_COLORS)],
@@ -186,7 +187,7 @@ def _panels(modalities: Sequence[str], title: str, legend_lines: int) -> tuple[F
 
 
 def _dress(panel: Axes, axis: Axis) -> None:
-    """Ticks and grid."""
+    """Set the ticks and grid of a panel."""
     panel.xaxis.set_major_locator(MaxNLocator(5))
     numbers = EngFormatter() if axis == "flops" else StrMethodFormatter("{x:,.0f}")
     panel.xaxis.set_major_formatter(numbers)
@@ -207,8 +208,8 @@ def _draw_match(panel: Axes, match: Match, style: Mapping[str, Any], area: float
 
 def _label(match: Match) -> str:
     if match.slope is None:
-        when = "before its first point" if match.range_reached else "never"
-        return f"{match.arm}: losses reached {when}"
+        why = "all losses reached before its first point" if match.range_reached else "none reached"
+        return f"{match.arm}: {why}"
     label = f"{match.arm}: {match.slope:.3f}"
     if match.interval is not None:
         low, high = match.interval

@@ -1,4 +1,7 @@
-"""The report of a comparison, made of what is kept of its runs: Markdown, plots and slopes.json."""
+"""Write the report of a comparison from the curves and records of its runs.
+
+The report consists of report.md, plots and slopes.json.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,9 @@ from mot_megatron.train.session import HELD_OUT_SPLIT
 
 REPORT_FILE = "report.md"
 _ENDING = 0.05
-"""Share of the steps whose mean is the training loss at the end."""
+"""Fraction of the steps, the last ones, that the final training loss averages over."""
 _MARK = "†"
-"""Stands beside the name of an arm whose loss saw later tokens."""
+"""Marks an arm whose loss comes from routing that saw later tokens."""
 _Arms = Mapping[str, Sequence[RecordedRun]]
 
 
@@ -44,10 +47,10 @@ def write_report(experiment: Experiment, output: Path) -> list[Path]:
     """Match all arms against the baseline and write the report, its plots and slopes.json.
 
     Returns:
-        The files.
+        The paths of the files written.
 
     Raises:
-        DataError: there is nothing to compare yet, or a file is damaged or cannot be written.
+        DataError: Too few runs have ended, or a file is damaged or cannot be written.
     """
     arms = read_records(experiment, output)
     baseline = experiment.baseline
@@ -71,26 +74,26 @@ def write_report(experiment: Experiment, output: Path) -> list[Path]:
 def report(
     experiment: Experiment, arms: _Arms, matches: Sequence[Match], figures: Sequence[str]
 ) -> str:
-    """The report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        experiment: Says which arm is the baseline, and the paper's slopes.
-        arms: Runs that have ended, the baseline's first.
-        matches: Of all others against the baseline.
-        figures: Names of the plots beside it.
+        experiment: Names the baseline and has the paper's slopes.
+        arms: Arm -> its runs that have ended; the baseline first.
+        matches: Matches of all other arms against the baseline.
+        figures: Names of the plots, which are in the report's folder.
     """
     baseline = experiment.baseline
     splits = splits_of(matches)
     sections = [
-        ["# The comparison", *_setting(arms)],
-        ["## What came out", *_findings(arms, matches, baseline)],
+        ["# Comparison report", *_setting(arms)],
+        ["## Results", *_findings(arms, matches, baseline)],
         ["## The arms", *_arm_table(arms, baseline)],
-        ["## Held-out loss at the end", *_final_losses(arms)],
+        ["## Final held-out loss", *_final_losses(arms)],
         ["## Step matching", *_how_matched()],
         *(_slope_table(matches, split, arms) for split in splits),
         *([_seed_by_seed(arms)] if len(arms[baseline]) > 1 else []),
-        ["## Beside the paper", *_paper_table(experiment, arms, matches)],
-        ["## Memorising", *_memorising(arms)],
+        ["## Comparison with the paper", *_paper_table(experiment, arms, matches)],
+        ["## Memorization", *_memorization(arms)],
         ["## Plots", *(f"![{name}]({name}.png)" for name in figures)],
         ["## Commands", *_commands(arms)],
     ]
@@ -98,10 +101,10 @@ def report(
 
 
 def honest_matches(matches: Sequence[Match]) -> list[Match]:
-    """In steps, on the held-out split, for each arm without a look at the future.
+    """Return the matches in steps of each arm's held-out loss, routed causally if possible.
 
-    An arm that sees the future, or whose baseline does, is judged by the loss without later tokens;
-    where that is not known, by the loss as trained.
+    If the routing of an arm or of the baseline sees later tokens, the arm is judged by its causally
+    routed loss; if that was not logged, by the loss as routed in training.
     """
     causal = {match.arm for match in matches if match.split == "held_out_causal"}
     return [
@@ -132,23 +135,23 @@ def _setting(arms: _Arms) -> list[str]:
     return [
         f"- Machine: {'; '.join(machines)}; at most {', '.join(map(str, parallel))} runs side by"
         " side, one process each",
-        f"- {len(runs)} runs, {hours:.1f} hours of training steps in all; ended between"
+        f"- {len(runs)} runs with {hours:.1f} hours of training steps in total, finished between"
         f" {ended[0]} and {ended[-1]}",
         f"- Corpus {first.corpus['name']} ({first.corpus['builder']}): "
         + "; ".join(f"{split} {counts}" for split, counts in of_split.items()),
         f"- {training.train_steps:,} steps of {training.global_batch_size} x {data.seq_length} ="
-        f" {training.global_batch_size * data.seq_length:,} token slots; {tokens:,.0f} tokens up"
-        f" to the last report, {seen:.2f} times the train split",
+        f" {training.global_batch_size * data.seq_length:,} token slots; {tokens:,.0f} tokens"
+        f" processed by the last report, {seen:.2f} times the train split",
         f"- {_model(first.config.model)}",
-        f"- {_optimizer(first.config.optimizer)}; precision {training.precision}; loss in bits per"
-        " token",
+        f"- {_optimizer(first.config.optimizer)}; precision {training.precision}; losses in bits"
+        " per token",
         f"- {_held_out(first)}",
-        *(f"- Bear in mind: {line}" for line in warnings([run.curves for run in runs])),
+        *(f"- Caution: {line}" for line in warnings([run.curves for run in runs])),
     ]
 
 
 def _model(model: ModelConfig) -> str:
-    """The baseline's shape, and how much of it is the same in all arms whatever is untied."""
+    """Describe the baseline's shape, and how much of it no arm unties."""
     parameters = count_parameters(model).total
     vocabulary = model.hidden_size * model.num_vocabulary_rows
     matrices = 2 if model.untie_embeddings_and_output_weights else 1
@@ -156,10 +159,10 @@ def _model(model: ModelConfig) -> str:
     return (
         f"Hidden size {model.hidden_size}, {model.num_layers} layers,"
         f" {model.num_attention_heads} heads, feed-forward width {model.feed_forward_size},"
-        f" {model.norm_placement}-norm. Embedding and head, which all modalities share in every"
-        f" arm, are {matrices * vocabulary / parameters:.0%} of the baseline's {parameters:,}"
-        f" parameters; of its matrices' FLOPs {head / (head + layers):.0%} are the head's: arms"
-        " differ in the rest"
+        f" {model.norm_placement}-norm. In every arm, all modalities share the embedding and the"
+        f" output head. These hold {matrices * vocabulary / parameters:.0%} of the baseline's"
+        f" {parameters:,} parameters, and the head takes {head / (head + layers):.0%} of its matrix"
+        " FLOPs; the arms differ only in the rest"
     )
 
 
@@ -167,7 +170,7 @@ def _optimizer(optimizer: OptimizerConfig) -> str:
     return (
         f"AdamW, learning rate {optimizer.lr:g} to {optimizer.min_lr:g}"
         f" ({optimizer.lr_decay_style}), weight decay {optimizer.weight_decay:g}, the same for all"
-        " arms unless it is said below"
+        " arms unless stated below"
     )
 
 
@@ -175,11 +178,11 @@ def _held_out(record: RunRecord) -> str:
     sequences, length = record.config.evaluation.max_sequences, record.config.data.seq_length
     whole = sum(record.corpus["tokens"][HELD_OUT_SPLIT].values())
     if sequences is None or sequences * length >= whole:
-        return "Held-out losses are of the whole validation split"
+        return "Held-out losses use the whole validation split"
     return (
-        f"Held-out curves are of {sequences} sequences, {sequences * length / whole:.0%} of the"
-        " validation split and the same for all runs; how much the choice of these weighs, no"
-        " interval shows. The losses at the end are of the whole split"
+        f"Held-out curves use {sequences} sequences, {sequences * length / whole:.0%} of the"
+        " validation split and the same for all runs; the intervals do not include the uncertainty"
+        " from this choice. Final held-out losses use the whole split"
     )
 
 
@@ -191,10 +194,14 @@ def _machine(machine: Mapping[str, object]) -> str:
 def _findings(arms: _Arms, matches: Sequence[Match], baseline: str) -> list[str]:
     honest = honest_matches(matches)
     blind = [name for name, runs in arms.items() if runs[0].curves.without_honest_loss]
-    but_for = f" but for {', '.join(blind)}" if blind else ""
+    but_for = f", except in {', '.join(blind)}" if blind else ""
     lines = [
-        f"On held-out data, without a look at later tokens{but_for}, in steps, against {baseline}"
-        f" ({_seeds(arms[baseline])}). Slopes of all arms and modalities: {tally(honest)}."
+        f"What fraction of {baseline}'s steps does an arm need to reach the same held-out loss? The"
+        " slope is the answer over the range reached; below 1, the arm needs fewer steps. The"
+        f" baseline, {baseline}, has {_seeds(arms[baseline])}; routing does not see later"
+        f" tokens{but_for}.",
+        "",
+        f"Conclusions over all arms and modalities: {tally(honest)}.",
     ]
     for name in dict.fromkeys(match.arm for match in honest):
         lines += ["", f"**{name}** ({_seeds(arms[name])})", ""]
@@ -202,8 +209,8 @@ def _findings(arms: _Arms, matches: Sequence[Match], baseline: str) -> list[str]
     if blind:
         lines += [
             "",
-            f"Of {', '.join(blind)} no loss without later tokens is known: the one above is of a"
-            " routing that looked at them, which may flatter.",
+            f"No causally routed loss is known for {', '.join(blind)}: the loss above comes from"
+            " routing that saw later tokens, which may flatter the model.",
         ]
     return lines
 
@@ -238,22 +245,23 @@ def _arm_table(arms: _Arms, baseline: str) -> list[str]:
     return [
         *_table(header, rows),
         "",
-        "FLOPs are forward ones of the layers' matrices. Seconds per step are means over an arm's"
-        f" runs, in brackets relative to {baseline}; runs beside each other and whatever else the"
-        " machine did are in them. A causal router is trained beside its model: its time is among"
-        " the seconds, its FLOPs are not among the model's. Routed causally, every expert decides"
-        " for itself, and a token may run through more or fewer than as trained.",
+        "FLOPs are those of the layers' matrices in the forward pass. Seconds per step are means"
+        f" over an arm's runs, with the ratio to {baseline} in brackets; they include slowdowns"
+        " from runs side by side and from other work on the machine. A causal router is trained"
+        " alongside its model: the seconds include it, the FLOPs do not. With causal routing, every"
+        " expert decides independently, so a token may pass through more or fewer experts than in"
+        " training.",
         "",
-        f"Where the arms' configurations differ from {baseline}'s:",
+        f"Differences between the arms' configurations and {baseline}'s:",
         "",
         *differences,
     ]
 
 
 def _differences(keys: Mapping[str, tuple[object, object]]) -> str:
-    """What an arm sets; keys of tables that only the baseline has are left out."""
+    """List the keys an arm sets; keys of tables that only the baseline has are left out."""
     said = [f"`{key} = {json.dumps(new)}`" for key, (_, new) in keys.items() if new is not None]
-    return ", ".join(said) or "nowhere"
+    return ", ".join(said) or "none"
 
 
 def _seconds_per_step(runs: Sequence[RecordedRun]) -> float:
@@ -266,8 +274,8 @@ def _final_losses(arms: _Arms) -> list[str]:
     rows = []
     for name, runs in arms.items():
         for label, key in (
-            ("as trained", "held_out_bits_per_token"),
-            ("without later tokens", "held_out_bits_per_token_causal"),
+            ("as in training", "held_out_bits_per_token"),
+            ("causally", "held_out_bits_per_token_causal"),
         ):
             cells = [
                 _mean_and_spread(
@@ -284,12 +292,13 @@ def _final_losses(arms: _Arms) -> list[str]:
     ):
         values = [first[modality].get(key) for modality in modalities]
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        rows.append([f"counting: {label}", "", "", *cells])
+        rows.append([f"n-gram table: {label}", "", "", *cells])
     return [
         *_table(("arm", "routed", "seeds", *modalities), rows),
         "",
-        "Bits per token of the whole validation split after the last step: mean and standard"
-        " deviation over seeds.",
+        "Bits per token on the whole validation split after the last step: mean ± standard"
+        " deviation over seeds. The n-gram tables predict a token from its frequency or from two"
+        " earlier tokens; they are counted on the train split.",
     ]
 
 
@@ -303,17 +312,20 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 def _how_matched() -> list[str]:
     return [
-        "For every step t of the baseline, tau is the first at which an arm has reached its loss"
-        " there; the slope is sum(t tau) / sum(t²) and below 1 where the arm needs less. Curves"
-        " are means over seeds, smoothed by a centered mean and made monotone by isotonic"
-        " regression; one that turns and rises keeps its best loss, and of such a baseline only"
-        f" the steps up to there are matched. The first {DROPPED_BEGINNING:.0%} are left out, and"
-        " so are losses that the arm never reaches: the range reached, a part of the matched"
-        f" steps, says how far it comes. Intervals are of {RESAMPLES} bootstrap draws of the seeds,"
-        f" from which {CONFIDENCE_PERCENT}% of the slopes are taken; where both arms have the same"
-        " seeds they are drawn together, as runs of one seed read the same batches. Of few seeds"
-        " intervals are too narrow: with three pairs of runs they reach from the lowest to the"
-        " highest, in which the true value lies in 75% of cases, with five pairs in 84%.",
+        "- For every step t of the baseline, tau is the first step at which the arm reaches the"
+        " baseline's loss at t. The slope is sum(t tau) / sum(t²); below 1, the arm needs fewer"
+        " steps.",
+        "- Curves are means over seeds, smoothed by a centered mean and made monotone by isotonic"
+        " regression. A curve that overfits stays at its lowest loss. If the baseline overfits,"
+        " only its steps up to the minimum are matched; the report says so.",
+        f"- Points in the first {DROPPED_BEGINNING:.0%} of the matched steps are dropped, and so"
+        " are those whose loss the arm never reaches. The range reached is the last step of the"
+        " baseline whose loss the arm reaches, as a fraction of the steps matched.",
+        f"- Intervals are {CONFIDENCE_PERCENT}% bootstrap intervals from {RESAMPLES} draws of the"
+        " seeds. If both arms have the same seeds, these are drawn together, because runs of one"
+        " seed read the same batches. With few seeds, intervals are too narrow: with three pairs of"
+        " runs, they span from the lowest to the highest slope and contain the true value in 75% of"
+        " cases; with five pairs, in 84%.",
     ]
 
 
@@ -343,15 +355,16 @@ def _slope_table(matches: Sequence[Match], split: Split, arms: _Arms) -> list[st
                 ]
             )
     header = (
-        "arm", "modality", "slope in steps", "in FLOPs", "in seconds", "tau / t where last reached",
-        "range reached", "points", "dropped", "of them unreached",
+        "arm", "modality", "slope in steps", "in FLOPs", "in seconds",
+        "tau / t at the last loss reached", "range reached", "points used", "dropped",
+        "of these never reached",
     )  # fmt: skip
-    note = _what_the_mark_says(arms) if split != "held_out_causal" else []
+    note = _mark_note(arms) if split != "held_out_causal" else []
     return [f"### {SPLIT_TITLES[split].capitalize()}", *_table(header, rows), *note]
 
 
 def _seed_by_seed(arms: _Arms) -> list[str]:
-    """Single runs against each other: how far a slope from one seed can be trusted."""
+    """Match single runs with each other, to show how far a slope from one seed can be trusted."""
     baseline, modalities = next(iter(arms)), _modalities(arms)
     first, *others = arms[baseline]
     partners = {run.record.seed: run for run in arms[baseline]}
@@ -373,24 +386,24 @@ def _seed_by_seed(arms: _Arms) -> list[str]:
         "### Seed by seed",
         *_table(("run", "against", *modalities), rows),
         "",
-        "Slopes of the held-out loss in steps, without later tokens where that is known. How far"
-        f" those between runs of {baseline} alone are from 1, chance does.",
+        "Slopes of the held-out loss in steps; of the causally routed loss if it is known. Slopes"
+        f" between two runs of {baseline} differ from 1 only by chance.",
     ]
 
 
 def _marked(name: str, arms: _Arms) -> str:
-    """An arm's name, for tables of losses as trained."""
+    """Return an arm's name for tables of losses routed as in training."""
     sees_the_future = arms[name][0].record.config.model.sees_the_future
     return f"{name} {_MARK}" if sees_the_future else name
 
 
-def _what_the_mark_says(arms: _Arms) -> list[str]:
+def _mark_note(arms: _Arms) -> list[str]:
     marked = [name for name in arms if _marked(name, arms) != name]
     baseline = next(iter(arms))
     if not marked:
         return []
-    line = f"{_MARK} The routing looked at later tokens, which may flatter this loss."
-    return ["", f"{line} So did that of {baseline}." if baseline in marked else line]
+    line = f"{_MARK} Routing saw later tokens, which may flatter this loss."
+    return ["", f"{line} So did {baseline}'s." if baseline in marked else line]
 
 
 def _interval(match: Match) -> str:
@@ -424,23 +437,23 @@ def _paper_table(experiment: Experiment, arms: _Arms, matches: Sequence[Match]) 
         if experiment.arms[name].paper_says
     ]
     if not rows:
-        return said or [f"{EXPERIMENT_FILE} has nothing of the paper on these arms."]
+        return said or [f"{EXPERIMENT_FILE} has no results of the paper for these arms."]
     baseline = experiment.baseline
     summary = arms[baseline][0].record.summary
     parameters = count_parameters(arms[baseline][0].record.config.model).total
     return [
         *_table(("arm", "modality", "here", "range reached here", "paper, by model size"), rows),
-        *_what_the_mark_says(arms),
+        *_mark_note(arms),
         "",
         "Slopes of the training loss in steps."
         f" Here {baseline} has {parameters:,} parameters and is"
         f" trained on {summary['tokens'] / summary['steps']:,.0f} tokens per step; the paper's"
-        f" sizes are called as in {EXPERIMENT_FILE}.",
-        *(["", "The paper says besides, of", "", *said] if said else []),
+        f" model sizes are named as in {EXPERIMENT_FILE}.",
+        *(["", "Other results of the paper:", "", *said] if said else []),
     ]
 
 
-def _memorising(arms: _Arms) -> list[str]:
+def _memorization(arms: _Arms) -> list[str]:
     modalities = _modalities(arms)
     rows = []
     for name, runs in arms.items():
@@ -464,16 +477,18 @@ def _memorising(arms: _Arms) -> list[str]:
                 ]
             )
     header = (
-        "arm", "modality", "train, at the end", "held out", "gap", "held out lowest at step",
-        "risen since",
+        "arm", "modality", "final training loss", "final held-out loss", "gap",
+        "held-out loss lowest at step", "rise since then",
     )  # fmt: skip
     return [
         *_table(header, rows),
-        *_what_the_mark_says(arms),
+        *_mark_note(arms),
         "",
-        "Bits per token of the curves, means over seeds, routed as trained. A gap that grows from"
-        " one arm to the next, and above all a held-out loss that rises again, are the marks of"
-        " memorising; a gap that all arms share may be a difference between the splits.",
+        "Bits per token of the curves, as means over seeds, routed as in training; the final"
+        f" training loss is a mean over the last {_ENDING:.0%} of the steps. The clearest sign of"
+        " memorization is a held-out loss that rises again; a gap that is larger in one arm than in"
+        " another is a weaker sign. A gap that all arms share may be a difference between the"
+        " splits.",
     ]
 
 
@@ -491,7 +506,7 @@ def _commands(arms: _Arms) -> list[str]:
         *comparisons,
         "```",
         "",
-        "which started, of every arm the first seed shown:",
+        "This started the following runs (only the first seed of each arm is shown):",
         "",
         "```",
         *first,
@@ -515,6 +530,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _spaced(section: Sequence[str]) -> list[str]:
-    """A section with an empty line after its heading."""
+    """Add an empty line after the heading of a section."""
     heading, *rest = section
     return [heading, "", *rest]

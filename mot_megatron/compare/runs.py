@@ -1,8 +1,9 @@
-"""Train the runs of a comparison as processes of their own, a few side by side, until told to stop.
+"""Train the runs of a comparison as separate processes, a few side by side.
 
-A run's console goes to its log, and how far it is, is read there. A stop is passed on: the runs
-save and leave, and the same comparison goes on from there. Nobody may work in an output folder
-twice: every run inherits a lock, so that one whose comparison was killed still counts.
+Console output of a run goes to its log, from which its progress is read. A request to stop is
+passed on to the runs, which save a checkpoint and exit; the same command then continues them. Only
+one comparison at a time may use an output folder. It holds a lock that every run inherits, so runs
+left behind by a killed comparison also keep the folder locked.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ _TAIL_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class Launch:
-    """How runs are started."""
+    """How to start runs."""
 
     trainer: Sequence[str]
-    """Command that a run's arguments follow."""
+    """Training command, to which a run's arguments are appended."""
     environment: Mapping[str, str]
-    """All variables of a run's process."""
+    """Complete environment of a run's process."""
     logs: Path
-    """Folder of the consoles."""
+    """Folder of the runs' logs."""
     parallel: int
-    """Runs side by side, at most."""
+    """Maximum number of runs at a time."""
 
     def command(self, run: PlannedRun) -> list[str]:
-        """That trains ``run``."""
+        """Return the command that trains a run."""
         return [*self.trainer, *run.arguments]
 
     def log(self, run: PlannedRun) -> Path:
-        """Where its console goes."""
+        """Return the path of a run's log, which receives its console output."""
         return self.logs / f"{run.name}.log"
 
 
@@ -62,17 +63,17 @@ class Outcome:
     """How the runs ended."""
 
     failures: list[str] = field(default_factory=list)
-    """A line for every run that failed."""
+    """One line for every run that failed."""
     stopped: bool = False
-    """Whether runs are left because of a stop."""
+    """Whether a request to stop left runs unfinished."""
 
 
 @contextlib.contextmanager
 def sole_user(output: Path) -> Iterator[int]:
-    """Hold the lock of an output folder, as a descriptor for runs to inherit.
+    """Lock an output folder; yields the lock's file descriptor, for runs to inherit.
 
     Raises:
-        DataError: another comparison has it, or the folder cannot be made.
+        DataError: Another comparison holds the lock, or the folder cannot be created.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def sole_user(output: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"{output}: another comparison, or a run that one left behind, works in there"
+                f"{output}: in use by another comparison, or by a run it left behind"
             ) from None
         yield descriptor
     finally:
@@ -98,16 +99,17 @@ def train_all(
     lock: int,
     on_end: Callable[[PlannedRun], None],
 ) -> Outcome:
-    """Train ``runs`` in their order to their ends; after a failure the others go on.
+    """Train runs, starting them in the given order; if one fails, the others continue.
 
-    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal stop all runs, which save first.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal stop all runs, which save a checkpoint first.
 
     Args:
-        runs: To train.
-        ended_before: The others of the comparison, for the progress display.
-        launch: How.
-        lock: Descriptor that runs inherit.
-        on_end: Called when a run has come to its last step; a UserError from it is a failure.
+        runs: Runs to train.
+        ended_before: The other runs of the comparison, for the progress display.
+        launch: How to start the runs.
+        lock: File descriptor that runs inherit, from ``sole_user``.
+        on_end: Called when a run has finished its last step; if it raises UserError, the run counts
+            as failed.
     """
     launch.logs.mkdir(parents=True, exist_ok=True)
     outcome, stopping = Outcome(), False
@@ -119,7 +121,7 @@ def train_all(
                 stopping = True
                 outcome.stopped = bool(waiting)
                 waiting.clear()
-                display.say("asked to stop: the runs save and leave")
+                display.say("asked to stop: the runs save and exit")
                 jobs.stop()
             while waiting and len(jobs.running) < launch.parallel:
                 run = waiting.popleft()
@@ -136,16 +138,16 @@ def train_all(
 
 
 def steps_done(log: Path) -> int:
-    """The last step that a console tells of; 0 if none."""
+    """Return the last step reported in a log; 0 if there is none."""
     found = _STEP_LINE.findall(_tail(log))
     return int(found[-1]) if found else 0
 
 
 def last_error(log: Path) -> str:
-    """The last error that a console tells of, or its last line."""
+    """Return the last error in a log, or its last line if there is no error."""
     lines = [line for line in _tail(log).decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["nothing on its console"])[-1].strip()
+    return (errors or lines or ["no console output"])[-1].strip()
 
 
 def _end(
@@ -156,7 +158,7 @@ def _end(
     on_end: Callable[[PlannedRun], None],
     display: _Display,
 ) -> None:
-    """Sort a run that has left without being asked to into ended and failed."""
+    """Record a run whose process has ended if it finished; otherwise report why it failed."""
     failure = None
     if status == 0 and run.has_ended:
         try:
@@ -167,7 +169,7 @@ def _end(
             display.count(run)
             return
     elif status == 0:
-        failure = "it was stopped before its last step"
+        failure = "stopped before its last step"
     else:
         failure = f"status {status}: {last_error(launch.log(run))}"
     line = f"{run.name} failed: {failure} (console in {launch.log(run)})"
@@ -176,7 +178,7 @@ def _end(
 
 
 class _Jobs:
-    """Running processes; those that are left at the end of a ``with`` block are stopped."""
+    """The running processes; leaving the ``with`` block stops them and waits for them."""
 
     def __init__(self, launch: Launch, lock: int) -> None:
         self._launch = launch
@@ -207,18 +209,18 @@ class _Jobs:
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 env=dict(self._launch.environment),
-                # A terminal's Ctrl-C reaches the comparison alone, which passes it on.
+                # In a new session, Ctrl-C reaches only the comparison, which passes it on.
                 start_new_session=True,
                 pass_fds=(self._lock,),
             )
 
     def stop(self) -> None:
-        """Ask all to save and leave."""
+        """Ask all runs to save a checkpoint and exit."""
         for process in self.running.values():
             process.terminate()
 
     def take_ended(self) -> list[tuple[PlannedRun, int]]:
-        """Those that have left since, with their statuses."""
+        """Remove the runs whose processes have exited, and return them with their exit statuses."""
         ended = [
             (run, status)
             for run, process in self.running.items()
@@ -230,7 +232,7 @@ class _Jobs:
 
 
 class _Display:
-    """One bar over the steps of all runs, and a line when a run starts or ends."""
+    """A progress bar over the steps of all runs, and a line when a run starts or ends."""
 
     def __init__(
         self, runs: Sequence[PlannedRun], ended: Sequence[PlannedRun], launch: Launch
@@ -242,7 +244,7 @@ class _Display:
         }
         self._num_ended = len(ended)
         self._first, self._begun = sum(self._done.values()), time.monotonic()
-        # smoothing=0: runs end and start, so that only the mean speed tells the time left.
+        # smoothing=0: runs start and end, so the mean speed estimates the time left best.
         self._bar = tqdm(
             total=sum(self._steps.values()), initial=self._first, unit="step", ncols=WIDTH,
             smoothing=0, disable=None, leave=False,
@@ -253,10 +255,10 @@ class _Display:
 
     def say(self, line: str) -> None:
         self._bar.write(line)
-        sys.stdout.flush()  # a log of hours should not lag behind
+        sys.stdout.flush()  # otherwise lines are delayed if stdout is a file
 
     def count(self, run: PlannedRun) -> None:
-        """A run has ended well."""
+        """Count a run that has finished, and say how many are done."""
         self._done[run] = self._steps[run]
         self._num_ended += 1
         self.say(f"{run.name}: done, {self._num_ended} of {len(self._steps)} runs{self._left()}")

@@ -1,11 +1,13 @@
-"""Step matching, the paper's central metric: what part of its steps a candidate needs.
+"""Step matching, the paper's central metric.
 
-For every step t of a baseline, tau(t) is the first step at which a candidate has reached the
-baseline's loss at t; the slope s = sum(t tau) / sum(t^2) is 0.5 for half the steps. Both curves are
-smoothed by a *centered* mean (a trailing one would lag, by more steps the slower a curve falls) and
-made monotone by isotonic regression up to their lowest point, behind which a model that overfits
-keeps its best loss. Only the baseline's steps up to its lowest point are matched: what it does
-after its best is no measure of others. The paper names no way of fitting; this is ours.
+What fraction of the baseline's steps does a model need to reach the same loss? For every step t of
+the baseline, tau(t) is the first step at which the candidate reaches the baseline's loss at t. The
+slope sum(t tau) / sum(t^2) is the answer: 0.5 means half the steps.
+
+Both curves are smoothed by a *centered* mean; a trailing mean would lag, by more steps the slower a
+curve falls. They are then made monotone by isotonic regression. If a curve overfits, it stays at
+its lowest loss from there on. If the baseline overfits, only its steps up to the minimum are
+matched. The paper does not say how it fits the slope; this method is ours.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ from mot_megatron.compare.curves import (
 from mot_megatron.errors import DataError
 
 LEAST_POINTS = 5
-"""Of a curve; fewer say nothing about its course."""
+"""Minimum number of points of a curve; fewer do not show its shape."""
 DROPPED_BEGINNING = 0.05
-"""Share of what is matched of the baseline whose points do not count: losses of the first steps say
-little."""
+"""Fraction of the matched range dropped at its start, where losses say little."""
 OVERFITS_BEFORE = 0.9
-"""Share of the baseline's training: what is lowest later may be so by chance."""
+"""The baseline overfits if its lowest loss is before this fraction of its training; a later minimum
+may be due to chance."""
 RESAMPLES = 1000
-_TURNS = 0.5
-"""A curve turns if fall and rise leave at most this part of the squares that a fall leaves."""
+_RISE_THRESHOLD = 0.5
+"""A curve falls and rises again if a fit of both leaves less than this fraction of the squared
+residuals that a falling fit leaves."""
 CONFIDENCE_PERCENT = 95
 
 
@@ -53,35 +56,35 @@ class Match:
     split: Split
     axis: Axis
     slope: float | None
-    """sum(t tau) / sum(t^2); None if the candidate reaches none of the baseline's losses, or all
-    before its own first point."""
+    """sum(t tau) / sum(t^2); None if the candidate reaches none of the baseline's losses, or
+    reaches all of them before its own first point."""
     end_point_ratio: float | None
-    """tau / t at the last t that is reached; None as the slope is."""
+    """tau / t at the last t reached; None if the slope is None."""
     interval: tuple[float, float] | None
-    """95% bootstrap interval of the slope over seeds; None unless both arms have several."""
+    """95% bootstrap interval of the slope over seeds; None unless both arms have several seeds."""
     paired: bool
-    """Whether both arms have the same seeds, which are then drawn together: runs of one seed read
-    the same batches, and what those do to both is no difference between them."""
+    """Whether both arms have the same seeds. The bootstrap then draws them together: runs of one
+    seed read the same batches, whose effect on both is not a difference between the arms."""
     range_reached: float
-    """Last t that is reached, as a fraction of the t at which the baseline's loss is lowest."""
+    """Last t reached, as a fraction of the last t matched."""
     points: int
-    """Points of the baseline that the slope comes from."""
+    """Number of baseline points used for the slope."""
     dropped: int
-    """Points of the baseline that it does not come from: its first ones, the unreached ones and
-    those after its lowest."""
+    """Number of baseline points not used: at the start, not reached, or after the minimum of a
+    baseline that overfits."""
     unreached: int
-    """Points of the baseline, up to its lowest, whose loss the candidate never reaches."""
+    """Number of matched baseline points whose loss the candidate never reaches."""
     seeds: int
-    """Runs of the candidate."""
+    """Number of runs of the candidate."""
     baseline_seeds: int
-    """Runs of the baseline."""
+    """Number of runs of the baseline."""
     baseline_lowest: float
-    """Where the baseline's loss turns to rise again, as a fraction of its range, or 1; up to there
-    is matched."""
+    """Last t matched, as a fraction of the baseline's last t: where its loss is lowest if it rises
+    again, else 1."""
     t: np.ndarray
-    """[points] where the baseline has a loss, in units of ``axis``."""
+    """[points] positions of the baseline's points, in units of ``axis``."""
     tau: np.ndarray
-    """[points] where the candidate first has it."""
+    """[points] where the candidate first reaches the baseline's loss at t, in the same units."""
     baseline_end: float
     """The baseline's last point on ``axis``."""
 
@@ -91,7 +94,7 @@ class Match:
         return self.baseline_lowest < OVERFITS_BEFORE
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but what is drawn, for slopes.json."""
+        """Return all fields but those only drawn in plots, for slopes.json."""
         drawn = ("t", "tau", "baseline_end")
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
@@ -108,23 +111,24 @@ def match_arms(
     name: str,
     axes: Sequence[Axis] = AXES,
 ) -> list[Match]:
-    """Match a candidate's curves, a mean over its runs, against the baseline's.
+    """Match a candidate against the baseline; curves are means over the runs of each.
 
-    Against a ``held_out_causal`` stands the ``held_out`` of a model that does not see the future.
-    Where one does and has no ``held_out_causal``, there is no match on that split.
+    On the split ``held_out_causal``, a model whose routing never sees later tokens is matched by
+    its ``held_out`` loss. If a model sees later tokens and has no ``held_out_causal`` loss, this
+    split is not matched.
 
     Args:
-        baseline: Runs that differ in their seed only.
-        candidate: Runs that differ in their seed only.
-        name: Of the candidate.
-        axes: What to count.
+        baseline: Runs that differ only in their seed.
+        candidate: Runs that differ only in their seed.
+        name: Name of the candidate.
+        axes: Quantities to match: steps, FLOPs, seconds.
 
     Returns:
         A match per split, modality and axis.
 
     Raises:
-        DataError: the runs cannot be compared, or a curve is missing, too short, or ends where
-            another seed's does not; the line names a run.
+        DataError: The runs cannot be compared, or a curve is missing, is too short, or ends at
+            another step than another seed's; the message names a run.
     """
     check_comparable([*baseline, *candidate])
     matches = []
@@ -156,23 +160,24 @@ def match_arms(
 
 
 def default_window(points: int) -> int:
-    """About 4% of the points, and odd: 1 of 40, 49 of 1200.
+    """Return the smoothing window, about 4% of the points and odd: 1 for 40 points, 49 for 1200.
 
-    Isotonic regression takes most of the noise away, and a wide window bends the steep beginning:
-    8% moved the slopes of noiseless power laws by up to 0.005, 4% by up to 0.0014.
+    Isotonic regression removes most of the noise, and a wide window distorts the steep start: a
+    window of 8% moved the slopes of noiseless power laws by up to 0.005, 4% by up to 0.0014.
     """
     return 2 * (points // 50) + 1
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered mean; at the beginning its window shrinks, at the end it is a line through the last.
+    """Smooth by a centered mean, whose window shrinks at the start of the curve.
 
-    A curve is steep at its beginning and flat at its end. There a shrinking window would come down
-    to a single value, and that one's noise would decide which loss is the best.
+    At the end of the curve, a line fitted to the last window replaces the mean. If the window
+    shrank there too, the last value would be a single point, and its noise would decide which loss
+    is the best, because the end of a loss curve is flat.
 
     Args:
         values: [n].
-        window: In points, odd, at most n.
+        window: Window in points, odd, at most n.
 
     Returns:
         [n].
@@ -186,49 +191,53 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 class Falling(NamedTuple):
-    """A curve that never rises."""
+    """A curve made monotone: its loss never rises."""
 
     x: np.ndarray
-    """[n] rising."""
+    """[n] ascending."""
     loss: np.ndarray
-    """[n]."""
+    """[n] non-increasing."""
     matched: int
-    """Points up to its lowest, if it rises again behind that; else n."""
+    """Number of points up to the minimum if the original curve rises after it; else n."""
 
 
 def falling(x: np.ndarray, values: np.ndarray) -> Falling:
-    """Isotonic regression; of a curve that turns, up to its lowest value, and that from there on.
+    """Make a curve monotone by isotonic regression.
 
-    Over all of a curve that rises again the regression would put the mean of fall and rise where
-    the lowest values are: of a curve with its best at 60%, only 16% would then count as reached. A
-    curve turns if a fall and a rise from the lowest value leave less than half the squares that a
-    fall alone leaves: behind the lowest value of a noisy fall there is a little rise too.
+    If the curve falls and then rises again, the regression covers only the fall, and the curve
+    stays at its lowest value from there on. Regression over the whole curve would average fall and
+    rise around the minimum; for example, with the minimum at 60% of the steps, only 16% of the
+    range would count as reached.
+
+    A curve counts as rising again if a falling fit up to its lowest value and a rising fit from
+    there leave less than half the squared residuals of a single falling fit. This threshold is
+    needed because a noisy falling curve also rises a little after its lowest value.
 
     Args:
-        x: [n] rising.
-        values: [n] at x.
+        x: [n] ascending.
+        values: [n] loss at x.
     """
     lowest = int(np.argmin(values))
     whole = isotonic_regression(values, increasing=False)
     fall = isotonic_regression(values[: lowest + 1], increasing=False)
     rise = isotonic_regression(values[lowest:], increasing=True)
     left = np.square(values[: lowest + 1] - fall).sum() + np.square(values[lowest:] - rise).sum()
-    if left >= _TURNS * np.square(values - whole).sum():
+    if left >= _RISE_THRESHOLD * np.square(values - whole).sum():
         return Falling(x, whole, len(x))
     kept = np.full(len(values) - lowest - 1, values[lowest])
     return Falling(x, np.concatenate([fall, kept]), lowest + 1)
 
 
 def steps_to_match(loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Where a falling curve first reaches losses, interpolated between its points.
+    """Return where a falling curve first reaches each loss, by linear interpolation.
 
     Args:
         loss: [m] losses to reach.
-        x: [n] rising.
-        candidate: [n] loss at x, never rising.
+        x: [n] ascending.
+        candidate: [n] loss at x, non-increasing.
 
     Returns:
-        [m]; inf where it is never reached, NaN where it is reached somewhere before the first x.
+        [m] positions on x; inf if a loss is never reached, NaN if it is reached before the first x.
     """
     after = np.searchsorted(-candidate, -loss)  # first index with candidate <= loss
     tau = np.where(after == len(x), np.inf, np.nan)
@@ -242,38 +251,38 @@ def steps_to_match(loss: np.ndarray, x: np.ndarray, candidate: np.ndarray) -> np
 
 @dataclass(frozen=True)
 class Fit:
-    """tau(t) of two curves, and what it says."""
+    """tau(t) of two curves, and the statistics derived from it."""
 
     t: np.ndarray
-    """[points] kept."""
+    """[points] t of the points kept."""
     tau: np.ndarray
-    """[points]."""
+    """[points] tau at t."""
     end: float
     """Last t of the baseline, kept or not."""
     range_reached: float
-    """Last t reached, kept or not, over that of the baseline's lowest loss."""
+    """Last t reached, kept or not, over the last t matched."""
     dropped: int
-    """Points not kept."""
+    """Number of baseline points not kept."""
     unreached: int
-    """Of them those up to the lowest that the candidate never reaches."""
+    """Number of matched points whose loss the candidate never reaches."""
     lowest: float
-    """t of the baseline's lowest loss over ``end``; 1 where it does not rise again."""
+    """Last t matched over ``end``: at the baseline's minimum if its loss rises again, else 1."""
 
     @property
     def slope(self) -> float | None:
-        """Of the line through the origin that fits tau best; None without points."""
+        """Slope of the least-squares line through the origin; None without points."""
         if len(self.t) == 0:
             return None
         return float((self.t * self.tau).sum() / (self.t**2).sum())
 
     @property
     def end_point_ratio(self) -> float | None:
-        """The last point's tau / t; None without points."""
+        """Ratio tau / t at the last point kept; None without points."""
         return float(self.tau[-1] / self.t[-1]) if len(self.t) else None
 
 
 def match_curves(baseline: Falling, candidate: Falling) -> Fit:
-    """Match two curves; of the baseline up to its lowest loss, behind which it may rise again."""
+    """Match two curves; if the baseline overfits, only its points up to the minimum."""
     t, loss = baseline.x[: baseline.matched], baseline.loss[: baseline.matched]
     tau = steps_to_match(loss, candidate.x, candidate.loss)
     reached = t[tau != np.inf]
@@ -291,29 +300,26 @@ def match_curves(baseline: Falling, candidate: Falling) -> Fit:
 
 
 def splits_of(matches: Sequence[Match]) -> list[Split]:
-    """Those that any match is of, in their order."""
+    """Return the splits that have a match, in the order of SPLITS."""
     return [split for split in SPLITS if any(match.split == split for match in matches)]
 
 
 def smoothed_mean(curves: Sequence[Curve]) -> Curve:
-    """The mean of several runs at the steps that all of them have, as it is before it is matched.
-
-    Smooth, but not made monotone.
-    """
+    """Return the smoothed mean of several runs at their common steps, not made monotone."""
     steps, bits = at_common_steps(curves)
     return Curve(steps, smooth(bits.mean(axis=0), default_window(len(steps))))
 
 
 @dataclass(frozen=True, eq=False)
 class _Arm:
-    """The curves of an arm's runs for one split and modality, at the steps that all have."""
+    """The curves of an arm's runs for one split and modality, at their common steps."""
 
     seeds: tuple[int, ...]
-    """Of the runs, rising."""
+    """Seeds of the runs, ascending."""
     bits: np.ndarray
-    """[runs, n]."""
+    """[runs, n] bits per token."""
     along: dict[Axis, np.ndarray]
-    """Per axis [runs, n]: where the points lie."""
+    """Axis -> [runs, n] positions of the points."""
 
     @classmethod
     def of(cls, runs: Sequence[RunCurves], split: Split, modality: str) -> _Arm:
@@ -323,15 +329,15 @@ class _Arm:
             if curve.steps[-1] != curves[0].steps[-1]:
                 raise DataError(
                     f"{run.source}: loss_{split}/{modality} ends at step {curve.steps[-1]}, but"
-                    f" that of {runs[0].source} at {curves[0].steps[-1]}; runs of one arm must be"
-                    " equally long (has each come to its end?)"
+                    f" in {runs[0].source} at step {curves[0].steps[-1]}; runs of one arm must be"
+                    " equally long (have all of them finished?)"
                 )
         common, bits = at_common_steps(curves)
         if len(common) < LEAST_POINTS:
             raise DataError(
                 f"{runs[0].source}: loss_{split}/{modality} has {len(common)} points, expected at"
-                f" least {LEAST_POINTS}; evaluation.interval_steps and logging.interval_steps set"
-                " their number"
+                f" least {LEAST_POINTS}; evaluation.interval_steps and logging.interval_steps"
+                " determine the number of points"
             )
         points = [Curve(common, row) for row in bits]
         along: dict[Axis, np.ndarray] = {
@@ -341,7 +347,7 @@ class _Arm:
         return cls(tuple(run.identity.seed for run in runs), bits, along)
 
     def mean(self, axis: Axis, drawn: Sequence[int] | None = None) -> Falling:
-        """Smooth and falling, the mean over all or the drawn runs."""
+        """Return the mean over all runs or the ``drawn`` indices, smoothed and made monotone."""
         runs = list(range(len(self.seeds)) if drawn is None else drawn)
         bits = self.bits[runs].mean(axis=0)
         smoothed = smooth(bits, default_window(len(bits)))
@@ -351,15 +357,15 @@ class _Arm:
 def _bootstrap(
     baseline: _Arm, candidate: _Arm, axis: Axis, paired: bool
 ) -> tuple[float, float] | None:
-    """Interval of the slope when the runs are drawn anew, with replacement.
+    """Return the bootstrap interval of the slope: runs are drawn with replacement.
 
-    Together if ``paired``; else those of each arm by themselves. None where
-    an arm has a single run, which says nothing about how much runs differ, and where some draw
-    reaches no loss of the baseline's, so that it has no slope.
+    If ``paired``, both arms use the same draws; otherwise each arm is drawn independently. Returns
+    None if an arm has a single run, which does not show how much runs differ, or if some draw has
+    no slope.
     """
     if min(len(baseline.seeds), len(candidate.seeds)) == 1:
         return None
-    # A few runs have few different draws: each is smoothed, and each pair matched, once.
+    # A few runs have few distinct draws, so caching computes each of them once.
 
     @cache
     def curve(arm: _Arm, runs: tuple[int, ...]) -> Falling:
@@ -388,7 +394,7 @@ def _bootstrap(
 
 
 def _splits_and_modalities(runs: Sequence[RunCurves]) -> list[tuple[Split, str]]:
-    """Those that any run has, splits in their order, modalities in that of the curves."""
+    """Return the (split, modality) pairs to match: in the order of SPLITS, then of the curves."""
     found = dict.fromkeys(key for run in runs for key in run.curves)
     honest = not any(run.without_honest_loss for run in runs)
     splits = [split for split in SPLITS if honest or split != "held_out_causal"]
@@ -398,7 +404,7 @@ def _splits_and_modalities(runs: Sequence[RunCurves]) -> list[tuple[Split, str]]
 def _curve_of(run: RunCurves, split: Split, modality: str) -> Curve:
     curve = run.curve(split, modality)
     if curve is None:
-        raise DataError(f"{run.source}: no points of loss_{split}/{modality}, which others have")
+        raise DataError(f"{run.source}: no points of loss_{split}/{modality}; other runs have them")
     return curve
 
 

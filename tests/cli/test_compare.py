@@ -60,7 +60,7 @@ def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
     assert saved
     assert all("continuing from" in text for text in saved)
     report = (output / "report.md").read_text()
-    assert "comes to" in report or "does not come to" in report
+    assert "- text: " in report
     assert len(json.loads((output / "slopes.json").read_text())) == 2 * 3 * 3
 
     # All has ended: nothing is trained again, and without the runs the report is the same.

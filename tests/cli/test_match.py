@@ -66,8 +66,8 @@ def test_everything_is_written(
     flattered = {part.split(": steps")[0]: "moe: its routing" in part for part in parts(printed)}
     assert flattered == {
         "training loss": True,
-        "held-out loss, as trained": True,
-        "held-out loss, without later tokens": False,
+        "held-out loss, routed as in training": True,
+        "held-out loss, routed causally": False,
     }
     assert "mot: its routing" not in printed
 
@@ -162,7 +162,7 @@ def test_a_baseline_that_overfits_is_named(
     assert main([str(overfitted), runs["mot"][0]]) == 0
     lines = capsys.readouterr().out.splitlines()
     # Step 500 of 1500.
-    said = "text: wide is at its best after 33% of its steps; none behind are matched"
+    said = "text: wide's loss is lowest after 33% of its steps and then rises; later steps are not"
     assert [line.startswith(said) for line in lines].count(True) == 1
     assert not any(line.startswith("image: ") for line in lines)
     assert max(map(len, lines)) <= 120
@@ -182,7 +182,7 @@ def test_a_run_that_has_not_ended_is_named(
     assert main([runs["dense"][0], str(running)]) == 0
     lines = capsys.readouterr().out.splitlines()
     said = lines[lines.index("to bear in mind:") + 1 :]
-    assert said[0].startswith(f"{running}: ends at step 1,500 of 9,000; ")
+    assert said[0].startswith(f"{running}: stops at step 1,500 of 9,000; ")
     assert len(said) == 2
     assert said[1].startswith(f"{running}: training.train_steps = 9,000, but ")
 

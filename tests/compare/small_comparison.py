@@ -1,4 +1,4 @@
-"""A folder of configurations of a small comparison, and a trainer that pretends."""
+"""The configurations of a small comparison, and folders that its runs would have left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ text = { "443M (3)" = 0.875 }
 
 
 def write_configs(folder: Path, corpus: Path, steps: int = LAST_STEP) -> Path:
-    """Write base, arms and experiment into a folder, and return it."""
+    """Write base.toml, arms and experiment.toml to a folder, and return it."""
     folder.mkdir(parents=True)
     base = CONFIG.format(corpus=corpus).replace("train_steps = 20", f"train_steps = {steps}")
     (folder / "base.toml").write_text(base)
@@ -47,7 +47,7 @@ def write_configs(folder: Path, corpus: Path, steps: int = LAST_STEP) -> Path:
 
 
 def write_description(corpus: Path) -> Path:
-    """Write a corpus.toml alone, which is all that planning reads, and return its folder."""
+    """Write a corpus.toml, the only file of a corpus that planning reads; return its folder."""
     corpus.mkdir()
     (corpus / "corpus.toml").write_text(CORPUS.format(text_size=100, image_size=60, digest="0"))
     return corpus
@@ -56,13 +56,13 @@ def write_description(corpus: Path) -> Path:
 def save_ended_run(
     run: PlannedRun, output: Path, losses: dict[str, Loss], causal: bool = False
 ) -> None:
-    """Write the folder that ``run`` would have left, and keep it.
+    """Write the folder that a run would have left, and record the run.
 
     Args:
-        run: Of ``write_configs``.
-        output: Folder of the comparison.
-        losses: By modality.
-        causal: Whether there is a causal held-out loss, two bits above the other.
+        run: A run of the experiment that ``write_configs`` writes.
+        output: Output folder of the comparison.
+        losses: Modality -> loss.
+        causal: Whether to add a causally routed held-out loss, two bits above the other.
     """
     points = {
         f"loss_{split}/{name}": points_of(loss, number)
@@ -103,7 +103,7 @@ def write_summary(run: PlannedRun, causal: bool) -> None:
 
 
 def plan(tmp_path: Path, **choice: object) -> list[PlannedRun]:
-    """Runs of a new small comparison, whose output folder is tmp_path / "out"."""
+    """Plan the runs of a small comparison with the output folder tmp_path / "out"."""
     configs = tmp_path / "configs"
     if not configs.exists():
         write_configs(configs, write_description(tmp_path / "corpus"))

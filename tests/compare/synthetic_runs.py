@@ -1,4 +1,4 @@
-"""Runs with curves of known shape: a candidate of slope s has the baseline's loss at t at s * t."""
+"""Runs with curves of known slope s: the candidate reaches the baseline's loss at t at s * t."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ Loss = Callable[[np.ndarray], np.ndarray]
 
 
 def power_law(steps: np.ndarray) -> np.ndarray:
-    """4.0 bits after 5 steps, 2.8 after 1500."""
+    """Return losses that fall from 4.0 bits after 5 steps to 2.8 after 1500."""
     return 1.8 + 6 * (steps + 50.0) ** -0.25
 
 
 def losses(slope: float, noise: float = 0.0, seed: int = 0) -> Loss:
-    """The power law in ``slope`` of its steps, with noise of this standard deviation."""
+    """Return a loss that needs ``slope`` of the power law's steps, with normal noise."""
     rng = np.random.default_rng(seed)
     return lambda steps: power_law(steps / slope) + rng.normal(0, noise, len(steps))
 
 
 def seeing_the_future(run: RunCurves) -> RunCurves:
-    """The same curves, of a model with expert choice."""
+    """Return the same curves for a model with expert choice."""
     identity = run.identity.model_copy(update={"sees_the_future": True})
     return dataclasses.replace(run, identity=identity)
 
 
 def log_steps(points: int, last: int = LAST_STEP) -> np.ndarray:
-    """Equally distant steps up to the last."""
+    """Return equally spaced steps up to the last."""
     return np.round(np.linspace(last / points, last, points)).astype(np.int64)
 
 
@@ -81,7 +81,7 @@ def curves(
     seed: int = 0,
     name: str = "run",
 ) -> RunCurves:
-    """In memory, all curves alike but for their noise."""
+    """Return a run in memory; its curves are equal, apart from noise."""
     steps = log_steps(points, last)
     return RunCurves(
         source=Path(name),
@@ -99,7 +99,7 @@ def curves(
 
 
 def identity(**changes: object) -> RunIdentity:
-    """Of a run on the synthetic corpus."""
+    """Return the identity of a run on the synthetic corpus."""
     values = {
         "name": "run",
         "seed": 0,
@@ -130,10 +130,10 @@ def write_run(
 
     Args:
         runs: Folder of runs.
-        name: Of the run.
-        points: By tag, for example loss_train/text.
-        overrides: Of its configuration.
-        progress: At which steps to log what the run has taken; absent: in proportion, everywhere.
+        name: Name of the run.
+        points: Tag, for example loss_train/text -> step -> value.
+        overrides: Overrides of its configuration.
+        progress: Progress to log, by step; None: proportional to the step, at every step.
     """
     directory = runs / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def write_run(
 
 
 def progress_at(step: int) -> Progress:
-    """In proportion to the steps."""
+    """Return a progress proportional to the step."""
     return Progress(step, 0.5 * step, TOKENS_PER_STEP * step, FLOPS_PER_STEP * step)
 
 
@@ -167,6 +167,6 @@ def write_description(directory: Path, text_size: int = 100, digest: str = "0") 
 
 
 def points_of(loss: Loss, points: int, last: int = LAST_STEP) -> dict[int, float]:
-    """What ``write_run`` takes for a tag."""
+    """Return the points of a curve, as ``write_run`` takes them for a tag."""
     steps = log_steps(points, last)
     return dict(zip(steps.tolist(), loss(steps).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""configs/compare: every arm loads, costs what the dense model costs, and unties what it says."""
+"""configs/compare: every arm loads, has the dense model's FLOPs, and unties what its name says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPARE = Path(__file__).parents[2] / "configs" / "compare"
 ARMS = sorted(
     path.stem for path in COMPARE.glob("*.toml") if path.stem not in ("base", "experiment")
 )
-# Of the mixed corpus: its train split's proportions, and documents of 75 tokens.
+# Proportions of the mixed corpus's train split; its documents have 75 tokens.
 TOKENS = {"text": 35_669, "image": 32_353, "speech": 31_978}
 PAIRS = sum(TOKENS.values()) * 38
 VOCABULARY = "model.vocab_size=5632"
@@ -27,7 +27,7 @@ def load(arm: str) -> Config:
 
 
 def total_flops(config: Config) -> int:
-    """Of TOKENS, each in its modality's tower."""
+    """Return the FLOPs of a step over TOKENS, each in its modality's tower."""
     model = config.model
     of_towers = dict.fromkeys(model.tower_names, 0)
     for name, modality in model.modalities.items():
@@ -36,7 +36,7 @@ def total_flops(config: Config) -> int:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_arm_is_named_after_its_file_and_differs_from_the_base_in_its_towers_only(
+def test_arm_is_named_after_its_file_and_differs_from_the_base_only_in_its_towers(
     arm: str,
 ) -> None:
     config, base = load(arm), load_config(COMPARE / "base.toml", [VOCABULARY])
@@ -60,19 +60,19 @@ def test_all_arms_have_equal_active_flops() -> None:
             f"{arm:26}{config.model.num_towers:7}{parameters:12,}{per_token:17,.0f}{ratio:10.4f}"
         )
         assert ratio == pytest.approx(1, abs=0.01), arm
-        # Without attention and head, which would hide a difference: of every tower.
+        # Per tower, without attention and head, which would hide a difference.
         (of_dense,) = active_flops_per_token(dense.model)
         for of_tower in active_flops_per_token(config.model):
             assert of_tower == pytest.approx(of_dense, rel=0.01), arm
     sys.stdout.write("\n" + "\n".join(table) + "\n")  # pytest -s shows it
 
 
-def test_the_ladder_unties_a_component_per_rung() -> None:
+def test_the_ladder_unties_one_component_per_rung() -> None:
     rungs = ["dense", "untied-feed-forward", "untied-qkv", "untied-output-projection", "mot"]
     counts = [count_parameters(load(arm).model).total for arm in rungs]
     h, d, f, layers, more_towers = 48, 12, 192, 4, 2
-    # Three matrices of a SwiGLU, three of q, k and v, one of the output; then two norms per layer,
-    # two over a head, and the final one.
+    # Three SwiGLU matrices; query, key and value; the output projection; then two norms per layer,
+    # two per-head norms, and the final norm.
     sizes = [3 * h * f * layers, 3 * h * h * layers, h * h * layers, (2 * h + 2 * d) * layers + h]
     steps = [after - before for before, after in pairwise(counts)]
     assert steps == [more_towers * size for size in sizes]

@@ -1,4 +1,4 @@
-"""Curves as they come out of a run's folder, and what is said where they cannot."""
+"""Reading curves from a run's folder or a CSV file, and errors if they cannot be read."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_csv_keeps_everything(tmp_path: Path) -> None:
     assert_same(read_csv(tmp_path / "mine.csv"), run)
 
 
-def test_steps_done_again_count_as_they_were_done_last(tmp_path: Path) -> None:
+def test_repeated_steps_count_with_their_last_values(tmp_path: Path) -> None:
     run = write_run(tmp_path, "resumed", POINTS)
     log = TensorBoardLog(run / "tensorboard", MODALITIES, ("only",), start_step=8)
     for step, bits in ((10, 1.0), (20, 0.5)):
@@ -114,14 +114,14 @@ def test_steps_done_again_count_as_they_were_done_last(tmp_path: Path) -> None:
     log.close()
     found = read_run(run)
     text = found.curves["train", "text"]
-    # Of the first part stays what lies before step 8.
+    # Of the first part, only points before step 8 remain.
     assert text.steps.tolist() == [5, 10, 20]
     np.testing.assert_allclose(text.bits, [7.1, 1.0, 0.75], rtol=1e-6)
     assert found.curves["held_out", "text"].steps.tolist() == [7]
     np.testing.assert_allclose(found.seconds, [2.5, 3.5, 110, 120])
 
 
-def test_a_last_record_cut_short_is_no_damage(tmp_path: Path) -> None:
+def test_a_truncated_last_record_is_not_damage(tmp_path: Path) -> None:
     run = write_run(tmp_path, "killed", POINTS)
     path = event_file(run)
     path.write_bytes(path.read_bytes()[:-3])
@@ -129,7 +129,7 @@ def test_a_last_record_cut_short_is_no_damage(tmp_path: Path) -> None:
     assert read_run(run).curves["train", "image"].steps.tolist() == [5]
 
 
-def test_whose_loss_stands_for_the_honest_one(tmp_path: Path) -> None:
+def test_which_loss_is_used_as_causally_routed(tmp_path: Path) -> None:
     causal = {tag: points for tag, points in POINTS.items() if "causal" in tag}
     rest = {tag: points for tag, points in POINTS.items() if "causal" not in tag}
     experts = "model.towers.text.experts={num_moe_experts=4}"
@@ -167,7 +167,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     for values in (run.tokens, run.flops, run.seconds):
         assert values[0] > 0
         assert (np.diff(values) > 0).all()
-    # 6 N per token, give or take attention, embedding and unfilled positions.
+    # About 6 N per token, apart from attention, embedding and unfilled positions.
     parameters_met = run.flops[-1] / run.tokens[-1] / 6
     assert 0.5 < parameters_met / (run.identity.parameters / 2) < 1.5
     assert run.identity.splits == token_digests(Corpus.open(corpus).description)
@@ -183,7 +183,7 @@ def train_and_extend(corpus_directory: Path, runs: Path) -> None:
         train(resolve_config(small_config(corpus_directory, overrides), corpus), corpus, groups)
 
 
-def test_evaluations_of_the_whole_split_are_no_points_of_the_curves(tmp_path: Path) -> None:
+def test_evaluations_of_the_whole_split_are_not_points_of_the_curves(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     run_ranks(train_and_extend, 1, corpus, tmp_path / "runs")
     directory = tmp_path / "runs" / "small"
@@ -352,14 +352,14 @@ def test_losses_of_other_labels_are_refused(tmp_path: Path, setting: str, messag
     assert str(raised.value).startswith(f"{other.source}: {message.format(one.source)}; only")
 
 
-def test_what_to_bear_in_mind() -> None:
+def test_warnings() -> None:
     whole, short = curves(power_law, name="whole"), curves(power_law, name="short", last=900)
     wide = dataclasses.replace(
         curves(power_law, name="wide"),
         identity=identity(name="wide", step_sequences=32, train_steps=1503),
     )
     assert warnings([whole, whole]) == []
-    # 1503: its last three steps fill no interval of five.
+    # 1503: the last three steps do not fill an interval of five.
     assert warnings([whole, wide]) == [
         "wide: training.global_batch_size = 32, but whole has 8",
         "wide: training.train_steps = 1,503, but whole has 1,500",
@@ -368,14 +368,15 @@ def test_what_to_bear_in_mind() -> None:
         dataclasses.replace(whole, identity=identity(pool_sequences=number)) for number in (8, 2, 8)
     ]
     assert warnings([whole, *pools]) == [
-        "experts choose among the tokens of 2 or 8 sequences, which changes their losses"
+        "experts choose among the tokens of 2 or 8 sequences, depending on the run, which affects"
+        " the losses"
     ]
     assert warnings([whole, short]) == [
-        "short: ends at step 900 of 1,500; what it has not reached it may still reach"
+        "short: stops at step 900 of 1,500; it may still reach losses that count as not reached"
     ]
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_arm(tmp_path: Path) -> None:
+def test_runs_that_differ_only_in_their_seed_are_one_arm(tmp_path: Path) -> None:
     def run(name: str, *overrides: str) -> RunCurves:
         return read_run(write_run(tmp_path, name, POINTS, *overrides))
 
@@ -390,17 +391,17 @@ def test_runs_that_differ_in_their_seed_only_are_one_arm(tmp_path: Path) -> None
     arms = group_seeds(runs)
     assert {name: [run.identity.name for run in arm] for name, arm in arms.items()} == {
         "dense": ["dense-seed1", "dense-seed12"],
-        # Their names have nothing else in common.
+        # Without their seeds, the names differ, so the first run names the arm.
         "mot-1": ["mot-1", "mot-again"],
-        # Its number is not its seed.
+        # The number in its name is not its seed.
         "alone-3": ["alone-3"],
-        # The first choice is taken.
+        # Another arm already has the name dense.
         str(tmp_path / "dense"): ["dense"],
     }
 
 
 def test_a_run_given_twice_is_refused() -> None:
     runs = [curves(power_law, name=name, seed=3) for name in ("a", "b")]
-    with pytest.raises(DataError, match=r"b: the same configuration and run\.seed = 3 as a"):
+    with pytest.raises(DataError, match=r"b: has the same configuration and run\.seed = 3 as a"):
         group_seeds(runs)
     assert list(group_seeds([runs[0]])) == ["a"]

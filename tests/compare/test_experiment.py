@@ -1,4 +1,4 @@
-"""Which runs there are, and which of them need not be run again."""
+"""Planning the runs of a comparison, and storing those that have ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names(runs: list[PlannedRun]) -> list[str]:
     return [run.name for run in runs]
 
 
-def test_first_seeds_come_first_and_the_baseline_before_all(tmp_path: Path) -> None:
+def test_first_seeds_come_first_and_the_baseline_first_of_all(tmp_path: Path) -> None:
     assert names(plan(tmp_path)) == ["dense-s1", "pair-s1", "mot-s1", "dense-s2", "mot-s2"]
     assert names(plan(tmp_path, arms=["mot", "dense"])) == [
         "dense-s1",
@@ -57,21 +57,21 @@ def test_a_run_is_its_arm_with_its_seed(tmp_path: Path) -> None:
     ("choice", "message"),
     [
         ({"arms": ["moth"]}, "--arms moth: not in .*allowed: pair, dense, mot$"),
-        ({"seeds": [3]}, "--seeds 3: no chosen arm has it"),
-        ({"arms": ["pair"], "seeds": [1, 2]}, "--seeds 2: no chosen arm has it"),
+        ({"seeds": [3]}, "--seeds 3: no chosen arm has this seed"),
+        ({"arms": ["pair"], "seeds": [1, 2]}, "--seeds 2: no chosen arm has this seed"),
         ({"overrides": ["model.num_layer=3"]}, "num_layer: unknown key"),
         (
             {"overrides": ["training.train_steps=49"]},
-            "evaluation.interval_steps = 10: dense-s1 comes to 4 evaluations in"
-            " training.train_steps = 49; needed to match steps: at least 5",
+            "evaluation.interval_steps = 10: dense-s1 has 4 evaluations in"
+            " training.train_steps = 49; step matching needs at least 5",
         ),
         (
             {"overrides": ["logging.interval_steps=301"]},
-            "logging.interval_steps = 301: dense-s1 comes to 4 reports",
+            "logging.interval_steps = 301: dense-s1 has 4 reports",
         ),
     ],
 )
-def test_choice_that_is_not_there(tmp_path: Path, choice: dict[str, object], message: str) -> None:
+def test_invalid_choices(tmp_path: Path, choice: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(tmp_path, **choice)
 
@@ -79,16 +79,20 @@ def test_choice_that_is_not_there(tmp_path: Path, choice: dict[str, object], mes
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('baseline = "dense"', 'baseline = "sparse"', "baseline = 'sparse' is no arm; allowed: "),
+        (
+            'baseline = "dense"',
+            'baseline = "sparse"',
+            "baseline = 'sparse' is not an arm; allowed: ",
+        ),
         ('files = ["pair.toml"]', "", "arms.pair.files: required, but absent"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds = \[1, 1\]: each may stand once"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds = \[1, 1\]: seeds must differ"),
         ("seeds = [1]", "seed = [1]", "arms.pair.seeds"),
         ("[arms.mot.paper]", "[arms.mot.papers]", "papers: unknown key; did you mean paper; allow"),
         ("[arms.pair]", "[arms.pair", "not valid TOML"),
         ('files = ["mot.toml"]', 'files = ["moth.toml"]', "moth.toml: cannot be read"),
     ],
 )
-def test_experiment_that_is_none(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_invalid_experiment(tmp_path: Path, old: str, new: str, message: str) -> None:
     plan(tmp_path)
     path = tmp_path / "configs" / "experiment.toml"
     path.write_text(path.read_text().replace(old, new))
@@ -106,11 +110,11 @@ def test_absent_experiment_and_corpus(tmp_path: Path) -> None:
         plan(tmp_path)
 
 
-def test_what_is_kept_is_not_run_again_and_is_all_that_a_report_needs(tmp_path: Path) -> None:
+def test_recorded_runs_are_not_run_again_and_are_all_that_a_report_needs(tmp_path: Path) -> None:
     runs = plan(tmp_path)
     output = tmp_path / "out"
     assert not any(is_recorded(run, output) for run in runs)
-    with pytest.raises(DataError, match=r"nothing to compare yet.*there are: none"):
+    with pytest.raises(DataError, match=r"nothing to compare yet.*finished runs of: none"):
         read_records(load_experiment(tmp_path / "configs"), output)
     for run in reversed(runs):
         save_ended_run(run, output, LOSSES)
@@ -126,7 +130,7 @@ def test_what_is_kept_is_not_run_again_and_is_all_that_a_report_needs(tmp_path: 
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_configuration_that_changed_since_is_named(tmp_path: Path, ended: bool) -> None:
+def test_a_changed_configuration_is_refused(tmp_path: Path, ended: bool) -> None:
     (run,) = plan(tmp_path, arms=["pair"])
     output = tmp_path / "out"
     if ended:
@@ -145,7 +149,7 @@ def test_configuration_that_changed_since_is_named(tmp_path: Path, ended: bool) 
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_corpus_that_was_built_anew_since_is_named(tmp_path: Path, ended: bool) -> None:
+def test_a_rebuilt_corpus_is_refused(tmp_path: Path, ended: bool) -> None:
     (run,) = plan(tmp_path, arms=["pair"])
     output = tmp_path / "out"
     save_ended_run(run, output, LOSSES)
@@ -160,8 +164,8 @@ def test_a_corpus_that_was_built_anew_since_is_named(tmp_path: Path, ended: bool
     assert str(raised.value).startswith(f"{output / source}: was trained on other tokens than")
 
 
-def test_a_run_that_was_not_trained_as_planned_is_not_kept(tmp_path: Path) -> None:
-    """Its file has changed between planning and its start."""
+def test_a_run_that_was_not_trained_as_planned_is_not_recorded(tmp_path: Path) -> None:
+    """A configuration file changed after planning and before the run started."""
     (run,) = plan(tmp_path, arms=["pair"])
     (changed,) = plan(tmp_path, arms=["pair"], overrides=["optimizer.lr=0.5"])
     save_ended_run(run, tmp_path / "out", LOSSES)
@@ -170,7 +174,7 @@ def test_a_run_that_was_not_trained_as_planned_is_not_kept(tmp_path: Path) -> No
         record_run(changed, tmp_path / "out", circumstances, ended="now", command="train")
 
 
-def test_a_run_whose_curves_were_lost_is_kept_anew(tmp_path: Path) -> None:
+def test_a_run_whose_curves_were_lost_is_recorded_again(tmp_path: Path) -> None:
     (run,) = plan(tmp_path, arms=["pair"])
     output = tmp_path / "out"
     save_ended_run(run, output, LOSSES)
@@ -180,12 +184,12 @@ def test_a_run_whose_curves_were_lost_is_kept_anew(tmp_path: Path) -> None:
     assert is_recorded(run, output)
 
 
-def test_runs_of_an_arm_that_differ_in_more_than_their_seed(tmp_path: Path) -> None:
+def test_runs_of_an_arm_that_differ_in_more_than_their_seed_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     save_ended_run(plan(tmp_path, seeds=[1], arms=["dense"])[0], output, LOSSES)
     other = plan(tmp_path, seeds=[2], arms=["dense"], overrides=["optimizer.lr=0.5"])[0]
     save_ended_run(other, output, LOSSES)
-    with pytest.raises(DataError, match=r"dense-s2.json: optimizer.lr is not as in dense-s1"):
+    with pytest.raises(DataError, match=r"dense-s2.json: optimizer.lr differs from dense-s1"):
         read_records(load_experiment(tmp_path / "configs"), output)
 
 
@@ -204,7 +208,7 @@ def test_damaged_record_and_unknown_arm(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_papers_arms_are_planned_as_they_stand() -> None:
+def test_the_experiment_of_the_papers_arms_is_complete() -> None:
     experiment = load_experiment(COMPARE)
     three = [name for name, arm in experiment.arms.items() if len(arm.seeds) == 3]
     assert three == ["dense", "mot", "mot-text-moe-4x"]

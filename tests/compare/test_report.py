@@ -1,4 +1,4 @@
-"""The report: its tables hold the numbers, its sentences claim no more than they carry."""
+"""The report: tables have the right numbers, and sentences claim no more than these support."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.compare.synthetic_runs import losses, power_law
 SLOPES = {"dense": (1.0, 1.0), "mot": (0.5, 1.0), "pair": (2.0, 0.8)}
 
 
-def memorised(steps: np.ndarray) -> np.ndarray:
+def overfitting(steps: np.ndarray) -> np.ndarray:
     return power_law(steps) + 0.001 * np.maximum(steps - 750, 0)
 
 
@@ -36,7 +36,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         curves = {
             "text": losses(text, 0.003, number),
             "image": losses(image, 0.003, 50 + number),
-            "speech": memorised if run.arm == "dense" else losses(1.0),
+            "speech": overfitting if run.arm == "dense" else losses(1.0),
         }
         save_ended_run(run, output, curves, causal=run.arm == "pair")
     write_report(load_experiment(folder / "configs"), output)
@@ -74,7 +74,7 @@ def test_slopes_of_every_split_and_axis(compared: Path) -> None:
     points, dropped, unreached = map(int, counts)
     assert points + dropped == 150
     assert dropped > unreached == pytest.approx(75, abs=9)
-    causal = section(compared, "Held-out loss, without later tokens")
+    causal = section(compared, "Held-out loss, routed causally")
     assert "| mot |" not in causal
     assert row(causal, "pair", "image")[0] == "-"  # above all of dense's losses
     slopes = json.loads((compared / "slopes.json").read_text())
@@ -82,29 +82,34 @@ def test_slopes_of_every_split_and_axis(compared: Path) -> None:
 
 
 def test_losses_that_saw_later_tokens_are_marked(compared: Path) -> None:
-    note = "† The routing looked at later tokens, which may flatter this loss.\n"
-    headings = ("Training loss", "Held-out loss, as trained", "Memorising", "Beside the paper")
+    note = "† Routing saw later tokens, which may flatter this loss.\n"
+    headings = (
+        "Training loss",
+        "Held-out loss, routed as in training",
+        "Memorization",
+        "Comparison with the paper",
+    )
     for heading in headings:
         text = section(compared, heading)
         assert text.count("| pair † |") == text.count("| pair") > 0, heading
         assert "mot †" not in text
         assert note in text
-    causal = section(compared, "Held-out loss, without later tokens")
+    causal = section(compared, "Held-out loss, routed causally")
     assert "†" not in causal
 
 
-def test_sentences_speak_of_the_honest_loss(compared: Path) -> None:
-    text = section(compared, "What came out")
-    assert "against dense (2 seeds)" in text
+def test_sentences_use_the_causally_routed_loss(compared: Path) -> None:
+    text = section(compared, "Results")
+    assert "The baseline, dense, has 2 seeds; routing does not see later tokens.\n" in text
     mot, pair = text.index("**mot** (2 seeds)"), text.index("**pair** (1 seed)")
     of_pair, of_mot = text[pair:mot], text[mot:]
-    assert re.search(r"- text: comes to dense's best loss after (4\d|5\d)% of the steps", of_mot)
-    assert "fewer steps)." in of_mot
-    assert "image: comes to none of dense's losses" in of_pair
-    assert re.search(r"dense is at its best after (4|5)\d% of its steps; none behind", of_mot)
+    assert re.search(r"- text: reaches dense's best loss in (4\d|5\d)% of the steps", of_mot)
+    assert "): fewer steps than dense." in of_mot
+    assert "image: no slope, because it reaches none of the losses that dense has" in of_pair
+    assert re.search(r"dense's loss is lowest after (4|5)\d% of its steps and then", of_mot)
 
 
-def test_arms_losses_paper_and_memorising(compared: Path) -> None:
+def test_arms_losses_paper_and_memorization(compared: Path) -> None:
     arms = section(compared, "The arms")
     towers, parameters, flops, seconds, seeds = row(arms, "mot")
     assert (towers, seeds) == ("text, image, speech", "1, 2")
@@ -112,26 +117,26 @@ def test_arms_losses_paper_and_memorising(compared: Path) -> None:
     assert len(set(flops.split(" / "))) == 1
     assert seconds == "0.500 (1.00)"
     assert 'mot: `model.modalities.text.tower = "text"`' in arms
-    final = section(compared, "Held-out loss at the end")
+    final = section(compared, "Final held-out loss")
     # Seeds 1 and 2 end at 2.1 and 2.2 bits.
-    assert row(final, "mot", "as trained") == ["2", "2.150 ± 0.071", *["2.150 ± 0.071"] * 2]
-    assert row(final, "pair", "as trained") == ["1", "2.100", "2.100", "2.100"]
-    assert row(final, "pair", "without later tokens") == ["1", "2.600", "2.600", "2.600"]
-    assert row(final, "counting: unigram") == ["", "", "7.500", "7.500", "7.500"]
-    paper = section(compared, "Beside the paper")
+    assert row(final, "mot", "as in training") == ["2", "2.150 ± 0.071", *["2.150 ± 0.071"] * 2]
+    assert row(final, "pair", "as in training") == ["1", "2.100", "2.100", "2.100"]
+    assert row(final, "pair", "causally") == ["1", "2.600", "2.600", "2.600"]
+    assert row(final, "n-gram table: unigram") == ["", "", "7.500", "7.500", "7.500"]
+    paper = section(compared, "Comparison with the paper")
     ours, reached, theirs = row(paper, "mot", "text")
     assert float(ours.split()[0]) == pytest.approx(0.5, abs=0.02)
     assert (reached, theirs) == ("100%", "37M 0.546, 7B (3) 0.558")
     assert float(row(paper, "pair †", "text")[1][:-1]) == pytest.approx(50, abs=6)
     of_dense = row(arms, "dense")[1]
     assert f"Here dense has {of_dense} parameters and is trained on 500 tokens per step" in paper
-    memorising = section(compared, "Memorising")
-    *_, step, risen = row(memorising, "dense", "speech")
+    memorization = section(compared, "Memorization")
+    *_, step, risen = row(memorization, "dense", "speech")
     assert (int(step.replace(",", "")), float(risen)) == (
         pytest.approx(750, abs=151),
         pytest.approx(0.5, abs=0.2),
     )
-    assert float(row(memorising, "mot", "text")[-1]) < 0.02
+    assert float(row(memorization, "mot", "text")[-1]) < 0.02
 
 
 def test_single_runs_against_each_other(compared: Path) -> None:
@@ -148,7 +153,7 @@ def test_single_runs_against_each_other(compared: Path) -> None:
         assert float(text) == pytest.approx(0.5, abs=0.03)
         assert float(image) == pytest.approx(1, abs=0.05)
     assert float(row(table, "dense, seed 2", "dense, seed 1")[0]) == pytest.approx(1, abs=0.05)
-    # Two bits above its loss with later tokens, which is what its slope of 2 would be of.
+    # The causal loss is two bits higher and reaches nothing; the slope of 2 is of the other loss.
     assert row(table, "pair, seed 1", "dense, seed 1")[0] == "-"
 
 
@@ -159,10 +164,10 @@ def test_setting_commands_and_plots(compared: Path) -> None:
     assert "Corpus synthetic (tests 1): train 20 tokens (text 10, image 5, speech 5)" in text
     assert "- Hidden size 32, 2 layers, 4 heads, feed-forward width 48, post-norm." in text
     # 2 * 32 * 256 = 16,384; of a layer 2 * (32 * 8 * (4 + 4) + 32 * 32 + 3 * 32 * 48) = 15,360.
-    assert "of its matrices' FLOPs 35% are the head's" in text
+    assert "the head takes 35% of its matrix FLOPs" in text
     assert "AdamW, learning rate 0.01 to " in text
-    assert "- Held-out losses are of the whole validation split" in text
-    assert "- Bear in mind: " not in text
+    assert "- Held-out losses use the whole validation split" in text
+    assert "- Caution: " not in text
     assert "2026-01-02T03:04:05+00:00" in text
     assert "mot compare x" in section(compared, "Commands")
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
@@ -171,7 +176,7 @@ def test_setting_commands_and_plots(compared: Path) -> None:
         assert Image.open(compared / plot).size[0] > 800
 
 
-def test_a_report_needs_curves_and_records_alone(
+def test_a_report_needs_only_curves_and_records(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing takes seconds.
@@ -188,7 +193,7 @@ def test_a_report_needs_curves_and_records_alone(
         write_report(experiment, tmp_path)
 
 
-def test_an_arm_without_an_honest_loss_is_named(
+def test_an_arm_without_a_causally_routed_loss_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
@@ -196,10 +201,10 @@ def test_an_arm_without_an_honest_loss_is_named(
     for run in plan(tmp_path, seeds=[1]):
         save_ended_run(run, output, {"text": losses(SLOPES[run.arm][0])})
     write_report(load_experiment(tmp_path / "configs"), output)
-    text = section(output, "What came out")
-    assert "without a look at later tokens but for pair, in steps, against dense" in text
-    assert "Of pair no loss without later tokens is known" in text
-    assert "without later tokens" not in section(output, "Step matching")
+    text = section(output, "Results")
+    assert "routing does not see later tokens, except in pair." in text
+    assert "No causally routed loss is known for pair: " in text
+    assert "routed causally" not in section(output, "Step matching")
 
 
 MATCH = Match(
@@ -229,68 +234,66 @@ MATCH = Match(
     [
         (
             {},
-            "text: comes to dense's best loss after 75% of the steps that dense"
-            " takes to it. Over the whole course the slope"
-            " is 0.80 (95% interval 0.70 to 0.90: fewer steps).",
+            "text: reaches dense's best loss in 75% of the steps that dense needs. Over the whole"
+            " range, the slope is 0.80 (95% interval 0.70 to 0.90): fewer steps than dense.",
         ),
         (
             {"interval": (0.7, 1.0)},
-            "text: comes to dense's best loss after 75% of the steps that dense"
-            " takes to it. Over the whole course the slope"
-            " is 0.80 (95% interval 0.70 to 1.00: which includes 1, no difference that can be"
-            " told).",
+            "text: reaches dense's best loss in 75% of the steps that dense needs. Over the whole"
+            " range, the slope is 0.80 (95% interval 0.70 to 1.00): no significant difference,"
+            " because the interval includes 1.",
         ),
         (
             {"interval": (0.95, 0.99)},
-            "text: comes to dense's best loss after 75% of the steps that dense"
-            " takes to it. Over the whole course the slope is 0.80 (95% interval 0.95 to 0.99:"
-            " which ends within 0.02 of 1, no difference that can be told).",
+            "text: reaches dense's best loss in 75% of the steps that dense needs. Over the whole"
+            " range, the slope is 0.80 (95% interval 0.95 to 0.99): no significant difference,"
+            " because the interval comes within 0.02 of 1.",
         ),
         (
             {"interval": (0.95, 1.05), "unreached": 4, "range_reached": 0.62},
-            "text: does not come to dense's best loss, but to the one that dense has after 62% of"
-            " its steps. Up to there the slope is 0.80 (95% interval 0.95 to 1.05: which includes"
-            " 1, no difference that can be told up to there, but dense's best loss is never"
-            " reached).",
+            "text: never reaches dense's best loss, only the loss that dense has after 62% of its"
+            " steps. Up to there, the slope is 0.80 (95% interval 0.95 to 1.05): no significant"
+            " difference, because the interval includes 1.",
         ),
         (
             {"unreached": 4, "range_reached": 0.5, "baseline_lowest": 0.6},
-            "text: does not come to dense's best loss, but to the one that dense has after 30% of"
-            " its steps. Up to there the slope is 0.80 (95% interval 0.70 to 0.90: fewer steps up"
-            " to there, but dense's best loss is never reached). dense is at its best after 60% of"
-            " its steps; none behind are matched.",
+            "text: never reaches dense's best loss, only the loss that dense has after 30% of its"
+            " steps. Up to there, the slope is 0.80 (95% interval 0.70 to 0.90): fewer steps than"
+            " dense. dense's loss is lowest after 60% of its steps and then rises; later steps are"
+            " not matched.",
         ),
         (
             {"interval": (1.1, 1.3), "slope": 1.2, "unreached": 4, "range_reached": 0.62},
-            "text: does not come to dense's best loss, but to the one that dense has after 62% of"
-            " its steps. Up to there the slope is 1.20 (95% interval 1.10 to 1.30: more steps).",
+            "text: never reaches dense's best loss, only the loss that dense has after 62% of its"
+            " steps. Up to there, the slope is 1.20 (95% interval 1.10 to 1.30): more steps than"
+            " dense.",
         ),
         (
             {"points": 4, "unreached": 9, "range_reached": 0.3},
-            "text: does not come to dense's best loss, but to the one that dense has after 30% of"
-            " its steps. Up to there the slope is 0.80, from 4 points of the curve, which are too"
-            " few to tell.",
+            "text: never reaches dense's best loss, only the loss that dense has after 30% of its"
+            " steps. Up to there, the slope is 0.80 (from only 4 points of the curve, too few for a"
+            " conclusion).",
         ),
         (
             {"interval": None, "seeds": 1},
-            "text: comes to dense's best loss after 75% of the steps that dense"
-            " takes to it. Over the whole course the slope"
-            " is 0.80, from one seed, which cannot tell it from chance.",
+            "text: reaches dense's best loss in 75% of the steps that dense needs. Over the whole"
+            " range, the slope is 0.80 (one seed: the difference from 1 may be due to chance).",
         ),
         (
             {"interval": None, "unreached": 9, "range_reached": 0.1},
-            "text: does not come to dense's best loss, but to the one that dense has after 10% of"
-            " its steps. Up to there the slope is 0.80, without an interval: with some draws of the"
-            " seeds there is no slope.",
+            "text: never reaches dense's best loss, only the loss that dense has after 10% of its"
+            " steps. Up to there, the slope is 0.80 (no interval: some bootstrap draws of the seeds"
+            " have no slope).",
         ),
         (
             {"slope": None, "end_point_ratio": None, "interval": None, "unreached": 10},
-            "text: comes to none of dense's losses, the first steps' left aside.",
+            "text: no slope, because it reaches none of the losses that dense has after its first"
+            " steps.",
         ),
         (
             {"slope": None, "end_point_ratio": None, "interval": None},
-            "text: begins, at its first report, below all of dense's losses, the first steps' left"
-            " aside.",
+            "text: no slope, because its first logged loss is below all of the losses that dense"
+            " has after its first steps.",
         ),
     ],
 )
@@ -298,7 +301,7 @@ def test_sentences(changes: dict[str, object], expected: str) -> None:
     assert sentence(dataclasses.replace(MATCH, **changes), "dense") == expected  # type: ignore[arg-type]
 
 
-def test_a_tally_counts_what_the_intervals_tell() -> None:
+def test_a_tally_counts_verdicts() -> None:
     intervals = [(0.7, 0.9), (0.7, 1.1), (1.1, 1.2), None, (0.5, 0.6), (1.01, 1.05)]
     matches = [dataclasses.replace(MATCH, interval=interval) for interval in intervals]
     matches += [
@@ -324,14 +327,15 @@ def test_a_tally_counts_what_the_intervals_tell() -> None:
     ]
     assert tally(matches) == (
         "fewer steps than the baseline: 3;"
-        " fewer steps at first, but never the baseline's best loss: 1; more steps: 3;"
-        " no difference that can be told: 3;"
-        " no difference at first, but never the baseline's best loss: 1;"
-        " none of the baseline's losses reached: 1; cannot be told: 4"
+        " fewer steps at first, but the baseline's best loss is never reached: 1;"
+        " more steps than the baseline: 3; no significant difference: 3;"
+        " no significant difference at first, but the baseline's best loss is never reached: 1;"
+        " none of the baseline's losses reached: 1;"
+        " inconclusive (no interval or too few points): 4"
     )
 
 
-def test_an_arm_with_a_causal_router_is_judged_by_it() -> None:
+def test_an_arm_with_a_causal_router_is_judged_by_its_causal_loss() -> None:
     blind = dataclasses.replace(MATCH, arm="moe")
     causal = dataclasses.replace(MATCH, arm="moe", split="held_out_causal")
     seconds, train = (

@@ -1,4 +1,4 @@
-"""Runs side by side, with a trainer that pretends: order, logs, failures, stops, the lock."""
+"""Runs side by side, with a fake trainer: order, logs, failures, stops, the lock."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mot_megatron.compare.runs import (
 from mot_megatron.errors import DataError
 from tests.compare.small_comparison import plan
 
-# Takes its steps at once, unless a file "slow" stands beside it: then it leaves at SIGTERM. With a
-# file "late" it ends at SIGTERM, as a run does whose last step was done already.
+# Finishes at once, unless its folder has a file "slow": then it stops early at SIGTERM. With a file
+# "late" it finishes at SIGTERM, like a run whose last step is already done.
 TRAINER = """
 import json, pathlib, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv if "=" in word)
@@ -57,7 +57,7 @@ print("step 1500/1500 | text 3.0 bits")
 
 
 class Workshop:
-    """A small comparison and the pretending trainer."""
+    """A small comparison and the fake trainer."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ def shop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path)
 
 
-def test_all_runs_are_run_and_a_failure_stops_no_other(
+def test_other_runs_continue_after_a_failure(
     shop: Workshop, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with sole_user(shop.folder / "out") as lock:
@@ -93,8 +93,7 @@ def test_all_runs_are_run_and_a_failure_stops_no_other(
     log = shop.folder / "logs" / "pair-s1.log"
     failures = sorted(outcome.failures)
     assert failures == [
-        "mot-s2 failed: it was stopped before its last step"
-        f" (console in {shop.folder}/logs/mot-s2.log)",
+        f"mot-s2 failed: stopped before its last step (console in {shop.folder}/logs/mot-s2.log)",
         f"pair-s1 failed: status 2: error: the loss of text is not finite (console in {log})",
     ]
     printed = capfd.readouterr().out
@@ -103,7 +102,7 @@ def test_all_runs_are_run_and_a_failure_stops_no_other(
     assert log.read_text().startswith(f"$ {sys.executable} ")
 
 
-def test_what_cannot_be_kept_is_a_failure(shop: Workshop) -> None:
+def test_a_run_that_cannot_be_recorded_has_failed(shop: Workshop) -> None:
     def on_end(run: PlannedRun) -> None:
         raise DataError(f"{run.name}: no points")
 
@@ -115,7 +114,7 @@ def test_what_cannot_be_kept_is_a_failure(shop: Workshop) -> None:
 
 @contextlib.contextmanager
 def stopped_at_step_3(shop: Workshop, names: list[str], number: signal.Signals) -> Iterator[None]:
-    """Send this process a signal when these runs have come there."""
+    """Send this process a signal when the named runs have reached step 3."""
 
     def stop() -> None:
         logs = [shop.folder / "logs" / f"{name}.log" for name in names]
@@ -124,7 +123,7 @@ def stopped_at_step_3(shop: Workshop, names: list[str], number: signal.Signals) 
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
-    # Where the tests themselves were started to ignore a signal, it would ask nothing.
+    # The tests may have been started with the signal ignored; it would then have no effect.
     original = signal.signal(number, signal.default_int_handler)
     thread = threading.Thread(target=stop)
     thread.start()
@@ -134,7 +133,7 @@ def stopped_at_step_3(shop: Workshop, names: list[str], number: signal.Signals) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stop_is_passed_on_and_what_is_left_runs_later(
+def test_a_stop_is_passed_on_and_unfinished_runs_continue_later(
     shop: Workshop, number: signal.Signals
 ) -> None:
     slow = shop.folder / "slow"
@@ -155,7 +154,7 @@ def test_stop_is_passed_on_and_what_is_left_runs_later(
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_runs_that_end_all_the_same_need_no_second_start(shop: Workshop, left: bool) -> None:
+def test_runs_that_finish_despite_a_stop_are_recorded(shop: Workshop, left: bool) -> None:
     (shop.folder / "late").touch()
     names = ["dense-s1", "mot-s1"]
     runs = [run for run in shop.runs if run.name in (*names, *(["dense-s2"] if left else []))]
@@ -166,13 +165,13 @@ def test_runs_that_end_all_the_same_need_no_second_start(shop: Workshop, left: b
     assert outcome.stopped == left
 
 
-def test_one_comparison_per_folder_runs_left_behind_included(tmp_path: Path) -> None:
+def test_a_folder_is_locked_while_a_comparison_or_its_runs_use_it(tmp_path: Path) -> None:
     with sole_user(tmp_path) as lock:
         with pytest.raises(DataError, match="another comparison"), sole_user(tmp_path):
             pass
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
     try:
-        with pytest.raises(DataError, match="a run that one left behind"), sole_user(tmp_path):
+        with pytest.raises(DataError, match="a run it left behind"), sole_user(tmp_path):
             pass
     finally:
         orphan.kill()
@@ -181,7 +180,7 @@ def test_one_comparison_per_folder_runs_left_behind_included(tmp_path: Path) -> 
         pass
 
 
-def test_consoles_are_read(tmp_path: Path) -> None:
+def test_steps_and_errors_are_read_from_logs(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert steps_done(log) == 0
     log.write_text("step   10/1500 | text\nheld out, step   20/1500: x\nsome step 30/9\n")
@@ -192,4 +191,4 @@ def test_consoles_are_read(tmp_path: Path) -> None:
     log.write_text("Segmentation fault\n")
     assert last_error(log) == "Segmentation fault"
     log.write_text("")
-    assert last_error(log) == "nothing on its console"
+    assert last_error(log) == "no console output"

@@ -1,4 +1,4 @@
-"""Slopes of curves whose slope is known."""
+"""Step matching of curves with known slopes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def seeds_of(slope: float, noise: float, first_seed: int, runs: int) -> list[Run
 
 def test_smoothing_is_centered_and_ends_on_a_line() -> None:
     values = np.array([9.0, 1.0, 2.0, 6.0, 4.0])
-    # The first alone, (9+1+2)/3, (9+1+2+6+4)/5 = 4.4; then the line of the five, whose rise is
+    # 9, (9+1+2)/3, (9+1+2+6+4)/5 = 4.4; then the line fitted to all five, with the slope
     # (-2*9 - 1*1 + 1*6 + 2*4)/(4+1+1+4) = -0.5.
     np.testing.assert_allclose(smooth(values, 5), [9, 4, 4.4, 3.9, 3.4])
     np.testing.assert_array_equal(smooth(values, 1), values)
-    # No lag: a straight line stays as it is.
+    # A straight line is unchanged: there is no lag.
     np.testing.assert_allclose(smooth(np.arange(50.0), 7), np.arange(50.0))
 
 
@@ -58,7 +58,7 @@ def test_default_windows_are_odd_and_small() -> None:
 
 
 def test_monotone_up_to_the_lowest_value() -> None:
-    # 4 and 6 rise, so both become 5; what rises behind 2 stays at 2 and is not matched.
+    # 4 and 6 rise, so both become 5; the values after the minimum become 2 and are not matched.
     curve = falling(np.arange(7.0), np.array([8.0, 4, 6, 3, 2, 5, 9]))
     np.testing.assert_array_equal(curve.loss, [8, 5, 5, 3, 2, 2, 2])
     assert curve.matched == 5
@@ -66,15 +66,15 @@ def test_monotone_up_to_the_lowest_value() -> None:
     assert falling(np.arange(4.0), np.array([3.0, 2, 1, 1])).matched == 4
 
 
-def test_a_noisy_fall_does_not_turn_but_a_curve_that_overfits_does() -> None:
+def test_a_curve_that_overfits_is_distinguished_from_a_noisy_fall() -> None:
     steps = np.arange(1, 301) / 300
     noise = np.random.default_rng(0).normal(0, 0.05, (40, 300))
-    # A fall that is flat at its end has its lowest value anywhere there, by chance.
+    # A falling curve with a flat end has its lowest value anywhere in that end, by chance.
     falls = 5 + steps**-0.3 + noise
     assert np.mean([np.argmin(curve) for curve in falls]) < 285
     for curve in falls:
         fitted, matched = falling(steps, curve)[1:]
-        # A mean over the flat end, unless the very last value is the lowest.
+        # The fit averages over the flat end, unless the last value is the lowest.
         assert (fitted[-1] > curve.min()) == (np.argmin(curve) < len(curve) - 1)
         assert fitted[200] > fitted[-1]
         assert matched == 300
@@ -88,7 +88,7 @@ def test_a_noisy_fall_does_not_turn_but_a_curve_that_overfits_does() -> None:
 def test_steps_to_match_by_hand() -> None:
     x, candidate = np.array([10.0, 20, 30, 40]), np.array([5.0, 3, 3, 1])
     loss = np.array([6.0, 5, 4, 3, 2, 1, 0.5])
-    # Above the first point: somewhere before it. On the plateau: its first point. Below: never.
+    # NaN above the first loss; on the plateau, its first point; inf below the last loss.
     expected = [np.nan, 10, 15, 20, 35, 40, np.inf]
     np.testing.assert_array_equal(steps_to_match(loss, x, candidate), expected)
 
@@ -97,7 +97,8 @@ def test_slope_and_counts_by_hand() -> None:
     t, loss = np.array([1.0, 40, 60, 80, 100]), np.array([9.0, 4, 3, 2, 1])
     candidate = Falling(np.array([0.5, 10, 40]), np.array([9.0, 4, 2]), 3)
     fit = match_curves(Falling(t, loss, 5), candidate)
-    # 1 lies in the first 5 of 100; tau(40) = 10, tau(60) = 25, tau(80) = 40; 1 is never reached.
+    # t = 1 is in the first 5%; tau(40) = 10, tau(60) = 25, tau(80) = 40; the loss at 100 is never
+    # reached.
     np.testing.assert_array_equal(fit.t, [40, 60, 80])
     np.testing.assert_array_equal(fit.tau, [10, 25, 40])
     assert fit.slope == pytest.approx((400 + 1500 + 3200) / (1600 + 3600 + 6400))
@@ -111,7 +112,7 @@ def test_known_slope(slope: float, points: int) -> None:
     found = match(curves(losses(1.0), points=points), curves(losses(slope), points=points))
     assert found.slope == pytest.approx(slope, abs=0.02)
     assert found.end_point_ratio == pytest.approx(slope, abs=0.02)
-    # Twice the steps: half the range.
+    # A slope of 2 reaches half the range.
     assert found.range_reached == pytest.approx(min(1, 1 / slope), abs=0.03)
     assert found.points + found.dropped == points
     assert found.interval is None
@@ -119,7 +120,7 @@ def test_known_slope(slope: float, points: int) -> None:
 
 @pytest.mark.parametrize("slope", [0.25, 0.5, 1.0, 2.0])
 def test_known_slope_under_noise(slope: float) -> None:
-    # Alone, a run's slope spreads by about 2% of itself here.
+    # The slopes of single runs have a standard deviation of about 2% here.
     found = match(seeds_of(1.0, 0.02, 0, 3), seeds_of(slope, 0.02, 10, 3))
     assert found.slope == pytest.approx(slope, abs=0.02)
     assert found.slope is not None
@@ -140,8 +141,8 @@ def test_no_systematic_error_under_noise_of_few_points() -> None:
     assert np.mean(np.array(found, dtype=float)) == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_end_of_noisy_curves_hangs_on_no_single_value() -> None:
-    """As of a small model's training losses, whose last value may be the lowest by chance."""
+def test_the_end_of_noisy_curves_does_not_depend_on_a_single_value() -> None:
+    """Training losses of small models are so noisy that the last value may be the lowest."""
     found = [
         match(
             curves(losses(1.0, 0.06, 2 * seed), points=200),
@@ -161,7 +162,7 @@ def test_axes_have_their_own_slope() -> None:
     dense = curves(losses(1.0), seconds_per_step=0.5)
     candidate = curves(losses(0.5), seconds_per_step=0.75)
     assert match(dense, candidate, "flops").slope == pytest.approx(0.5, abs=0.01)
-    # Half the steps, each 1.5 times as long.
+    # Half the steps, each taking 1.5 times as long.
     assert match(dense, candidate, "seconds").slope == pytest.approx(0.75, abs=0.01)
     assert match(dense, candidate, "seconds").baseline_end == 750
 
@@ -181,7 +182,7 @@ def test_candidate_that_reaches_only_the_beginning() -> None:
     found = match(dense, curves(lambda steps: np.maximum(power_law(steps / 0.5), floor)))
     assert found.slope == pytest.approx(0.5, abs=0.02)
     assert found.range_reached == pytest.approx(0.4, abs=0.01)
-    # Of 300 points, 5 steps apart, 14 lie before step 75 and 180 behind step 600.
+    # Of 300 points, 5 steps apart, 14 are before step 75 and 180 after step 600.
     assert found.unreached == pytest.approx(180, abs=2)
     assert found.dropped == found.unreached + 14
 
@@ -193,23 +194,22 @@ def test_baseline_that_overfits() -> None:
     found = match(curves(overfitted), curves(losses(0.5)))
     assert found.baseline_lowest == pytest.approx(0.6, abs=0.02)
     assert found.baseline_overfits
-    # Nothing behind step 900 counts, however early its losses are reached.
+    # Nothing after step 900 counts, however early its losses are reached.
     assert found.t[-1] == pytest.approx(900, abs=20)
     assert found.slope == pytest.approx(0.5, abs=0.01)
     assert (found.range_reached, found.unreached) == (1, 0)
     assert found.dropped + found.points == 300
     assert found.dropped == pytest.approx(120 + 9, abs=5)
     assert found.baseline_end == 1500
-    # The other way round, the overfitted one never reaches what lies behind its best: 0.6 of it.
+    # With the roles swapped, the overfitted curve reaches the losses up to its minimum, at 0.6.
     other = match(curves(power_law), curves(overfitted))
     assert other.range_reached == pytest.approx(0.6, abs=0.02)
     assert other.slope == pytest.approx(1, abs=0.02)
     assert other.baseline_lowest == 1
     assert not other.baseline_overfits
-    # Against itself.
     same = match(curves(overfitted), curves(overfitted))
     assert (same.slope, same.end_point_ratio, same.range_reached) == (1, 1, 1)
-    # One that stalls where the baseline is after 450 of its best 900 steps reaches half of them.
+    # A candidate that stalls at the loss of step 450 reaches half of the 900 steps matched.
     stalled = match(curves(overfitted), curves(lambda steps: overfitted(np.minimum(steps, 450))))
     assert stalled.range_reached == pytest.approx(0.5, abs=0.02)
     assert stalled.slope == pytest.approx(1, abs=0.01)
@@ -231,7 +231,7 @@ def test_interval_needs_several_seeds_of_both_arms() -> None:
     found = match(seeds_of(1.0, 0.01, 0, 2), three)
     assert found.interval is not None
     assert (found.baseline_seeds, found.seeds) == (2, 3)
-    # The same draws every time.
+    # The draws are the same every time.
     assert match(seeds_of(1.0, 0.01, 0, 2), three).interval == found.interval
 
 
@@ -243,12 +243,12 @@ def test_interval_shows_how_much_runs_differ() -> None:
         assert interval is not None
         return interval[1] - interval[0]
 
-    # 1 of 27 draws is thrice the lowest seed, so that 95% reach from lowest to highest.
+    # 1 of 27 draws has the lowest seed three times, so the 95% interval spans lowest to highest.
     assert width(0.1) == pytest.approx(0.2, abs=0.03)
     assert width(0.0) == pytest.approx(0, abs=1e-9)
 
 
-def test_what_runs_of_one_seed_have_in_common_is_no_difference_between_arms() -> None:
+def test_the_effect_of_a_seed_on_both_arms_does_not_widen_the_interval() -> None:
     spread = (0.94, 1.0, 1.06)
 
     def arm(slope: float, first_seed: int) -> list[RunCurves]:
@@ -257,15 +257,15 @@ def test_what_runs_of_one_seed_have_in_common_is_no_difference_between_arms() ->
     paired, unpaired = (match(arm(1.0, 0), arm(0.5, seed)) for seed in (0, 10))
     assert (paired.paired, unpaired.paired) == (True, False)
     assert paired.slope == unpaired.slope == pytest.approx(0.5, abs=0.01)
-    # Drawn together, 0.94 * 0.5 stands against 0.94; drawn apart also against 1.06.
+    # Drawn together, 0.94 * 0.5 is only matched against 0.94; drawn apart, also against 1.06.
     assert paired.interval == pytest.approx((0.5, 0.5), abs=0.005)
     assert unpaired.interval is not None
     assert unpaired.interval[1] - unpaired.interval[0] > 0.05
-    # Whatever the order in which runs are given.
+    # The order in which runs are given does not matter.
     assert match(arm(1.0, 0), arm(0.5, 0)[::-1]).interval == paired.interval
 
 
-def test_intervals_of_three_seeds_hold_the_true_slope_as_often_as_is_said() -> None:
+def test_intervals_of_three_seeds_contain_the_true_slope_in_75_percent_of_cases() -> None:
     rng = np.random.default_rng(0)
     dense = [curves(losses(1.0), points=40, seed=seed) for seed in range(3)]
     held = []
@@ -276,11 +276,11 @@ def test_intervals_of_three_seeds_hold_the_true_slope_as_often_as_is_said() -> N
         interval = match(dense, runs).interval
         assert interval is not None
         held.append(interval[0] <= 0.5 <= interval[1])
-    # From the lowest to the highest of three: 1 - 2 * (1/2)^3 = 75%; standard error 3.5%.
+    # Between the lowest and the highest of three: 1 - 2 * (1/2)^3 = 75%; standard error 3.5%.
     assert np.mean(held) == pytest.approx(0.75, abs=0.11)
 
 
-def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None:
+def test_a_model_that_sees_no_later_tokens_is_matched_by_its_held_out_loss() -> None:
     dense = curves(power_law)
     experts = seeing_the_future(curves(losses(0.25)))
     causal = curves(losses(0.5), splits=("held_out_causal",))
@@ -295,11 +295,11 @@ def test_candidate_that_sees_no_future_is_matched_by_its_held_out_loss() -> None
     )
     assert match(dense, experts, split="held_out").slope == pytest.approx(0.25, abs=0.01)
     assert match(dense, experts, split="held_out_causal").slope == pytest.approx(0.5, abs=0.01)
-    # As a baseline too.
+    # Also if it is the baseline.
     assert match(experts, dense, split="held_out_causal").range_reached == pytest.approx(0.5, 0.02)
 
 
-def test_a_loss_that_saw_the_future_stands_for_no_honest_one() -> None:
+def test_a_loss_that_saw_later_tokens_is_not_used_as_causally_routed() -> None:
     routed = seeing_the_future(curves(losses(0.5), splits=("train", "held_out", "held_out_causal")))
     blind = seeing_the_future(curves(losses(0.25)))
     for pair in ((routed, blind), (blind, routed)):
@@ -307,7 +307,7 @@ def test_a_loss_that_saw_the_future_stands_for_no_honest_one() -> None:
         assert [match.split for match in found if match.axis == "steps"] == ["train", "held_out"]
 
 
-def test_the_mean_of_runs_is_of_the_steps_that_all_have() -> None:
+def test_the_mean_of_runs_covers_their_common_steps() -> None:
     early = Curve(np.array([10, 20, 30]), np.array([3.0, 2.0, 1.0]))
     late = Curve(np.array([20, 30, 40]), np.array([4.0, 2.0, 0.0]))
     mean = smoothed_mean([early, late])
@@ -335,7 +335,7 @@ def test_every_modality_split_and_axis_is_matched() -> None:
         ([curves(power_law, name="b", points=4)], ["b: ", "4 points", "at least 5"]),
         (
             [curves(power_law, name="b"), curves(power_law, name="c", last=600)],
-            ["c: ", "step 600", "b at 1500"],
+            ["c: ", "step 600", "b at step 1500"],
         ),
     ],
 )
