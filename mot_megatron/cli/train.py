@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config
 from mot_megatron.errors import UserError
+from mot_megatron.job.launch import Launch, read_launch
+from mot_megatron.job.outputs import protect_outputs
+from mot_megatron.job.stop import StopRequest
+from mot_megatron.job.verdict import USER_ERROR_STATUS, report_user_error
 
 if TYPE_CHECKING:
+    from mot_megatron.config import Config
     from mot_megatron.job.distributed import World
     from mot_megatron.job.progress_report import ProgressReport
 
-_ALONE = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-}
-"""What a launcher would set, for a process that was started without one: a world of one rank."""
+_REPORTER_SECONDS = 5.0
+"""How long another rank waits for rank 0 to report the same error and the launcher to end it."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -44,65 +44,94 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run on this rank; return 0 on success and 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
+    protect_outputs()
     # DeepSpeed's CPU accelerator numbers its ranks' devices in CUDA_VISIBLE_DEVICES, which would
     # hand them real GPUs. Set before the first import that looks for CUDA, which looks only once.
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name, value in _ALONE.items():
-        os.environ.setdefault(name, value)
+    try:
+        launch = read_launch(os.environ)
+    except UserError as error:
+        return report_user_error(error)
+
+    from mot_megatron.config_files import load_config
+    from mot_megatron.rules import check_world_size
+
+    with StopRequest(launch.launchers) as stop:
+        try:
+            # Before the slow imports: most mistakes are found here, in less than a second.
+            config = load_config(options.config, options.overrides)
+            check_world_size(config, launch.size)
+        except UserError as error:
+            return _report_on_rank(error, launch, stop)
+        return _train_watched(config, launch, stop)
+
+
+def _report_on_rank(error: UserError, launch: Launch, stop: StopRequest) -> int:
+    """Report an error that other ranks probably have too: once, if a launcher ends them."""
+    if launch.rank > 0:
+        deadline = time.monotonic() + _REPORTER_SECONDS
+        while time.monotonic() < deadline and not stop.requested:
+            time.sleep(0.1)
+        if stop.requested:
+            return USER_ERROR_STATUS
+        error = UserError(f"rank {launch.rank} (host {socket.gethostname()}): {error}")
+    return report_user_error(error)
+
+
+def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
+    # Libraries look for these; a launcher sets them, and a single process is a world of one.
+    os.environ.update(
+        RANK=str(launch.rank),
+        WORLD_SIZE=str(launch.size),
+        LOCAL_RANK=str(launch.local_rank),
+        MASTER_ADDR=launch.address,
+        MASTER_PORT=str(launch.port),
+    )
 
     from mot_megatron.job.distributed import find_world
     from mot_megatron.job.progress_report import ProgressReport
-    from mot_megatron.job.watch import Watchdog, report_user_error
+    from mot_megatron.job.watch import Watchdog
 
     progress_report = ProgressReport()
     try:
-        world = find_world(
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            int(os.environ["LOCAL_RANK"]),
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-        )
+        world = find_world(launch)
         with Watchdog(world, progress_report):
-            run(options.config, options.overrides, world, progress_report)
+            run(config, world, progress_report, stop)
     except UserError as error:
         return report_user_error(error)
     return 0
 
 
-def run(
-    config_paths: list[Path], overrides: list[str], world: World, progress_report: ProgressReport
-) -> None:
+def run(config: Config, world: World, progress_report: ProgressReport, stop: StopRequest) -> None:
     """Check what one rank can check alone, then join the other ranks and train."""
-    # Imported under the watch: it takes seconds, and if it fails on one node (a missing package),
-    # the watch tells the other ranks.
+    # Import these under the watchdog: they take seconds, and if one fails on a node (for example
+    # because a package is missing), the other ranks must end too.
     import torch.distributed as dist
 
-    from mot_megatron.config_files import load_config
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.distributed import join_world, works_on_gpus
     from mot_megatron.job.hardware import disable_malloc_trim
     from mot_megatron.planning.placement_table import placement_table
-    from mot_megatron.rules import check_device, check_world_size
+    from mot_megatron.rules import check_device
     from mot_megatron.run.loop import train
+    from mot_megatron.train.agreement import check_ranks_agree
     from mot_megatron.train.preflight import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
 
-    config = load_config(config_paths, overrides)
-    check_world_size(config, world.size)
     check_device(config, works_on_gpus())
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
     device = join_world(world)
+    check_ranks_agree(config, corpus)
     if device.type == "cpu":
         disable_malloc_trim()
     groups = build_groups(config, corpus, device)
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
-    train(config, corpus, groups, progress_report)
+    train(config, corpus, groups, progress_report, stop)
     # Only after success: after an error, other ranks would fail over the closed connections
     # before they could report the cause.
     dist.destroy_process_group()

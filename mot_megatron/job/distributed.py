@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from mot_megatron.errors import ConfigError, TrainingError
+from mot_megatron.job.launch import Launch
 from mot_megatron.parallel.timeouts import COLLECTIVE_TIMEOUT
 
 START_TIMEOUT = timedelta(minutes=10)
@@ -27,33 +29,86 @@ class World:
     """Rank of this process on its node."""
     address: str
     """Host name or address of rank 0's node."""
+    port: int
+    """Port of rank 0's store."""
+    key: bytes
+    """Secret that the ranks of one launch share; see ``Launch.key``."""
     store: Store
-    """Key-value store hosted by rank 0, shared by all ranks."""
+    """Key-value store hosted by rank 0, shared by all ranks. Anyone who reaches the port can read
+    it."""
+
+    def publish(self, name: str, value: str) -> None:
+        """Put a value into the store, for all ranks.
+
+        Raises:
+            TrainingError: The connection to rank 0 was lost.
+        """
+        try:
+            self.store.set(name, value)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def look_up(self, name: str) -> str:
+        """Wait for a value in the store and return it.
+
+        Raises:
+            TrainingError: The connection to rank 0 was lost, or the value did not come in time.
+        """
+        try:
+            return self.store.get(name).decode()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> TrainingError:
+        return TrainingError(
+            f"rank {self.rank} of {self.size}: lost rank 0 at {self.address}, port {self.port},"
+            f" during start: {_first_line(error)}"
+        )
 
 
-def find_world(rank: int, size: int, local_rank: int, address: str, port: int) -> World:
+def find_world(launch: Launch) -> World:
     """Connect to rank 0's store, or open it on rank 0.
 
     This waits for rank 0, but not for the other ranks.
 
     Raises:
-        TrainingError: Rank 0 did not open its store in time, or the port is in use.
+        TrainingError: Rank 0 did not open its store in time, its address is unknown, or the port is
+            in use.
     """
+    place = f"{launch.address}, port {launch.port}"
     try:
+        # Otherwise a store tries to resolve an unknown name for minutes.
+        socket.getaddrinfo(launch.address, launch.port)
         store = TCPStore(
-            address,
-            port,
-            world_size=size,
-            is_master=rank == 0,
+            launch.address,
+            launch.port,
+            world_size=launch.size,
+            is_master=launch.rank == 0,
             timeout=START_TIMEOUT,
             wait_for_workers=False,
         )
-    except dist.DistError as error:
-        reason = str(error).partition("\n")[0]
+    except socket.gaierror as error:
         raise TrainingError(
-            f"rank {rank} of {size}: no connection to rank 0 at {address}, port {port}: {reason}"
+            f"rank {launch.rank}: rank 0's host {launch.address!r} is unknown here:"
+            f" {error.strerror}; set MASTER_ADDR, or --master_addr of the launcher"
         ) from error
-    return World(rank, size, local_rank, address, store)
+    except dist.DistError as error:
+        if launch.rank == 0:
+            raise TrainingError(
+                f"rank 0 cannot listen at {place}: {_first_line(error)}; if another job uses this"
+                " port, choose one with --master_port"
+            ) from error
+        raise TrainingError(
+            f"rank {launch.rank} of {launch.size}: no connection to rank 0 at {place}:"
+            f" {_first_line(error)}"
+        ) from error
+    return World(
+        launch.rank, launch.size, launch.local_rank, launch.address, launch.port, launch.key, store
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def works_on_gpus() -> bool:

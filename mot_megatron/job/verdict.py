@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from mot_megatron.errors import UserError
+from mot_megatron.job.outputs import write_line
+from mot_megatron.job.processes import Process, start_of
 
 USER_ERROR_STATUS = 2
 """Exit status of every rank after an error that the user can fix: a UserError or absent ranks."""
@@ -17,32 +18,23 @@ DEFECT_STATUS = 1
 """Exit status of every rank after any other exception."""
 LOST_STATUS = 3
 """Exit status of every rank after one died or stopped answering."""
+LONGEST_LINE = 1 << 16
+"""Longest message in bytes; the longest that ranks send is the summary of an exception."""
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(Process):
     """The process of a rank, on its host."""
 
     rank: int
-    host: str
-    pid: int
-    started: str
-    """Start time of the process in clock ticks since boot. It guards against a reused pid; empty if
-    unknown."""
 
     @classmethod
     def of_this_process(cls, rank: int) -> Peer:
         """Describe this process as ``rank``."""
-        return cls(rank, socket.gethostname(), os.getpid(), _start_of(os.getpid()))
+        return cls(socket.gethostname(), os.getpid(), start_of(os.getpid()), rank)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-    def kill_if_here(self) -> None:
-        """Kill the process if it runs on this host, since a stopped process does not exit."""
-        if self.host == socket.gethostname() and _start_of(self.pid) == self.started:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,9 @@ class Verdict:
     """Exit status of every rank."""
     hung: Peer | None = None
     """A process that stopped answering and must be killed; None if there is none."""
+    failed_rank: int | None = None
+    """The rank whose exception is the reason, and which prints its traceback; None if there is
+    none."""
 
     @classmethod
     def decode(cls, fields: dict[str, Any]) -> Verdict:
@@ -92,17 +87,22 @@ def failed(peer: Peer, failure: Failure, phase: str) -> Verdict:
         message = failure.summary if peer.rank == 0 else f"{peer}: {failure.summary}"
         return Verdict(message, peer.rank, USER_ERROR_STATUS)
     message = f"{peer} failed during {phase}: {failure.summary}"
-    return Verdict(message, peer.rank, DEFECT_STATUS)
+    return Verdict(message, peer.rank, DEFECT_STATUS, failed_rank=peer.rank)
 
 
 def absent(ranks: list[int], world_size: int, seconds: float) -> Verdict:
     """Return the verdict on ranks that did not join in time."""
-    names = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     message = (
-        f"{len(ranks)} of {world_size} ranks ({names}) have not started within {seconds:.0f} s;"
+        f"{name_ranks(ranks, world_size)} have not started within {seconds:.0f} s;"
         " check the logs of their nodes"
     )
     return Verdict(message, 0, USER_ERROR_STATUS)
+
+
+def name_ranks(ranks: list[int], world_size: int) -> str:
+    """Return how many ranks these are, and name the first eight."""
+    names = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"{len(ranks)} of {world_size} ranks ({names})"
 
 
 def encode(kind: str, **fields: object) -> bytes:
@@ -116,7 +116,7 @@ def encode_verdict(verdict: Verdict) -> bytes:
 
 
 class Lines:
-    """Splits the byte stream of a socket into messages."""
+    """Splits the byte stream of a socket into messages, of at most ``LONGEST_LINE`` bytes."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -125,20 +125,21 @@ class Lines:
         """Return the messages that ``received`` completes.
 
         Raises:
-            ValueError: A line is not a message, so the peer is not a watchdog.
+            ValueError: A line is too long or not a message, so the peer is not a watchdog.
         """
         *whole, self._rest = (self._rest + received).split(b"\n")
-        messages = [json.loads(line) for line in whole]
+        if max(map(len, (*whole, self._rest))) > LONGEST_LINE:
+            raise ValueError("line too long")
+        try:
+            messages = [json.loads(line) for line in whole]
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("not a message")
         return messages
 
 
-def _start_of(pid: int) -> str:
-    """Return field 22 of /proc/PID/stat, or an empty string if there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    # The second field, the command in parentheses, may itself contain spaces and parentheses.
-    return stat.rpartition(")")[2].split()[19]
+def report_user_error(error: UserError) -> int:
+    """Print an error raised outside of a watchdog in one line, and return the exit status."""
+    write_line(2, f"error: {error}")
+    return USER_ERROR_STATUS

@@ -8,11 +8,9 @@ a rank that was lost, or the last rank if rank 0 was lost.
 
 from __future__ import annotations
 
-import json
 import os
-import select
+import selectors
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -22,10 +20,11 @@ from typing import Any, NoReturn
 
 from mot_megatron.errors import TrainingError, UserError
 from mot_megatron.job.distributed import World
+from mot_megatron.job.handshake import RefusedError, introduce
 from mot_megatron.job.heartbeats import HeartbeatMonitor
+from mot_megatron.job.outputs import write_line
 from mot_megatron.job.progress_report import Phase, ProgressReport
 from mot_megatron.job.verdict import (
-    USER_ERROR_STATUS,
     Failure,
     Lines,
     Peer,
@@ -42,6 +41,9 @@ from mot_megatron.job.watch_hub import (
 )
 
 _STORE_KEY = "mot_megatron/watch"
+_LONGEST_SUMMARY = 4000
+_REPORTER_SECONDS = 5.0
+"""How long a rank that is refused waits for rank 0 to report the same problem and end the job."""
 _CONNECT_SECONDS = 30.0
 _VERDICT_SECONDS = HEARTBEAT_TIMEOUT_SECONDS + 10
 """How long a failed rank waits for a verdict. Longer than the heartbeat timeout, so that a hung hub
@@ -72,10 +74,11 @@ class Watchdog:
         self._leaving = False
         self._thread: threading.Thread | None = None
         if world.size > 1:
+            # Libraries redirect standard error while they compile; the reason must not be lost.
+            self._output = os.dup(2)
             self._connection = self._connect()
             # Both the main and the watchdog thread send; the lock keeps their messages apart.
             self._sending = threading.Lock()
-            self._send("hello")
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
 
@@ -99,17 +102,30 @@ class Watchdog:
         self._thread.join(_GOODBYE_SECONDS)
 
     def _connect(self) -> socket.socket:
-        world = self._world
+        world, key = self._world, self._world.key
         if world.rank == 0:
-            self._hub = WatchHub(world.address, world.size, self._peer, self._progress_report)
-            world.store.set(_STORE_KEY, json.dumps([self._hub.port, self._hub.token]))
-        port, self._token = json.loads(world.store.get(_STORE_KEY))
+            self._hub = WatchHub(
+                world.address, world.size, key, self._peer, self._progress_report, self._output
+            )
+            world.publish(_STORE_KEY, str(self._hub.port))
+        port = int(world.look_up(_STORE_KEY))
+        place = f"{world.address}, port {port}"
         try:
-            return socket.create_connection((world.address, port), _CONNECT_SECONDS)
+            connection = socket.create_connection((world.address, port), _CONNECT_SECONDS)
+            self._hub_peer = introduce(connection, key, self._peer, _CONNECT_SECONDS)
         except OSError as error:
             raise TrainingError(
-                f"{self._peer}: rank 0 cannot be reached at {world.address}, port {port}: {error}"
+                f"{self._peer}: rank 0 cannot be reached at {place}: {error}"
             ) from error
+        except RefusedError as error:
+            # The rank 0 of the same launch cannot open its store and says so.
+            time.sleep(_REPORTER_SECONDS)
+            raise TrainingError(
+                f"{self._peer}: refused by rank 0 at {world.address}, port {world.port}: {error};"
+                " if another job uses this port, choose one with --master_port"
+            ) from error
+        connection.settimeout(None)
+        return connection
 
     def _fail(self, error: BaseException) -> NoReturn:
         summary = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
@@ -118,7 +134,7 @@ class Watchdog:
             summary = str(error)
         else:
             self._traceback = "".join(traceback.format_exception(error))
-        failure = Failure(summary, is_user_error)
+        failure = Failure(summary[:_LONGEST_SUMMARY], is_user_error)
         self._send("failed", failure=asdict(failure))
         assert self._thread is not None
         self._thread.join(_VERDICT_SECONDS)
@@ -126,13 +142,10 @@ class Watchdog:
         self._end(failed(self._peer, failure, str(self._progress_report.now)))
 
     def _send(self, kind: str, **fields: Any) -> None:
-        if kind == "hello":
-            fields = {"token": self._token, "peer": asdict(self._peer)}
-        else:
-            fields["phase"] = self._progress_report.now
+        message = encode(kind, phase=self._progress_report.now, **fields)
         with self._sending:
             try:
-                self._connection.sendall(encode(kind, **fields))
+                self._connection.sendall(message)
             except OSError:
                 return  # the next read detects a lost hub
 
@@ -140,12 +153,15 @@ class Watchdog:
         lines, monitor = Lines(), HeartbeatMonitor(HEARTBEAT_TIMEOUT_SECONDS)
         monitor.heard(0)
         next_beat = time.monotonic()
+        # Not select, which fails for descriptors above 1023.
+        selector = selectors.DefaultSelector()
+        selector.register(self._connection, selectors.EVENT_READ)
         while True:
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + HEARTBEAT_INTERVAL_SECONDS
                 self._send("beat")
-            if select.select([self._connection], [], [], HEARTBEAT_INTERVAL_SECONDS / 4)[0]:
+            if selector.select(HEARTBEAT_INTERVAL_SECONDS / 4):
                 received = self._receive()
                 if not received:
                     break
@@ -164,16 +180,14 @@ class Watchdog:
             return b""
 
     def _handle(self, message: dict[str, Any]) -> None:
-        if message["kind"] == "welcome":
-            self._hub_peer = Peer(**message["peer"])
-        elif message["kind"] == "beat":
+        if message["kind"] == "beat":
             self._hub_phase = Phase(*message["phase"])
         else:
             self._end(Verdict.decode(message["verdict"]))
 
     def _end_without_hub(self, silent: bool) -> NoReturn:
-        # Without a welcome message, rank 0 was lost during the handshake.
-        peer = self._hub_peer or Peer(0, self._world.address, 0, "")
+        peer = self._hub_peer
+        assert peer is not None
         phase = str(max(self._hub_phase, self._progress_report.now, key=lambda phase: phase.order))
         reporter = self._world.size - 1
         if silent:
@@ -185,16 +199,11 @@ class Watchdog:
         if verdict.hung:
             verdict.hung.kill_if_here()
         if verdict.reporter == self._world.rank:
+            # The exception may be a consequence of another rank's death.
+            trace = self._traceback if verdict.failed_rank == self._world.rank else ""
+            below_progress_bar = "\n" if os.isatty(self._output) else ""
             # Not through sys.stderr: a stuck main thread may hold its lock.
-            if sys.stderr.isatty():
-                os.write(2, b"\n")  # below the progress bar
-            os.write(2, f"{self._traceback}error: {verdict.message}\n".encode())
+            write_line(self._output, f"{below_progress_bar}{trace}error: {verdict.message}")
         if self._hub:
             self._hub.wait_until_heard()
         os._exit(verdict.status)
-
-
-def report_user_error(error: UserError) -> int:
-    """Print an error raised outside of a watch in one line, and return the exit status."""
-    os.write(2, f"error: {error}\n".encode())
-    return USER_ERROR_STATUS

@@ -3,23 +3,27 @@
 Every rank keeps a connection to it. However a process ends, the kernel closes its connection, so
 the hub detects a death immediately. It detects a stopped process by missing heartbeats. The first
 of these events, or of the failures that ranks report, becomes the verdict, which is sent to every
-rank.
+rank. Whatever a single connection sends can close that connection, never the hub.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
+import resource
 import selectors
 import socket
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mot_megatron.job.handshake import new_challenge, peer_of_hello, prove
 from mot_megatron.job.heartbeats import HeartbeatMonitor
+from mot_megatron.job.outputs import write_line
 from mot_megatron.job.progress_report import Phase, ProgressReport
 from mot_megatron.job.verdict import (
+    DEFECT_STATUS,
     Failure,
     Lines,
     Peer,
@@ -30,6 +34,7 @@ from mot_megatron.job.verdict import (
     failed,
     hung,
     lost,
+    name_ranks,
 )
 
 HEARTBEAT_INTERVAL_SECONDS = 2.0
@@ -43,6 +48,15 @@ JOIN_TIMEOUT_SECONDS = 600.0
 different speeds."""
 
 _TICK_SECONDS = 0.5
+_GREETING_SECONDS = 20.0
+"""How long a connection may take to introduce itself."""
+_MOST_STRANGERS = 256
+"""Connections that have not introduced themselves; the oldest is closed for a newer one."""
+_PAUSE_SECONDS = 1.0
+"""How long no connection is accepted after the process ran out of file descriptors."""
+_SPARE_DESCRIPTORS = 4096
+_MISSING_SECONDS = 60.0
+"""Interval between messages that name the ranks that have not joined yet."""
 _DEFECT_SECONDS = 1.0
 """Delay from a reported exception to the verdict, because the exception may be a consequence of a
 death that the hub has not detected yet."""
@@ -55,11 +69,13 @@ _LATECOMER_SECONDS = 30.0
 _LOOPBACK = ("localhost", "127.0.0.1")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Client:
     """The connection of one rank, and what the hub knows about the rank."""
 
     connection: socket.socket
+    challenge: str
+    since: float = field(default_factory=time.monotonic)
     lines: Lines = field(default_factory=Lines)
     peer: Peer | None = None
     """None until the rank has identified itself."""
@@ -71,22 +87,31 @@ class WatchHub:
     """Monitors the connections of all ranks and sends the verdict to every rank."""
 
     def __init__(
-        self, address: str, world_size: int, peer: Peer, progress_report: ProgressReport
+        self,
+        address: str,
+        world_size: int,
+        key: bytes,
+        peer: Peer,
+        progress_report: ProgressReport,
+        output: int = 2,
     ) -> None:
         """Listen on a free port and start the hub's thread.
 
         Args:
             address: Host name or address of this node, as other ranks use it.
             world_size: Number of ranks that will join, this one included.
+            key: Secret that all ranks of this launch know.
             peer: This process.
             progress_report: Of this process.
+            output: File descriptor for messages.
         """
+        _allow_descriptors(world_size + _MOST_STRANGERS + _SPARE_DESCRIPTORS)
         # Bind every interface, as torch's store does: the name may resolve differently here.
         bound = address if address in _LOOPBACK else ""
         self._listener = socket.create_server((bound, 0), backlog=1024)
         self.port: int = self._listener.getsockname()[1]
-        self.token = secrets.token_hex(16)
-        """Secret that a connection must present to be accepted."""
+        self._key = key
+        self._output = output
         self._world_size = world_size
         self._peer = peer
         self._progress_report = progress_report
@@ -94,9 +119,13 @@ class WatchHub:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._clients: dict[int, _Client] = {}
         """Connections of the ranks that have joined and not left, by rank."""
+        self._strangers: dict[_Client, None] = {}
+        """Connections that have not introduced themselves, the oldest first."""
+        self._accept_again: float | None = None
+        """When to accept connections again; None while they are accepted."""
         self._joined: set[int] = set()
         self._monitor = HeartbeatMonitor(HEARTBEAT_TIMEOUT_SECONDS)
-        self._started = self._last_beat = time.monotonic()
+        self._started = self._last_beat = self._last_told = time.monotonic()
         self._first_failure: tuple[float, int] | None = None
         """Time and rank of the first reported failure."""
         self._verdict: Verdict | None = None
@@ -114,15 +143,25 @@ class WatchHub:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._finished():
-            for key, _ in self._selector.select(_TICK_SECONDS):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._read(key.data)
-            self._check()
+        try:
+            while not self._finished():
+                self._turn()
+        except Exception as error:  # noqa: BLE001  # a hub that ends silently would be blamed on rank 0
+            write_line(self._output, traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}"
+            message = f"{self._peer}: the hub of the watchdogs failed: {reason}"
+            self._issue(Verdict(message, 0, DEFECT_STATUS))
+        self._others_left.set()
         self._selector.close()
         self._listener.close()
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(_TICK_SECONDS):
+            if key.data is None:
+                self._accept()
+            else:
+                self._read(key.data)
+        self._check()
 
     def _finished(self) -> bool:
         all_came = len(self._joined) == self._world_size
@@ -133,20 +172,35 @@ class WatchHub:
         return self._verdict is not None and time.monotonic() - self._issued_at > limit
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            # No descriptor is free. Close a stranger, and let the backlog wait a moment.
+            if self._strangers:
+                self._drop(next(iter(self._strangers)))
+            self._selector.unregister(self._listener)
+            self._accept_again = time.monotonic() + _PAUSE_SECONDS
+            return
         connection.settimeout(1.0)  # messages are tiny: only a stopped reader blocks a send
-        self._selector.register(connection, selectors.EVENT_READ, _Client(connection))
+        client = _Client(connection, new_challenge())
+        self._strangers[client] = None
+        self._selector.register(connection, selectors.EVENT_READ, client)
+        self._send(client, encode("challenge", challenge=client.challenge))
+        if len(self._strangers) > _MOST_STRANGERS:
+            self._drop(next(iter(self._strangers)))
 
     def _read(self, client: _Client) -> None:
+        if client.connection.fileno() < 0:
+            return  # closed since select returned
         try:
             received = client.connection.recv(1 << 16)
-            messages = client.lines.feed(received)
-        except (OSError, ValueError):
-            received, messages = b"", []
-        for message in messages:
-            if not self._handle(client, message):
-                received = b""
-        if not received:
+            keep = bool(received)
+            for message in client.lines.feed(received):
+                keep = keep and self._handle(client, message)
+        # Whatever a peer sends: only its own connection ends.
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            keep = False
+        if not keep:
             self._drop(client)
 
     def _handle(self, client: _Client, message: dict[str, Any]) -> bool:
@@ -166,18 +220,28 @@ class WatchHub:
         return True
 
     def _admit(self, client: _Client, message: dict[str, Any]) -> bool:
-        if message.get("token") != self.token:
+        peer = peer_of_hello(message, self._key, client.challenge)
+        if peer is None:
+            self._send(client, encode("refused", reason="it belongs to another job"))
             return False
-        client.peer = peer = Peer(**message["peer"])
+        if not 0 <= peer.rank < self._world_size or peer.rank in self._joined:
+            there = self._clients.get(peer.rank)
+            reason = f"{there.peer} is there already" if there else "this rank has left already"
+            self._send(client, encode("refused", reason=reason))
+            return False
+        client.peer = peer
+        del self._strangers[client]
         self._clients[peer.rank] = client
         self._joined.add(peer.rank)
         self._monitor.heard(peer.rank)
-        self._send(client, encode("welcome", peer=asdict(self._peer)))
+        proof = prove(self._key, "hub", client.challenge, message["challenge"])
+        self._send(client, encode("welcome", peer=asdict(self._peer), proof=proof))
         if self._verdict:
             self._send(client, encode_verdict(self._verdict))
         return True
 
     def _drop(self, client: _Client) -> None:
+        self._strangers.pop(client, None)
         self._selector.unregister(client.connection)
         client.connection.close()
         peer = client.peer
@@ -193,10 +257,17 @@ class WatchHub:
             self._send_all(encode("beat", phase=self._progress_report.now))
         if len(self._joined) == self._world_size and set(self._clients) <= {0}:
             self._others_left.set()
+        self._tend_strangers(now)
         silent = self._monitor.expired()
         if self._verdict:
             return
         missing = sorted(set(range(self._world_size)) - self._joined)
+        if missing and now - self._last_told > _MISSING_SECONDS:
+            self._last_told = now
+            waited = f"after {now - self._started:.0f} s"
+            write_line(
+                self._output, f"waiting for {name_ranks(missing, self._world_size)} {waited}"
+            )
         if silent:
             client = self._clients[silent[0]]
             assert client.peer is not None
@@ -206,6 +277,14 @@ class WatchHub:
             self._decide_on_failures(now, *self._first_failure)
         elif missing and now - self._started > JOIN_TIMEOUT_SECONDS:
             self._issue(absent(missing, self._world_size, JOIN_TIMEOUT_SECONDS))
+
+    def _tend_strangers(self, now: float) -> None:
+        for client in list(self._strangers):
+            if now - client.since > _GREETING_SECONDS:
+                self._drop(client)
+        if self._accept_again is not None and now >= self._accept_again:
+            self._accept_again = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _decide_on_failures(self, now: float, since: float, rank: int) -> None:
         first = self._clients[rank].failure
@@ -242,3 +321,12 @@ class WatchHub:
         # The next read detects a lost rank.
         with contextlib.suppress(OSError):
             client.connection.sendall(message)
+
+
+def _allow_descriptors(number: int) -> None:
+    """Raise this process's limit of open files to ``number``, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tomllib
 from dataclasses import dataclass, field
 
@@ -19,11 +20,14 @@ from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import peak_flops, peak_memory_bytes
+from mot_megatron.job.outputs import write_line
+from mot_megatron.job.processes import Process
 from mot_megatron.job.progress_report import ProgressReport
-from mot_megatron.job.stop import StopRequest
+from mot_megatron.job.stop import Stopped, StopRequest
 from mot_megatron.model.flops import count_parameters, step_flops
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
+from mot_megatron.run.lock import RunLock
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.run.routing_log import RoutingLog, expert_charts
 from mot_megatron.run.samples import log_samples
@@ -33,12 +37,17 @@ from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
 
+STOP_FILE = "stop"
+"""A file of this name in the run's folder asks the run to stop; the run removes it."""
+
 
 @dataclass
 class _Run:
     """A run in progress on this rank."""
 
     session: Session
+    stop: StopRequest
+    lock: RunLock
     console: Console
     log: TensorBoardLog | None
     progress: Progress
@@ -62,6 +71,7 @@ def train(
     corpus: Corpus,
     groups: ProcessGroups,
     progress_report: ProgressReport | None = None,
+    stop: StopRequest | None = None,
 ) -> None:
     """Train a resolved configuration to its last step, or until asked to stop.
 
@@ -72,52 +82,97 @@ def train(
         corpus: what it names.
         groups: of this rank.
         progress_report: told which phase this rank is in.
+        stop: asks for a stop; absent: signals do.
 
     Raises:
         UserError: something the user can mend; what was saved stays.
     """
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
+        lock = RunLock(config.run_directory)
+        on_first_rank(lambda: _hold(lock, stack, stop))
+        try:
+            run = _start(config, corpus, groups, progress_report, stop, lock, stack)
+        except Stopped:
+            if groups.rank == 0:
+                write_line(1, f"{_because(stop)}asked to stop before the first step")
+            return
+        try:
+            _train_steps(run)
+        except Stopped:
+            _leave(run)
+
+
+def _hold(lock: RunLock, stack: contextlib.ExitStack, stop: StopRequest) -> None:
+    """Take the run's folder for this job, on the first rank, until the ``stack`` is closed."""
+    lock.acquire(functools.partial(write_line, 1))
+    stack.callback(lock.release)
+    file = lock.path.with_name(STOP_FILE)
+    file.unlink(missing_ok=True)  # left from a request that came when nothing ran
+    stack.callback(file.unlink, missing_ok=True)
+    stop.watch_file(file)
+
+
+def _start(
+    config: Config,
+    corpus: Corpus,
+    groups: ProcessGroups,
+    progress_report: ProgressReport | None,
+    stop: StopRequest,
+    lock: RunLock,
+    stack: contextlib.ExitStack,
+) -> _Run:
+    """Build the run, or restore it from its newest checkpoint.
+
+    Raises:
+        Stopped: A stop was requested meanwhile.
+    """
+    processes: list[Process] = [Process.of(os.getpid())] * groups.mesh.world_size
+    dist.all_gather_object(processes, processes[0])
+    lock.name_ranks(processes)
     search = resolve_resume(checkpoint_directory(config.run_directory))
+    _check_stop(stop, groups)
     session = build_session(config, corpus, groups, progress_report)
     first = session.is_first_rank
+    _check_stop(stop, groups)
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
+    _check_stop(stop, groups)
     # A finished run that is started again evaluates again, but has logged its points already;
     # one that is given more steps goes on logging.
     nothing_left = progress.steps >= config.training.train_steps
     finished = nothing_left and has_summary(config.run_directory, progress.steps)
     on_first_rank(lambda: _make_run_directory(config, corpus))
     log = _open_log(session, progress) if first and not finished else None
-    modalities = list(config.model.modalities)
-    with (
+    if log:
         # Closed after an error too: what led to it is on the way to the disk.
-        contextlib.closing(log) if log else contextlib.nullcontext(),
-        StopRequest() as stop,
-        Console(modalities, progress.steps, config.training.train_steps, first) as console,
-    ):
-        for line in search.skipped:
-            console.say(f"skipped {line}")
-        routing = RoutingLog(session.model) if config.model.has_experts else None
-        run = _Run(session, console, log, progress, _peak_flops(session), finished, routing)
-        _announce(run, search.checkpoint)
-        _train_steps(run, stop)
+        stack.enter_context(contextlib.closing(log))
+    modalities = list(config.model.modalities)
+    last = config.training.train_steps
+    console = stack.enter_context(Console(modalities, progress.steps, last, first))
+    for line in search.skipped:
+        console.say(f"skipped {line}")
+    routing = RoutingLog(session.model) if config.model.has_experts else None
+    run = _Run(session, stop, lock, console, log, progress, _peak_flops(session), finished, routing)
+    _announce(run, search.checkpoint)
+    return run
 
 
-def _train_steps(run: _Run, stop: StopRequest) -> None:
+def _train_steps(run: _Run) -> None:
     last = run.config.training.train_steps
+    evaluation_interval = run.config.evaluation.interval_steps
+    done = run.progress.steps
+    if run.progress.evaluated_steps < done < last and _due(done, evaluation_interval):
+        # The run was stopped between a step and its evaluation.
+        _evaluate(run)
     while run.progress.steps < last:
-        result = _one_step(run, stop.requested)
+        result = _one_step(run)
         done = run.progress.steps
         if done % run.config.logging.interval_steps == 0 or done == last:
             _report(run)
-        evaluation_is_due = _due(done, run.config.evaluation.interval_steps) and done < last
         if result.counts.stop and done < last:
-            _save(run)  # at once: a launcher may not leave the ranks time for more
-            run.console.say(
-                f"asked to stop: saved after step {done}/{last}; the same command goes on from here"
-            )
-            if evaluation_is_due:  # the run that goes on from here begins behind it
-                _evaluate(run)
+            _leave(run)  # at once: a launcher may not leave the ranks time for more
             return
-        if evaluation_is_due:
+        if _due(done, evaluation_interval) and done < last:
             _evaluate(run)
         if done % run.config.checkpoint.interval_steps == 0 and done < last:
             _save(run)
@@ -126,14 +181,46 @@ def _train_steps(run: _Run, stop: StopRequest) -> None:
     _finish(run)
 
 
-def _one_step(run: _Run, stop: bool) -> StepResult:
+def _check_stop(stop: StopRequest, groups: ProcessGroups) -> None:
+    """Let all ranks stop if any of them was asked to; one all-reduce over the world.
+
+    Raises:
+        Stopped: On all ranks.
+    """
+    asked = torch.tensor(int(stop.requested), device=groups.device)
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    if asked:
+        raise Stopped
+
+
+def _leave(run: _Run) -> None:
+    """Save, unless that is done, and say how to go on."""
+    _save(run)
+    done, last = run.progress.steps, run.config.training.train_steps
+    goes_on = "goes on from here" if done < last else "evaluates the trained model"
+    run.console.say(
+        f"{_because(run.stop)}asked to stop: saved after step {done}/{last};"
+        f" the same command {goes_on}"
+    )
+
+
+def _because(stop: StopRequest) -> str:
+    return f"{stop.reason}; " if stop.reason and not stop.reason.startswith("signal") else ""
+
+
+def _one_step(run: _Run) -> StepResult:
     session, progress = run.session, run.progress
+    if run.lock.taken_by:
+        raise TrainingError(
+            f"{run.config.run_directory}: taken over by another job ({run.lock.taken_by}) while"
+            " this one was suspended; this one ends without saving"
+        )
     try:
         result = train_step(
             session,
             step=progress.steps + 1,
             learning_rate=session.schedule.at(progress.steps),
-            stop=stop,
+            stop=run.stop.requested,
         )
     except TrainingError as error:
         kept = "none was saved yet"
@@ -185,7 +272,9 @@ def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
     apart = whole and run.config.evaluation.max_sequences is not None
     if apart:
         run.console.say("the last evaluation, of the whole validation split:")
-    held_out = evaluate_held_out(session, whole)
+    check_stop = functools.partial(_check_stop, run.stop, session.groups)
+    held_out = evaluate_held_out(session, whole, check_stop)
+    run.progress.evaluated_steps = step
     run.console.held_out(step, held_out, run.config.model.sees_the_future)
     if run.log:
         run.log.log_progress(run.progress)
@@ -214,7 +303,8 @@ def _sample(run: _Run) -> None:
             " model.towers.NAME.experts.causal_router = true"
         )
     else:
-        log_samples(run.session, run.log, run.progress.steps)
+        check_stop = functools.partial(_check_stop, run.stop, run.session.groups)
+        log_samples(run.session, run.log, run.progress.steps, check_stop)
 
 
 def _finish(run: _Run) -> None:

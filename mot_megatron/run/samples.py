@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tqdm import tqdm
 
 from mot_megatron.generation.generate import Generator
 from mot_megatron.generation.sampling import SamplingSettings
+from mot_megatron.job.stop import never
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.session import HELD_OUT_SPLIT, Session
 
@@ -16,11 +19,22 @@ _ROUTED_CAUSALLY = (
 )
 
 
-def log_samples(session: Session, log: TensorBoardLog | None, step: int) -> None:
-    """Generate every decodable modality of a few held-out documents from their other segments.
+def log_samples(
+    session: Session,
+    log: TensorBoardLog | None,
+    step: int,
+    check_stop: Callable[[], None] = never,
+) -> None:
+    """Generate each decodable modality of a few held-out documents from their other segments.
 
-    Every rank calls this, for the model's collectives; the one with a ``log`` writes. Where the
-    model is routed otherwise than in training, the text of each prompt says so.
+    Every rank calls this, for the model's collectives; the rank with a ``log`` writes. If the model
+    is routed differently than in training, the text of each prompt says so.
+
+    Args:
+        session: The run.
+        log: Where to write; None on all ranks but one.
+        step: Steps done.
+        check_stop: Called by every rank between samples; may raise to end this.
     """
     generator = Generator(session.model, session.corpus, session.config.data.seq_length)
     note = f"\n\n({_ROUTED_CAUSALLY})" if session.config.model.sees_the_future else ""
@@ -28,6 +42,7 @@ def log_samples(session: Session, log: TensorBoardLog | None, step: int) -> None
         generator.codecs, "samples", delay=5, ncols=100, leave=False, disable=None if log else True
     )
     for name in names:
+        check_stop()
         samples = generator.continue_held_out(HELD_OUT_SPLIT, name, _SETTINGS, _DOCUMENTS)
         for number, sample in enumerate(samples):
             if log:

@@ -41,6 +41,8 @@ class Progress:
     """Document tokens trained on, over all ranks."""
     flops: float = 0.0
     """Model FLOPs over all ranks; NaN: unknown, for it began without counting them."""
+    evaluated_steps: int = 0
+    """Steps done at the last evaluation; 0 before the first."""
 
 
 def checkpoint_directory(run_directory: Path) -> Path:
@@ -84,8 +86,11 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     """
     metadata = read_metadata(checkpoint)
     try:
-        # A checkpoint without FLOPs is from before they were counted.
-        progress = Progress(**{"flops": math.nan, **metadata["progress"]})
+        saved = metadata["progress"]
+        # Older checkpoints do not have these: FLOPs were not counted, and every save was preceded
+        # by the evaluation that was due.
+        older = {"flops": math.nan, "evaluated_steps": saved["steps"]}
+        progress = Progress(**{**older, **saved})
         data, optimizer_steps = metadata["data"], metadata["optimizer_steps"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(

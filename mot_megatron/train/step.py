@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mot_megatron.errors import TrainingError
 from mot_megatron.job.hardware import synchronize
+from mot_megatron.job.stop import never
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import ProcessGroups
@@ -116,11 +117,18 @@ def _accumulate_gradients(
     return sums
 
 
-def evaluate(session: Session, batches: Iterable[MicroBatch]) -> tuple[float, ...]:
-    """Mean cross entropy per modality over ``batches`` of all ranks, in bits per token.
+def evaluate(
+    session: Session, batches: Iterable[MicroBatch], check_stop: Callable[[], None] = never
+) -> tuple[float, ...]:
+    """Return the mean cross entropy per modality over ``batches`` of all ranks, in bits per token.
 
     Every rank must have the same number of batches. NaN for a modality without labels. The first
-    rank shows a progress bar where people watch and it takes longer than 5 s.
+    rank shows a progress bar on a terminal if it takes longer than 5 s.
+
+    Args:
+        session: The run.
+        batches: This rank's micro-batches.
+        check_stop: Called by every rank between batches; may raise to end the evaluation.
     """
     groups = session.groups
     # None: a bar on a terminal only.
@@ -133,6 +141,7 @@ def evaluate(session: Session, batches: Iterable[MicroBatch]) -> tuple[float, ..
     remaining = iter(bar)
     with torch.no_grad():
         while window := list(islice(remaining, at_once)):
+            check_stop()
             sums += _window_sums(session, window)
             labels += torch.tensor([batch.modality_labels for batch in window]).sum(0)
     labels = labels.to(groups.device)
@@ -140,21 +149,26 @@ def evaluate(session: Session, batches: Iterable[MicroBatch]) -> tuple[float, ..
     return mean_bits(sums, labels.tolist(), groups)
 
 
-def evaluate_held_out(session: Session, whole: bool) -> HeldOut:
-    """Evaluate on the validation split, honestly too: see ``HeldOut``.
+def evaluate_held_out(
+    session: Session, whole: bool, check_stop: Callable[[], None] = never
+) -> HeldOut:
+    """Evaluate on the validation split; every rank calls this.
 
-    Every rank calls this; as ``evaluate``, once or twice.
+    A model whose routing looks at later tokens is evaluated a second time with causal routing, if
+    it has that.
 
     Args:
         session: The run.
-        whole: Not only as much of the split as evaluation.max_sequences allows.
+        whole: Use the whole split, even if evaluation.max_sequences limits it.
+        check_stop: See ``evaluate``.
     """
     model = session.config.model
-    as_trained = evaluate(session, session.held_out_batches(whole))
+    as_trained = evaluate(session, session.held_out_batches(whole), check_stop)
     if not (model.sees_the_future and model.can_be_causal):
         return HeldOut(as_trained)
     with session.model.routed_causally():
-        return HeldOut(as_trained, evaluate(session, session.held_out_batches(whole)))
+        causal = evaluate(session, session.held_out_batches(whole), check_stop)
+        return HeldOut(as_trained, causal)
 
 
 def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from torch.multiprocessing import get_context
 
 from mot_megatron.errors import ConfigError
-from mot_megatron.job import distributed, heartbeats, verdict, watch, watch_hub
+from mot_megatron.job import distributed, handshake, heartbeats, launch, verdict, watch, watch_hub
 from mot_megatron.job.progress_report import Phase, ProgressReport
 from tests.ranks import ENVIRONMENT, PRELOAD
 
@@ -84,7 +85,8 @@ def _rank(rank: int, port: int, folder: Path, event: str) -> None:
     )
     if event == "die before joining":
         os._exit(7)
-    world = distributed.find_world(rank, RANKS, rank, "127.0.0.1", port)
+    place = launch.Launch(rank, RANKS, rank, "127.0.0.1", port, is_on_one_node=True, launchers=())
+    world = distributed.find_world(place)
     progress_report = ProgressReport()
     with watch.Watchdog(world, progress_report):
         progress_report.enter("data", step=12)
@@ -95,7 +97,7 @@ def _rank(rank: int, port: int, folder: Path, event: str) -> None:
 def _act(event: str) -> None:
     if event == "defect":
         raise ValueError("a defect\nof two lines")
-    if event == "is_user_error":
+    if event == "user error":
         raise ConfigError("a.key = 3; allowed: 4")
     if event == "work":
         time.sleep(100)  # as in a collective: nothing of the main thread's own will end it
@@ -150,14 +152,14 @@ def test_a_defect_on_one_rank(tmp_path: Path, culprit: int) -> None:
         )
 
 
-def test_a_mendable_error_on_all_ranks_is_one_line(tmp_path: Path) -> None:
-    with Job(tmp_path, "is_user_error", *range(RANKS)) as job:
+def test_a_user_error_on_all_ranks_is_one_line(tmp_path: Path) -> None:
+    with Job(tmp_path, "user error", *range(RANKS)) as job:
         assert job.wait(20) == [verdict.USER_ERROR_STATUS] * RANKS
         assert job.errors() == {0: "error: a.key = 3; allowed: 4\n"}
 
 
-def test_a_mendable_error_on_one_rank_names_it(tmp_path: Path) -> None:
-    with Job(tmp_path, "is_user_error", 1) as job:
+def test_a_user_error_on_one_rank_names_it(tmp_path: Path) -> None:
+    with Job(tmp_path, "user error", 1) as job:
         assert job.wait(20) == [verdict.USER_ERROR_STATUS] * RANKS
         text = f"error: rank 1 (host {socket.gethostname()}, pid {job.pid(1)}): a.key = 3;"
         assert job.errors() == {1: f"{text} allowed: 4\n"}
@@ -187,22 +189,112 @@ def test_ranks_that_never_come_are_named() -> None:
     assert text.startswith("2 of 8 ranks (2, 5) have not started within 600 s")
 
 
+KEY = b"of this launch"
+
+
+def start_hub(world_size: int = 2) -> watch_hub.WatchHub:
+    me = verdict.Peer.of_this_process(0)
+    return watch_hub.WatchHub("127.0.0.1", world_size, KEY, me, ProgressReport())
+
+
+def connect(hub: watch_hub.WatchHub) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", hub.port), 10)
+
+
+def introduce(hub: watch_hub.WatchHub, rank: int = 1, key: bytes = KEY) -> socket.socket:
+    """A connection as that rank."""
+    connection = connect(hub)
+    handshake.introduce(connection, key, verdict.Peer.of_this_process(rank), 10)
+    return connection
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the hub closes the connection."""
+    connection.settimeout(10)
+    with suppress(ConnectionError):
+        while connection.recv(1000):
+            pass
+    return True
+
+
+GARBAGE = (
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[" * 50_000 + b"\n",
+    b"[1]\n",
+    b"{}\n",
+    b'{"kind": "hello", "peer": 3}\n',
+    b"\xff\xfe\n",
+    b"x" * (1 << 17),
+)
+
+
 def test_strangers_are_turned_away() -> None:
-    hub = watch_hub.WatchHub(
-        "127.0.0.1", 2, verdict.Peer.of_this_process(0), progress_report=ProgressReport()
-    )
+    hub = start_hub()
+    for text in GARBAGE:
+        with connect(hub) as stranger:
+            with suppress(ConnectionError):
+                stranger.sendall(text)
+            assert ended(stranger)
+    with connect(hub) as half_a_line:
+        half_a_line.sendall(b'{"kind"')
+        introduce(hub).close()
+
+
+def test_a_rank_of_another_job_is_refused() -> None:
+    hub = start_hub()
+    with pytest.raises(handshake.RefusedError, match="it belongs to another job"):
+        introduce(hub, key=b"of another launch")
+    with introduce(hub):
+        with pytest.raises(handshake.RefusedError, match=r"rank 1 \(host .*\) is there already"):
+            introduce(hub)
+        with pytest.raises(handshake.RefusedError):
+            introduce(hub, rank=2)
+
+
+def test_the_hub_proves_that_it_knows_the_secret() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+        connection = socket.create_connection(impostor.getsockname(), 10)
+        accepted, _ = impostor.accept()
+        accepted.sendall(verdict.encode("challenge", challenge="0"))
+        accepted.sendall(verdict.encode("welcome", peer={}, proof="guess"))
+        with pytest.raises(handshake.RefusedError):
+            handshake.introduce(connection, KEY, verdict.Peer.of_this_process(1), 10)
+        accepted.close()
+        connection.close()
+
+
+def test_the_hub_survives_more_connections_than_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections: list[socket.socket] = []
     with ExitStack() as stack:
-        for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "token": "guess"}\n', b"[1]\n"):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", hub.port)))
-            connection.settimeout(10)
-            connection.sendall(text)
-            assert connection.recv(100) == b""
-    peer = verdict.Peer.of_this_process(1)
-    hello = verdict.encode("hello", token=hub.token, peer=verdict.asdict(peer))
-    with socket.create_connection(("127.0.0.1", hub.port)) as connection:
-        connection.settimeout(10)
-        connection.sendall(hello)
-        assert b"welcome" in connection.recv(1000)
+        hub = start_hub()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with suppress(OSError):
+            while True:  # each takes one here, and one of the hub's, in the same process
+                connections.append(stack.enter_context(connect(hub)))
+        assert len(connections) > 50
+        for connection in connections[: len(connections) // 2]:
+            connection.close()
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                introduce(hub).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+
+def test_a_rank_that_sends_garbage_is_lost_and_the_hub_says_so() -> None:
+    hub = start_hub()
+    with introduce(hub, 0) as healthy, introduce(hub, 1) as broken:
+        broken.sendall(b'{"kind": "beat", "phase": 3}\n')
+        healthy.settimeout(10)
+        received = b""
+        while b"verdict" not in received:
+            received += healthy.recv(1000)
+        assert b"rank 1" in received
 
 
 # --- the pieces
@@ -255,5 +347,5 @@ def test_phases_are_ordered_by_how_far_the_run_has_come() -> None:
 
 def test_a_pid_that_another_process_has_now_is_spared() -> None:
     me = verdict.Peer.of_this_process(0)
-    verdict.Peer(0, me.host, me.pid, started="1").kill_if_here()
-    verdict.Peer(0, "elsewhere", me.pid, me.started).kill_if_here()
+    verdict.Peer(me.host, me.pid, "1", 0).kill_if_here()
+    verdict.Peer("elsewhere", me.pid, me.started, 0).kill_if_here()

@@ -64,19 +64,25 @@ def test_signal_to_one_rank_stops_all(corpus: Path, tmp_path: Path, layout: list
 def test_stop_leaves_no_gap_among_the_evaluations(corpus: Path, tmp_path: Path) -> None:
     overrides = ["training.train_steps=8", "evaluation.interval_steps=2"]
     assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, 0) == [None]
-    assert evaluated_steps(tmp_path / "small") == [2, 4]  # it leaves after step 4
+    assert evaluated_steps(tmp_path / "small") == [2]  # it saves and leaves at once after step 4
     assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
     assert evaluated_steps(tmp_path / "small")[:3] == [2, 4, 6]
 
 
-def test_stop_between_evaluations_makes_none(corpus: Path, tmp_path: Path) -> None:
-    overrides = ["evaluation.interval_steps=3"]
+def test_stop_during_an_evaluation_is_heard_there(corpus: Path, tmp_path: Path) -> None:
+    overrides = ["training.train_steps=4", "evaluation.interval_steps=3"]
     assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, 0) == [None]
-    assert evaluated_steps(tmp_path / "small") == [3]
+    # The request came in step 3.
+    assert (tmp_path / "small" / "checkpoints" / "step_00000003").is_dir()
+    assert evaluated_steps(tmp_path / "small") == []
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
+    assert evaluated_steps(tmp_path / "small") == [3, 4]
 
 
 def evaluated_steps(run: Path) -> list[int]:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
+    if "loss_held_out/text" not in events.Tags()["scalars"]:
+        return []
     return [point.step for point in events.Scalars("loss_held_out/text")]
 
 

@@ -1,0 +1,53 @@
+"""Processes of this and other hosts, safe against reused process IDs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process on a host."""
+
+    host: str
+    pid: int
+    started: str
+    """Start time in clock ticks since boot, from /proc; empty if unknown."""
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Describe a process on this host."""
+        return cls(socket.gethostname(), pid, start_of(pid))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it ran on this host."""
+        return self.host == socket.gethostname()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it ran on this host and is proven to have ended."""
+        return self.is_here and start_of(self.pid) != self.started
+
+    def kill_if_here(self) -> None:
+        """Kill it if it runs on this host, since a stopped process does not exit by itself."""
+        if self.is_here and not self.is_dead:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def start_of(pid: int) -> str:
+    """Return field 22 of /proc/PID/stat, or an empty string if no such process runs."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    # The second field, the command in parentheses, may itself contain spaces and parentheses.
+    state, *fields = stat.rpartition(")")[2].split()
+    # A zombie has ended, although its parent has not collected its status yet.
+    return "" if state in ("Z", "X") else fields[18]
