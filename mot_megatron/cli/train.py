@@ -99,7 +99,7 @@ def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
         with Watchdog(world, progress_report):
             run(config, world, progress_report, stop)
     except UserError as error:
-        return report_user_error(error)
+        return _report_on_rank(error, launch, stop)
     return 0
 
 

@@ -61,8 +61,7 @@ class World:
 
     def _lost(self, error: RuntimeError) -> TrainingError:
         return TrainingError(
-            f"rank {self.rank} of {self.size}: lost rank 0 at {self.address}, port {self.port},"
-            f" during start: {_first_line(error)}"
+            f"lost rank 0 at {self.address}, port {self.port}, during start: {_first_line(error)}"
         )
 
 
@@ -89,8 +88,8 @@ def find_world(launch: Launch) -> World:
         )
     except socket.gaierror as error:
         raise TrainingError(
-            f"rank {launch.rank}: rank 0's host {launch.address!r} is unknown here:"
-            f" {error.strerror}; set MASTER_ADDR, or --master_addr of the launcher"
+            f"rank 0's host {launch.address!r} is unknown here: {error.strerror}; set"
+            " MASTER_ADDR, or --master_addr of the launcher"
         ) from error
     except dist.DistError as error:
         if launch.rank == 0:
@@ -98,10 +97,7 @@ def find_world(launch: Launch) -> World:
                 f"rank 0 cannot listen at {place}: {_first_line(error)}; if another job uses this"
                 " port, choose one with --master_port"
             ) from error
-        raise TrainingError(
-            f"rank {launch.rank} of {launch.size}: no connection to rank 0 at {place}:"
-            f" {_first_line(error)}"
-        ) from error
+        raise TrainingError(f"no connection to rank 0 at {place}: {_first_line(error)}") from error
     return World(
         launch.rank, launch.size, launch.local_rank, launch.address, launch.port, launch.key, store
     )

@@ -24,11 +24,15 @@ def protect_outputs() -> None:
     for descriptor, name in _STREAMS:
         stream: Any = getattr(sys, name)
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            if stream.fileno() != descriptor or isinstance(stream.buffer.raw, _TolerantFile):
+            # Unbuffered, as python -u has it, the file itself is where a buffer would be.
+            is_unbuffered = isinstance(stream.buffer, io.RawIOBase)
+            raw = stream.buffer if is_unbuffered else stream.buffer.raw
+            if stream.fileno() != descriptor or isinstance(raw, _TolerantFile):
                 continue
             stream.flush()
+            file = _TolerantFile(descriptor)
             tolerant = io.TextIOWrapper(
-                io.BufferedWriter(_TolerantFile(descriptor)),  # type: ignore[type-var]
+                file if is_unbuffered else io.BufferedWriter(file),  # type: ignore[type-var]
                 encoding=stream.encoding,
                 errors="replace",
                 line_buffering=stream.line_buffering,

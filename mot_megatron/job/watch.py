@@ -42,8 +42,6 @@ from mot_megatron.job.watch_hub import (
 
 _STORE_KEY = "mot_megatron/watch"
 _LONGEST_SUMMARY = 4000
-_REPORTER_SECONDS = 5.0
-"""How long a rank that is refused waits for rank 0 to report the same problem and end the job."""
 _CONNECT_SECONDS = 30.0
 _VERDICT_SECONDS = HEARTBEAT_TIMEOUT_SECONDS + 10
 """How long a failed rank waits for a verdict. Longer than the heartbeat timeout, so that a hung hub
@@ -114,15 +112,11 @@ class Watchdog:
             connection = socket.create_connection((world.address, port), _CONNECT_SECONDS)
             self._hub_peer = introduce(connection, key, self._peer, _CONNECT_SECONDS)
         except OSError as error:
-            raise TrainingError(
-                f"{self._peer}: rank 0 cannot be reached at {place}: {error}"
-            ) from error
+            raise TrainingError(f"rank 0 cannot be reached at {place}: {error}") from error
         except RefusedError as error:
-            # The rank 0 of the same launch cannot open its store and says so.
-            time.sleep(_REPORTER_SECONDS)
             raise TrainingError(
-                f"{self._peer}: refused by rank 0 at {world.address}, port {world.port}: {error};"
-                " if another job uses this port, choose one with --master_port"
+                f"refused by rank 0 at {world.address}, port {world.port}: {error}; if another job"
+                " uses this port, choose one with --master_port"
             ) from error
         connection.settimeout(None)
         return connection

@@ -1,0 +1,207 @@
+"""Jobs that meet on one port or in one folder, and jobs whose launcher ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.entry_points import EntryPoint, wait_until
+from tests.launch.jobs import (
+    LAUNCHER,
+    SCRIPT,
+    SECONDS_TO_NOTICE_A_DEATH,
+    assert_gone,
+    free_port,
+    rank_process,
+    started,
+)
+from tests.small_runs import CONFIG, write_corpus
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    corpus = write_corpus(folder / "corpus")
+    file = folder / "small.toml"
+    file.write_text(CONFIG.format(corpus=corpus))
+    return file
+
+
+def arguments_of(config: Path, runs: Path, steps: int) -> list[str]:
+    settings = [
+        f"run.directory={runs}",
+        f"training.train_steps={steps}",
+        "logging.interval_steps=5",
+        "checkpoint.interval_steps=100000",
+    ]
+    return [f"--config={config}", *(f"--set={setting}" for setting in settings)]
+
+
+def launcher(config: Path, runs: Path, steps: int, port: int | None = None) -> list[str]:
+    options = ["--num_accelerators", "2", "--master_port", str(port or free_port())]
+    return [*LAUNCHER, *options, SCRIPT, *arguments_of(config, runs, steps)]
+
+
+def wait_for_a_step(folder: Path, job: subprocess.Popen[bytes]) -> None:
+    output = folder / "stdout"
+    wait_until(lambda: "step " in output.read_text() or job.poll() is not None, "a step")
+
+
+def test_a_second_job_on_the_port_ends_and_the_first_goes_on(config: Path, tmp_path: Path) -> None:
+    port, one, other = free_port(), tmp_path / "one", tmp_path / "other"
+    with started(one, launcher(config, one / "runs", 10**6, port)) as first:
+        wait_for_a_step(one, first)
+        with started(other, launcher(config, other / "runs", 10, port)) as second:
+            assert second.wait(60) != 0
+        reasons = [
+            line
+            for line in (other / "stderr").read_text().splitlines()
+            if line.startswith("error: ")
+        ]
+        assert len(reasons) == 1
+        assert f"port {port}" in reasons[0]
+        assert "--master_port" in reasons[0]
+        assert first.poll() is None
+        (one / "runs" / "small" / "stop").touch()
+        assert first.wait(30) == 0
+    assert (one / "stderr").read_text() == ""
+    assert "asked to stop: saved after step" in (one / "stdout").read_text()
+    assert not (one / "runs" / "small" / "stop").exists()
+    assert not (one / "runs" / "small" / "running.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("inner", "number"),
+    [(False, signal.SIGTERM), (False, signal.SIGKILL), (True, signal.SIGKILL)],
+    ids=["deepspeed-term", "deepspeed-kill", "launch-kill"],
+)
+def test_ranks_save_and_leave_when_their_launcher_ends(
+    config: Path, tmp_path: Path, inner: bool, number: signal.Signals
+) -> None:
+    runs = tmp_path / "runs"
+    with started(tmp_path, launcher(config, runs, 10**6)) as job:
+        wait_for_a_step(tmp_path, job)
+        ranks = [rank_process(job, rank) for rank in range(2)]
+        victim = ranks[0].ppid() if inner else job.pid
+        os.kill(victim, number)
+        assert_gone(ranks, SECONDS_TO_NOTICE_A_DEATH)
+        job.wait(SECONDS_TO_NOTICE_A_DEATH)
+    text = (tmp_path / "stdout").read_text()
+    assert f"the launcher, pid {victim}, has ended; asked to stop: saved after step" in text
+    assert list((runs / "small" / "checkpoints").glob("step_*[0-9]"))
+
+
+def test_a_run_that_is_running_is_not_started_again(config: Path, tmp_path: Path) -> None:
+    arguments = arguments_of(config, tmp_path / "runs", 10**6)
+    with EntryPoint(tmp_path / "one", SCRIPT, *arguments) as first:
+        wait_until(lambda: "step " in first.output, "a step")
+        with EntryPoint(tmp_path / "other", SCRIPT, *arguments) as second:
+            refused = second.wait()
+        assert refused.status == 2
+        assert f"already running (host {os.uname().nodename}, pid {first.pid}," in refused.errors
+        assert len(refused.errors.splitlines()) == 1
+        os.kill(first.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        with EntryPoint(tmp_path / "third", SCRIPT, *arguments) as third:
+            wait_until(lambda: "step " in third.output, "a step, although the first was killed")
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "values"),
+    [
+        ("run.seed=4", "run.seed", ("3", "4")),
+        ("training.train_steps=7", "training.train_steps", ("6", "7")),
+        ("model.num_layers=3", "model.num_layers", ("2", "3")),
+    ],
+)
+def test_ranks_that_disagree_are_told_so(
+    config: Path, tmp_path: Path, setting: str, key: str, values: tuple[str, str]
+) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = arguments_of(config, tmp_path / "runs", 6)
+    with (
+        EntryPoint(
+            tmp_path / "0",
+            SCRIPT,
+            *arguments,
+            environment={**shared, "RANK": "0", "LOCAL_RANK": "0"},
+        ) as first,
+        EntryPoint(
+            tmp_path / "1",
+            SCRIPT,
+            *arguments,
+            f"--set={setting}",
+            environment={**shared, "RANK": "1", "LOCAL_RANK": "1"},
+        ) as second,
+    ):
+        finished = first.wait(), second.wait()
+    assert [one.status for one in finished] == [2, 2]
+    assert [len(one.errors.splitlines()) for one in finished] == [1, 0]
+    host = os.uname().nodename
+    assert (
+        f"error: {key} is {values[0]} on rank 0 (host {host}) and {values[1]} on rank 1 (host"
+        in finished[0].errors
+    )
+
+
+def test_output_that_nobody_reads_any_more_does_not_end_a_run(config: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    command = [sys.executable, SCRIPT, *arguments_of(config, runs, 10**6)]
+    with started(tmp_path, ["bash", "-c", f"{' '.join(command)} | head -n 4"]) as pipe:
+        shell = psutil.Process(pipe.pid)
+        wait_until(lambda: (tmp_path / "stdout").read_text().count("\n") >= 4, "lines")
+        (training,) = [
+            process for process in shell.children(recursive=True) if SCRIPT in process.cmdline()
+        ]
+        time.sleep(1)  # further lines meet the closed pipe
+        training.send_signal(signal.SIGINT)
+        assert_gone([training], 60)
+        pipe.wait(30)
+    assert (tmp_path / "stderr").read_text() == ""
+    assert list((runs / "small" / "checkpoints").glob("step_*[0-9]"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("WORLD_SIZE", "abc", "an integer, 1 or more"),
+        ("MASTER_PORT", "99999", "an integer, 1 to 65535"),
+        ("RANK", "5", "an integer, 0 to 1"),
+    ],
+)
+def test_variables_of_a_launcher_are_checked(
+    config: Path, tmp_path: Path, name: str, value: str, allowed: str
+) -> None:
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    variables = {**variables, "MASTER_PORT": "29500", name: value}
+    arguments = arguments_of(config, tmp_path, 6)
+    with EntryPoint(tmp_path, SCRIPT, *arguments, environment=variables) as running:
+        finished = running.wait(20)
+    assert finished.status == 2
+    assert (
+        finished.errors == f"error: environment variable {name} = {value!r}; allowed: {allowed}\n"
+    )
+
+
+def test_an_unknown_host_of_rank_0_is_said_at_once(config: Path, tmp_path: Path) -> None:
+    variables = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "no.such.host.invalid",
+        "MASTER_PORT": "29500",
+    }
+    arguments = arguments_of(config, tmp_path, 6)
+    with EntryPoint(tmp_path, SCRIPT, *arguments, environment=variables) as running:
+        finished = running.wait(60)
+    assert finished.status == 2
+    assert "rank 0's host 'no.such.host.invalid' is unknown here" in finished.errors
