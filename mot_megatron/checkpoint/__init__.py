@@ -1,7 +1,8 @@
-"""Saving and loading of training state, verified before use.
+"""Saving and loading of training state; checkpoints are verified before they are used.
 
-``save_checkpoint`` and ``load_checkpoint`` move tensors under global names; ``resolve_resume`` and
-``open_checkpoint`` say which checkpoint to take. Nothing here knows of optimizers.
+``save_checkpoint`` and ``load_checkpoint`` write and read tensors under global names.
+``resolve_resume`` and ``open_checkpoint`` find the checkpoint to use. Nothing in this package
+depends on the optimizer.
 """
 
 from mot_megatron.checkpoint.find import (

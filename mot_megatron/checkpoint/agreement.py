@@ -1,8 +1,8 @@
-"""Work whose failure on one rank must be known on all of them.
+"""Run work that may fail on one rank so that all ranks raise the same error.
 
-A rank that raises alone leaves the others waiting in their next collective until it times out. The
-two functions here exchange the outcome first, so that every rank raises the same CheckpointError.
-They run over the default process group, or alone where there is none.
+If only one rank raised, the others would wait in their next collective until it timed out.
+``on_every_rank`` and ``on_first_rank`` exchange outcomes first, and then every rank raises the same
+CheckpointError. They use the default process group; without one, they run in this process only.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's rank in the default group; 0 without one."""
+    """Return this process's rank in the default group, 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Ranks in the default group; 1 without one."""
+    """Return the number of ranks in the default group, 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def on_every_rank(work: Callable[[], T]) -> list[T]:
-    """Call ``work`` on every rank and return what it returned on each, on every rank.
+    """Call ``work`` on every rank and return the results of all ranks, in rank order.
 
-    Collectives: one all-gather of objects over the default group. ``work`` may hold collectives of
-    its own only if they cannot fail on some of the ranks.
+    Collectives: one all-gather of objects over the default group. ``work`` may run collectives of
+    its own only if it cannot fail on just some of the ranks.
 
     Raises:
-        CheckpointError: ``work`` raised an OSError or a CheckpointError on some rank; carries the
-            message of the first such rank, on every rank.
+        CheckpointError: ``work`` raised an OSError or a CheckpointError on at least one rank.
+            Raised on every rank, with the message of the lowest such rank.
     """
     outcome = _attempt(work)
     if not dist.is_initialized():
@@ -46,12 +46,12 @@ def on_every_rank(work: Callable[[], T]) -> list[T]:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Call ``work`` on rank 0 alone and return what it returned, on every rank.
+    """Call ``work`` on rank 0 only and return its result on every rank.
 
     Collectives: one broadcast of an object over the default group.
 
     Raises:
-        CheckpointError: ``work`` raised an OSError or a CheckpointError; on every rank.
+        CheckpointError: ``work`` raised an OSError or a CheckpointError. Raised on every rank.
     """
     outcome = _attempt(work) if rank() == 0 else (None, None)
     if dist.is_initialized():
@@ -62,7 +62,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 
 def describe_os_error(error: OSError) -> str:
-    """The path, if known, and the reason, in one line."""
+    """Return the path, if known, and the reason in one line."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
 
@@ -81,4 +81,4 @@ def _values(outcomes: list[tuple[T | None, str | None]]) -> list[T]:
         if problem is not None:
             where = f" (rank {failed_rank})" if len(outcomes) > 1 else ""
             raise CheckpointError(problem + where)
-    return [value for value, _ in outcomes]  # type: ignore[misc]  # None only beside a problem
+    return [value for value, _ in outcomes]  # type: ignore[misc]  # None only if work failed

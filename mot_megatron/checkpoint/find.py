@@ -1,7 +1,7 @@
-"""Which checkpoint to take: the newest one that proves to be whole.
+"""Find the checkpoint to use: the newest one that passes verification.
 
-A directory of checkpoints holds one folder per saved step, ``step_00000100``. A save in progress,
-or one that was killed, ends in ``.tmp`` and was never a checkpoint.
+A checkpoint directory contains one folder per saved step, such as ``step_00000100``. The folder of
+a save that is still in progress or was killed ends in ``.tmp`` and is never used.
 """
 
 from __future__ import annotations
@@ -25,45 +25,54 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint whose files were all verified."""
+    """A checkpoint all of whose files were verified."""
 
     path: Path
+    """Folder of the checkpoint."""
     step: int
+    """Number of optimizer steps completed."""
     num_tensors: int
+    """Number of global tensors, over all ranks."""
     num_bytes: int
+    """Total size of all files except the manifest."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What was found, and one line for each thing that was passed over, with the reason."""
+    """The result of a search for a checkpoint."""
 
     checkpoint: CheckpointInfo | None
+    """The checkpoint to use, or None if there is none."""
     skipped: tuple[str, ...]
+    """One line per skipped folder, with the reason."""
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """Contents of a directory of checkpoints, as rank 0 sees it."""
+    """Contents of a checkpoint directory, as seen by rank 0."""
 
-    steps: tuple[tuple[int, Path], ...]  # newest first
+    steps: tuple[tuple[int, Path], ...]
+    """Steps and folders of checkpoints, newest first."""
     unfinished: tuple[Path, ...]
+    """Folders of unfinished saves."""
     foreign: tuple[Path, ...]
+    """Other folders, not written by this program."""
 
 
 def step_name(step: int) -> str:
-    """Name of the folder of ``step``'s checkpoint."""
+    """Return the folder name of the checkpoint of ``step``."""
     return f"step_{step:08d}"
 
 
 def find_checkpoint(directory: Path) -> Search:
-    """The newest verified checkpoint in ``directory``, if there is one.
+    """Find the newest checkpoint in ``directory`` that passes verification.
 
-    Every rank calls this. Collectives over the default group: a broadcast of the listing, and for
-    each checkpoint looked at one broadcast and one all-gather; the files are shared out over the
-    ranks for verification. A single process reads them all.
+    Every rank calls this. Collectives over the default group: one broadcast of the directory
+    listing, then one broadcast and one all-gather per checkpoint examined. Verification reads every
+    file once, with the files divided among the ranks.
 
     Returns:
-        The same on every rank. Nothing is raised because of a bad checkpoint: it is skipped.
+        The same result on every rank. A damaged checkpoint is skipped and raises no error.
 
     Raises:
         CheckpointError: ``directory`` exists but cannot be listed.
@@ -72,14 +81,16 @@ def find_checkpoint(directory: Path) -> Search:
 
 
 def resolve_resume(directory: Path) -> Search:
-    """What a run whose checkpoints go to ``directory`` continues from.
+    """Find the checkpoint from which a run that saves to ``directory`` resumes.
 
-    Never an occasion to start afresh by mistake: no checkpoint is returned only where there is
-    none at all. Every rank calls this; collectives as in ``find_checkpoint``.
+    The result has no checkpoint only if ``directory`` contains none at all, so that a run never
+    starts from scratch by mistake. Every rank calls this, with the same collectives as
+    ``find_checkpoint``.
 
     Raises:
-        CheckpointError: ``directory`` holds checkpoints, or folders that are none of ours, and not
-            one can be verified; names each and the reason. Or it cannot be listed.
+        CheckpointError: ``directory`` contains checkpoints or foreign folders, but no checkpoint
+            passes verification; the message lists each with the reason. Or ``directory`` cannot be
+            listed.
     """
     listing = on_first_rank(lambda: _list(directory))
     search = _search(listing)
@@ -92,12 +103,13 @@ def resolve_resume(directory: Path) -> Search:
 
 
 def open_checkpoint(path: Path) -> Search:
-    """The checkpoint a user names: one step's folder, or a directory of them (the newest).
+    """Open the checkpoint at a path given by the user.
 
-    Every rank calls this; collectives as in ``find_checkpoint``.
+    ``path`` is the folder of one checkpoint, or a checkpoint directory, of which the newest
+    verified checkpoint is used. Every rank calls this, with collectives as in ``find_checkpoint``.
 
     Raises:
-        CheckpointError: There is none at ``path``, or none that can be verified.
+        CheckpointError: ``path`` contains no checkpoint, or none that passes verification.
     """
     if on_first_rank(lambda: (path / MANIFEST_NAME).is_file()):
         checkpoint, problem = _verified(path)
@@ -105,34 +117,34 @@ def open_checkpoint(path: Path) -> Search:
             raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
         return Search(checkpoint, ())
     if not on_first_rank(path.is_dir):
-        raise CheckpointError(f"{path}: there is no such directory of checkpoints")
+        raise CheckpointError(f"{path}: no such checkpoint directory")
     search = find_checkpoint(path)
     if search.checkpoint is None:
         reasons = "; ".join(search.skipped) or "it is empty"
-        raise CheckpointError(f"{path} holds no usable checkpoint: {reasons}")
+        raise CheckpointError(f"{path} contains no usable checkpoint: {reasons}")
     return search
 
 
 def read_metadata(checkpoint: CheckpointInfo) -> dict[str, Any]:
-    """What ``save_checkpoint`` was given as ``metadata``."""
+    """Return the ``metadata`` that was passed to ``save_checkpoint``."""
     return json.loads(_read_text(checkpoint.path / METADATA_NAME))
 
 
 def read_config_text(checkpoint: CheckpointInfo) -> str:
-    """The resolved configuration of the run that saved the checkpoint, as TOML."""
+    """Return the resolved configuration of the run that saved the checkpoint, as TOML."""
     return _read_text(checkpoint.path / CONFIG_NAME)
 
 
 def finished_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Steps and folders in ``directory`` whose manifest and file sizes are right, newest first.
+    """List steps and folders of checkpoints with a valid manifest and file sizes, newest first.
 
-    Cheap: sums are not computed. This process only, no collectives.
+    This is cheap, because it computes no hashes. It involves this process only, no collectives.
     """
     finished = []
     for step, path in _list(directory).steps:
         try:
             read_manifest(path)
-        except CheckpointError:  # the next find_checkpoint names it
+        except CheckpointError:  # the next find_checkpoint reports it
             continue
         finished.append((step, path))
     return finished
@@ -155,7 +167,7 @@ def _list(directory: Path) -> _Listing:
 
 def _search(listing: _Listing) -> Search:
     skipped = [f"{path}: an unfinished save" for path in listing.unfinished]
-    skipped += [f"{path}: no checkpoint of this program" for path in listing.foreign]
+    skipped += [f"{path}: not a checkpoint of this program" for path in listing.foreign]
     for step, path in listing.steps:
         checkpoint, problem = _verified(path, step)
         if checkpoint is not None:
@@ -165,7 +177,11 @@ def _search(listing: _Listing) -> Search:
 
 
 def _verified(path: Path, step: int | None = None) -> tuple[CheckpointInfo | None, str | None]:
-    """Verify the checkpoint at ``path``, which must be of ``step`` if given: it, or the problem."""
+    """Verify the checkpoint at ``path``, which must be of ``step`` if given.
+
+    Returns:
+        The checkpoint and None, or None and the problem.
+    """
     manifest = on_first_rank(lambda: _manifest_or_problem(path, step))
     if isinstance(manifest, str):
         return None, manifest

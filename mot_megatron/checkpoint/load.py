@@ -1,4 +1,4 @@
-"""Loading into tensors that exist already, whatever layout wrote the checkpoint."""
+"""Loading of a checkpoint, written in any layout, into existing tensors."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ def load_checkpoint(
     *,
     prefix: str = "",
 ) -> None:
-    """Fill this rank's tensors, in place, from a verified checkpoint.
+    """Load this rank's tensors in place from a verified checkpoint.
 
-    Every rank calls this. Two all-gathers of objects over the default group; each rank reads its
-    own parts. Where it raises, no tensor has changed unless a file broke after verification.
+    Every rank calls this. Collectives: two all-gathers of objects over the default group. Each rank
+    reads its own parts. If this raises an error, no tensor has changed, unless a file was damaged
+    after verification.
 
     Args:
-        checkpoint: From find_checkpoint, resolve_resume or open_checkpoint.
-        tensors: All tensors to fill, this rank's parts; names, global shapes and dtypes must be
-            the checkpoint's.
-        groups: The process groups; None for a single process, which holds everything whole.
-        prefix: Tensors of the checkpoint whose names begin otherwise are left alone. With "" every
-            tensor must be asked for, by some rank.
+        checkpoint: Result of find_checkpoint, resolve_resume or open_checkpoint.
+        tensors: This rank's parts of all tensors to load. Names, global shapes and dtypes must
+            equal those in the checkpoint.
+        groups: The process groups; None for a single process, which holds every tensor whole.
+        prefix: Ignore tensors of the checkpoint whose names do not start with this. Every other
+            tensor must be requested by at least one rank; with "", that is all of them.
 
     Raises:
-        CheckpointError: The checkpoint is of another model, hostile, or cannot be read; on every
-            rank.
+        CheckpointError: The checkpoint belongs to another model, is malicious or cannot be read.
+            Raised on every rank.
     """
     described = describe(tensors, groups)
     try:
@@ -53,10 +54,12 @@ def load_checkpoint(
 
 
 def read_whole_tensors(checkpoint: CheckpointInfo, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Some of a verified checkpoint's tensors, whole; this process only, no collectives.
+    """Read the named tensors of a verified checkpoint, each whole.
+
+    This involves this process only, no collectives.
 
     Raises:
-        CheckpointError: It lacks one, or cannot be read.
+        CheckpointError: A tensor is missing, or the checkpoint cannot be read.
     """
     try:
         index = read_index(checkpoint.path)
@@ -75,13 +78,13 @@ def read_whole_tensors(checkpoint: CheckpointInfo, names: Iterable[str]) -> dict
 
 
 def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
-    """Check this rank's tensors against the index; return their names."""
+    """Check this rank's tensors against the index and return their names."""
     stored = stored_tensors(index)
     missing = sorted(named.name for named in tensors if named.name not in stored)
     if missing:
         raise _of_another_model(f"it lacks {_shorten(missing)}")
     differing = [
-        f"{named.name} is {kept} there and {wanted} here"
+        f"{named.name} is {kept} in the checkpoint and {wanted} in this model"
         for named in tensors
         if (kept := _kind(stored[named.name].size, stored[named.name].properties.dtype))
         != (wanted := _kind(named.sharding.global_shape, named.tensor.dtype))

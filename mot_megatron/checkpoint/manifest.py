@@ -1,6 +1,7 @@
-"""The list of a checkpoint's files with their sizes and SHA-256 sums, itself summed.
+"""The manifest of a checkpoint: size and SHA-256 of every file, and a SHA-256 of the manifest.
 
-A flipped bit in a tensor file loads without complaint and trains on wrongly; only this catches it.
+torch loads a tensor file with a flipped bit without an error, and training would continue with
+wrong values. Only these hashes detect it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MANIFEST_NAME = "manifest.json"
 _CHUNK_BYTES = 1 << 22
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-# A plain name: nothing that could lead out of the checkpoint's directory.
+# A plain file name, so that it cannot point outside the checkpoint's folder.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*[A-Za-z0-9_]$")]
 
 
@@ -38,16 +39,20 @@ class FileRecord(_Strict):
 
 
 class Manifest(_Strict):
-    """What a complete checkpoint consists of; every rank's files, not only this rank's."""
+    """Contents of a complete checkpoint, with the files of all ranks."""
 
     format: Literal[1] = 1
+    """Version of the manifest format."""
     step: Annotated[int, Field(ge=0)]
+    """Number of optimizer steps completed."""
     num_tensors: Annotated[int, Field(ge=0)]
+    """Number of global tensors, over all ranks."""
     files: dict[FileName, FileRecord]
+    """Record of every file except the manifest itself, by file name."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files, the manifest left out."""
+        """Total size of all files except the manifest."""
         return sum(record.size for record in self.files.values())
 
 
@@ -57,7 +62,7 @@ class _SealedManifest(_Strict):
 
 
 def write_durably(path: Path, content: str) -> None:
-    """Write a text file and see it onto the disk."""
+    """Write a text file and flush it to disk."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write(content)
         stream.flush()
@@ -65,7 +70,7 @@ def write_durably(path: Path, content: str) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """See the names in ``directory`` onto the disk."""
+    """Flush the entries of ``directory`` (file creations and renames) to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,7 +79,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and sum of a file as it is now."""
+    """Return the current size and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -84,17 +89,17 @@ def record_of(path: Path) -> FileRecord:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write ``manifest`` into ``directory``, with a sum over itself."""
+    """Write ``manifest`` to ``directory``, together with its own SHA-256."""
     sealed = _SealedManifest(manifest=manifest, sha256=_own_sum(manifest))
     write_durably(directory / MANIFEST_NAME, sealed.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest itself; the files it lists are not opened, only measured.
+    """Read and check the manifest; of the files that it lists, only the sizes are checked.
 
     Raises:
-        CheckpointError: It is missing, unreadable or damaged, or a file it lists is missing or has
-            another size. The message does not repeat ``directory``.
+        CheckpointError: The manifest is missing, unreadable or damaged, or a file that it lists is
+            missing or has a different size. The message does not include ``directory``.
     """
     try:
         content = (directory / MANIFEST_NAME).read_bytes()
@@ -118,13 +123,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_files(directory: Path, manifest: Manifest) -> str | None:
-    """Compare every file's SHA-256 with ``manifest``, the files shared out over all ranks.
+    """Compare the SHA-256 of every file with ``manifest``, with files divided among all ranks.
 
-    Collectives: one all-gather of objects over the default group; every rank calls this with the
-    same arguments and a file system that all of them see.
+    Every rank calls this, with the same arguments and on a shared file system. Collectives: one
+    all-gather of objects over the default group.
 
     Returns:
-        What is wrong with the first bad file, the same on every rank; None if nothing is.
+        The problem with the first bad file, or None if all files are good; the same on every rank.
     """
     by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
     own = by_size[agreement.rank() :: agreement.world_size()]

@@ -1,6 +1,8 @@
-"""Saving: a fresh folder under a temporary name, checked, listed, and then renamed once.
+"""Saving: write to a new folder with a temporary name, check it, and rename it when complete.
 
-At every moment a kill leaves either the old checkpoints or the old ones and a complete new one.
+A kill at any time leaves the older checkpoints and either no new one or a complete new one. One
+exception: when the same step is saved again, a kill between two renames leaves both saves under
+temporary names.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Save:
-    """One save on its way: where it is written and where it will stand."""
+    """A save in progress: its temporary and its final folder."""
 
     directory: Path
     step: int
@@ -69,24 +71,25 @@ def save_checkpoint(
     groups: ProcessGroups | None,
     keep: int,
 ) -> CheckpointInfo:
-    """Save all ranks' tensors as the checkpoint of ``step`` and remove old checkpoints.
+    """Save the tensors of all ranks as the checkpoint of ``step`` and delete old checkpoints.
 
-    Every rank calls this. Collectives over the default group only; ``directory`` must be on a file
-    system that all ranks share.
+    Every rank calls this. It uses collectives over the default group only; ``directory`` must be on
+    a file system that all ranks share.
 
     Args:
-        directory: Holds all checkpoints of a run; made if it is missing.
-        step: Optimizer steps done. An older save of the same step is replaced.
+        directory: Parent folder of the run's checkpoints, created if missing.
+        step: Number of optimizer steps completed. An earlier save of the same step is replaced.
         tensors: This rank's parts; see NamedTensor.
-        metadata: Whatever else resuming needs, as JSON can hold it; rank 0's is stored.
-        config_text: The resolved configuration, as TOML; rank 0's is stored.
+        metadata: Everything else needed to resume, serializable as JSON. Rank 0's is stored.
+        config_text: The resolved configuration as TOML. Rank 0's is stored.
         groups: The process groups; None for a single process without any.
-        keep: How many checkpoints to keep, this one included (at least 1). Older ones go only
-            after this one is complete; a damaged one neither counts nor goes.
+        keep: Number of checkpoints to keep, including this one (at least 1). Older ones are deleted
+            only after this one is complete; damaged ones are neither counted nor deleted.
 
     Raises:
-        CheckpointError: It could not be written (full disk, permission), on every rank; nothing of
-            it stays and older checkpoints are untouched. Or an older one could not be removed.
+        CheckpointError: The checkpoint could not be written (for example, the disk is full or
+            permission is denied); it is then removed, and older checkpoints are untouched. Or an
+            older checkpoint could not be deleted. Raised on every rank.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, must be at least 1")
@@ -101,7 +104,7 @@ def save_checkpoint(
         records = {name: record for _, own in written for name, record in own.items()}
         info = on_first_rank(lambda: _complete(save, names, records, documents))
     except CheckpointError as error:
-        # All ranks have stopped writing: each step above ends with their agreement.
+        # No rank is still writing: all ranks exchange outcomes at the end of every step above.
         on_first_rank(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
         raise CheckpointError(
             f"cannot save checkpoint {save.final}: {error}; older checkpoints are untouched"
@@ -125,7 +128,7 @@ def _records_of_own_files(directory: Path) -> dict[str, FileRecord]:
 def _complete(
     save: _Save, names: set[str], records: dict[str, FileRecord], documents: dict[str, str]
 ) -> CheckpointInfo:
-    """Check what was written, add the documents and the manifest, and give it its name."""
+    """Check the tensor files, add documents and manifest, and rename the folder."""
     temporary = save.temporary
     num_tensors = check_complete(temporary, names)
     for name, text in documents.items():
@@ -149,7 +152,7 @@ def _complete(
 def _remove_old(save: _Save, keep: int) -> None:
     up_to_now = [path for step, path in finished_checkpoints(save.directory) if step <= save.step]
     for path in up_to_now[keep:]:
-        # Under a name that is no checkpoint's first, so that a kill half-way leaves none half gone.
+        # Rename it first, so that a kill during deletion does not leave a partial checkpoint.
         doomed = path.with_name(path.name + UNFINISHED_SUFFIX)
         try:
             path.rename(doomed)
@@ -157,6 +160,6 @@ def _remove_old(save: _Save, keep: int) -> None:
         except OSError as error:
             reason = agreement.describe_os_error(error)
             raise CheckpointError(
-                f"checkpoint {save.final} is complete, but the old {path} cannot be removed: "
+                f"checkpoint {save.final} is complete, but the old {path} cannot be deleted: "
                 f"{reason}"
             ) from error

@@ -1,8 +1,8 @@
-"""torch.distributed.checkpoint's files, written with care and read with suspicion.
+"""Durable writing and safe reading of the files of torch.distributed.checkpoint.
 
-Its index, ``.metadata``, is a pickle. Here it is unpickled with the few classes that an index is
-made of and nothing else, so that a checkpoint from a stranger cannot run code; and no Python
-objects are ever stored beside the tensors, because those would be pickles as well.
+The index of these files, ``.metadata``, is a pickle. It is unpickled here with only the few classes
+that an index consists of, so that an untrusted checkpoint cannot run code. No Python objects are
+stored besides tensors, because they would be pickles as well.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ _INDEX_GLOBALS = {
         )
     ),
 }
-# What unpickling damaged or hostile bytes may raise, by the pickle module's documentation and ours.
+# Errors that unpickling damaged or malicious bytes may raise, according to the documentation of the
+# pickle module and the checks below.
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -76,18 +77,18 @@ _UNPICKLING_ERRORS = (
 
 
 def own_file_pattern(rank: int) -> str:
-    """Glob of the tensor files that ``rank`` writes."""
+    """Return a glob pattern for the tensor files that ``rank`` writes."""
     return f"__{rank}_*.distcp"
 
 
 def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
-    """Write all ranks' tensors and the index into ``directory``, each file seen onto the disk.
+    """Write the tensors of all ranks and the index to ``directory``, and flush them to disk.
 
-    Every rank calls this; a tensor that several hold is written once. One writing thread per rank:
-    with more, a failed write can go unreported.
+    Every rank calls this. A tensor that several ranks hold is written once. Each rank writes with
+    one thread, because with several threads a failed write can go unreported.
 
     Raises:
-        CheckpointError: A file could not be written; on every rank.
+        CheckpointError: A file could not be written. Raised on every rank.
     """
     with _progress(f"saving {directory.name}") as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -102,10 +103,10 @@ def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
 
 
 def read_index(directory: Path) -> Metadata:
-    """Read ``.metadata`` and check that it describes tensors in files of this directory only.
+    """Read ``.metadata`` and check that it lists only tensors, in files of this directory.
 
     Raises:
-        CheckpointError: It is missing, damaged, or holds something else than an index of tensors.
+        CheckpointError: The file is missing, damaged or not an index of tensors.
     """
     try:
         content = (directory / INDEX_NAME).read_bytes()
@@ -115,12 +116,12 @@ def read_index(directory: Path) -> Metadata:
         index = _IndexUnpickler(io.BytesIO(content)).load()
         _check_index(index)
     except _UNPICKLING_ERRORS as error:
-        raise CheckpointError(f"{INDEX_NAME} is no index of tensors: {error}") from None
+        raise CheckpointError(f"{INDEX_NAME} is not an index of tensors: {error}") from None
     return index
 
 
 def stored_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Name, shape, dtype and pieces of every tensor in an index."""
+    """Return shape, dtype and pieces of every tensor in an index, by name."""
     return {
         name: entry
         for name, entry in index.state_dict_metadata.items()
@@ -129,10 +130,10 @@ def stored_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
 
 
 def check_complete(directory: Path, names: Iterable[str]) -> int:
-    """Check that the files hold every one of ``names``, whole; return the number of tensors.
+    """Check that the files contain all of ``names`` in full, and return the number of tensors.
 
     Raises:
-        CheckpointError: A tensor, a part of one, or a file is missing.
+        CheckpointError: A tensor, part of a tensor, or a file is missing.
     """
     index = read_index(directory)
     stored = stored_tensors(index)
@@ -142,21 +143,21 @@ def check_complete(directory: Path, names: Iterable[str]) -> int:
     sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
     for name, tensor in stored.items():
         if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
-            raise CheckpointError(f"only a part of {name} was written")
+            raise CheckpointError(f"only part of {name} was written")
         for chunk in tensor.chunks:
             place = index.storage_data.get(MetadataIndex(name, chunk.offsets))
             if place is None or sizes.get(place.relative_path, -1) < place.offset + place.length:
                 raise CheckpointError(
-                    f"a part of {name} is missing from the files; every rank must write to the "
-                    "same directory, on a file system that all of them share"
+                    f"part of {name} is missing from the files; every rank must write to the "
+                    "same directory, on a file system that all ranks share"
                 )
     return len(stored)
 
 
 def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Tensor]) -> None:
-    """Read into the memory of ``described`` the part of each tensor that this rank holds.
+    """Read this rank's part of each tensor into the memory of ``described``.
 
-    No collectives: every rank reads on its own.
+    No collectives; every rank reads independently.
 
     Raises:
         CheckpointError: A file is damaged or cannot be read.
@@ -175,7 +176,7 @@ def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Te
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows the classes of an index, and refuses the rest before anything of it is called."""
+    """An unpickler that accepts only the classes of an index and rejects others before any call."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _INDEX_GLOBALS:
@@ -184,33 +185,37 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no index needs")
 
 
 def _enum_member(enumeration: Any, name: str) -> Enum:
-    """What ``getattr`` is allowed to do: Python 3.11.0 to 3.11.3 store enumerations' members so."""
+    """Stand in for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of enumerations.
+
+    Nothing but members of enumerations can be looked up.
+    """
     if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
-        raise pickle.UnpicklingError(f"it asks for getattr of {enumeration!r}")
+        raise pickle.UnpicklingError(f"it calls getattr on {enumeration!r}")
     return enumeration[name]
 
 
 def _check_index(index: Any) -> None:
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise TypeError(f"it holds a {type(index).__name__}")
+        raise TypeError(f"it contains a {type(index).__name__}")
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise TypeError(f"{name} is a {type(entry).__name__}, not a tensor")
     for place in index.storage_data.values():
         file_name = place.relative_path
         if Path(file_name).name != file_name or not file_name.endswith(".distcp"):
-            raise ValueError(f"it points to {file_name}, outside its own files")
+            raise ValueError(f"it points to {file_name}, which is not one of its tensor files")
 
 
 class _Writer(FileSystemWriter):
-    """Says what the disk said, and leaves the machine's path and a random number out of the index.
+    """A writer that reports the cause of a failed write and omits storage metadata from the index.
 
-    When a write fails, torch.save stumbles over the half-written archive and raises a RuntimeError
-    about positions in it; the OSError is only that error's context, which no other rank would see.
+    When a write fails, torch.save raises a RuntimeError about positions in the half-written
+    archive. The OSError is only the context of that error, which would not reach the other ranks.
+    The storage metadata would contain a path of this machine and a random number.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -229,10 +234,11 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """Serves an index that was read already.
+    """A reader for an index that has already been read.
 
-    The base class would unpickle ``.metadata`` freely and, should that fail, other files; the
-    caller of ``read_metadata`` asks for those only when its signature has ``kwargs``.
+    The base class would unpickle ``.metadata`` without restrictions and, if that failed, per-rank
+    index files. torch requests the latter only if the signature of ``read_metadata`` has
+    ``kwargs``.
     """
 
     def __init__(self, directory: Path, index: Metadata) -> None:
@@ -244,7 +250,7 @@ class _Reader(FileSystemReader):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """The default, reporting the bytes written."""
+    """The default planner, with a progress bar of the bytes written."""
 
     def __init__(self, progress: tqdm) -> None:
         super().__init__(flatten_state_dict=False)
@@ -263,7 +269,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """The default, reporting the elements read, and without its unpickling of objects."""
+    """The default planner, with a progress bar of the elements read and without unpickling."""
 
     def __init__(self, progress: tqdm) -> None:
         super().__init__(flatten_state_dict=False)
@@ -293,7 +299,10 @@ def _progress(description: str) -> tqdm:
 
 
 def _translate(error: CheckpointException, reading: bool = False) -> Exception:
-    """A CheckpointError for what a disk or a file can do; else a defect, as a RuntimeError."""
+    """Map I/O failures, and damaged files when reading, to CheckpointError.
+
+    Any other failure is a defect and becomes a RuntimeError.
+    """
     foreseen = (OSError, *_UNPICKLING_ERRORS) if reading else (OSError,)
     for failed_rank, (cause, _) in sorted(error.failures.items()):
         if not isinstance(cause, foreseen):

@@ -1,7 +1,7 @@
-"""What is saved: tensors under global names, each with its place in the global tensor.
+"""What a checkpoint stores: tensors under global names, each with its position in a global tensor.
 
-A file never says which layout wrote it, only where in the global tensor its pieces lie, so any
-layout can read it.
+The files do not record the layout that wrote them, only the position of each piece in its global
+tensor. Therefore any layout can read them.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """This rank's part of one global tensor.
-
-    ``tensor`` may have the parameter's own shape: it is viewed as ``sharding.local_shape(...)``. It
-    must be contiguous, hold the same values wherever its tower and stage lie, and without a
-    ``shard_dim`` on all tensor-parallel ranks.
-    """
+    """This rank's part of one global tensor."""
 
     name: str
+    """Global name."""
     tensor: torch.Tensor
+    """Contiguous values, which may have the parameter's own shape; they are viewed as
+    ``sharding.local_shape(...)``. They must be equal on all ranks that hold the tower and stage
+    and, if ``sharding`` has no ``shard_dim``, on all tensor-parallel ranks."""
     sharding: ParameterSharding
+    """Global shape and the dimension that tensor parallelism splits."""
 
 
 def describe(
     tensors: Sequence[NamedTensor], groups: ProcessGroups | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors as torch.distributed.checkpoint wants them, sharing their memory.
+    """Convert tensors to the form that torch.distributed.checkpoint expects, sharing their memory.
 
-    A sharded tensor becomes a DTensor over the tensor-parallel group; one that every rank holds
-    whole stays plain, and is written by one of its holders. No collectives.
+    A sharded tensor becomes a DTensor over the tensor-parallel group. A tensor that every rank
+    holds whole remains a plain tensor, and only one of those ranks writes it. No collectives.
 
     Args:
-        tensors: This rank's tensors, in any order, names unique.
-        groups: The process groups; None for a single process, which holds everything whole.
+        tensors: This rank's tensors, in any order, with unique names.
+        groups: The process groups; None for a single process, which holds every tensor whole.
     """
     size = 1 if groups is None else groups.tensor_size
     meshes: dict[str, DeviceMesh] = {}

@@ -1,9 +1,9 @@
-"""AdamW whose gradients are scaled, or whose step is withheld, at the last moment.
+"""AdamW that can scale gradients or skip the update inside ``step``.
 
-DeepSpeed hands every ZeRO stage's gradients to the wrapped optimizer just before its step, in fp32
-and in the layout the stage updates. Clipping there works the same for all stages, needs nothing of
-DeepSpeed's internals, and lets a step with non-finite gradients run through DeepSpeed's own
-clean-up without changing a weight.
+In every ZeRO stage, DeepSpeed passes gradients to the wrapped optimizer just before its step, in
+fp32 and sharded as the stage updates them. Clipping at this point works the same for all stages and
+without access to DeepSpeed's internals. A step with non-finite gradients still runs DeepSpeed's own
+clean-up but changes no weight.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 
 class GatedAdamW(torch.optim.AdamW):
-    """torch's AdamW with a gate that is set anew before every step."""
+    """AdamW of torch with a gate; set both attributes before every step."""
 
     gradient_scale: float = 1.0
-    """Multiplies every gradient of the next step (the clipping coefficient)."""
+    """Factor on every gradient in the next step: the clipping coefficient."""
     open: bool = True
-    """False withholds the next step: weights and state stay as they are."""
+    """Whether the next step updates; False leaves weights and state unchanged."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # the base class types closure as overloads
-        """Scale the gradients in place, then step; or do nothing while the gate is shut."""
+        """Scale the gradients in place and step; do nothing if the gate is closed."""
         if not self.open:
             return None
         if self.gradient_scale != 1.0:
@@ -34,8 +34,8 @@ class GatedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
     def make_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Create the state that the first step would create, so that it can be read and set."""
-        # The fused kernel keeps its counter beside the parameter.
+        """Create the state that the first step would create, so that it can be read or loaded."""
+        # The fused kernel requires the step counter on the device of the parameter.
         self.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),

@@ -1,4 +1,4 @@
-"""How DeepSpeed is set up: quiet, without compiling anything, and told of our process groups."""
+"""Setup of DeepSpeed: its configuration, our process groups, no log output, no compilation."""
 
 from __future__ import annotations
 
@@ -19,78 +19,82 @@ if TYPE_CHECKING:
     from mot_megatron.parallel.groups import ProcessGroups
 
 NEVER = 2**62
-"""Steps between DeepSpeed's own progress lines."""
+"""Optimizer steps between DeepSpeed's own progress lines: effectively none are printed."""
 LARGEST_BUCKET = 200_000_000
-"""Elements in one collective, unless a single parameter is larger; even, for all-gathers."""
+"""Maximum number of elements in one collective, unless a single parameter is larger.
+
+It must be even, because DeepSpeed's all-gathers require it.
+"""
 
 
 class Topology:
-    """What DeepSpeed calls an mpu: it is asked for groups, and knows no globals of megatron."""
+    """The ``mpu`` argument of DeepSpeed, which gives it our process groups explicitly."""
 
     def __init__(self, groups: ProcessGroups):
         self._groups = groups
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that together hold one copy of the model: tensor and pipeline parallelism."""
+        """Return the ranks that together hold one copy of the model (tensor and pipeline)."""
         return self._groups.model
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's place among them, tensor parallelism fastest."""
+        """Return this rank's position in the model-parallel group; the tensor rank is fastest."""
         return self._groups.tensor_rank + self._groups.tensor_size * self._groups.pipeline_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the size of the model-parallel group."""
         return self._groups.tensor_size * self._groups.pipeline_size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that share every matrix."""
+        """Return the ranks over which every matrix is split."""
         return self._groups.tensor
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This rank's place among them."""
+        """Return this rank's position in the tensor-parallel group."""
         return self._groups.tensor_rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the size of the tensor-parallel group."""
         return self._groups.tensor_size
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        """The stages of a pipeline."""
+        """Return the stages of this rank's pipeline."""
         return self._groups.pipeline
 
     def get_pipeline_model_parallel_rank(self) -> int:
-        """This rank's stage."""
+        """Return this rank's pipeline stage."""
         return self._groups.pipeline_rank
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        """How many stages there are."""
+        """Return the number of pipeline stages."""
         return self._groups.pipeline_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same shard of the model and see different data."""
+        """Return the ranks with the same pipeline stage and tensor-parallel rank."""
         return self._groups.data
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's place among them."""
+        """Return this rank's position in the data-parallel group."""
         return self._groups.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the size of the data-parallel group."""
         return self._groups.data_size
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their ranks in the world."""
+        """Return the global ranks of the data-parallel group."""
         return dist.get_process_group_ranks(self._groups.data)
 
 
 def prepare_deepspeed() -> None:
-    """Quieten DeepSpeed and attach it to the process group that exists already.
+    """Silence DeepSpeed and attach it to the existing process group.
 
-    Its shared-memory collective for CPUs would be compiled at first use (minutes, and a killed
-    build leaves a lock that later starts wait on for ever), so that is switched off.
+    This also disables DeepSpeed's shared-memory collective for CPUs, which would be compiled at
+    first use. That takes minutes, and a killed build leaves a lock on which later starts wait
+    forever.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls collectives by names that torch 2.13 has given new ones.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
     if not deepspeed.comm.is_initialized():
@@ -98,29 +102,30 @@ def prepare_deepspeed() -> None:
 
 
 def sums_gradients(settings: OptimizerSettings) -> bool:
-    """Whether DeepSpeed can sum gradients over ranks; ZeRO-3 can only average them."""
+    """Return whether DeepSpeed sums gradients over ranks; ZeRO-3 can only average them."""
     return settings.zero_stage < 3
 
 
 def deepspeed_config(
     settings: OptimizerSettings, model: nn.Module, groups: ProcessGroups
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration for ``settings``; DeepSpeed ignores keys it does not know."""
+    """Return the DeepSpeed configuration for ``settings``; DeepSpeed ignores unknown keys."""
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     vectors = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    # Buckets smaller than the largest parameter crash ZeRO-2 on uneven sizes; larger than the
-    # model they are wasted memory.
+    # A bucket smaller than the largest parameter crashes ZeRO-2 on uneven sizes; one larger than
+    # the model wastes memory.
     bucket = max(max(sizes), min(sum(sizes), LARGEST_BUCKET))
     if has_owned_towers(groups):
-        # A bucket mixes parameters of several owners, and ranks that hold different towers would
-        # fill theirs at different points. So each parameter is reduced by itself.
+        # Reduce every parameter separately: a bucket mixes parameters with different owners, and
+        # ranks that hold different towers would fill their buckets at different points.
         bucket = 1
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": False,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": LARGEST_BUCKET,
-        # ZeRO-3 keeps vectors whole (gathering them costs more than it saves), matrices never.
+        # ZeRO-3 keeps all vectors whole, since gathering them costs more than sharding saves, but
+        # no matrix.
         "stage3_param_persistence_threshold": max(vectors, default=0) + 1,
     }
     if settings.offload == "optimizer":
@@ -131,17 +136,18 @@ def deepspeed_config(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "gradient_clipping": 0.0,  # the engine clips, see GatedAdamW
+        "gradient_clipping": 0.0,  # ZeroEngine clips instead, through GatedAdamW
         "gradient_allreduce_op": "sum" if sums_gradients(settings) else "mean",
         "steps_per_print": NEVER,
         "zero_optimization": zero,
-        # GatedAdamW is not in DeepSpeed's list of exact types, and it runs on the CPU as well.
+        # GatedAdamW is not one of the optimizer types that DeepSpeed accepts, and it also runs on
+        # the CPU.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
     if settings.precision == "bf16":
-        # A NaN is ours to notice: where DeepSpeed does, it forgets to clear the offloaded
-        # gradients of bf16 weights, which then stay NaN.
+        # ZeroEngine detects NaN itself. When DeepSpeed does, it fails to clear the offloaded
+        # gradients of bf16 weights, which then remain NaN.
         config["bf16"] = {
             "enabled": True,
             "immediate_grad_update": True,

@@ -1,4 +1,4 @@
-"""Gradient norms, in total and per tower, from whatever part of the gradients a rank holds."""
+"""Gradient norms, in total and per tower, from the parts of the gradients on all ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ class StepNorms:
     """L2 norms of the gradients of one optimizer step before clipping; equal on all ranks."""
 
     total: float
+    """Norm over all parameters of the model, without the auxiliary ones."""
     shared: float
-    """Of the parameters that all towers share."""
+    """Norm over the parameters that all towers share."""
     per_tower: tuple[float, ...]
-    """Of each tower's untied parameters, by tower index."""
+    """Norm over each tower's untied parameters, by tower index."""
     auxiliary: float = 0.0
-    """Of what learns beside the model, its causal routers; part of none of the others."""
+    """Norm over the parameters trained beside the model (causal routers), which no other norm
+    includes."""
 
     @property
     def finite(self) -> bool:
-        """False if any gradient on any rank was NaN or infinite: the step was not taken."""
+        """Whether all gradients on all ranks were finite; if not, the step changed no weight."""
         return math.isfinite(self.total + self.auxiliary)
 
 
@@ -36,15 +38,15 @@ def step_norms(
     num_towers: int,
     device: torch.device,
 ) -> StepNorms:
-    """Norms of a gradient whose parts are spread over all ranks.
+    """Compute the norms of gradients that are spread over all ranks.
 
-    One all-reduce of num_towers + 2 squared sums over the world.
+    Collectives: one all-reduce of ``num_towers + 2`` squared norms over the world.
 
     Args:
-        gradients: (parameter, part of its gradient) pairs. Over all ranks of the world together
-            each element of each parameter's gradient must appear exactly once.
+        gradients: Pairs of a parameter and a part of its gradient. Every element of every
+            parameter's gradient must occur on exactly one rank of the world, once.
         num_towers: K, the same on all ranks.
-        device: Where the process group of the world communicates.
+        device: Device on which the process group of the world communicates.
     """
     parts: list[list[torch.Tensor]] = [[] for _ in range(num_towers + 2)]
     for parameter, gradient in gradients:

@@ -1,11 +1,13 @@
-"""Which ranks own a parameter, that is, sum its gradient and share out its optimizer state.
+"""Owners of a parameter: the ranks that sum its gradient and shard its optimizer state.
 
-Without modality parallelism all data-parallel ranks do. With it a tower's weights live on its
-holders alone. DeepSpeed knows one such thing, the experts of a mixture, whose "expert data
-parallel" groups it finds by name; towers that not every rank holds are registered as those. Ranks
-may hold different towers and different numbers of them. Whoever runs collectives over several
-groups must then take the groups in the order of ``by_owners``, or the parameters in the model's
-order: either is the same on any two ranks, as far as they share groups, so none waits for another.
+Without modality or expert parallelism, these are all data-parallel ranks. With modality
+parallelism, only the holders of a tower own its weights. DeepSpeed supports such groups only for
+mixtures of experts, whose "expert data parallel" groups it finds by name. Towers that some ranks do
+not hold are therefore registered as experts.
+
+Ranks may hold different towers, and different numbers of towers. To avoid deadlocks, collectives
+over several groups must run in the group order of ``by_owners`` or in the model's parameter order.
+In either case, any two ranks agree on the order of the groups that they share.
 """
 
 from __future__ import annotations
@@ -27,34 +29,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Owned:
-    """Parameters of this rank that the same ranks own."""
+    """This rank's parameters that have the same owners."""
 
     group: dist.ProcessGroup
-    """The owners."""
+    """Process group of the owners."""
     name: str | None
-    """DeepSpeed's name of the group; None for that of all data-parallel ranks."""
+    """Name of the group in DeepSpeed; None for the group of all data-parallel ranks."""
     parameters: list[nn.Parameter]
-    """In the model's order, so that all owners have the same list."""
+    """Parameters in the model's order, so that all owners have the same list."""
 
 
 def has_owned_towers(groups: ProcessGroups) -> bool:
-    """Whether some tower or expert lives on a part of the data-parallel ranks; all ranks agree."""
+    """Return whether only some data-parallel ranks hold some tower or expert; same on all ranks."""
     split = any(group is not groups.data for group in groups.holders)
     return split or groups.expert_size > 1
 
 
 def by_owners(parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> list[Owned]:
-    """Sort this rank's parameters by their owners; no collective.
+    """Group this rank's parameters by owners; no collectives.
 
-    What all data-parallel ranks own comes first, then the rest by the owners' lowest tower, its
-    experts last.
+    Parameters owned by all data-parallel ranks come first. The other groups are sorted by their
+    lowest tower, with the experts of a tower after its other parameters.
     """
     found: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
     for parameter in parameters:
         group = groups.reduction_group(tower_of(parameter), experts_of(parameter) is not None)
         found.setdefault(group, []).append(parameter)
     owned = [
-        # A name is used for one group only, however many engines a process makes.
+        # The name is unique to the group, even if a process creates several engines.
         Owned(group, None if group is groups.data else f"holders_{group.group_name}", held)
         for group, held in found.items()
     ]
@@ -67,14 +69,14 @@ def by_owners(parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> list
 
 
 class OwnersModule(MoE):
-    """The model in a wrapping that DeepSpeed takes for a mixture of experts.
+    """A wrapper of the model that DeepSpeed treats as a mixture of experts.
 
-    Only of those does it believe that some parameters have owners of their own.
+    DeepSpeed supports parameters with their own owners only in such a module.
     """
 
     def __init__(self, model: nn.Module, owned: Sequence[Owned]):
-        """Mark the parameters that have a named group."""
-        nn.Module.__init__(self)  # not MoE's, which builds experts
+        """Mark the parameters whose owners have a named group."""
+        nn.Module.__init__(self)  # MoE.__init__ would build experts
         self.model = model
         self.num_experts = 1
         self._groups = {o.name: o.group for o in owned if o.name is not None}
@@ -85,11 +87,11 @@ class OwnersModule(MoE):
                     parameter.group_name = group.name  # type: ignore[attr-defined]
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The model's."""
+        """Run the forward pass of the model."""
         return self.model(*inputs, **named)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:  # noqa: ARG002
-        """Called by DeepSpeed before it looks up groups. The order matters: it reduces in it."""
+        """Register the groups, in the order in which DeepSpeed reduces; it calls this first."""
         for name, group in self._groups.items():
             ranks = dist.get_process_group_ranks(group)
             deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = group

@@ -1,4 +1,4 @@
-"""Which parameters decay: matrices do; norm weights, biases and other vectors do not."""
+"""Parameter groups: weight decay for matrices, none for norm weights and other vectors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mot_megatron.optim.owners import Owned
 
 
 def parameter_groups(owned: Iterable[Owned], weight_decay: float) -> list[dict[str, Any]]:
-    """Group parameters by owners, and these into those that decay and those that do not.
+    """Group parameters by owners and by whether they have weight decay.
 
-    DeepSpeed gathers the weights group by group, so the groups' order is that of ``owned``.
+    The groups are in the order of ``owned``, because DeepSpeed gathers the weights group by group.
 
     Returns:
-        Groups for a torch optimizer, each with "params" and "weight_decay", and those that have
-        owners of their own with "moe" and "name" for DeepSpeed; empty ones left out.
+        Non-empty parameter groups for a torch optimizer, each with "params" and "weight_decay".
+        Groups with a named process group also have "moe" and "name" for DeepSpeed.
     """
     groups: list[dict[str, Any]] = []
     for owners in owned:

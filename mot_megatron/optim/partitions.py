@@ -1,8 +1,8 @@
-"""Where each ZeRO stage keeps gradients, fp32 weights and AdamW state: one face for all stages.
+"""Access to gradients, fp32 weights and AdamW state, with one interface for all ZeRO stages.
 
-This file alone reaches into DeepSpeed's optimizers. "Full" means all that a tensor-parallel rank
-holds of a parameter, "local" this rank's part of that under ZeRO, which divides it among the
-parameter's owners: the data-parallel ranks, or those that hold its tower.
+This is the only file that accesses the internals of DeepSpeed's optimizers. "Full" means everything
+that a tensor-parallel rank holds of a parameter. "Local" means this rank's part of it under ZeRO,
+which shards it over the parameter's owners: the data-parallel ranks that hold it.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ from torch import nn
 from mot_megatron.optim.adamw import GatedAdamW
 
 WEIGHT = "weight"
-"""Name of the fp32 weight beside AdamW's state."""
+"""Key of the fp32 weight, next to those of the AdamW state."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state per element, by torch's names."""
+"""Keys of the AdamW state per element, as in torch."""
 _SUMS = ("_hp_grad", "grad_accum", "grad")
-"""Attributes of a parameter in which micro-batches' gradients may be summed: by DeepSpeed's bf16
-optimizer, by its other one, by torch."""
+"""Attributes of a parameter that may hold the gradient summed over micro-batches: those of
+DeepSpeed's bf16 optimizer, of its other optimizer, and of torch."""
 
 
 class Partition(Protocol):
-    """One ZeRO stage's layout."""
+    """How one ZeRO stage stores gradients and optimizer state."""
 
     def optimized(self) -> list[torch.Tensor]:
-        """The fp32 tensors on this rank that AdamW steps."""
+        """Return the fp32 tensors on this rank that AdamW updates."""
         ...
 
     def link(self) -> None:
-        """Make AdamW's state, which exists by now, readable by parameter."""
+        """Make the AdamW state, which must exist, accessible by parameter."""
         ...
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Local gradients, between the last backward and the step.
+        """Yield parameters and their local gradients, between the last backward and the step.
 
-        Over a parameter's owners each element appears exactly once; padding is zero.
+        Every element occurs on exactly one of the parameter's owners; padding is zero.
         """
         ...
 
     def gradient_tensors(self) -> Iterator[torch.Tensor]:
-        """Whatever holds gradients now, at any time between steps; some may share memory."""
+        """Yield all tensors that hold gradients at present; some may share memory."""
         ...
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """Full fp32 weight and moments. Collective over the parameter's owners."""
+        """Return the full fp32 weight and moments. Collective over the parameter's owners."""
         ...
 
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
-        """Set fp32 weight and moments from full tensors, equal on all owners."""
+        """Set the fp32 weight and moments from full tensors, which are equal on all owners."""
         ...
 
     def publish(self) -> None:
-        """Bring the weights of forward up to date with the fp32 ones. Collective."""
+        """Update the weights that forward reads from the fp32 weights. Collective."""
         ...
 
 
 class Replicated:
-    """Stage 0: every data-parallel rank holds everything."""
+    """Stage 0: every data-parallel rank holds full gradients and optimizer state."""
 
     def __init__(self, parameters: list[nn.Parameter], adamw: GatedAdamW, data_rank: int):
         self._parameters = parameters
@@ -77,79 +77,82 @@ class Replicated:
         self._data_rank = data_rank
 
     def optimized(self) -> list[torch.Tensor]:
-        """The parameters themselves."""
+        """Return the parameters themselves."""
         return list(self._parameters)
 
     def link(self) -> None:
-        """AdamW's state is by parameter already."""
+        """Do nothing: the AdamW state is stored by parameter."""
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Whole gradients, from the first data-parallel rank only: all hold the same."""
+        """Yield full gradients on the first data-parallel rank only, since all hold the same."""
         if self._data_rank == 0:
             for parameter in self._parameters:
                 assert parameter.grad is not None
                 yield parameter, parameter.grad
 
     def gradient_tensors(self) -> Iterator[torch.Tensor]:
-        """Those of torch."""
+        """Yield the parameters' ``grad``."""
         return (p.grad for p in self._parameters if p.grad is not None)
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """Copies; no collective."""
+        """Return copies; no collective."""
         state = self._adamw.state[parameter]
         return {WEIGHT: parameter.detach().clone()} | {k: state[k].clone() for k in MOMENTS}
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
-        """Set in place."""
+        """Set the values in place."""
         parameter.copy_(values[WEIGHT])
         for key in MOMENTS:
             self._adamw.state[parameter][key].copy_(values[key])
 
     def publish(self) -> None:
-        """The fp32 weights are those of forward."""
+        """Do nothing: forward reads the fp32 weights."""
 
 
 class Flat:
-    """Stages 1 and 2: flat buffers, one per parameter group, cut into one piece per owner.
+    """Stages 1 and 2: one flat buffer per parameter group, split into one piece per owner.
 
-    DeepSpeed uses two optimizer classes here, which both link each parameter to its piece.
+    DeepSpeed has two optimizer classes for these stages. Both link every parameter to its part of a
+    piece.
     """
 
     def __init__(self, parameters: list[nn.Parameter], optimizer: Any):
         self._parameters = parameters
         self._optimizer = optimizer
-        # Their norms cannot be configured away in every case. Ours is there, and theirs are a slow
-        # pass in float64 that hangs where ranks hold different numbers of parameter groups.
+        # Disable DeepSpeed's gradient norms, which no setting disables in all cases. ZeroEngine
+        # computes its own. DeepSpeed's are slow (float64) and deadlock if ranks hold different
+        # numbers of parameter groups.
         zero = torch.zeros(())
         optimizer.scaled_global_norm = lambda *_args, **_kwargs: zero
         optimizer.get_grads_for_norm = lambda *_args, **_kwargs: ([zero], {})
 
     def reduce_at_once(self) -> None:
-        """Let stage 2 reduce each gradient as soon as backward has it, not when the next one comes.
+        """Make stage 2 reduce each gradient as soon as it is ready, not when the next one is.
 
-        For ranks that hold different towers: what comes next differs, and may come before one of
-        the model's own collectives on one rank and after it on another, which hangs.
+        This is needed if ranks hold different towers. The next gradient then differs between ranks,
+        and might be ready before one of the model's own collectives on one rank but after it on
+        another, which would be a deadlock.
         """
-        for parameter in self._parameters:  # after DeepSpeed's own hook, which fills a bucket
+        for parameter in self._parameters:  # runs after DeepSpeed's own hook, which fills a bucket
             parameter.register_post_accumulate_grad_hook(
                 lambda _: self._optimizer.reduce_ipg_grads()
             )
 
     def optimized(self) -> list[torch.Tensor]:
-        """This rank's piece of the buffer of each parameter group."""
+        """Return this rank's piece of each parameter group's buffer."""
         return [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
 
     def link(self) -> None:
-        """DeepSpeed links after the first step, and then only the first parameter group."""
+        """Link all parameter groups; DeepSpeed does so after the first step, for the first only."""
         self._optimizer._hp_optimizer_states_linked = False
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
     @staticmethod
     def unreduced(parameter: nn.Parameter) -> torch.Tensor:
-        """This rank's whole gradient, summed over micro-batches, to be changed in place.
+        """Return this rank's full gradient, summed over micro-batches, for changes in place.
 
-        Only for stage 1, before the gradients are summed over ranks.
+        This works for stage 1 only, before the gradients are summed over ranks.
         """
         for key in _SUMS:
             gradient = getattr(parameter, key, None)
@@ -158,7 +161,7 @@ class Flat:
         raise AssertionError("the parameter has no gradient")
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Pieces of the reduced gradients; parameters that lie elsewhere are left out."""
+        """Yield this rank's pieces of the reduced gradients, of parameters that have one here."""
         for parameter in self._parameters:
             mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
@@ -166,12 +169,12 @@ class Flat:
             index: int = parameter._index_in_param_group  # type: ignore[attr-defined]
             gradient = mapping.get_lp_grad_fragment(index).flatten()
             address = mapping.lp_fragment_address
-            if gradient.numel() == parameter.numel():  # the bf16 optimizer keeps whole gradients
+            if gradient.numel() == parameter.numel():  # the bf16 optimizer keeps full gradients
                 gradient = gradient.narrow(0, address.start, address.numel)
             yield parameter, gradient
 
     def gradient_tensors(self) -> Iterator[torch.Tensor]:
-        """Whole ones, by parameter, until they are reduced; pieces, by parameter group, after."""
+        """Yield full gradients by parameter, and reduced pieces by parameter group."""
         for parameter in self._parameters:
             for key in _SUMS:
                 gradient = getattr(parameter, key, None)
@@ -180,7 +183,7 @@ class Flat:
         yield from _pieces_of_gradients(self._optimizer, self.optimized())
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """A sum over the owners of pieces that do not overlap."""
+        """Sum the owners' pieces, which do not overlap."""
         return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
             key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
         }
@@ -192,12 +195,12 @@ class Flat:
             safe_set_full_optimizer_state(parameter, values[key], key)
 
     def publish(self) -> None:
-        """One all-gather per parameter group, over its owners."""
+        """Run one all-gather per parameter group, over its owners."""
         self._optimizer.update_lp_params()
 
 
 class Scattered:
-    """Stage 3: each parameter is cut into one padded piece per data-parallel rank."""
+    """Stage 3: every parameter is split into one padded piece per data-parallel rank."""
 
     def __init__(self, parameters: list[nn.Parameter], optimizer: Any, data_rank: int):
         self._parameters = parameters
@@ -205,24 +208,24 @@ class Scattered:
         self._data_rank = data_rank
 
     def optimized(self) -> list[torch.Tensor]:
-        """Flat buffers of pieces."""
+        """Return the flat buffers of pieces."""
         return list(self._optimizer.fp32_partitioned_groups_flat)
 
     def link(self) -> None:
-        """DeepSpeed finds the state by the parameter's position in the flat buffer."""
+        """Do nothing: DeepSpeed finds the state by the parameter's position in the flat buffer."""
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Pieces, padded with zeros."""
+        """Yield pieces, padded with zeros."""
         for parameter in self._parameters:
             yield parameter, _present(safe_get_local_grad(parameter))
 
     def gradient_tensors(self) -> Iterator[torch.Tensor]:
-        """The buffer that micro-batches are summed in, and what of it the step has been given."""
+        """Yield the buffer that sums over micro-batches, and the pieces passed to the step."""
         yield self._optimizer.grad_partitions_flat_buffer
         yield from _pieces_of_gradients(self._optimizer, self.optimized())
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """An all-gather over the data-parallel group."""
+        """Run all-gathers over the data-parallel group."""
         return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
             key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
         }
@@ -230,14 +233,15 @@ class Scattered:
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
         """Set this rank's pieces; no collective.
 
-        DeepSpeed's setter of full tensors reads past the end where a piece is padded.
+        DeepSpeed's setter for full tensors cannot be used: it reads past the end of a tensor whose
+        piece is padded.
         """
         safe_set_local_fp32_param(parameter, self._piece(parameter, values[WEIGHT]))
         for key in MOMENTS:
             safe_set_local_optimizer_state(parameter, self._piece(parameter, values[key]), key)
 
     def publish(self) -> None:
-        """Copy to the pieces of forward, then gather the parameters that ZeRO-3 keeps whole."""
+        """Copy to the pieces that forward reads, then gather the parameters ZeRO-3 keeps whole."""
         optimizer = self._optimizer
         optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -253,7 +257,7 @@ class Scattered:
 
 
 def _pieces_of_gradients(optimizer: Any, optimized: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Reduced gradients, until and after they are handed to AdamW."""
+    """Yield reduced gradients, both before and after DeepSpeed passes them to AdamW."""
     for key in ("averaged_gradients", "all_grad_tensors"):
         for pieces in getattr(optimizer, key, {}).values():
             yield from pieces or ()

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: linear warm-up, then a decay to a floor."""
+"""Learning rate as a pure function of the step: linear warm-up, then decay to a minimum."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ ScheduleStyle = Literal["cosine", "linear", "constant"]
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Warm-up to ``peak``, then decay to ``minimum``, which holds from then on."""
+    """Linear warm-up to ``peak``, then decay to ``minimum``, then constant."""
 
     peak: float
     """Learning rate at the end of the warm-up."""
     minimum: float
     """Learning rate at the end of the decay; unused by the constant style."""
     warmup_steps: int
-    """Optimizer steps from zero up to ``peak``; 0 starts at ``peak``."""
+    """Optimizer steps of the warm-up from zero to ``peak``; 0: start at ``peak``."""
     decay_steps: int
-    """Optimizer steps from the end of the warm-up until ``minimum``."""
+    """Optimizer steps of the decay, counted from the end of the warm-up."""
     style: ScheduleStyle
     """Shape of the decay; "constant" stays at ``peak``."""
 
     def at(self, step: int) -> float:
-        """Learning rate of the optimizer step with index ``step``, counted from 0.
+        """Return the learning rate of the optimizer step with index ``step``, counted from 0.
 
-        The first step of a warm-up takes ``peak / warmup_steps``, since a step of size zero would
-        waste its batch.
+        The first step of a warm-up uses ``peak / warmup_steps``, since a learning rate of zero
+        would waste its batch.
         """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps

@@ -1,4 +1,4 @@
-"""What the optimizer is asked to do, as plain values: ``train`` fills it from the configuration."""
+"""Settings of the optimizer as plain values, which ``train`` fills from the configuration."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW under ZeRO. The learning rate is given anew to every step."""
+    """Settings of AdamW under ZeRO. The learning rate is an argument of every step instead."""
 
     betas: tuple[float, float]
+    """Decay rates of the first and second moment."""
     eps: float
+    """Added to the square root of the second moment in the denominator of the update."""
     weight_decay: float
+    """Decoupled weight decay of matrices."""
     clip_grad: float
-    """Largest L2 norm of the whole gradient; 0 leaves gradients as they are."""
+    """Maximum L2 norm of the whole gradient; 0: no clipping."""
     zero_stage: Literal[0, 1, 2, 3]
-    """What data-parallel ranks share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
-    weights."""
+    """What is sharded over data-parallel ranks. 0: nothing; 1: optimizer state; 2: also gradients;
+    3: also weights."""
     offload: Literal["none", "optimizer"]
-    """Where the fp32 weights and the AdamW state live: the device, or the host's memory."""
+    """Where fp32 weights and AdamW state are stored. none: on the device; optimizer: in host
+    memory."""
     precision: Literal["fp32", "bf16"]
-    """Of the weights that forward and backward see; the optimizer's copy is always fp32."""
+    """Precision of the weights in forward and backward; the optimizer's copy is always fp32."""
     gradient_accumulation_steps: int
     """Micro-batches per optimizer step on each data-parallel rank."""
     micro_batch_size: int

@@ -1,15 +1,15 @@
-"""The training engine: a model under DeepSpeed's ZeRO, with gradients that are plain sums.
+"""The training engine: a model under DeepSpeed ZeRO, with gradients that are plain sums.
 
-What DeepSpeed does on the side (dividing by ranks and by micro-batches, clipping, its norms, its
-checkpoints) is undone or unused, so that every ZeRO stage computes the same thing: AdamW on the sum
-of all gradients that backward was called for, clipped by the global norm. A rank may hold a part of
-the model only: a shard of every matrix, some towers (see ``owners``), the layers of a pipeline
-stage.
+All ZeRO stages compute the same: AdamW on the sum of the gradients of all backward passes, clipped
+by the global norm. To that end, this engine reverts or does not use what DeepSpeed does in
+addition: division by ranks and micro-batches, clipping, norms and checkpoints. A rank may hold only
+part of the model: a shard of every matrix, some towers (see ``owners``) and the layers of one
+pipeline stage.
 
-bf16 means bf16 weights and gradients in forward and backward, fp32 weights in the optimizer.
-Gradients are summed over micro-batches and over ranks in fp32: a sum in bf16 loses small
-micro-batches' gradients. For ZeRO-1 that makes DeepSpeed use its BF16_Optimizer, which keeps a
-whole fp32 gradient on each rank; ZeRO-2 and 3 keep this rank's part.
+With bf16, weights and gradients are bf16 in forward and backward, and the optimizer keeps fp32
+weights. Gradients are summed in fp32, over micro-batches and over ranks, because a bf16 sum loses
+the small gradients of single micro-batches. With ZeRO-1, DeepSpeed then uses its BF16_Optimizer,
+which keeps a full fp32 gradient on every rank; ZeRO-2 and ZeRO-3 keep this rank's part.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def _assert_legal(settings: OptimizerSettings, groups: ProcessGroups) -> None:
-    """Assert what the configuration's rules promise about ZeRO and the layout."""
+    """Assert that ZeRO and the layout go together, as the configuration rules guarantee."""
     stage = settings.zero_stage
     assert stage == 1 or groups.pipeline_size == 1, (stage, groups.pipeline_size)
     assert stage in (1, 2) or not has_owned_towers(groups), stage
@@ -57,17 +57,19 @@ class HeldTensors:
     """Tensors of one rank's model state; some may share memory."""
 
     weights: list[torch.Tensor]
-    """What forward reads."""
+    """Weights as forward reads them."""
     gradients: list[torch.Tensor]
+    """Gradients, full or sharded."""
     optimizer: list[torch.Tensor]
-    """What AdamW steps, and its moments."""
+    """The tensors that AdamW updates, and its moments."""
 
 
 class ZeroEngine:
-    """Forward, backward and step of a model whose optimizer, at least, is sharded by ZeRO.
+    """Forward, backward and optimizer step of a model under DeepSpeed ZeRO.
 
-    Without a pipeline: ``forward`` and ``backward`` for every micro-batch, then ``step``. With one,
-    its schedule runs the micro-batches; then ``reduce_gradients`` and ``step``.
+    Without pipeline parallelism, call ``forward`` and ``backward`` for every micro-batch, then
+    ``step``. With it, the pipeline schedule runs all micro-batches; then call ``reduce_gradients``
+    and ``step``.
     """
 
     def __init__(
@@ -78,23 +80,22 @@ class ZeroEngine:
         *,
         num_towers: int | None = None,
     ):
-        """Take over ``model``, on its device; with ZeRO-3 its parameters are cut up in place.
+        """Wrap ``model``, which must be on its device; ZeRO-3 shards its parameters in place.
 
-        The model is this rank's part: of its pipeline stage, and with the towers it holds. Every
-        parameter needs ``tower``, and ``tensor_model_parallel`` set to True where tensor
-        parallelism splits it. Replicated parameters' gradients must be complete on every
-        tensor-parallel rank. Of a parameter that the first and the last pipeline stage both hold,
-        both need ``tied_across_stages`` set to True, and the last one's ``mark_replica``.
+        Every parameter needs the attribute ``tower``; if tensor parallelism splits it, also
+        ``tensor_model_parallel = True``. Gradients of parameters that are not split must be
+        complete on every tensor-parallel rank. A parameter held by both the first and the last
+        pipeline stage needs ``tied_across_stages = True`` on both and ``mark_replica`` on the last.
 
-        Collective over the world: a parameter's values on the first of its owners (the ranks of
-        its ``groups.reduction_group``) are sent to the others.
+        Collective over the world: the first owner of each parameter (the first rank of its
+        ``groups.reduction_group``) broadcasts its values to the other owners.
 
         Args:
-            model: This rank's part.
-            settings: The same on all ranks.
-            groups: This rank's.
-            num_towers: K of the whole model, over all ranks; may be left out where every rank
-                holds every tower.
+            model: This rank's part of the model: its pipeline stage, with the towers it holds.
+            settings: Settings of the optimizer, the same on all ranks.
+            groups: Process groups of this rank.
+            num_towers: K of the whole model, over all ranks; optional if every rank holds every
+                tower.
         """
         _assert_legal(settings, groups)
         prepare_deepspeed()
@@ -110,20 +111,19 @@ class ZeroEngine:
         owned = by_owners(self._parameters.values(), groups)
         self._adamw = GatedAdamW(
             parameter_groups(owned, settings.weight_decay),
-            lr=0.0,  # given to every step
+            lr=0.0,  # set in every step
             betas=settings.betas,
             eps=settings.eps,
             fused=True,
         )
         module = OwnersModule(model, owned) if any(o.name for o in owned) else model
         config = deepspeed_config(settings, model, groups)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # memory reports that cannot be switched off
+        with contextlib.redirect_stdout(io.StringIO()):  # no setting disables its memory reports
             self._engine, optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=self._adamw, config=config, mpu=Topology(groups)
             )
-        # Pipelines run backward without telling DeepSpeed, which must not take it for the last.
+        # A pipeline schedule runs backward without DeepSpeed's knowledge. DeepSpeed must not treat
+        # it as the last micro-batch.
         self._engine.set_gradient_accumulation_boundary(False)
         self._partition = self._make_partition(optimizer)
         for tensor in self._partition.optimized():
@@ -132,7 +132,7 @@ class ZeroEngine:
 
     def _count_towers(self) -> int:
         assert max(self._groups.pipeline_size, self._groups.modality_size) == 1, (
-            "num_towers is needed where ranks hold different parts of the model"
+            "num_towers is required if ranks hold different parts of the model"
         )
         return 1 + max(tower_of(p) for p in self._parameters.values())
 
@@ -152,14 +152,14 @@ class ZeroEngine:
 
     @property
     def model(self) -> nn.Module:
-        """The model; call ``forward`` instead of it, which ZeRO-3 needs to gather weights."""
+        """The model. Call ``forward`` of the engine instead, because ZeRO-3 must gather weights."""
         return self._model
 
     def forward(self, *inputs: Any) -> Any:
-        """The model's forward.
+        """Run the forward pass of the model.
 
-        To be followed by backward, it must return a tensor, or a tuple, list or dict of them:
-        DeepSpeed does not find tensors in anything else, and its hooks would silently not run.
+        The model must return a tensor, or a tuple, list or dict of tensors. DeepSpeed finds tensors
+        in nothing else, and its backward hooks would silently not run.
         """
         outputs = self._engine(*inputs)
         assert isinstance(outputs, torch.Tensor | tuple | list | dict), type(outputs)
@@ -167,48 +167,48 @@ class ZeroEngine:
 
     @property
     def loss_factor(self) -> int:
-        """What ``backward`` multiplies its loss with: ZeRO-3 divides gradients by the ranks.
+        """The factor on the loss in ``backward``, because ZeRO-3 averages gradients over ranks.
 
-        So must whoever adds gradients of other losses inside the model.
+        Code that adds gradients of other losses inside the model must apply the same factor.
         """
         return 1 if sums_gradients(self._settings) else self._groups.data_size
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of ``loss`` to those of the step.
+        """Add the gradients of ``loss`` to those of the current step.
 
-        The gradient that the step uses is the plain sum over the micro-batches and the
-        parameter's owners: the loss must be scaled already, for example as (local sum of token
-        losses) / (tokens of the whole step). The last micro-batch of a step reduces over the
-        owners; ZeRO-2 and 3 reduce in each.
+        The step uses the plain sum of gradients over micro-batches and the parameter's owners.
+        Therefore the loss must already be scaled, for example as (local sum of token losses) /
+        (tokens of the whole step). Gradients are reduced over the owners in the last micro-batch of
+        a step; with ZeRO-2 and ZeRO-3, in every micro-batch.
 
         Raises:
-            RuntimeError: A parameter got no gradient. All must take part, be it with zeros: ZeRO-3
-                and offloading would silently use what they hold of the step before, and ranks that
-                disagree would hang.
+            RuntimeError: A parameter received no gradient. Every parameter must receive one, even
+                if it is zero. Otherwise ZeRO-3 and offloading would silently use gradients of the
+                previous step, and ranks that differ would deadlock.
         """
-        assert self._groups.pipeline_size == 1, "a pipeline runs backward itself"
+        assert self._groups.pipeline_size == 1, "with a pipeline, its schedule runs backward"
         self._micro_batches += 1
         last = self._micro_batches == self._settings.gradient_accumulation_steps
         assert self._micro_batches <= self._settings.gradient_accumulation_steps
         self._engine.set_gradient_accumulation_boundary(last)
-        # The product is needed even with 1: DeepSpeed divides by the micro-batches wherever
-        # backward starts at a tensor that forward returned, whatever scale_wrt_gas says.
+        # Multiply even by 1: if backward starts at a tensor that forward returned, DeepSpeed
+        # divides by the number of micro-batches regardless of scale_wrt_gas.
         self._reached.clear()
         self._engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
         self._check_reached()
 
     def reduce_gradients(self) -> None:
-        """Finish the gradients of a step whose micro-batches a pipeline schedule has run.
+        """Reduce the gradients of a step whose micro-batches a pipeline schedule has run.
 
-        The schedule calls the model itself, not ``forward``, and autograd, not ``backward``, for
-        all micro-batches of a step, with losses scaled as for ``backward``. Then this, then
-        ``step``. Collective over ``groups.embedding``, on stages with tied parameters, then over
-        the parameters' owners.
+        For all micro-batches of a step, the schedule calls the model and autograd directly instead
+        of ``forward`` and ``backward``, with losses scaled as for ``backward``. Call this
+        afterwards, then ``step``. Collective over ``groups.embedding`` on stages with tied
+        parameters, then over the parameters' owners.
 
         Raises:
-            RuntimeError: A parameter got no gradient in any micro-batch.
+            RuntimeError: A parameter received no gradient in any micro-batch.
         """
-        assert self._groups.pipeline_size > 1, "without a pipeline, backward does this"
+        assert self._groups.pipeline_size > 1, "without a pipeline, backward reduces gradients"
         assert isinstance(self._partition, Flat)
         self._check_reached()
         self._reached.clear()
@@ -226,15 +226,15 @@ class ZeroEngine:
             raise RuntimeError(f"no gradient reached {len(missing)} parameters: {missing[:5]}")
 
     def step(self, learning_rate: float) -> StepNorms:
-        """Clip, step, forget the gradients; return the norms from before the clipping.
+        """Clip gradients, update the weights and clear the gradients; return norms before clipping.
 
-        With a NaN or infinite gradient anywhere no rank changes a weight or any optimizer state,
-        and the result's ``finite`` is False, on all ranks. Collective over the world.
+        If any gradient on any rank is NaN or infinite, no rank changes weights or optimizer state,
+        and ``finite`` of the result is False on all ranks. Collective over the world.
         """
         assert self._micro_batches == self._settings.gradient_accumulation_steps
         self._micro_batches = 0
         if self._groups.device.type == "cuda" and self._settings.offload == "optimizer":
-            torch.cuda.synchronize()  # gradients are on their way to the host
+            torch.cuda.synchronize()  # gradients are being copied to the host
         norms = step_norms(self._counted_gradients(), self._num_towers, self._groups.device)
         self._adamw.open = norms.finite
         self._adamw.gradient_scale = self._clip_coefficient(norms.total) if norms.finite else 1.0
@@ -245,10 +245,11 @@ class ZeroEngine:
         return norms
 
     def _counted_gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Each element of the model's gradient on one rank of the world.
+        """Yield gradients so that every element of the model occurs on one rank of the world.
 
-        Of a parameter that all tensor-parallel ranks hold alike, the first rank's counts; of one
-        that two pipeline stages hold, the original. The partition sees to data parallelism.
+        A parameter that tensor parallelism does not split counts on the first tensor-parallel rank.
+        One that two pipeline stages hold counts where it is not a replica. The partition handles
+        data parallelism.
         """
         first = self._groups.tensor_rank == 0
         for parameter, gradient in self._partition.gradients():
@@ -257,14 +258,14 @@ class ZeroEngine:
                 yield parameter, gradient
 
     def _clip_coefficient(self, norm: float) -> float:
-        """As ``torch.nn.utils.clip_grad_norm_``."""
+        """Return the factor on gradients, as in ``torch.nn.utils.clip_grad_norm_``."""
         if self._settings.clip_grad == 0:
             return 1.0
         return min(1.0, self._settings.clip_grad / (norm + 1e-6))
 
     def held_tensors(self) -> HeldTensors:
-        """This rank's model state as it lies in memory now; no collective."""
-        # ZeRO-3 keeps a piece beside a parameter, whose own data is there while it is gathered.
+        """Return the tensors of this rank's model state as stored now; no collective."""
+        # With ZeRO-3, a parameter also has a piece; its own data exists only while gathered.
         pieces = [getattr(p, "ds_tensor", None) for p in self._parameters.values()]
         optimized = self._partition.optimized()
         states = [self._adamw.state[tensor][key] for tensor in optimized for key in MOMENTS]
@@ -277,19 +278,19 @@ class ZeroEngine:
 
     @property
     def optimizer_steps(self) -> int:
-        """AdamW's step counter: steps taken since the start, over all resumptions."""
+        """Step counter of AdamW: steps since the start of training, including before a resume."""
         return int(self._adamw.state[self._partition.optimized()[0]]["step"])
 
     def export_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield (parameter name, state) one by one, in the model's order.
+        """Yield the name and state of every parameter on this rank, in the model's order.
 
-        These are the parameters that this rank holds, copies of another pipeline stage's included.
-        The state holds this tensor-parallel rank's whole fp32 "weight", "exp_avg" and
-        "exp_avg_sq", as new tensors on the device, equal on all owners whatever the ZeRO stage.
+        Replicas of another pipeline stage's parameters are included. A state has the full fp32
+        "weight", "exp_avg" and "exp_avg_sq" of this tensor-parallel rank, as new tensors on the
+        device. They are equal on all owners, for every ZeRO stage.
 
-        Every parameter costs collectives over its owners: all data-parallel ranks must exhaust the
-        iterator. They may hold different towers; as all take the model's order, none can wait for
-        a rank that waits for it.
+        Every parameter needs collectives over its owners, so all data-parallel ranks must exhaust
+        the iterator. Ranks may hold different towers: all follow the model's order, which rules out
+        deadlocks.
         """
         for name, parameter in self._parameters.items():
             yield name, self._partition.read(parameter)
@@ -297,10 +298,14 @@ class ZeroEngine:
     def import_state(
         self, state: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int
     ) -> None:
-        """Continue from what ``export_state`` gave, in any layout that cuts tensors alike.
+        """Load what ``export_state`` yielded in any layout with the same local shapes.
 
-        ``state`` is looked up once for each parameter that this rank holds, in the model's order,
-        so it may load lazily. Collective over the owners of each.
+        ``state`` is read once per parameter on this rank, in the model's order, so it may load
+        lazily. Collective over the owners of each parameter.
+
+        Args:
+            state: State by parameter name, as from ``export_state``.
+            optimizer_steps: Number of optimizer steps completed.
         """
         for name, parameter in self._parameters.items():
             self._partition.write(parameter, dict(state[name]))

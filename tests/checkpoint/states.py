@@ -1,4 +1,4 @@
-"""A small state with every kind of tensor a checkpoint meets, and the folder games tests play."""
+"""A small state with every kind of tensor that checkpoints store, and helpers to save and load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARDINGS = {
 
 
 def global_values(seed: int) -> dict[str, torch.Tensor]:
-    """The whole tensors, a function of ``seed``."""
+    """Return the whole tensors, a function of ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(sharding.global_shape, generator=generator) * 100).to(dtype)
@@ -31,7 +31,7 @@ def global_values(seed: int) -> dict[str, torch.Tensor]:
 
 
 def local_part(name: str, value: torch.Tensor, groups: ProcessGroups | None) -> torch.Tensor:
-    """What this rank holds of ``value``; SwiGLU's in the flat shape of its parameter."""
+    """Return this rank's part of ``value``; that of SwiGLU has the flat shape of its parameter."""
     dim = SHARDINGS[name][0].shard_dim
     if groups is not None and dim is not None:
         value = value.chunk(groups.tensor_size, dim)[groups.tensor_rank]
@@ -41,7 +41,7 @@ def local_part(name: str, value: torch.Tensor, groups: ProcessGroups | None) -> 
 
 
 def state(seed: int, groups: ProcessGroups | None = None) -> list[NamedTensor]:
-    """This rank's tensors."""
+    """Return this rank's tensors."""
     return [
         NamedTensor(name, local_part(name, value, groups), SHARDINGS[name][0])
         for name, value in global_values(seed).items()
@@ -49,7 +49,7 @@ def state(seed: int, groups: ProcessGroups | None = None) -> list[NamedTensor]:
 
 
 def save(directory: Path, step: int, keep: int = 10, seed: int | None = None) -> CheckpointInfo:
-    """Save, from this process alone, the state whose seed is ``step`` unless given."""
+    """Save a state from this process only; its seed is ``step`` by default."""
     return save_checkpoint(
         directory,
         step,
@@ -64,7 +64,7 @@ def save(directory: Path, step: int, keep: int = 10, seed: int | None = None) ->
 def differing_after_load(
     checkpoint: CheckpointInfo, seed: int, groups: ProcessGroups | None = None
 ) -> list[str]:
-    """Load into other values; the names of tensors that are not then those of ``seed``."""
+    """Load over other values and return the names of tensors that then differ from the seed's."""
     tensors = state(seed + 1000, groups)
     load_checkpoint(checkpoint, tensors, groups)
     wanted = {named.name: named.tensor for named in state(seed, groups)}
@@ -73,13 +73,12 @@ def differing_after_load(
 
 def reseal(path: Path) -> None:
     """Rewrite the manifest so that tampered files pass verification, as an attacker would."""
-    old = read_manifest_unmeasured(path)
-    files = {name: record_of(path / name) for name in old}
+    files = {name: record_of(path / name) for name in list_files(path)}
     step = int(path.name.removeprefix("step_"))
     write_manifest(path, Manifest(step=step, num_tensors=len(SHARDINGS), files=files))
     read_manifest(path)
 
 
-def read_manifest_unmeasured(path: Path) -> list[str]:
-    """Names of the files of a checkpoint but for the manifest."""
+def list_files(path: Path) -> list[str]:
+    """List the files of a checkpoint except the manifest."""
     return sorted(file.name for file in path.iterdir() if file.name != "manifest.json")

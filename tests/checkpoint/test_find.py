@@ -1,4 +1,4 @@
-"""Damage is noticed, named and passed over; starting afresh never happens by mistake."""
+"""Tests that damaged checkpoints are reported and skipped, and that no run restarts by mistake."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _flip_random_bit(path: Path, generator: random.Random) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_any_flipped_bit_is_found(directory: Path, name: str) -> None:
+def test_any_flipped_bit_is_detected(directory: Path, name: str) -> None:
     file = directory / "step_00000002" / name
     content = file.read_bytes()
     generator = random.Random(0)
@@ -59,7 +59,7 @@ def test_any_flipped_bit_is_found(directory: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "missing", "longer"])
-def test_other_damage_is_found(directory: Path, name: str, damage: str) -> None:
+def test_other_damage_is_detected(directory: Path, name: str, damage: str) -> None:
     file = directory / "step_00000002" / name
     content = file.read_bytes()
     if damage == "missing":
@@ -72,7 +72,7 @@ def test_other_damage_is_found(directory: Path, name: str, damage: str) -> None:
     assert name in search.skipped[0]
 
 
-def test_a_renamed_checkpoint_does_not_pass_for_a_newer_one(directory: Path) -> None:
+def test_a_renamed_checkpoint_is_skipped(directory: Path) -> None:
     (directory / "step_00000001").rename(directory / "step_00000009")
     search = find_checkpoint(directory)
     assert search.checkpoint is not None
@@ -108,7 +108,7 @@ def test_resume_from_nothing(tmp_path: Path) -> None:
     assert search.skipped == (f"{tmp_path}/step_00000001.tmp: an unfinished save",)
 
 
-def test_resume_refuses_to_start_afresh_beside_damaged_checkpoints(directory: Path) -> None:
+def test_resume_fails_if_all_checkpoints_are_damaged(directory: Path) -> None:
     (directory / "step_00000001" / "manifest.json").unlink()
     _flip_random_bit(directory / "step_00000002" / "__0_0.distcp", random.Random(2))
     with pytest.raises(CheckpointError) as caught:
@@ -120,9 +120,9 @@ def test_resume_refuses_to_start_afresh_beside_damaged_checkpoints(directory: Pa
     assert "To start afresh, move this directory away" in message
 
 
-def test_resume_refuses_foreign_checkpoints(tmp_path: Path) -> None:
+def test_resume_fails_if_there_are_only_foreign_folders(tmp_path: Path) -> None:
     (tmp_path / "global_step100").mkdir()
-    with pytest.raises(CheckpointError, match="global_step100: no checkpoint of this program"):
+    with pytest.raises(CheckpointError, match="global_step100: not a checkpoint of this program"):
         resolve_resume(tmp_path)
 
 
@@ -132,18 +132,18 @@ def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
         resolve_resume(tmp_path / "file")
 
 
-def test_open_takes_one_checkpoint_or_the_newest_of_many(directory: Path) -> None:
+def test_open_accepts_a_checkpoint_or_a_checkpoint_directory(directory: Path) -> None:
     for path, step in [(directory / "step_00000001", 1), (directory, 2)]:
         checkpoint = open_checkpoint(path).checkpoint
         assert checkpoint is not None
         assert checkpoint.step == step
 
 
-def test_open_says_why_not(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere: there is no such directory"):
+def test_open_reports_why_nothing_is_usable(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint directory"):
         open_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="holds no usable checkpoint: it is empty"):
+    with pytest.raises(CheckpointError, match="contains no usable checkpoint: it is empty"):
         open_checkpoint(tmp_path / "empty")
     (directory / "step_00000002" / "config.toml").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be used: config.toml has 0 bytes, not 6"):

@@ -1,4 +1,4 @@
-"""A checkpoint from a stranger, sealed with a matching manifest, must not run code."""
+"""Tests that an untrusted checkpoint with a valid manifest cannot run code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.checkpoint.states import reseal, save, state
 
 
 class Poison:
-    """Makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -35,20 +35,20 @@ def _resealed(tmp_path: Path, files: dict[str, bytes]) -> CheckpointInfo:
         (path / name).write_bytes(content)
     reseal(path)
     checkpoint = find_checkpoint(tmp_path).checkpoint
-    assert checkpoint is not None  # the manifest is no protection against intent
+    assert checkpoint is not None  # the manifest does not protect against an attacker
     return checkpoint
 
 
-def test_the_poison_works(tmp_path: Path) -> None:
+def test_plain_unpickling_runs_the_poison(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Poison(tmp_path / "marker")))
     assert (tmp_path / "marker").exists()
 
 
 def test_poisoned_index(tmp_path: Path) -> None:
     poison = pickle.dumps(Poison(tmp_path / "marker"))
-    # torch.distributed.checkpoint would turn to __0.metadata when .metadata cannot be read.
+    # torch.distributed.checkpoint would read __0.metadata if .metadata could not be read.
     checkpoint = _resealed(tmp_path, {".metadata": poison, "__0.metadata": poison})
-    with pytest.raises(CheckpointError, match=r"asks for posix.mkdir, which no index needs"):
+    with pytest.raises(CheckpointError, match=r"refers to posix.mkdir, which no index needs"):
         load_checkpoint(checkpoint, state(1), None)
     assert not (tmp_path / "marker").exists()
 
@@ -58,11 +58,11 @@ def test_index_may_not_name_other_functions(tmp_path: Path, what: str) -> None:
     module, name = what.rsplit(".", 1)
     content = f"c{module}\n{name}\n(S'x'\ntR.".encode()
     checkpoint = _resealed(tmp_path, {".metadata": content})
-    with pytest.raises(CheckpointError, match=f"asks for {what}"):
+    with pytest.raises(CheckpointError, match=f"refers to {what}"):
         load_checkpoint(checkpoint, state(1), None)
 
 
-def test_index_of_a_python_that_stores_enumerations_by_getattr(
+def test_index_whose_enumeration_members_are_pickled_by_getattr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = read_index(save(tmp_path, 1).path)
@@ -75,14 +75,14 @@ def test_index_of_a_python_that_stores_enumerations_by_getattr(
 def test_index_may_not_use_getattr_otherwise(tmp_path: Path) -> None:
     content = b"cbuiltins\ngetattr\n(ctorch\nSize\nS'__new__'\ntR."
     checkpoint = _resealed(tmp_path, {".metadata": content})
-    with pytest.raises(CheckpointError, match=r"asks for getattr of <class 'torch.Size'>"):
+    with pytest.raises(CheckpointError, match=r"calls getattr on <class 'torch.Size'>"):
         load_checkpoint(checkpoint, state(1), None)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"no pickle", pickle.dumps({"a": 1})])
-def test_index_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_an_index(tmp_path: Path, content: bytes) -> None:
     checkpoint = _resealed(tmp_path, {".metadata": content})
-    with pytest.raises(CheckpointError, match="no index of tensors"):
+    with pytest.raises(CheckpointError, match="not an index of tensors"):
         load_checkpoint(checkpoint, state(1), None)
 
 
@@ -99,14 +99,14 @@ def test_poisoned_tensor(tmp_path: Path) -> None:
     assert not (tmp_path / "marker").exists()
 
 
-def test_pickled_objects_beside_the_tensors(tmp_path: Path) -> None:
+def test_index_with_objects_besides_tensors(tmp_path: Path) -> None:
     index = read_index(save(tmp_path, 1).path)
     index.state_dict_metadata["count"] = BytesStorageMetadata()
-    with pytest.raises(CheckpointError, match=r"asks for .*BytesStorageMetadata"):
+    with pytest.raises(CheckpointError, match=r"refers to .*BytesStorageMetadata"):
         load_checkpoint(_resealed(tmp_path, {".metadata": pickle.dumps(index)}), state(1), None)
 
 
-def test_index_that_points_outside(tmp_path: Path) -> None:
+def test_index_that_points_outside_the_folder(tmp_path: Path) -> None:
     index = read_index(save(tmp_path, 1).path)
     next(iter(index.storage_data.values())).relative_path = "../../other.distcp"
     with pytest.raises(CheckpointError, match=r"points to ../../other.distcp"):

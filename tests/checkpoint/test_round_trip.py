@@ -1,4 +1,4 @@
-"""Every layout reads what every other layout wrote, bit for bit."""
+"""Tests that every layout loads checkpoints of every other layout, bit for bit."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path: Path) -> None
         groups=None,
         keep=1,
     )
-    assert info.num_bytes < 10_000  # the storage has 400 kB
+    assert info.num_bytes < 10_000  # the whole storage is 400 kB
     loaded = torch.zeros(10)
     load_checkpoint(info, [NamedTensor("view", loaded, sharding)], None)
     assert torch.equal(loaded, view)
 
 
-def test_prefix_leaves_the_other_tensors_alone(tmp_path: Path) -> None:
+def test_prefix_ignores_other_tensors(tmp_path: Path) -> None:
     info = save(tmp_path, 1)
     tensors = [named for named in state(2) if named.name.startswith("model/")]
     load_checkpoint(info, tensors, None, prefix="model/")
@@ -133,14 +133,14 @@ def _zeros(**shardings: ParameterSharding) -> list[NamedTensor]:
         ),
         (
             _zeros(a=ParameterSharding((3, 2)), b=ParameterSharding((4,))),
-            r"another model: a is \[2, 3\] float32 there and \[3, 2\] float32 here",
+            r"model: a is \[2, 3\] float32 in the checkpoint and \[3, 2\] float32 in this model",
         ),
         (
             [
                 NamedTensor("a", torch.zeros(2, 3).double(), ParameterSharding((2, 3))),
                 *_zeros(b=ParameterSharding((4,))),
             ],
-            r"a is \[2, 3\] float32 there and \[2, 3\] float64 here",
+            r"a is \[2, 3\] float32 in the checkpoint and \[2, 3\] float64 in this model",
         ),
         (
             _zeros(**{f"x{index}": ParameterSharding((1,)) for index in range(9)}),

@@ -1,4 +1,4 @@
-"""A save is complete or leaves nothing, on every rank; old checkpoints go only after it."""
+"""Tests that a save is complete or leaves nothing, and deletes old checkpoints only at the end."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def _save_with_little_room(directory: Path, full_ranks: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("full_ranks", [(0,), (1,), (0, 1)])
-def test_no_room_on_some_ranks_is_one_error_on_all(
+def test_full_disk_on_some_ranks_is_the_same_error_on_all(
     tmp_path: Path, full_ranks: tuple[int, ...]
 ) -> None:
-    # The kernel refuses to let a file grow past the limit, as a full disk would.
+    # The kernel fails writes beyond the limit, as it would on a full disk.
     first, second = run_ranks(_save_with_little_room, 2, tmp_path, full_ranks)
     assert first == second
     assert "\n" not in first
@@ -94,7 +94,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_lost_tensors_are_noticed(tmp_path: Path) -> None:
+def test_missing_tensors_are_detected(tmp_path: Path) -> None:
     path = save(tmp_path, 1).path
     assert check_complete(path, SHARDINGS) == len(SHARDINGS)
     with pytest.raises(CheckpointError, match="1 tensors were not written, the first: lost"):
@@ -111,7 +111,7 @@ def test_the_last_n_are_kept(tmp_path: Path) -> None:
         assert _names(tmp_path) == [f"step_{kept:08d}" for kept in (step - 1, step) if kept > 0]
 
 
-def test_a_damaged_checkpoint_neither_counts_nor_goes(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step_00000002" / "config.toml").write_text("")
@@ -119,14 +119,14 @@ def test_a_damaged_checkpoint_neither_counts_nor_goes(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
 
 
-def test_a_later_step_is_left_alone(tmp_path: Path) -> None:
+def test_checkpoints_of_later_steps_are_not_deleted(tmp_path: Path) -> None:
     for step in (1, 9):
         save(tmp_path, step)
     save(tmp_path, 2, keep=1)
     assert _names(tmp_path) == ["step_00000002", "step_00000009"]
 
 
-def test_nothing_goes_when_the_new_one_fails(
+def test_nothing_is_deleted_when_the_save_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -148,14 +148,14 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step_00000001"]
 
 
-def test_leftovers_of_a_killed_save_go(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "step_00000007.tmp").mkdir()
     (tmp_path / "step_00000007.tmp" / "__0_0.distcp").write_bytes(b"half")
     save(tmp_path, 8)
     assert _names(tmp_path) == ["step_00000008"]
 
 
-def test_it_gets_its_name_when_it_is_complete(
+def test_the_folder_is_renamed_only_when_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -172,7 +172,7 @@ def test_it_gets_its_name_when_it_is_complete(
     assert seen == [None]
 
 
-def test_a_name_may_stand_once(tmp_path: Path) -> None:
+def test_duplicate_names_are_rejected(tmp_path: Path) -> None:
     tensors = state(1)
     with pytest.raises(ValueError, match="two tensors are named model/norm"):
         save_checkpoint(
@@ -204,7 +204,11 @@ def _keep_saving(rank: int, store: Path, directory: Path, first: int, saved: Con
 
 
 def _kill_while_saving(tmp_path: Path, trial: int, first: int, delay: float) -> int:
-    """Let two ranks save without a pause, kill both ``delay`` s later; the last step reported."""
+    """Start two ranks that save continuously, and kill both ``delay`` seconds after the first save.
+
+    Returns:
+        The last step that a rank reported as saved.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
@@ -234,7 +238,7 @@ def _kill_while_saving(tmp_path: Path, trial: int, first: int, delay: float) -> 
     return last
 
 
-def test_kills_leave_a_whole_and_recent_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_leaves_a_complete_recent_checkpoint(tmp_path: Path) -> None:
     generator = random.Random(0)
     last, interrupted = 0, 0
     for trial in range(10):
@@ -243,10 +247,10 @@ def test_kills_leave_a_whole_and_recent_checkpoint(tmp_path: Path) -> None:
         assert all("an unfinished save" in line for line in search.skipped)
         interrupted += len(search.skipped)
         assert search.checkpoint is not None
-        # Complete and renamed just before it could be reported, or the last one reported.
+        # The last save reported, or one that was complete but not yet reported.
         assert last <= search.checkpoint.step <= last + 1
         tensors = [NamedTensor(name, torch.zeros(64, 1024), SHARDING) for name in ("w1", "w2")]
         load_checkpoint(search.checkpoint, tensors, None)
         assert all((named.tensor == search.checkpoint.step).all() for named in tensors)
         last = search.checkpoint.step
-    assert interrupted > 0  # or no kill met a save and this test shows nothing
+    assert interrupted > 0  # otherwise no kill hit a save, and this test shows nothing

@@ -383,7 +383,7 @@ def test_foreign_checkpoint(place: Workplace) -> None:
     foreign.mkdir(parents=True)
     (foreign / "mp_rank_00_model_states.pt").write_bytes(b"somebody else's")
     before = place.saved()
-    assert_one_line(place.train(), str(foreign), "no checkpoint of this program")
+    assert_one_line(place.train(), str(foreign), "not a checkpoint of this program")
     assert place.saved() == before
 
 

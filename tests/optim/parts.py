@@ -1,11 +1,10 @@
-"""A net of which ranks hold parts: layers by pipeline stage, towers by placement.
+"""A net that is split over ranks: layers by pipeline stage, towers by placement.
 
-No token has to be sent between ranks: each is computed where its tower is, by the rank that the
-placement gives it to, and every pipeline stage has inputs and a loss of its own. So the gradients
-of each parameter are those of the whole net on one process, once its owners' are summed. Between
-two layers the towers meet in a collective over the modality group, as they do in attention, forward
-and backward: a reduction of gradients that came before it on one rank, after it on another, would
-hang.
+Ranks exchange no tokens. Every token is processed by the rank that the placement assigns it to, and
+every pipeline stage has its own inputs and loss. Summed over its owners, the gradient of a
+parameter therefore equals that of the whole net on one process. Between two layers, the ranks of a
+modality group run a collective in forward and backward, as in attention. It would deadlock if a
+gradient were reduced before it on one rank and after it on another.
 """
 
 from __future__ import annotations
@@ -25,48 +24,46 @@ from tests.optim import toy
 
 VOCABULARY, WIDTH = toy.VOCABULARY, toy.WIDTH
 HIDDEN = (22, 6, 10)
-"""Of the feed-forwards of the towers 0, 1 and 2."""
+"""Inner widths of the feed-forward networks of towers 0, 1 and 2."""
 NUM_LAYERS = 2
 SEQUENCES, LENGTH = 8, 7
 EMBEDDING = "embedding.lookup.weight"
 ABSENT_STEP = 1
-"""The step in which no token of the last tower occurs; its gradient is zero everywhere."""
+"""Step in which no token of the last tower occurs, so that its gradient is zero on all ranks."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What all ranks together hold."""
+    """The whole net, over all ranks."""
 
     num_towers: int
     tied: bool = True
-    """Whether an embedding is shared by the layers; without, the layers share nothing."""
+    """Whether all layers use one embedding; otherwise they share nothing."""
     stages: int = 1
-    """Pipeline stages."""
+    """Number of pipeline stages."""
 
     def stage(self, layer: int) -> int:
-        """The stage of a layer."""
+        """Return the pipeline stage of a layer."""
         return layer * self.stages // NUM_LAYERS
 
 
-class Meet(torch.autograd.Function):
-    """Hands tensors on after the ranks of a group have met, forward and backward."""
+class Barrier(torch.autograd.Function):
+    """The identity, with a collective over a group in forward and in backward."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *streams: torch.Tensor) -> Any:
-        """Wait for the others."""
         ctx.group = group
         dist.all_reduce(torch.zeros(1), group=group)
         return tuple(stream.clone() for stream in streams)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        """Wait for the others."""
         dist.all_reduce(torch.zeros(1), group=ctx.group)
         return (None, *gradients)
 
 
 class Layer(nn.Module):
-    """Towers and a norm, which belongs to no tower."""
+    """A layer of towers, with an optional norm that all towers share."""
 
     def __init__(self, towers: dict[str, nn.Module], shared_norm: bool):
         super().__init__()
@@ -75,7 +72,7 @@ class Layer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Only so that the weight's name is the model's."""
+    """A wrapper that gives the weight the same name as in the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +80,7 @@ class Embedding(nn.Module):
 
 
 class Net(nn.Module):
-    """Some layers and some towers of the whole net."""
+    """Some layers and towers of the whole net."""
 
     features: torch.Tensor
 
@@ -95,14 +92,14 @@ class Net(nn.Module):
         generator = torch.Generator().manual_seed(5)
         self.register_buffer("features", torch.randn(VOCABULARY, WIDTH, generator=generator))
         self.taker: tuple[Placement, int] | None = None
-        """Which rank's tokens forward takes; None for all."""
+        """Placement and modality rank whose tokens forward processes; None: all tokens."""
         self.meeting: dist.ProcessGroup | None = None
-        """The modality group."""
+        """Modality group."""
         self.stages = range(whole.stages)
-        """Those that forward runs, if it has their layers."""
+        """Stages that forward runs, as far as this net has their layers."""
 
     def forward(self, batch: toy.Batch) -> toy.Losses:
-        """[b, s] tokens to the summed loss of the tokens that this rank takes."""
+        """Return the summed loss over the tokens of this rank, given [b, s] tokens."""
         inputs, labels = batch.tokens[:, :-1].flatten(), batch.tokens[:, 1:].flatten()
         table = self.features.to(next(self.parameters()).dtype)  # DeepSpeed leaves buffers in fp32
         if self.embedding is not None:
@@ -139,7 +136,7 @@ class Net(nn.Module):
                 normed = F.rms_norm(hidden, (WIDTH,), layer.norm, eps=1e-5)
             outputs.append(hidden + layer.towers[name](normed))
         if self.meeting is not None:
-            outputs = Meet.apply(self.meeting, *outputs)
+            outputs = Barrier.apply(self.meeting, *outputs)
         return [
             (name, wanted, output)
             for (name, wanted, _), output in zip(streams, outputs, strict=True)
@@ -155,7 +152,7 @@ class Net(nn.Module):
 
 
 def initial_weights(whole: Whole) -> dict[str, torch.Tensor]:
-    """The whole net's weights by name."""
+    """Return the weights of the whole net, by name."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -178,12 +175,12 @@ def initial_weights(whole: Whole) -> dict[str, torch.Tensor]:
 
 
 def tower_of_name(name: str) -> int:
-    """The tower that owns the parameter ``name``."""
+    """Return the tower of the parameter ``name``."""
     return int(name.split(".")[3]) if ".towers." in name else SHARED
 
 
 def build_whole(whole: Whole, parallel_layers: bool) -> Net:
-    """The net on one process, over torch's layers, or over megatron's, which round otherwise."""
+    """Build the whole net from layers of torch, or of megatron, which round differently."""
 
     def tower(hidden: int) -> nn.Module:
         return toy.ParallelTower(hidden, 1) if parallel_layers else toy.ReferenceTower(hidden)
@@ -201,7 +198,7 @@ def build_whole(whole: Whole, parallel_layers: bool) -> Net:
 
 
 def build_part(whole: Whole, groups: ProcessGroups) -> Net:
-    """This rank's part, with its initial weights."""
+    """Build this rank's part of the net, with its initial weights."""
     held = groups.towers_held(whole.num_towers)
     stage = groups.pipeline_rank
     layers = {
@@ -231,7 +228,7 @@ def _fill(net: Net, tensor_rank: int, tensor_size: int) -> None:
 
 
 def step_tokens(step: int, num_towers: int) -> torch.Tensor:
-    """[SEQUENCES, LENGTH] of one optimizer step; the first half has no token of tower 1."""
+    """Return the [SEQUENCES, LENGTH] tokens of a step; the first half has none of tower 1."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     half = tokens[: SEQUENCES // 2]
@@ -242,7 +239,7 @@ def step_tokens(step: int, num_towers: int) -> torch.Tensor:
 
 
 def micro_batches(step: int, num_towers: int, count: int, part: int, parts: int) -> list[Any]:
-    """Micro-batches of one modality group out of ``parts``."""
+    """Return the micro-batches of the modality group with index ``part`` out of ``parts``."""
     factor = 1.0 / (SEQUENCES * (LENGTH - 1))
     mine = step_tokens(step, num_towers).chunk(parts)[part]
     return [toy.Batch(tokens, factor) for tokens in mine.chunk(count)]

@@ -1,4 +1,4 @@
-"""Norms of a gradient by what it belongs to."""
+"""Tests of gradient norms by tower and of auxiliary parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mot_megatron.parallel.groups import build_single_process_groups
 
 
 def of_model_and_causal_router(auxiliary: float) -> StepNorms:
-    """Gradients of 3 and 4 in two towers, and one of what learns beside them."""
+    """Return the norms of gradients 3 and 4 in two towers and one of an auxiliary parameter."""
     build_single_process_groups(torch.device("cpu"))
     modules = [nn.ParameterList([torch.empty(1)]) for _ in range(3)]
     for tower, module in zip((0, 1, 1), modules, strict=True):
@@ -27,16 +27,16 @@ def of_model_and_causal_router(auxiliary: float) -> StepNorms:
     return step_norms(gradients, num_towers=2, device=torch.device("cpu"))
 
 
-def test_what_learns_beside_the_model_has_a_norm_of_its_own():
+def test_auxiliary_parameters_have_a_separate_norm():
     norms = of_model_and_causal_router(12.0)
-    assert norms.total == pytest.approx(5.0)  # the root of 9 + 16
+    assert norms.total == pytest.approx(5.0)  # sqrt(9 + 16)
     assert norms.per_tower == pytest.approx((3.0, 4.0))
     assert norms.auxiliary == pytest.approx(12.0)
     assert norms.finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_is_held_back_where_only_that_is_not_finite(value: float):
+def test_a_non_finite_auxiliary_gradient_makes_the_step_non_finite(value: float):
     norms = of_model_and_causal_router(value)
     assert norms.total == pytest.approx(5.0)
     assert not norms.finite

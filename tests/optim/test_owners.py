@@ -1,4 +1,4 @@
-"""Parameters owned by some ranks, and pipeline stages, equal plain AdamW on one process."""
+"""Tests that towers on some ranks, and pipeline stages, equal plain AdamW on one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ State = dict[str, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Process groups and the settings tried in them; data parallelism takes what is left."""
+    """A layout and the settings to test with it; data parallelism uses the remaining ranks."""
 
     shares: Shares
     settings: list[dict[str, Any]]
@@ -90,13 +90,13 @@ def train(
 def reference(
     layout: Layout, replicas: int, count: int, bf16: bool
 ) -> tuple[dict[str, torch.Tensor], list[StepNorms]]:
-    """STEPS steps of torch's AdamW on one process, on the whole net.
+    """Run STEPS steps of torch's AdamW with the whole net on one process.
 
-    In bf16 backward is called for what each rank takes of each micro-batch in each stage, because
-    the rounding depends on it, and its gradients are summed in fp32; in fp32 once for everything.
+    In fp32 there is one backward per step. In bf16 there is one per rank, micro-batch and stage,
+    because rounding depends on it, and gradients are summed in fp32.
     """
-    # megatron's layers round otherwise, but on one process they cannot be as if without tensor
-    # parallelism while there is some.
+    # In bf16, use megatron's layers, which round differently. That is impossible with tensor
+    # parallelism, when megatron's layers cannot run unsharded.
     net = parts.build_whole(layout.whole, parallel_layers=bf16 and layout.tensor == 1)
     master = {n: nn.Parameter(p.detach().clone()) for n, p in net.named_parameters()}
     if bf16:
@@ -161,7 +161,7 @@ def reference_norms(named: dict[str, nn.Parameter], num_towers: int) -> StepNorm
 def largest_error(
     layout: Layout, groups: ProcessGroups, settings: dict[str, Any]
 ) -> tuple[float, float]:
-    """Deviation from the reference: of a norm (relative), of a weight (absolute)."""
+    """Return the largest error of any norm (relative) and of any weight (absolute)."""
     engine, count = make_engine(layout, groups, **settings)
     norms = train(engine, layout, groups, range(STEPS), count)
     bf16 = settings.get("precision") == "bf16"
@@ -199,15 +199,16 @@ def check_parity(world: int, layouts: list[Layout]) -> None:
         for (layout, settings), (norm_error, weight_error) in zip(cases, errors, strict=True):
             norm_tolerance = weight_tolerance = 2e-6
             if layout.tensor > 1 and "precision" in settings:
-                # Against layers that round otherwise in bf16. A tiny gradient may change its sign,
-                # and in its first steps Adam follows the sign alone: two learning rates apart.
+                # The layers of the reference round differently in bf16. A tiny gradient may change
+                # its sign, on which alone Adam's first steps depend: a difference of twice the
+                # learning rate.
                 norm_tolerance, weight_tolerance = 0.05, 0.03
             assert norm_error < norm_tolerance, (rank, layout, settings, norm_error)
             assert weight_error < weight_tolerance, (rank, layout, settings, weight_error)
 
 
 ONE_EACH: Shares = [[1, 0], [0, 1]]
-SPLIT: Shares = [[0.6, 0], [0.4, 1]]  # tower 0 is everywhere, and rank 0 owns nothing alone
+SPLIT: Shares = [[0.6, 0], [0.4, 1]]  # tower 0 is on all ranks, and rank 0 has no tower of its own
 THREE_ON_TWO: Shares = [[1, 0, 0], [0, 1, 1]]
 TWO_ON_THREE: Shares = [[1, 0], [0, 0.5], [0, 0.5]]
 RING: Shares = [[0.5, 0, 0.7], [0.5, 0.2, 0], [0, 0.8, 0.3]]  # every two ranks share a tower
@@ -230,7 +231,7 @@ def test_owned_towers_on_two_ranks_equal_one_process():
     )
 
 
-def test_ranks_that_share_some_towers_do_not_wait_for_each_other():
+def test_owned_towers_on_three_ranks_equal_one_process():
     check_parity(
         3,
         [
@@ -254,7 +255,7 @@ def test_pipeline_stages_and_tensor_parallelism_with_owned_towers():
 
 
 def _optimizer_elements() -> dict[str, int]:
-    """AdamW's elements on this rank, by owners; padded to a multiple of two per owner."""
+    """Count the elements that AdamW updates on this rank, padded to a multiple of two per owner."""
     layout = Layout(TWO_ON_THREE, [])
     engine, _ = make_engine(layout, make_groups(layout))
     elements = {"shared": 0, "owned": 0}
@@ -264,7 +265,7 @@ def _optimizer_elements() -> dict[str, int]:
     return elements
 
 
-def test_a_towers_state_lies_on_its_holders_alone():
+def test_only_holders_of_a_tower_store_its_optimizer_state():
     first, second, third = run_ranks(_optimizer_elements, 3)
     weights = parts.initial_weights(parts.Whole(2))
     sizes = [0, 0, 0]
@@ -286,7 +287,7 @@ def _train_and_export(layout: Layout, settings: dict[str, Any], steps: range) ->
 
 
 def merged(states: list[State]) -> State:
-    """The whole net's state; ranks that hold the same must agree, be it on two stages."""
+    """Merge the ranks' states into that of the whole net; check that replicas are equal."""
     whole: State = {}
     for state in states:
         for name, values in state.items():
@@ -300,7 +301,7 @@ def _import_and_finish(cases: list[tuple[Layout, dict[str, Any]]], start: State)
     for layout, settings in cases:
         groups = make_groups(layout)
         engine, count = make_engine(layout, groups, **settings)
-        train(engine, layout, groups, range(7, 8), count)  # so that nothing holds initial values
+        train(engine, layout, groups, range(7, 8), count)  # so that no tensor has initial values
         engine.import_state(start, optimizer_steps=2)
         assert engine.optimizer_steps == 2
         for name, values in engine.export_state():
@@ -355,7 +356,7 @@ def _not_a_number_on_one_rank() -> None:
         train(engine, layout, groups, range(1), count)
         before = dict(engine.export_state())
         with torch.no_grad():
-            # Of an owned tower, so that no reduction takes the NaN to the other rank.
+            # A parameter of an owned tower, so that no reduction carries the NaN to another rank.
             own = next(p for n, p in engine.model.named_parameters() if "scale" in n)
             kept = own.clone()
             own.fill_(math.nan if groups.rank == 1 else kept.item())
@@ -374,7 +375,7 @@ def _not_a_number_on_one_rank() -> None:
         assert engine.optimizer_steps == 2
 
 
-def test_a_nan_on_a_towers_only_rank_holds_back_all_ranks():
+def test_a_nan_on_the_only_holder_of_a_tower_skips_the_step_on_all_ranks():
     run_ranks(_not_a_number_on_one_rank, 2, timeout=300.0)
 
 
@@ -397,7 +398,7 @@ def test_a_stage_reports_a_parameter_without_gradient():
 
 
 def _owners_of_experts(expert_size: int, shares: Shares) -> tuple[bool, list[Any]]:
-    """Whether anything is owned, and by owners: their ranks, whether named, and what they own."""
+    """Return ``has_owned_towers``, and ranks, whether named, and parameters of each ``Owned``."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     placement = Placement(tuple(tuple(row) for row in shares)) if len(shares) > 1 else None
@@ -423,19 +424,19 @@ def _owners_of_experts(expert_size: int, shares: Shares) -> tuple[bool, list[Any
     return has_owned_towers(groups), found
 
 
-def test_experts_are_owned_by_the_ranks_that_hold_the_same():
+def test_experts_are_owned_by_the_ranks_that_hold_them():
     plain = run_ranks(_owners_of_experts, 4, 1, WITHOUT)
     everything = ["2e", "2", "1e", "1", "0e", "0", "-1"]
     assert plain == [(False, [([0, 1, 2, 3], False, everything)])] * 4
     spread = run_ranks(_owners_of_experts, 4, 2, [[1.0, 1.0]])
     for rank, outcome in enumerate(spread):
         same = [rank % 2, rank % 2 + 2]
-        # What all ranks own first, experts last.
+        # Parameters of all ranks come first, experts last.
         owners = [([0, 1, 2, 3], False, ["1", "0", "-1"]), (same, True, ["1e", "0e"])]
         assert outcome == (True, owners)
 
 
-def test_experts_of_placed_towers_follow_their_tower():
+def test_experts_are_sharded_over_the_holders_of_their_tower():
     # Tower 0 on ranks 0 and 2, tower 1 on ranks 1 and 3: two groups of two.
     for rank, outcome in enumerate(run_ranks(_owners_of_experts, 4, 2, ONE_EACH)):
         tower = rank % 2

@@ -1,4 +1,4 @@
-"""What decays and what does not, and in which order owners come."""
+"""Tests of weight decay by parameter, and of the order of owners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mot_megatron.optim.parameter_groups import parameter_groups
 
 @dataclass(frozen=True)
 class Group:
-    """In the place of a process group, which is hashable too."""
+    """A hashable stand-in for a process group."""
 
     group_name: str
 
@@ -45,7 +45,7 @@ def test_matrices_decay_and_vectors_do_not():
     assert not {"moe", "name"} & (decayed.keys() | rest.keys())
 
 
-def test_owners_keep_apart_and_empty_groups_are_left_out():
+def test_owners_have_separate_groups_and_no_group_is_empty():
     shared, first, second, vector = (
         parameter(3, 2),
         parameter(2, 2),
@@ -66,7 +66,7 @@ def test_owners_keep_apart_and_empty_groups_are_left_out():
 
 
 def test_all_data_parallel_ranks_come_first_then_the_lowest_tower():
-    """Towers 0 and 3 live on the same ranks, tower 1 on others, tower 2 on all."""
+    """Towers 0 and 3 are on the same ranks, tower 1 on others, tower 2 on all."""
     data, one, other = map(Group, ("data", "one", "other"))
     by_tower = {-1: data, 0: one, 1: other, 2: data, 3: one}
     groups: Any = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The learning rate, as tables."""
+"""Tests of the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mot_megatron.optim.schedule import LearningRateSchedule, ScheduleStyle
         ("cosine", 0, 0.25),  # 1.0 * 1 / 4
         ("cosine", 3, 1.0),  # 1.0 * 4 / 4
         ("cosine", 4, 1.0),  # the decay starts
-        ("cosine", 8, 0.55),  # half-way: 0.1 + 0.9 / 2
+        ("cosine", 8, 0.55),  # halfway: 0.1 + 0.9 / 2
         ("cosine", 6, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))),
         ("cosine", 12, 0.1),
         ("cosine", 1000, 0.1),
@@ -35,10 +35,10 @@ def test_learning_rate(style: ScheduleStyle, step: int, expected: float):
     assert schedule.at(step) == pytest.approx(expected, rel=1e-12)
 
 
-def test_without_warmup_the_first_step_takes_the_peak():
+def test_without_warmup_the_first_step_uses_the_peak():
     assert LearningRateSchedule(2.0, 0.0, 0, 10, "linear").at(0) == 2.0
 
 
-def test_without_decay_steps_the_floor_follows_the_warmup():
+def test_without_decay_steps_the_minimum_follows_the_warmup():
     schedule = LearningRateSchedule(2.0, 0.5, 2, 0, "cosine")
     assert [schedule.at(step) for step in range(4)] == [1.0, 2.0, 0.5, 0.5]

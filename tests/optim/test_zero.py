@@ -1,4 +1,4 @@
-"""Every ZeRO stage equals plain AdamW on one process, step by step and after a resumption."""
+"""Tests that every ZeRO stage equals plain AdamW on one process, also after a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def learning_rate(step: int) -> float:
 def make_engine(
     groups: ProcessGroups, reentrant: bool | None = None, **changes: Any
 ) -> tuple[ZeroEngine, int]:
-    """An engine over the toy net, and its micro-batches per step."""
+    """Return an engine for the toy net, and its micro-batches per step."""
     settings = toy.settings(**changes)
     net = toy.build(toy.initial_weights(), groups, reentrant)
     return ZeroEngine(net, settings, groups), settings.gradient_accumulation_steps
@@ -58,13 +58,13 @@ def assert_same_bits(got: State, want: State) -> None:
 
 
 def reference(net: toy.Net, clip_grad: float, parts: int) -> tuple[Weights, list[StepNorms]]:
-    """STEPS steps in one process: fp32 AdamW on the gradients of ``net``, summed in fp32.
+    """Run STEPS steps of fp32 AdamW in one process, with gradients of ``net`` summed in fp32.
 
     Args:
-        net: Unsharded, with the initial weights in the precision of forward and backward; the
-            fp32 weights start from these as well.
-        clip_grad: Largest norm; 0 for none.
-        parts: How many equal parts a step's sequences are cut into before backward; in bf16 the
+        net: Unsharded net with the initial weights, in the precision of forward and backward. The
+            fp32 weights are initialized from these.
+        clip_grad: Maximum norm; 0: no clipping.
+        parts: Number of equal parts of a step's sequences, with one backward each; in bf16,
             rounding depends on it.
 
     Returns:
@@ -112,7 +112,7 @@ def reference_norms(named: dict[str, nn.Parameter]) -> StepNorms:
 
 
 def parity_error(groups: ProcessGroups, case: dict[str, Any]) -> tuple[float, float]:
-    """Largest deviation from the reference: of a norm (relative), of a weight (absolute)."""
+    """Return the largest error of any norm (relative) and of any weight (absolute)."""
     engine, count = make_engine(groups, **case)
     norms = train(engine, groups, range(STEPS), count)
     if case.get("precision") == "bf16":  # megatron's layers round the bias addition differently
@@ -210,7 +210,7 @@ def test_tensor_parallel_times_data_parallel():
     )
 
 
-def test_three_ranks_share_what_three_does_not_divide():
+def test_three_ranks_with_sizes_not_divisible_by_three():
     check_parity(
         3,
         1,
@@ -234,7 +234,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def _resume_in_place() -> None:
-    """Two steps, export, two more; a second engine imports and takes the same two more."""
+    """Compare four steps of one engine with a second one that resumes after two of them."""
     groups = build_process_groups(1, CPU)
     for layout in LAYOUTS:
         engine, count = make_engine(groups, **layout)
@@ -243,7 +243,7 @@ def _resume_in_place() -> None:
         expected = train(engine, groups, [2, 3], count)
 
         resumed, count = make_engine(groups, **layout)
-        train(resumed, groups, [7], count)  # so that nothing holds initial values
+        train(resumed, groups, [7], count)  # so that no tensor has its initial values
         resumed.import_state(halfway, optimizer_steps=2)
         assert_same_bits(copy_state(resumed), halfway)
         assert train(resumed, groups, [2, 3], count) == expected, layout
@@ -251,7 +251,7 @@ def _resume_in_place() -> None:
         assert resumed.optimizer_steps == 4
 
 
-def test_resumption_is_bitwise_in_every_layout():
+def test_resume_is_bitwise_in_every_layout():
     run_ranks(_resume_in_place, 2, timeout=300.0)
 
 
@@ -288,7 +288,7 @@ def test_state_moves_between_stages_and_data_parallel_sizes(world: int):
 
 
 def _not_a_number() -> None:
-    """A step with NaN on one rank, between good ones."""
+    """Run a step with a NaN on one rank, between normal steps."""
     groups = build_process_groups(1, CPU)
     probe = toy.Batch(toy.step_tokens(9), 1.0)
     for layout in LAYOUTS:
@@ -329,7 +329,7 @@ def _leave_a_tower_out() -> str:
     return str(error.value)
 
 
-def test_a_parameter_without_gradient_is_an_error_not_a_stale_gradient():
+def test_a_parameter_without_gradient_is_an_error():
     for message in run_ranks(_leave_a_tower_out, 2):
         assert "towers.1.up.weight" in message
         assert "towers.0" not in message

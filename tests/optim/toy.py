@@ -1,8 +1,8 @@
-"""A small net with everything that can go wrong under ZeRO and tensor parallelism.
+"""A small net with everything that is difficult under ZeRO and tensor parallelism.
 
-It has two towers (residual feed-forwards over the tokens of "their" half of the vocabulary), odd
-sizes, norm weights, biases, split and replicated parameters, and an embedding used a second time
-as the head, outside the module that owns it.
+It has two towers (residual feed-forward networks, each for the tokens of half the vocabulary), odd
+sizes, norm weights, biases, split and replicated parameters, and an embedding that is also used as
+the output head, outside its own module.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from mot_megatron.optim.settings import OptimizerSettings
 
 VOCABULARY, WIDTH = 13, 10
 HIDDEN = (22, 6)
-"""Of the towers' feed-forwards; even, so that two ranks can split them."""
+"""Inner widths of the towers' feed-forward networks; even, so that two ranks can split them."""
 SEQUENCES, LENGTH = 8, 7
-"""Sequences per optimizer step over all ranks and micro-batches, tokens in each."""
+"""Sequences per optimizer step over all ranks and micro-batches, and tokens per sequence."""
 NUM_TOWERS = len(HIDDEN)
 
 
 class Losses(NamedTuple):
-    """What the net returns: DeepSpeed finds tensors in tuples."""
+    """The return value of the net, a tuple because DeepSpeed finds tensors in tuples."""
 
     total: torch.Tensor
     """Sum of the token losses, times the batch's loss factor."""
 
 
 def initial_weights() -> dict[str, torch.Tensor]:
-    """The whole net's weights by name."""
+    """Return the weights of the whole net, by name."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def initial_weights() -> dict[str, torch.Tensor]:
 
 
 def shard(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """A tensor-parallel rank's part of a weight or of anything shaped like it."""
+    """Return a tensor-parallel rank's part of a weight, or of a tensor of the same shape."""
     if ".up." in name:
         return full.chunk(size, 0)[rank]
     if name.endswith("down.weight"):
@@ -65,12 +65,12 @@ def shard(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 def tower_of_name(name: str) -> int:
-    """The tower that owns the parameter ``name``."""
+    """Return the tower of the parameter ``name``."""
     return int(name.split(".")[1]) if name.startswith("towers.") else SHARED
 
 
 class ReferenceTower(nn.Module):
-    """Unsharded feed-forward in plain torch."""
+    """An unsharded feed-forward network in plain torch."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -83,7 +83,7 @@ class ReferenceTower(nn.Module):
 
 
 class ParallelTower(nn.Module):
-    """The same over megatron's layers."""
+    """The same network, built from megatron's layers."""
 
     def __init__(self, hidden: int, tensor_size: int):
         super().__init__()
@@ -107,9 +107,10 @@ class ParallelTower(nn.Module):
 
 
 class Net(nn.Module):
-    """Predicts the next token; each tower sees only its half of the vocabulary.
+    """A next-token predictor in which each tower processes its half of the vocabulary.
 
-    ``reentrant`` (not None) recomputes the towers in backward, with that kind of checkpoint.
+    Unless ``reentrant`` is None, towers are recomputed in backward, and it is the argument
+    ``use_reentrant`` of ``torch.utils.checkpoint``.
     """
 
     def __init__(self, towers: list[nn.Module], reentrant: bool | None = None):
@@ -120,7 +121,7 @@ class Net(nn.Module):
         self.reentrant = reentrant
 
     def forward(self, batch: Batch) -> Losses:
-        """[b, s] tokens to a summed loss. A tower without tokens runs on zero rows."""
+        """Return the summed loss for [b, s] tokens. A tower without tokens runs on zero rows."""
         inputs, labels = batch.tokens[:, :-1].flatten(), batch.tokens[:, 1:].flatten()
         embedded = self.embedding(inputs)
         hidden = F.rms_norm(embedded, (WIDTH,), self.norm, eps=1e-5)
@@ -140,7 +141,7 @@ class Net(nn.Module):
 
 @dataclass
 class Batch:
-    """Tokens, and what to multiply the summed loss with."""
+    """Tokens, and the factor on the summed loss."""
 
     tokens: torch.Tensor
     factor: float
@@ -149,7 +150,7 @@ class Batch:
 def build(
     weights: dict[str, torch.Tensor], groups: Any = None, reentrant: bool | None = None
 ) -> Net:
-    """The reference (without ``groups``) or this rank's shard of the net."""
+    """Build the reference net (without ``groups``) or this rank's shard of the net."""
     if groups is None:
         groups = SimpleNamespace(tensor_rank=0, tensor_size=1)
         towers: list[nn.Module] = [ReferenceTower(hidden) for hidden in HIDDEN]
@@ -165,7 +166,7 @@ def build(
 
 
 def step_tokens(step: int) -> torch.Tensor:
-    """[SEQUENCES, LENGTH] of one optimizer step. The first half holds no token of tower 1."""
+    """Return the [SEQUENCES, LENGTH] tokens of a step; the first half has none of tower 1."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     first_of_tower_1 = -(-VOCABULARY // NUM_TOWERS)
@@ -174,14 +175,14 @@ def step_tokens(step: int) -> torch.Tensor:
 
 
 def micro_batches(step: int, count: int, data_rank: int, data_size: int) -> list[Batch]:
-    """This rank's micro-batches; with two ranks, the first never sees a token of tower 1."""
+    """Return this rank's micro-batches; with two ranks, those of the first have no tower 1."""
     factor = 1.0 / (SEQUENCES * (LENGTH - 1))
     mine = step_tokens(step).chunk(data_size)[data_rank]
     return [Batch(tokens, factor) for tokens in mine.chunk(count)]
 
 
 def settings(**changes: Any) -> OptimizerSettings:
-    """Ordinary settings, with some changed."""
+    """Return default settings with the given changes."""
     values: dict[str, Any] = {
         "betas": (0.9, 0.95),
         "eps": 1e-8,

@@ -130,7 +130,7 @@ def test_only_what_is_asked_for(run: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--checkpoint": "nowhere"}, "no such directory of checkpoints"),
+        ({"--checkpoint": "nowhere"}, "no such checkpoint directory"),
         ({"--into": "video"}, "modality 'video', expected one of: text, image, speech"),
         ({"--language": "xx"}, "language 'xx', expected one of: de, en"),
         ({"--prompt": "a b c d " * 60}, "the model's data.seq_length is 160"),
