@@ -15,6 +15,8 @@ import pytest
 
 from tests.launch.entry_points import ROOT
 
+pytestmark = pytest.mark.slow
+
 SOURCES = (
     "pyproject.toml", "setup.py", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE",
     "configs", "launch", "mot_megatron", "tests", "tools",

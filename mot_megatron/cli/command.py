@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mot_megatron.errors import UserError
+from mot_megatron.job.outputs import protect_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ def run_command(
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    protect_outputs()
     try:
         return run(options)
     except UserError as error:

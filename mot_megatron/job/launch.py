@@ -39,6 +39,8 @@ class Launch:
     """Whether the launcher says that all ranks are on this node."""
     launchers: tuple[Process, ...]
     """Processes that started this one and without which it should stop, innermost first."""
+    identifiers: tuple[str | None, ...] = ()
+    """Values of the variables that tell one launch from another on all of its nodes."""
 
     @property
     def key(self) -> bytes:
@@ -48,9 +50,8 @@ class Launch:
         they are set. On a single node it also covers the launcher's process, so two launches never
         share it. Two launches of the same size on the same nodes need one of the variables.
         """
-        shared = [os.environ.get(name) for name in _SHARED_VARIABLES]
         launcher = asdict(self.launchers[0]) if self.is_on_one_node and self.launchers else None
-        return hashlib.sha256(json.dumps([self.size, shared, launcher]).encode()).digest()
+        return hashlib.sha256(json.dumps([self.size, self.identifiers, launcher]).encode()).digest()
 
 
 def read_launch(variables: Mapping[str, str]) -> Launch:
@@ -72,8 +73,16 @@ def read_launch(variables: Mapping[str, str]) -> Launch:
     lowest = 0 if size == 1 else 1
     default = {"MASTER_PORT": "0"} if size == 1 else {}
     port = _integer({**default, **variables}, "MASTER_PORT", lowest, _LARGEST_PORT)
-    is_on_one_node = local_size == str(size)
-    return Launch(rank, size, local_rank, address, port, is_on_one_node, _find_launchers())
+    return Launch(
+        rank,
+        size,
+        local_rank,
+        address,
+        port,
+        is_on_one_node=local_size == str(size),
+        launchers=_find_launchers(),
+        identifiers=tuple(variables.get(name) for name in _SHARED_VARIABLES),
+    )
 
 
 def _integer(variables: Mapping[str, str], name: str, low: int, high: int | None) -> int:
@@ -100,7 +109,7 @@ def _find_launchers() -> tuple[Process, ...]:
     launchers = []
     with contextlib.suppress(psutil.Error):
         process = psutil.Process().parent()
-        while process is not None and "RANK" in process.environ():
+        while process is not None and "RANK" in (process.as_dict(["environ"])["environ"] or {}):
             process = process.parent()
         if process is not None and _runs(process, _LAUNCHERS):
             launchers.append(Process.of(process.pid))

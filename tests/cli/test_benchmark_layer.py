@@ -97,6 +97,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["machine"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_pair_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_layer.main([*SMALL, "--world-size", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -18,6 +18,8 @@ from tests.compare.synthetic_runs import losses
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point, wait_until
 from tests.small_runs import write_corpus
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "tools/compare.py"
 STEPS = 240
 

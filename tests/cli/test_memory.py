@@ -132,6 +132,7 @@ def test_ranks_that_take_too_long_are_ended(
     assert error == "error: the ranks were still running after 0.1 s"
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_killed_tool(config_file: Path) -> None:
     many = "training.global_batch_size=100000"  # so that the ranks are busy for long
     command = [sys.executable, "-m", "mot_megatron", "memory", *arguments(config_file, 2, many)]

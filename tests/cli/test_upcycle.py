@@ -223,6 +223,7 @@ def read_all(run: Path) -> dict[str, torch.Tensor]:
     return read_whole_tensors(checkpoint, stored_tensors(read_index(checkpoint.path)))
 
 
+@pytest.mark.slow
 def test_training_goes_on(
     corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,6 +265,7 @@ def test_the_effect_of_a_seed_on_both_arms_does_not_widen_the_interval() -> None
     assert match(arm(1.0, 0), arm(0.5, 0)[::-1]).interval == paired.interval
 
 
+@pytest.mark.slow
 def test_intervals_of_three_seeds_contain_the_true_slope_in_75_percent_of_cases() -> None:
     rng = np.random.default_rng(0)
     dense = [curves(losses(1.0), points=40, seed=seed) for seed in range(3)]

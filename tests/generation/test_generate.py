@@ -361,6 +361,7 @@ def generate_under_zero_3(directory: Path) -> list[tuple[float, Mapping[str, lis
     return results
 
 
+@pytest.mark.slow
 def test_weights_cut_up_by_zero_3_generate_the_same(corpus: Corpus):
     ranks = run_ranks(generate_under_zero_3, 2, corpus.directory, timeout=120)
     for case, overrides in enumerate(((), (TIED,))):
@@ -385,6 +386,7 @@ def test_weights_cut_up_by_zero_3_generate_the_same(corpus: Corpus):
             assert loss == pytest.approx(model(loader.next_micro_batch())[0].item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_every_layout_generates_the_same(corpus: Corpus):
     config = make_config(corpus)
     model = MixtureOfTransformers(config, build_single_process_groups(CPU), torch.float64)
@@ -410,6 +412,7 @@ def generate_with_experts(directory: Path) -> list[Mapping[str, list[list[int]]]
     return results
 
 
+@pytest.mark.slow
 def test_experts_on_several_ranks_generate_the_same(corpus: Corpus):
     config = make_config(corpus, WITH_EXPERTS)
     model = MixtureOfTransformers(config, build_single_process_groups(CPU))

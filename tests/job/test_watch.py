@@ -20,6 +20,8 @@ from mot_megatron.job import distributed, handshake, heartbeats, launch, verdict
 from mot_megatron.job.progress_report import Phase, ProgressReport
 from tests.ranks import ENVIRONMENT, PRELOAD
 
+pytestmark = pytest.mark.slow
+
 RANKS = 3
 HEARTBEAT_TIMEOUT_SECONDS = 6.0
 """Instead of 30; longer than a pause of the watching process itself."""

@@ -26,6 +26,8 @@ from tests.launch.jobs import (
 )
 from tests.small_runs import CONFIG, write_corpus
 
+pytestmark = pytest.mark.slow
+
 STEPS = 150
 
 

@@ -23,6 +23,8 @@ from tests.launch.entry_points import EntryPoint, Finished, run_entry_point
 from tests.launch.jobs import free_port
 from tests.small_runs import CONFIG, MODALITIES, write_corpus
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "launch/train.py"
 STEPS = 4
 NAMES = [modality.name for modality in MODALITIES]

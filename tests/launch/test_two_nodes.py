@@ -29,6 +29,8 @@ from tests.launch.jobs import (
 )
 from tests.small_runs import CONFIG, write_corpus
 
+pytestmark = pytest.mark.slow
+
 NODES = ("localhost", "node-b")
 STEPS = 40
 SAVED = 10

@@ -72,6 +72,30 @@ def test_flex_attention_equals_document_attention(
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@KEY_VALUE_HEADS
+def test_compiled_flex_attention_on_a_gpu(
+    key_value_heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    # bf16 has 8 bits, so sums of products of unit size differ by a percent or two.
+    document_ids, mask = batch()
+    core = FlexDocumentAttention(document_ids.cuda(), compiled=True)
+    results = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        q, k, v = (
+            part.to(device, kind).requires_grad_()
+            for part in random_qkv(key_value_heads, torch.float64)
+        )
+        output = core(0, q, k, v) if device == "cuda" else masked(q, k, v, mask)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        (output * weights.to(device, kind)).sum().backward()
+        gradients = [part.grad for part in (q, k, v) if part.grad is not None]
+        results.append([part.double().cpu() for part in (output.detach(), *gradients)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_auto_takes_sdpa_on_a_cpu() -> None:
     config = small_config({name: name for name in NAMES})
     micro_batch = random_tokens(0, NAMES, (1, 1, 1)).micro_batch(config)

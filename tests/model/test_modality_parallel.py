@@ -29,6 +29,8 @@ from tests.model.small_models import (
 )
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TWO = {"text": "text", "image": "image", "speech": "text"}
 THREE = {"text": "text", "image": "image", "speech": "speech"}

@@ -20,6 +20,8 @@ from mot_megatron.parallel.placement import Placement
 from tests.optim import parts, toy
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 CPU = torch.device("cpu")
 Shares = list[list[float]]

@@ -16,6 +16,8 @@ from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from tests.optim import toy
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]

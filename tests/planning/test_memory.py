@@ -85,6 +85,7 @@ def _compare(config: Config) -> Comparison:
     return Comparison(measured, state, activations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [

@@ -20,6 +20,8 @@ from mot_megatron.train.step import StepResult
 from tests.ranks import run_ranks
 from tests.small_runs import small_config, write_corpus
 
+pytestmark = pytest.mark.slow
+
 TP2 = "parallel.tensor_model_parallel_size=2"
 
 

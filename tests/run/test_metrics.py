@@ -20,6 +20,8 @@ from mot_megatron.train.step import HeldOut, StepSeconds
 from tests.ranks import run_ranks
 from tests.small_corpus import make_config, make_corpus
 
+pytestmark = pytest.mark.slow
+
 MODALITIES, TOWERS = ("text", "image"), ("only",)
 EVERYTHING = {"scalars": 0, "images": 0, "audio": 0, "tensors": 0}
 

@@ -20,6 +20,8 @@ from mot_megatron.train.step import StepResult
 from tests.ranks import run_ranks
 from tests.small_runs import small_config, write_corpus
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 SAVED = 7
 # fp32 sums in another order: about 1e-7 relative per step, amplified by Adam over twenty steps.

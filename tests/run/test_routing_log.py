@@ -24,6 +24,8 @@ from tests import small_runs
 from tests.model.small_models import random_tokens, single_rank_model, small_config
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 TOWERS = {"text": "text", "image": "other", "speech": "other"}
 TEXT = "model.towers.text.experts={num_moe_experts=4,causal_router=true,capacity_factor=1.0}"
 IMAGE = (

@@ -30,6 +30,8 @@ from tests.train.parity import (
     run_steps,
 )
 
+pytestmark = pytest.mark.slow
+
 BUDGET = "data.packing=budget"
 FOUR_LAYERS = "model.num_layers=4"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"

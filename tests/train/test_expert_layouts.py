@@ -27,6 +27,8 @@ from tests.train.parity import (
     run_steps,
 )
 
+pytestmark = pytest.mark.slow
+
 EP2 = "parallel.expert_model_parallel_size=2"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 HEADS = "parallel.attention_exchange=heads"

@@ -24,6 +24,8 @@ from tests.train.parity import (
     run_steps,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("world_size", "layout", "model"),

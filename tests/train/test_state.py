@@ -92,6 +92,7 @@ def pass_on(
     return save(session, Progress(steps=2)), session.engine.optimizer_steps
 
 
+@pytest.mark.slow
 def test_experts_move_between_layouts_by_their_own_names(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     source, first = None, {}

@@ -13,6 +13,8 @@ from mot_megatron.errors import DataError
 from tests.data.builders.packages import deb, stamps_deb
 from tools import inspect_corpus, prepare_corpus
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 110
 """Emoji: enough for 500 speech units to be trained on, and for some to be held out."""
 

@@ -24,6 +24,8 @@ from tests.data.builders.packages import (
 )
 from tools import prepare_corpus
 
+pytestmark = pytest.mark.slow
+
 THINGS = 60
 """Of every source: enough to train the codebooks on, and for some to be held out."""
 
