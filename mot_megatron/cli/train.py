@@ -26,7 +26,7 @@ _ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-"""What a launcher would set, for a process that was started without one: a world of one rank."""
+"""Environment of a world of one rank, for a process that was started without a launcher."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_config(parser)
     parser.add_argument(
-        "--local_rank", type=int, help="set by the launcher, which sets LOCAL_RANK as well"
+        "--local_rank", type=int, help="set by the launcher, which also sets LOCAL_RANK; unused"
     )
     return parser.parse_args(arguments)
 
@@ -44,8 +44,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run on this rank; return 0 on success and 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
-    # DeepSpeed's CPU accelerator numbers its ranks' devices in CUDA_VISIBLE_DEVICES, which would
-    # hand them real GPUs. Set before the first import that looks for CUDA, which looks only once.
+    # With DeepSpeed's CPU accelerator, the launcher lists the ranks' devices in
+    # CUDA_VISIBLE_DEVICES, which would give them real GPUs. Clear it before the first import that
+    # checks for CUDA, since the check is done only once.
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in _ALONE.items():
@@ -74,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(
     config_paths: list[Path], overrides: list[str], world: World, progress_report: ProgressReport
 ) -> None:
-    """Check what one rank can check alone, then join the other ranks and train."""
-    # Imported under the watch: it takes seconds, and if it fails on one node (a missing package),
-    # the watch tells the other ranks.
+    """Run the checks that need no other rank, then join the other ranks and train."""
+    # Import while the watchdog runs: it takes seconds, and if it fails on one node (a missing
+    # package), the watchdog informs the other ranks.
     import torch.distributed as dist
 
     from mot_megatron.config_files import load_config
@@ -103,8 +104,8 @@ def run(
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
     train(config, corpus, groups, progress_report)
-    # Only after success: after an error, other ranks would fail over the closed connections
-    # before they could report the cause.
+    # Only after success: after an error, closed connections would make other ranks fail before
+    # they could report the cause.
     dist.destroy_process_group()
 
 
