@@ -73,7 +73,7 @@ def print_report(report: dict[str, Any]) -> None:
             _print_entropies(name, report["entropies"][name])
         else:
             print(f"  {name}: none, because it is not in both splits")
-    print("\nlicences: " + ", ".join(f"{key} {value}" for key, value in report["licences"].items()))
+    print("\nlicenses: " + ", ".join(f"{key} {value}" for key, value in report["licences"].items()))
     print("\nheld-out documents:")
     for example in report["examples"]:
         print(f"  {example}")
