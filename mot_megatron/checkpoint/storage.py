@@ -280,7 +280,8 @@ class _LoadPlanner(DefaultLoadPlanner):
         return super().finish_plan(new_plan)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise TypeError(f"{read_item.storage_index.fqn} is stored as a pickle, {len(value.read())}")
+        name, size = read_item.storage_index.fqn, len(value.read())
+        raise TypeError(f"{name} is stored as a pickle of {size} bytes, not as a tensor")
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         super().commit_tensor(read_item, tensor)

@@ -1,5 +1,5 @@
-"""The command line: one module per command of ``mot``, and what they share.
+"""The command line: one module per command of ``mot``, and shared helpers.
 
-Arguments are parsed before anything slow is imported, so that ``--help`` answers at once. That is
-why the modules of this package import the packages they work with inside functions.
+Arguments are parsed before anything slow is imported, so that ``--help`` responds immediately. For
+this reason, the modules of this package import heavy packages inside functions.
 """

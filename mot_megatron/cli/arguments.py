@@ -6,8 +6,8 @@ from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 CHECKPOINT_HELP = (
-    "trained model: a run's folder or its checkpoints folder (the newest is taken), or the folder"
-    " of one step"
+    "trained model: folder of a run or of its checkpoints (the newest is used), or of a single"
+    " checkpoint"
 )
 
 
@@ -25,7 +25,7 @@ def add_config(parser: ArgumentParser) -> None:
 
 
 def add_overrides(parser: ArgumentParser, help_text: str) -> None:
-    """Add ``--set``."""
+    """Add ``--set``; the parsed values are in ``overrides``."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -44,7 +44,7 @@ def add_checkpoint(parser: ArgumentParser) -> None:
 
 
 def add_checkpoints(parser: ArgumentParser, help_text: str = CHECKPOINT_HELP) -> None:
-    """Add a repeatable ``--checkpoint``; the options have a list, ``checkpoints``."""
+    """Add a repeatable ``--checkpoint``; the parsed values are in ``checkpoints``."""
     parser.add_argument(
         "--checkpoint",
         dest="checkpoints",
@@ -57,7 +57,7 @@ def add_checkpoints(parser: ArgumentParser, help_text: str = CHECKPOINT_HELP) ->
 
 
 def add_moved_corpus(parser: ArgumentParser) -> None:
-    """Add ``--corpus`` of commands that load a trained model."""
+    """Add ``--corpus``, for commands that load a trained model."""
     parser.add_argument(
         "--corpus",
         type=Path,

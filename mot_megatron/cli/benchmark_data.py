@@ -1,9 +1,9 @@
 """Time the data path: packing an epoch, and preparing one micro-batch.
 
 Without a corpus, documents are synthetic: three modalities, median length 130 tokens, 95th
-percentile 200. The goals are 2 million documents packed per second, and at most 2% of a training
-step for preparing its batches. Packing to budgets is timed too, on the same lengths cut into the
-modalities in random proportions.
+percentile 200. The goals are to pack 2 million documents per second, and to prepare the batches of
+a training step in at most 2% of its duration. Packing to budgets is also timed, with the same
+document lengths divided among the modalities in random proportions.
 
 Example: mot benchmark data --corpus corpora/openmoji --step-seconds 0.6
 """
@@ -24,13 +24,13 @@ NAME = "benchmark data"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument(
-        "--corpus", type=Path, metavar="DIR", help="pack this corpus as well, and read it"
+        "--corpus", type=Path, metavar="DIR", help="also pack this corpus and read batches from it"
     )
     parser.add_argument("--split", default="train", help="split of the corpus (default train)")
     parser.add_argument("--seq-length", type=positive_int, default=512, help="default 512")
     parser.add_argument("--micro-batch-size", type=positive_int, default=8, help="default 8")
     parser.add_argument(
-        "--step-seconds", type=positive_float, help="duration of a training step, to compare with"
+        "--step-seconds", type=positive_float, help="duration of a training step, for comparison"
     )
     parser.add_argument(
         "--micro-batches", type=positive_int, default=1, help="per training step (default 1)"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Run the benchmark and print the result."""
     say(NAME, f"packing {options.corpus or 'synthetic documents'}")
 
     from mot_megatron.benchmark.data_path import DataPathSettings, benchmark
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print what ``--json`` prints as a few lines of text."""
+    """Print the result as a few lines of text."""
     from mot_megatron.benchmark.data_path import (
         GOAL_DOCUMENTS_PER_SECOND,
         GOAL_FRACTION_OF_STEP,

@@ -1,25 +1,27 @@
-"""Time forward and backward of one layer: ours, and other ways to untie weights, beside dense.
+"""Time forward and backward of one layer: dense, ours, and other ways to untie weights.
 
-All variants have the same active FLOPs, kernels and attention (one causal document); those with
-equally many towers have the same weights. Every round runs each variant once in random order.
-Ratios compare a variant with dense in the same round, so that a busy machine slows both.
+All variants have the same active FLOPs, kernels and attention (one causal document), and variants
+with the same number of towers have the same weights. Every round runs each variant once, in random
+order. Ratios compare a variant with dense in the same round, so that other load on the machine
+slows both.
 
 - dense: one tower.
 - mot-K: ours, K towers on contiguous slices of the stream; two permutations around attention.
-- mask-K: the stream stays in sequence order, and boolean masks pick each tower's rows around every
-  projection, as in the code published with the paper.
-- gather-scatter-K: the same with index select and index put by integer positions.
+- mask-K: the stream stays in sequence order, and boolean masks select each tower's rows around
+  every projection, as in the code published with the paper.
+- gather-scatter-K: the same, but with index select and index put by integer positions.
 
 --experts adds expert-choice-4 and top-1-of-4: dense with four experts as its feed-forward network.
-A token runs through one of them (on average), so active FLOPs are dense's plus a router's. It also
-adds expert-choice-4-causal, which trains a causal router too. --exchange adds exchange-sequence and
-exchange-heads: what one of two modality-parallel ranks does to q, k, v and the output, except
-sending them. --compile adds dense and ours through torch.compile, which takes minutes on a CPU.
+Every token uses one of them (on average), so the active FLOPs are those of dense plus the router.
+It also adds expert-choice-4-causal, which also trains a causal router. --exchange adds
+exchange-sequence and exchange-heads: what one of two modality-parallel ranks does to q, k, v and
+the output, without the communication. --compile adds dense and ours with torch.compile, which takes
+minutes on a CPU.
 
 --world-size 2 times a pair of ranks instead, each with its own sequence: dense, mot-2 with both
 towers on both ranks, and mot-2-mp2 with one tower on each rank, exchanging q, k, v and the output
-("sequence" or "heads"). Each is timed without and with summing the weights' gradients over the
-ranks that hold them.
+("sequence" or "heads"). Each is timed without and with the reduction of gradients over the ranks
+that hold the weights.
 
 Example: mot benchmark layer --tokens 2048 --hidden 1024 --device cuda
 """
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 NAME = "benchmark layer"
 PAIR = 2
-"""Ranks of the modality-parallel benchmark."""
+"""Number of ranks in the modality-parallel benchmark."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="wall (default), or this process's processor time, on CPUs that are shared",
+        help="wall time (default), or processor time of this process, for a shared CPU",
     )
     parser.add_argument(
         "--world-size",
@@ -71,20 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{PAIR}: modality parallelism on two ranks",
     )
     parser.add_argument(
-        "--exchange", action="store_true", help="add modality parallelism's exchange, unsent"
+        "--exchange",
+        action="store_true",
+        help="add the exchange of modality parallelism without communication",
     )
     parser.add_argument("--experts", action="store_true", help="add dense with mixtures of experts")
     parser.add_argument(
-        "--compile", action="store_true", help="add dense and ours through torch.compile"
+        "--compile", action="store_true", help="add dense and ours with torch.compile"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="print where ours takes longer than dense instead"
+        "--profile", action="store_true", help="instead, print where ours is slower than dense"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Run the benchmark and print the result."""
     check_options(options)
     say(NAME, f"{options.tokens} tokens, hidden {options.hidden}, {options.repeats} rounds")
 
@@ -110,45 +114,45 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Check that the options go together.
+    """Check that the options are compatible.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: They are not.
     """
     if options.repeats < 2:
-        raise ConfigError("--repeats 1: a spread needs at least 2")
+        raise ConfigError("--repeats 1: must be at least 2, to measure a spread")
     if options.profile and options.json:
-        raise ConfigError("--profile prints text only; leave --json out")
+        raise ConfigError("--profile prints text only; omit --json")
     single = (
         options.profile or options.exchange or options.experts or options.compile or options.threads
     )
     if options.world_size > 1 and (single or options.clock != "wall"):
         raise ConfigError(
-            f"--world-size {PAIR} goes with wall time and a thread per rank, without --profile,"
-            " --exchange, --experts and --compile"
+            f"--world-size {PAIR} requires wall time and one thread per rank, and excludes"
+            " --profile, --exchange, --experts and --compile"
         )
     if options.device != "cpu" and options.clock != "wall":
         raise ConfigError(f"--clock {options.clock}: allowed with --device cpu only")
 
 
 def check_devices(options: argparse.Namespace) -> None:
-    """Check that this machine has the GPUs.
+    """Check that this machine has the GPUs that the options require.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: It does not.
     """
     import torch
 
     if not options.device.startswith("cuda"):
         return
     if not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: torch finds no GPU here; allowed: cpu")
+        raise ConfigError(f"--device {options.device}: torch finds no GPU; allowed: cpu")
     if torch.cuda.device_count() < options.world_size:
         raise ConfigError(f"--world-size {PAIR} --device cuda needs {PAIR} GPUs")
 
 
 def choose_variants(options: argparse.Namespace, device: torch.device) -> list[Variant]:
-    """Build the layers that the options ask for."""
+    """Build the variants that the options select."""
     import torch
 
     from mot_megatron.benchmark.layer_variants import Benchmark
@@ -167,7 +171,7 @@ def choose_variants(options: argparse.Namespace, device: torch.device) -> list[V
 
 
 def benchmark(options: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
-    """Measure in this process; return the figures, ready for JSON."""
+    """Measure in this process and return the result, ready for JSON."""
     import torch
 
     from mot_megatron.benchmark.layer_variants import measure
@@ -189,7 +193,7 @@ def profile(variants: list[Variant], device: torch.device) -> str:
 
 
 def benchmark_pair(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure two ranks of one thread each (on GPUs: of one GPU each)."""
+    """Measure two ranks with one thread each (on GPUs, with one GPU each)."""
     import torch
     from torch.multiprocessing.spawn import spawn
 
@@ -243,7 +247,7 @@ def _result(options: argparse.Namespace, seconds: dict[str, list[float]]) -> dic
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print what ``--json`` prints as a table."""
+    """Print the result as a table."""
     ranks = f" on each of {result['ranks']} ranks" if "ranks" in result else ""
     print(
         f"one layer, forward + backward: {result['tokens']} tokens{ranks}, "

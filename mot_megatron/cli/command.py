@@ -1,6 +1,6 @@
-"""What every command does around its work: parse, say that it has begun, report errors.
+"""The common frame of all commands: parse arguments, report progress and errors.
 
-Results go to standard output, as text or with ``--json`` as one document. Everything else
+Results go to standard output, as text or, with ``--json``, as one document. Everything else
 (progress, warnings, errors) goes to standard error.
 """
 
@@ -37,11 +37,11 @@ def run_command(
         name: The command, as typed after ``mot``.
         description: Printed by ``--help``.
         add_arguments: Adds the command's arguments to a parser.
-        run: Does the work and returns the exit status.
-        arguments: The command line without the command; None takes the process's.
+        run: Runs the command and returns the exit status.
+        arguments: The command line without the command; None: that of this process.
 
     Returns:
-        The exit status: that of ``run``, or 2 after a UserError, which is printed as one line.
+        The exit status of ``run``, or 2 after a UserError, which is printed as one line.
     """
     parser = argparse.ArgumentParser(
         prog=f"mot {name}",
@@ -59,7 +59,7 @@ def run_command(
 
 
 def say(name: str, text: str) -> None:
-    """Print a line of progress of ``mot NAME`` to standard error."""
+    """Print a progress line of ``mot NAME`` to standard error."""
     print(f"mot {name}: {text}", file=sys.stderr, flush=True)
 
 
@@ -77,10 +77,10 @@ def _finite(value: Any) -> Any:
 
 
 def choose_device() -> torch.device:
-    """Return the GPU if torch finds one, else the CPU.
+    """Return the GPU if torch finds one, otherwise the CPU.
 
-    Call this before importing anything that imports DeepSpeed: without a GPU it would print a note
-    on choosing an accelerator.
+    Call this before importing anything that imports DeepSpeed. Otherwise, without a GPU, DeepSpeed
+    prints a note on its choice of accelerator.
     """
     import torch
 

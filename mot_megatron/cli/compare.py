@@ -1,15 +1,15 @@
 """Train the arms of a comparison, match their steps against the baseline's, and report.
 
 CONFIG_DIR contains base.toml, the arms' files and experiment.toml (see compare/ in ``mot
-configs``). Every run is a process with one thread; --parallel of them run side by side. Finished
-runs are not repeated: Ctrl-C, SIGTERM or a closed terminal saves all runs and stops, and the same
-command continues. The output folder gets
+configs``). Every run is a process with one thread, and --parallel of them run at the same time.
+Ctrl-C, SIGTERM or a closed terminal saves all runs and stops; the same command then continues.
+Finished runs are not repeated. The output folder contains
 
-    runs/       the runs' own folders        logs/       their consoles
-    curves/     their scalars as CSV         records/    what each run was
+    runs/       folders of the runs          logs/       their console output
+    curves/     their scalars as CSV         records/    how each run was trained
     report.md   slopes.json   *.png          tensorboard/
 
-of which --report-only needs curves/ and records/ alone.
+--report-only needs only curves/ and records/.
 
 Example: mot compare configs/compare --output comparison
 """
@@ -35,18 +35,22 @@ if TYPE_CHECKING:
 
 NAME = "compare"
 TRAINER = ("-m", "mot_megatron.cli.train")
-"""Arguments of the interpreter that trains a run."""
+"""Arguments of the Python interpreter that trains a run."""
 STOPPED = 1
-"""Exit status when a signal stopped the comparison before its end."""
+"""Exit status if a signal stopped the comparison before its end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("config_dir", type=Path, metavar="CONFIG_DIR")
     add_output(parser, "folder of the runs and the report")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
-    parser.add_argument("--parallel", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds (default: all)"
+    )
+    parser.add_argument(
+        "--parallel", type=int, default=2, help="runs at the same time (default: 2)"
+    )
     add_overrides(parser, "override a key of every run's configuration; may be repeated")
     parser.add_argument(
         "--report-only", action="store_true", help="train nothing; report the finished runs"
@@ -55,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train what has not finished, then report; 1 if stopped before the end."""
+    """Train the runs that have not finished, then report; return 1 if stopped before the end."""
     if options.parallel < 1:
-        raise ConfigError(f"--parallel {options.parallel}: needed: 1 or more")
+        raise ConfigError(f"--parallel {options.parallel}: must be at least 1")
     outcome = None if options.report_only else compare(options)
     if outcome and outcome.failures:
         report_rest(options, outcome.failures)
     if outcome and outcome.stopped:
-        line = f"stopped; the same command goes on from here: {options.command}"
+        line = f"stopped; run the same command to continue: {options.command}"
         print(line, file=sys.stderr if options.json else sys.stdout)
         return STOPPED
     report(options)
@@ -70,10 +74,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> Outcome:
-    """Train the runs that have not finished; one that fails does not stop the others.
+    """Train the runs that have not finished; a run that fails does not stop the others.
 
     Raises:
-        UserError: bad input.
+        UserError: The input is invalid.
     """
     say(NAME, f"reading {options.config_dir}")
 
@@ -115,7 +119,7 @@ def compare(options: argparse.Namespace) -> Outcome:
     with sole_user(output) as lock:
         ended = [run for run in runs if is_recorded(run, output)]
         for run in runs:
-            # A comparison that was killed has not recorded the runs that finished last.
+            # A comparison that was killed may not have recorded the runs that finished last.
             if run not in ended and run.has_ended:
                 on_end(run)
                 ended.append(run)
@@ -127,7 +131,7 @@ def report(options: argparse.Namespace) -> None:
     """Report the finished runs.
 
     Raises:
-        UserError: there are too few to compare, or something cannot be read or written.
+        UserError: There are too few runs to compare, or a file cannot be read or written.
     """
     say(NAME, f"reporting {options.output}")
 
@@ -145,10 +149,10 @@ def report(options: argparse.Namespace) -> None:
 
 
 def report_rest(options: argparse.Namespace, failures: Sequence[str]) -> NoReturn:
-    """Report the runs that finished although others failed.
+    """Report the finished runs, then raise an error because others failed.
 
     Raises:
-        TrainingError: always; it names the first failure.
+        TrainingError: Always, with the first failure.
     """
     try:
         report(options)
@@ -159,7 +163,7 @@ def report_rest(options: argparse.Namespace, failures: Sequence[str]) -> NoRetur
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``mot compare``; return the exit status: 1 if stopped, 2 after bad input or a failure."""
+    """Run ``mot compare``; return the exit status: 1 if stopped, 2 after an error."""
     given = sys.argv[1:] if arguments is None else arguments
 
     def run_as_given(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""List the configuration files shipped with the package, or copy them into a folder.
+"""List the configuration files shipped with the package, or copy them to a folder.
 
 Example: mot configs --copy configs
 """
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List or copy."""
+    """List or copy the configuration files."""
     directory = config_directory()
     if options.copy is None:
         print("\n".join(listing(directory)))
@@ -40,10 +40,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def config_directory() -> Path:
-    """Return the folder of the files: inside an installed package, or beside it in a checkout.
+    """Return the folder of the files: inside an installed package, or next to it in a checkout.
 
     Raises:
-        DataError: there is neither.
+        DataError: Neither folder exists.
     """
     for directory in (INSTALLED, CHECKOUT):
         if (directory / "quickstart.toml").is_file():
@@ -52,7 +52,7 @@ def config_directory() -> Path:
 
 
 def listing(directory: Path) -> Iterator[str]:
-    """Yield the folder, then every file with the first sentence of its opening comment."""
+    """Yield a line with the folder, then one per file with the first sentence of its comment."""
     yield f"in {directory}:"
     files = sorted(directory.rglob("*.toml"), key=lambda path: (len(path.parts), path))
     names = {path: str(path.relative_to(directory)) for path in files}
@@ -62,7 +62,7 @@ def listing(directory: Path) -> Iterator[str]:
 
 
 def first_sentence(path: Path) -> str:
-    """Return the first sentence of the comment that a configuration file begins with."""
+    """Return the first sentence of the comment at the start of a configuration file."""
     comment: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -73,14 +73,14 @@ def first_sentence(path: Path) -> str:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy the files, and the README files among them.
+    """Copy the configuration files and their README files.
 
     Raises:
-        DataError: the target is not empty, or cannot be written.
+        DataError: The target is not empty or cannot be written.
     """
     try:
         if target.exists() and any(target.iterdir()):
-            raise DataError(f"--copy {target}: it is not empty")
+            raise DataError(f"--copy {target}: the folder is not empty")
         ignore = shutil.ignore_patterns("__pycache__", "*.py")
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
     except OSError as error:

@@ -1,9 +1,9 @@
 """Measure a trained model's held-out loss by kind of label.
 
 The kinds are special tokens, the most common code of a modality (for pictures, the background) and
-all other labels; losses are in bits per token. If the model's routing sees later tokens, the losses
-with causal routing follow, provided a causal router was trained. For towers with experts the
-number of experts per token is shown too.
+all other labels. Losses are in bits per token. If the model's routing depends on later tokens and a
+causal router was trained, the losses with causal routing follow. For towers with experts, the
+number of experts per token is also shown.
 
 Example: mot evaluate --checkpoint runs/quickstart
 """
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate every checkpoint and print its losses."""
     if options.sequences is not None and options.sequences < 1:
-        raise ConfigError(f"--sequences {options.sequences}: needed: 1 or more")
+        raise ConfigError(f"--sequences {options.sequences}: must be at least 1")
     results = []
     for number, path in enumerate(options.checkpoints):
         say(NAME, f"loading {path}")
@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def evaluate(path: Path, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the checkpoint's path and step, and its losses under each way of routing.
+    """Return the checkpoint's path and step, and its losses with each kind of routing.
 
     Raises:
-        UserError: see ``load_trained_model``.
+        UserError: See ``load_trained_model``.
     """
     from mot_megatron.train.trained import load_trained_model
 
@@ -87,7 +87,7 @@ def evaluate(path: Path, device: torch.device, options: argparse.Namespace) -> d
 
 
 def measure(trained: TrainedModel, sequences: int | None) -> dict[str, Any]:
-    """Return losses by modality and kind, and experts per tower, as the model is routed now."""
+    """Return losses by modality and kind, and experts per tower, with the current routing."""
     from mot_megatron.train.label_kinds import held_out_by_kind
 
     with trained.model.counting_experts() as use:
@@ -123,7 +123,7 @@ def _modality(kinds: Sequence[KindLoss]) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Return what ``--json`` prints of a checkpoint as text."""
+    """Return the result of one checkpoint as text."""
     lines = [f"checkpoint {result['checkpoint']}, step {result['step']}"]
     if not result["sees_later_tokens"]:
         return "\n".join([*lines, *_losses(result[AS_TRAINED])])
@@ -131,12 +131,12 @@ def text(result: dict[str, Any]) -> str:
         if routing in result:
             lines += ["", title, *_losses(result[routing])]
     if CAUSAL not in result:
-        lines += ["", "not routed causally: no causal router was trained"]
+        lines += ["", "no losses with causal routing: no causal router was trained"]
     return "\n".join(lines)
 
 
 def _losses(measured: dict[str, Any]) -> list[str]:
-    """Return the table of the modalities, and a line for every tower with experts."""
+    """Return the table of modalities, and a line per tower with experts."""
     lines = [table(measured["modalities"])]
     for tower, counted in measured["towers"].items():
         lines.append(
@@ -147,7 +147,7 @@ def _losses(measured: dict[str, Any]) -> list[str]:
 
 
 def table(modalities: dict[str, dict[str, Any]]) -> str:
-    """Return a line per modality: its loss, then the loss and the share of labels of each kind."""
+    """Return a line per modality: its loss, then loss and share of labels of each kind."""
     kinds = next(iter(modalities.values()))["kinds"]
     lines = [f"{'bits per token':<16}{'all':>8}" + "".join(f"{kind:>24}" for kind in kinds)]
     for name, losses in modalities.items():

@@ -1,7 +1,7 @@
 """Continue a prompt into text, images and speech with a trained model.
 
 Text is printed. Every item is also written to the output folder, as MODALITY-NUMBER.txt, .png or
-.wav. Pictures are enlarged without smoothing, so that the longer side has at least 256 pixels.
+.wav. Pictures are enlarged without smoothing until the longer side has at least 256 pixels.
 
 Example: mot generate --checkpoint runs/quickstart --prompt "red heart" --output samples
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "generate"
 LEAST_PIXELS = 256
-"""Of the longer side of a written picture, unless --image-scale says otherwise."""
+"""Minimum pixels of the longer side of a written picture, unless --image-scale is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,34 +49,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--language",
         help="language of the prompt, as the corpus names it (default: en if the corpus has it)",
     )
-    parser.add_argument("--samples", type=int, help="items of each modality (default 1)")
+    parser.add_argument("--samples", type=int, help="items per modality (default 1)")
     parser.add_argument(
-        "--temperature", type=float, help="0 always takes the most likely token (default 1)"
+        "--temperature", type=float, help="0: always the most likely token (default 1)"
     )
-    parser.add_argument("--top-k", type=int, help="sample among the K most likely tokens only")
+    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens only")
     parser.add_argument(
         "--top-p",
         type=float,
-        help="sample among the fewest tokens whose probabilities sum to P (default 1)",
+        help="sample from the fewest tokens whose probabilities sum to at least P (default 1)",
     )
     parser.add_argument("--seed", type=int, help="the same seed gives the same samples (default 0)")
     parser.add_argument(
         "--max-tokens",
         type=int,
-        help="longest item of a modality whose items vary in length (default 256)",
+        help="maximum length of an item, for modalities with varying lengths (default 256)",
     )
     parser.add_argument(
         "--image-scale",
         type=positive_int,
         metavar="N",
         help="enlarge written pictures N times; 1 keeps the model's pixels"
-        f" (default: until the longer side has {LEAST_PIXELS})",
+        f" (default: until the longer side has {LEAST_PIXELS} pixels)",
     )
     add_moved_corpus(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load the model, generate and write."""
+    """Load the model, generate samples and write them."""
     say(NAME, f"loading {options.checkpoint}")
     device = choose_device()
 
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
-    """Return the sampling settings, with their defaults for the options that were not given."""
+    """Return the sampling settings, with defaults for options that were not given."""
     from mot_megatron.generation.sampling import SamplingSettings
 
     given = {
@@ -113,14 +113,14 @@ def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
 def write_samples(
     generator: Generator, settings: SamplingSettings, options: argparse.Namespace
 ) -> None:
-    """Generate every modality, write its items and print a line for each.
+    """Generate items of every modality, write them and print a line for each.
 
     Raises:
-        UserError: the prompt, a modality or the language cannot be used, or a file not be written.
+        UserError: The prompt, a modality or the language is invalid, or a file cannot be written.
     """
     from mot_megatron.data.codebooks.text import TextCodec
 
-    # Check all names first: a wrong one should not surface after minutes of generating others.
+    # Check all names first, so that a wrong one is reported before minutes of generation.
     modalities = [generator.rules(name).modality.name for name in options.into or generator.codecs]
     try:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -136,9 +136,9 @@ def write_samples(
 
 
 def write_item(item: Item, path: Path, image_scale: int | None = None) -> None:
-    """Write an item; a picture is enlarged ``image_scale`` times, each pixel to a square.
+    """Write an item; in a picture, every pixel becomes a square of ``image_scale`` pixels a side.
 
-    By default it is enlarged by the smallest factor that gives the longer side 256 pixels.
+    By default, this is the smallest factor that gives the longer side at least 256 pixels.
     """
     from PIL import Image
 
@@ -154,10 +154,10 @@ def write_item(item: Item, path: Path, image_scale: int | None = None) -> None:
 
 
 def _routing_note(model: ModelConfig) -> str:
-    """Say how tokens are routed: not as in training, where routing saw later tokens."""
+    """Return a note on routing, for a model whose routing in training depends on later tokens."""
     if any(experts and experts.causal_router for experts in model.experts_of_towers):
         return "tokens are routed by the causal router"
-    return "tokens are routed without a capacity: no expert drops any"
+    return "tokens are routed without a capacity limit: no expert drops tokens"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

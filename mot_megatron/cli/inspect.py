@@ -1,7 +1,7 @@
 """Show what a corpus contains: counts, fill, entropies, example documents, pictures and sound.
 
-Also writes contact_sheet.png (originals above their reconstructions, if the corpus keeps originals)
-and speech.wav (units turned back into sound).
+This also writes contact_sheet.png (reconstructed pictures, with the originals above them if the
+corpus keeps these) and speech.wav (speech units decoded to sound).
 
 Example: mot inspect corpora/openmoji
 """
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Inspect and print."""
+    """Inspect the corpus and print the report."""
     say(NAME, f"reading {options.corpus}")
 
     from mot_megatron.data.corpus import Corpus
@@ -72,8 +72,8 @@ def print_report(report: dict[str, Any]) -> None:
         if name in report["entropies"]:
             _print_entropies(name, report["entropies"][name])
         else:
-            print(f"  {name}: not in both splits, so it has none")
-    print("\nlicences: " + ", ".join(f"{key} {value}" for key, value in report["licences"].items()))
+            print(f"  {name}: none, because it is not in both splits")
+    print("\nlicenses: " + ", ".join(f"{key} {value}" for key, value in report["licences"].items()))
     print("\nheld-out documents:")
     for example in report["examples"]:
         print(f"  {example}")

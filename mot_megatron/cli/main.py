@@ -1,4 +1,4 @@
-"""``mot``: one command line for everything but training, which the launcher starts."""
+"""``mot``: the command line for everything except training, which the launcher starts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ TRAINING = (
 
 
 class Command(NamedTuple):
-    """Where a command is implemented, and what it does."""
+    """A command and the module that implements it."""
 
     module: str
     """Module of this package; its ``main`` takes the arguments after the command."""
     summary: str
+    """What the command does, for the overview."""
 
 
 COMMANDS = {
@@ -27,19 +28,19 @@ COMMANDS = {
     "inspect": Command("inspect", "show what a corpus contains"),
     "generate": Command("generate", "continue a prompt into text, images and speech"),
     "evaluate": Command("evaluate", "measure the held-out loss by kind of label"),
-    "summary": Command("summary", "show what a finished run reached"),
+    "summary": Command("summary", "show the results of a finished run"),
     "upcycle": Command("upcycle", "make a new run from a trained model's weights"),
     "plan": Command("plan", "list the layouts that fit in memory"),
-    "memory": Command("memory", "measure the memory each rank holds"),
+    "memory": Command("memory", "measure the memory that each rank needs"),
     "match": Command("match", "match the steps of runs against a baseline"),
-    "compare": Command("compare", "train the arms of a comparison and report"),
+    "compare": Command("compare", "train the arms of a comparison and write a report"),
     "benchmark": Command("benchmark", "time a layer or the data path"),
     "configs": Command("configs", "list or copy the configuration files shipped with the package"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``mot``; returns the exit status."""
+    """Run ``mot``; return the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] == "train":
         print(f"mot: {TRAINING}", file=sys.stderr)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(
     program: str, commands: Mapping[str, Command], arguments: Sequence[str], epilog: str = ""
 ) -> int:
-    """Run the command that the arguments begin with; print an overview if there is none.
+    """Run the command named by the first argument, or print an overview if there is none.
 
     Only the module of that command is imported.
     """
@@ -68,7 +69,7 @@ def dispatch(
 
 
 def overview(program: str, commands: Mapping[str, Command], epilog: str) -> str:
-    """The text of ``--help``."""
+    """Return the text of ``--help``."""
     width = max(map(len, commands))
     lines = [f"usage: {program} COMMAND [OPTIONS]", "", "commands:"]
     lines += [f"  {name:{width}}  {command.summary}" for name, command in commands.items()]

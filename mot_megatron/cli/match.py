@@ -1,8 +1,9 @@
 """Match steps: the fraction of a baseline's steps, FLOPs and seconds that candidates need.
 
-The first run is the baseline's. Runs whose configurations differ only in run.seed are seeds of one
-arm, in any order. A slope of 0.5 means half the steps for the same loss. A slope only describes the
-range reached: the part of the baseline's training whose losses the candidate reaches at all.
+The first run belongs to the baseline. Runs whose configurations differ only in run.seed are seeds
+of one arm, in any order. A slope of 0.5 means that the candidate reaches the same loss in half the
+steps. A slope describes only the range reached: the part of the baseline's training whose losses
+the candidate reaches at all.
 
 Example: mot match runs/dense-* runs/mot-* --output matched
 """
@@ -37,17 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="folders of runs, or CSV files of their curves; the baseline's first",
+        help="folders of runs, or CSV files of their curves; first a run of the baseline",
     )
     add_output(parser, "folder for slopes.json, plots and tensorboard/", required=False)
     parser.add_argument(
-        "--axis", choices=tuple(_AXIS_TITLES), default="steps", help="of the plots (default: steps)"
+        "--axis",
+        choices=tuple(_AXIS_TITLES),
+        default="steps",
+        help="axis of the plots (default: steps)",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the tables; write slopes and plots if there is an output folder."""
+    """Print the tables, and write slopes and plots if an output folder is given."""
     say(NAME, f"reading {len(options.runs)} runs")
 
     from tqdm import tqdm
@@ -59,14 +63,14 @@ def run(options: argparse.Namespace) -> int:
     arms = group_seeds([read(path) for path in paths])
     if len(arms) < 2:
         raise DataError(
-            f"{options.runs[0]}: all runs are seeds of one arm, expected another arm to match"
+            f"{options.runs[0]}: all runs are seeds of one arm; expected another arm to match"
         )
     matches = match_all(arms)
     cautions = warnings([run for runs in arms.values() for run in runs])
     if not options.json:
         print("\n\n".join(table(matches, split, arms) for split in splits_of(matches)))
         if cautions:
-            print("\nto bear in mind:", *cautions, sep="\n")
+            print("\nwarnings:", *cautions, sep="\n")
     written = write_all(arms, matches, options.axis, options.output) if options.output else []
     if options.json:
         results = [match.to_json() for match in matches]
@@ -77,14 +81,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read(path: Path) -> RunCurves:
-    """Read the curves of a run's folder, or a CSV file of them."""
+    """Read the curves of a run from its folder or from a CSV file."""
     from mot_megatron.compare.curves import read_csv, read_run
 
     return read_csv(path) if path.suffix == ".csv" else read_run(path)
 
 
 def match_all(arms: Mapping[str, Sequence[RunCurves]]) -> list[Match]:
-    """Match every arm but the first against the first."""
+    """Match every other arm against the first."""
     from mot_megatron.compare.step_matching import match_arms
 
     (_, baseline), *candidates = arms.items()
@@ -92,9 +96,9 @@ def match_all(arms: Mapping[str, Sequence[RunCurves]]) -> list[Match]:
 
 
 def table(matches: Sequence[Match], split: Split, arms: Mapping[str, Sequence[RunCurves]]) -> str:
-    """Return the matches of one split as text, a line per arm, modality and axis.
+    """Return the matches of one split as a table with a line per arm, modality and axis.
 
-    At most 120 columns wide; "last" is tau / t at the last point reached.
+    The table is at most 120 columns wide. Column "last" is tau / t at the last point reached.
     """
     from mot_megatron.compare.curves import SPLIT_TITLES
     from mot_megatron.compare.words import at_its_best, number
@@ -134,10 +138,10 @@ def table(matches: Sequence[Match], split: Split, arms: Mapping[str, Sequence[Ru
 def write_all(
     arms: Mapping[str, Sequence[RunCurves]], matches: Sequence[Match], axis: Axis, output: Path
 ) -> list[Path]:
-    """Write slopes.json, and the plots as PNG and into tensorboard/; return the paths.
+    """Write slopes.json, and the plots as PNG files and to tensorboard/; return the paths.
 
     Raises:
-        DataError: one cannot be written.
+        DataError: A file cannot be written.
     """
     from mot_megatron.compare.match_files import draw_all, write_matches
 

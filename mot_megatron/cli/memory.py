@@ -1,16 +1,18 @@
-"""Run a training step on ranks of this machine and print the bytes that each rank holds.
+"""Run a training step on several ranks of this machine and print the memory of each rank in bytes.
 
 Example: mot memory --config configs/quickstart.toml --world-size 1
              --set training.micro_batch_size=1
 
-The bytes are read from tensors, on the CPU: weights (as forward reads them), gradients, optimizer
-(fp32 weights and both moments) at their largest between micro-batches and before the step, and
-activations, the most that autograd keeps for backward. Buffers of collectives are not counted. The
-same is measured for the dense twin: the configuration with one tower without experts for all
-modalities and without modality parallelism. It runs on two numbers of ranks. With world size /
-parallel.modality_parallel_size ranks both have equally many replicas of the model; compared with
-this twin, a rank's model state should be at most 1.1 times as large. With the full world size, ZeRO
-divides the dense model's state among more replicas.
+The ranks run on the CPU, and sizes are read from their tensors. Weights (as forward reads them),
+gradients and optimizer (fp32 weights and both moments) are maxima over the points between
+micro-batches and before the step. Activations are the maximum that autograd stores for backward.
+Buffers of collectives are not counted.
+
+The same is measured for the dense twin: the same configuration, but with one tower without experts
+for all modalities, and without modality parallelism. The twin runs on two numbers of ranks. On
+(world size / parallel.modality_parallel_size) ranks, it has as many replicas of the model; a rank's
+model state should be at most 1.1 times that of this twin. On the full world size, ZeRO shards the
+state of the dense model over more replicas.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from mot_megatron.planning.memory import RankMemory
 
 NAME = "memory"
-# Must be set before torch, megatron and deepspeed are imported, which read them then.
+# These must be set before torch, megatron and deepspeed are imported, which read them on import.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -55,17 +57,18 @@ SAME = {
     SAME_REPLICAS: " (as many model replicas: ranks / modality-parallel size)",
     SAME_RANKS: " (as many ranks)",
 }
-"""What a dense twin has in common with the configuration, for titles."""
+"""What a dense twin and the configuration have in common, for titles."""
 KINDS = ("weights", "gradients", "optimizer")
 """Fields of StateBytes that make up the model state."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A configuration, and the number of ranks to measure it on."""
+    """A configuration, and the number of ranks on which to measure it."""
 
     config: Config
     num_ranks: int
+    """World size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,15 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size", type=int, required=True, metavar="N", help="ranks (processes) to start"
     )
     parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds for each world (default 300)"
+        "--timeout", type=float, default=300.0, help="seconds per measurement (default 300)"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure the configuration and its dense twins, and print the bytes."""
+    """Measure the configuration and its dense twins, and print the results."""
     if options.world_size < 1:
-        raise ConfigError(f"--world-size {options.world_size}: needed: 1 or more")
+        raise ConfigError(f"--world-size {options.world_size}: must be at least 1")
     say(NAME, f"measuring {' + '.join(map(str, options.config))}")
     os.environ.update(ENVIRONMENT)
 
@@ -104,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
-    """Return what to measure, by the names in the report; the configuration comes first."""
+    """Return the worlds to measure, by their names in the report; the configuration is first."""
     modality = config.parallel.modality_parallel_size
     twin = dense_twin(config)
     worlds = {"measured": World(config, num_ranks)}
@@ -118,7 +121,7 @@ def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
 
 
 def dense_twin(config: Config) -> Config:
-    """Return the same model with one plain tower, which every data-parallel rank holds."""
+    """Return the same model with one plain tower, held by every data-parallel rank."""
     from mot_megatron.config import ModalityConfig
 
     model, parallel = config.model, config.parallel
@@ -141,10 +144,10 @@ def dense_twin(config: Config) -> Config:
 
 
 def check(world: World) -> None:
-    """Check what training checks, and that a step has micro-batches to measure between.
+    """Run the checks of training, and check that a step has two or more micro-batches.
 
     Raises:
-        ConfigError: in one line.
+        ConfigError: A check failed.
     """
     from mot_megatron.rules import check_world_size
 
@@ -154,16 +157,16 @@ def check(world: World) -> None:
     if config.accumulation_steps(world.num_ranks // model_ranks) < 2:
         raise ConfigError(
             f"training.global_batch_size = {config.training.global_batch_size} is one micro-batch"
-            " per step on every rank; needed here: two or more, between which gradients are"
-            " measured (training.micro_batch_size may be lowered instead)"
+            " per step on every rank; needed: two or more, because gradients are measured between"
+            " micro-batches (a smaller training.micro_batch_size also works)"
         )
 
 
 def measure(world: World, timeout: float) -> list[RankMemory]:
-    """Start the ranks, measure a step and end them; return the results in rank order.
+    """Start the ranks, measure a step and stop them; return the results in rank order.
 
     Raises:
-        UserError: a rank failed, or the ranks took too long.
+        UserError: A rank failed, or the ranks took too long.
     """
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
@@ -195,7 +198,7 @@ def measure(world: World, timeout: float) -> list[RankMemory]:
 
 
 def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
-    """Measure a step on this rank and write the result, or the error, into ``folder``."""
+    """Measure a step on this rank, and write the result or the error to ``folder``."""
     import torch
     import torch.distributed as dist
 
@@ -206,7 +209,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     _end_with_parent()
     torch.set_num_threads(1)
     size = world.num_ranks
-    # DeepSpeed reads them although the process group exists.
+    # DeepSpeed reads these even if the process group exists.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
         corpus = Corpus.open(world.config.data.corpus)
@@ -228,7 +231,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this rank when the process that started it is killed."""
+    """Exit this rank when the process that started it ends."""
     parent = parent_process()
     assert parent is not None
 
@@ -240,7 +243,7 @@ def _end_with_parent() -> None:
 
 
 def ratios(measured: list[RankMemory], dense: list[RankMemory]) -> dict[str, float]:
-    """Return the ratios of the fullest ranks, by kind and for all model state together."""
+    """Return the ratios of the maxima over ranks, by kind and for the whole model state."""
 
     def most(ranks: list[RankMemory], kind: str) -> int:
         return max(getattr(rank.state, kind) for rank in ranks)
@@ -249,7 +252,7 @@ def ratios(measured: list[RankMemory], dense: list[RankMemory]) -> dict[str, flo
 
 
 def report(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> dict[str, Any]:
-    """Return everything measured, for JSON: bytes, and ratios of the fullest ranks."""
+    """Return all results for JSON: bytes, and ratios of the maxima over ranks."""
     own, *twins = measured
     return {
         "parallel": worlds[own].config.parallel.model_dump(mode="json", exclude_none=True),
@@ -267,7 +270,7 @@ def report(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> d
 
 
 def as_dict(ranks: list[RankMemory]) -> list[dict[str, Any]]:
-    """Return the ranks' bytes, for JSON."""
+    """Return the bytes of every rank, for JSON."""
     return [
         {
             "rank": number,
@@ -294,7 +297,7 @@ def text(worlds: dict[str, World], measured: dict[str, list[RankMemory]]) -> str
 
 
 def table(title: str, ranks: list[RankMemory]) -> str:
-    """Return one line per rank."""
+    """Return a table with one line per rank."""
     heads = [*KINDS, "model state", "activations"]
     lines = [title, "rank stage " + "".join(f"{head:>15}" for head in heads) + "  towers"]
     for number, rank in enumerate(ranks):
@@ -306,7 +309,7 @@ def table(title: str, ranks: list[RankMemory]) -> str:
 
 
 def ratio_lines(name: str, ratio: dict[str, float]) -> str:
-    """Return the comparison with a dense twin."""
+    """Return the ratios to a dense twin as text."""
     kinds = ", ".join(f"{kind} {ratio[kind]:.3f}" for kind in KINDS)
     return f"fullest rank / {name}:\n  {ratio['total']:.3f} of the model state ({kinds})"
 

@@ -1,30 +1,31 @@
-"""List the layouts of a configuration that fit on a number of GPUs, and what they need.
+"""List the layouts of a configuration that fit on a number of GPUs, and their memory.
 
 Example: mot plan --config configs/paper/7b-mot-2.toml --world-size 64 --memory-gb 80
 
-Listed are the layouts that training accepts, as far as they make sense: tensor and modality
-parallelism together within a node, sequence parallelism wherever there is tensor parallelism, one,
-two or four pieces per pipeline stage, every ZeRO stage, and every expert-parallel size if towers
-have experts. Batch sizes, precision and offloading are the configuration's. Sampling during
-training (logging.sample_interval_steps) is ignored: it excludes pipeline and modality parallelism.
+The list consists of the layouts that training accepts, within these limits: tensor and modality
+parallelism together stay within a node, tensor parallelism always uses sequence parallelism, and
+a pipeline stage has one, two or four pieces. It includes every ZeRO stage and, if towers have
+experts, every expert-parallel size. Batch sizes, precision and offloading are taken from the
+configuration. Sampling during training (logging.sample_interval_steps) is ignored, because it
+excludes pipeline and modality parallelism.
 
-Order: less recomputation first; then less communication, that is fewer ranks per pass (tensor
-parallelism times pipeline stages), of these fewer tensor-parallel ranks, then fewer pieces per
-stage, then no exchange between modality-parallel ranks before an exchange of sequences before one
-of heads, then lower ZeRO stages; then less memory.
+Layouts are sorted by recomputation (less first), then communication (less first), then memory. For
+communication, the criteria are in turn: the number of ranks per pass (tensor-parallel ranks times
+pipeline stages), tensor-parallel ranks, pieces per stage, the exchange between modality-parallel
+ranks (none, then sequences, then heads), and the ZeRO stage.
 
-Memory is that of the fullest rank, in GB of 10^9 bytes. On the device: model state as DeepSpeed
-lays it out, with padding, and activations as autograd keeps them on a GPU. Buffers of collectives,
-temporary tensors and the allocator's fragmentation come on top: leave a tenth of the memory for
-them. On the host, per rank: "start" is the rank's part of the model, which is built there before it
-moves to the GPU, plus the largest matrix in fp32; "resume" is 12 bytes per parameter of that part,
-which loading a checkpoint holds. The libraries' own few GB come on top. Multiply by the ranks of a
-node.
+Memory is that of the rank that needs the most, in GB of 10^9 bytes. On the device, it includes the
+model state as DeepSpeed stores it, with padding, and activations as autograd stores them on a GPU.
+It does not include buffers of collectives, temporary tensors and fragmentation; leave a tenth of
+the memory for them. On the host, per rank, "start" is the rank's part of the model, which is built
+there before it moves to the GPU, plus the largest matrix in fp32. "resume" is 12 bytes per
+parameter of that part, which are needed to load a checkpoint. Multiply both by the ranks of a node,
+and add a few GB for libraries.
 
-With modality parallelism, a rank's activations are those of its towers' mean share of the tokens. A
-micro-batch with more tokens for these towers needs more memory: in the worst case, all tokens of
-the group. With data.packing = "budget" every micro-batch has the mean shares. Experts are assumed
-to be equally busy, as expert choice makes them; top-k can need more.
+With modality parallelism, a rank's activations are estimated for the mean share of its towers'
+tokens. A micro-batch with more tokens for these towers needs more memory: in the worst case, that
+of all tokens of the group. With data.packing = "budget", every micro-batch has the mean shares.
+Experts are assumed to process equally many tokens, as with expert choice; top-k can need more.
 """
 
 from __future__ import annotations
@@ -62,21 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     add_config(parser)
     parser.add_argument(
-        "--world-size", type=int, required=True, metavar="N", help="ranks of the job: its GPUs"
+        "--world-size", type=int, required=True, metavar="N", help="number of ranks (GPUs)"
     )
     parser.add_argument(
-        "--memory-gb", type=float, required=True, metavar="GB", help="of one GPU, in 10^9 bytes"
+        "--memory-gb",
+        type=float,
+        required=True,
+        metavar="GB",
+        help="memory of one GPU, in units of 10^9 bytes",
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the layouts; 1 if none fits."""
+    """Print the layouts; return 1 if none fits."""
     for name in ("world_size", "memory_gb", "gpus_per_node"):
         if getattr(options, name) <= 0:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {getattr(options, name)}: needed: above 0")
+            raise ConfigError(f"--{flag} {getattr(options, name)}: must be above 0")
     say(NAME, f"reading {' + '.join(map(str, options.config))}")
 
     from mot_megatron.config_files import load_config
@@ -101,7 +106,7 @@ def plan_all(config: Config, tokens: Sequence[int], options: argparse.Namespace)
     """Plan every legal layout.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is no legal layout.
     """
     from tqdm import tqdm
 
@@ -110,23 +115,24 @@ def plan_all(config: Config, tokens: Sequence[int], options: argparse.Namespace)
     layouts = legal_layouts(config, options.world_size, options.gpus_per_node, tokens)
     if not layouts:
         raise ConfigError(
-            f"no layout of {options.world_size} GPUs is legal; for training.global_batch_size ="
-            f" {config.training.global_batch_size} and training.micro_batch_size ="
-            f" {config.training.micro_batch_size} and the model's sizes none divides"
+            f"no layout of {options.world_size} GPUs is legal: none divides"
+            f" training.global_batch_size = {config.training.global_batch_size} with"
+            f" training.micro_batch_size = {config.training.micro_batch_size}, and the sizes of the"
+            " model"
         )
     bar = tqdm(layouts, "layouts", ncols=100, leave=False, delay=5, disable=None)
     return [plan(layout, options.world_size, tokens) for layout in bar]
 
 
 def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
-    """Take the vocabulary and each tower's tokens from the corpus, if it exists.
+    """Read the vocabulary size and each tower's number of tokens from the corpus, if it exists.
 
     Returns:
-        The resolved configuration, the tokens (only their proportions count), and a line that says
-        where they come from.
+        The resolved configuration, the tokens of each tower (only their proportions matter), and a
+        line that states their source.
 
     Raises:
-        ConfigError: neither the configuration nor a corpus has the vocabulary.
+        ConfigError: The vocabulary size is not set, and there is no corpus.
     """
     from mot_megatron.planning.placing import tokens_of_towers
 
@@ -134,12 +140,12 @@ def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
     if not (config.data.corpus / "corpus.toml").exists():
         if model.vocab_size is None:
             raise ConfigError(
-                f"model.vocab_size is absent and {config.data.corpus}/corpus.toml is not there to"
-                " take it from; needed: either"
+                f"model.vocab_size is absent, and there is no {config.data.corpus}/corpus.toml to"
+                " derive it from; one of them is needed"
             )
-        note = f"tokens shared equally among towers: {config.data.corpus} is not there"
+        note = f"tokens divided equally among towers: {config.data.corpus} is missing"
         return config, (1,) * model.num_towers, note
-    # Only here: importing it imports megatron, which takes seconds.
+    # Imported here because it imports megatron, which takes seconds.
     from mot_megatron.data.corpus import Corpus
 
     description = Corpus.open(config.data.corpus).description
@@ -155,10 +161,11 @@ def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
 
 
 def report(fitting: Sequence[Plan], notes: Sequence[str], memory: float) -> str:
-    """Return the tables of the layouts that fit, one per amount of recomputation."""
+    """Return the tables of the layouts that fit, one per kind of recomputation."""
     lines = [
         *notes,
-        f"{len(fitting)} layouts fit in {memory / GB:g} GB; below GB on the fullest rank",
+        f"{len(fitting)} layouts fit in {memory / GB:g} GB; memory below is in GB on the fullest"
+        " rank",
         "(act, select, full: activations without, with selective and with full recompute;"
         " tokens: per rank and step;",
         " need: on the device; start, resume: on the host, to start and to continue from a"
@@ -170,12 +177,12 @@ def report(fitting: Sequence[Plan], notes: Sequence[str], memory: float) -> str:
         if layouts:
             lines += [f"{title}:", HEAD, *(line(layout, memory) for layout in layouts)]
     if len(fitting) > LISTED:
-        lines.append(f"... and {len(fitting) - LISTED} more, in this order (--json has all)")
+        lines.append(f"... and {len(fitting) - LISTED} more in this order (--json lists all)")
     return "\n".join(lines)
 
 
 def line(layout: Plan, memory: float) -> str:
-    """Return one layout, under HEAD."""
+    """Return the table row of a layout, with the columns of HEAD."""
     parallel = layout.config.parallel
     is_exchanging = parallel.modality_parallel_size > 1
     exchange = EXCHANGES[parallel.attention_exchange] if is_exchanging else "-"
@@ -192,7 +199,7 @@ def line(layout: Plan, memory: float) -> str:
 
 
 def as_dict(layout: Plan, memory: float) -> dict[str, Any]:
-    """Return one layout for JSON; memory in bytes."""
+    """Return a layout for JSON, with memory in bytes."""
     state = layout.state
     shares = None if layout.placement is None else layout.placement.shares
     return {
@@ -214,25 +221,25 @@ def as_dict(layout: Plan, memory: float) -> dict[str, Any]:
 
 
 def shortfall(others: Sequence[Plan], memory: float) -> str:
-    """Say how many layouts do not fit, and how much memory the nearest lacks."""
+    """Return how many layouts do not fit, and how much memory the closest one lacks."""
     if not others:
         return "all legal layouts fit"
     nearest = min(others, key=lambda layout: layout.needed["full"])
     missing = nearest.needed["full"] - memory
     return (
-        f"{len(others)} legal layouts do not fit, even with full recompute; the nearest lacks"
+        f"{len(others)} legal layouts do not fit, even with full recompute; the closest lacks"
         f" {missing / GB:.3f} GB:\n{HEAD}\n{line(nearest, memory)}"
     )
 
 
 def without_samples(config: Config) -> list[str]:
-    """Return a note if logging.sample_interval_steps is set: layouts are listed without it."""
+    """Return a note if logging.sample_interval_steps is set, which the list ignores."""
     interval = config.logging.sample_interval_steps
     if interval is None:
         return []
     return [
-        f"without logging.sample_interval_steps = {interval}: training draws samples without"
-        " pipeline and modality\nparallelism only, so leave the key out of other layouts"
+        f"ignoring logging.sample_interval_steps = {interval}: training generates no samples with"
+        " pipeline or modality\nparallelism, so remove the key to use such a layout"
     ]
 
 

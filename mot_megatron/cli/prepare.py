@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_deb(stamps, "--deb", DEB_PACKAGES["--stamps-deb"])
     mixed = corpora.add_parser(
-        "mixed", help="both of these, clip art and WordNet's glosses: 13 million tokens"
+        "mixed", help="both of these, clip art and glosses from WordNet: 13 million tokens"
     )
     for option, package in DEB_PACKAGES.items():
         _add_deb(mixed, option, package)
@@ -50,14 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--limit",
             type=positive_int,
             metavar="N",
-            help="use only about N sources, for a quick look",
+            help="use only about N sources, for a quick test",
         )
         add_json(corpus)
 
 
 def _add_deb(parser: argparse.ArgumentParser, option: str, package: str) -> None:
     parser.add_argument(
-        option, type=Path, required=True, metavar="FILE", help=f"from apt-get download {package}"
+        option,
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"package file from: apt-get download {package}",
     )
 
 
@@ -78,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def build(options: argparse.Namespace) -> Corpus:
-    """Build the corpus that the options name, and open it."""
+    """Build the corpus selected by the options, and open it."""
     from mot_megatron.data.corpus import Corpus
 
     shared = {"seed": options.seed, "workers": options.workers, "limit": options.limit}
@@ -99,7 +103,7 @@ def build(options: argparse.Namespace) -> Corpus:
 
 
 def counts(corpus: Corpus) -> dict[str, Any]:
-    """Return the documents and tokens of every split, for JSON."""
+    """Return the numbers of documents and tokens of every split, for JSON."""
     return {
         "splits": {
             name: {

@@ -1,6 +1,7 @@
-"""Show what finished runs reached: the held-out loss of every modality beside entropies.
+"""Show the results of finished runs: the held-out loss of every modality, next to entropies.
 
-The entropies are the corpus's, from counts of tokens alone and after two tokens of context.
+The entropies are those of the corpus, from token counts without context (unigram) and with two
+tokens of context.
 
 Example: mot summary --checkpoint runs/quickstart --require unigram
 """
@@ -56,7 +57,7 @@ def read_summary(run_directory: Path) -> dict[str, Any]:
     """Read the summary in a run's folder.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: There is no summary, or it cannot be read.
     """
     path = run_directory / SUMMARY_FILE
     try:
@@ -95,28 +96,29 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def honest_bits(values: dict[str, float | None]) -> float | None:
-    """Return a modality's held-out loss, routed causally if that was evaluated."""
+    """Return a modality's held-out loss, with causal routing if that was evaluated."""
     as_trained = values["held_out_bits_per_token"]
     return values.get("held_out_bits_per_token_causal", as_trained)
 
 
 def _routing_note(summary: dict[str, Any]) -> str:
-    """Say how the model was routed, for one whose training routes with later tokens."""
+    """Return a note on routing, for a model whose routing in training depends on later tokens."""
     modalities = summary["modalities"]
     if not any("held_out_bits_per_token_causal" in values for values in modalities.values()):
         return (
-            "routed with later tokens, as in training: no causal router makes these losses honest"
+            "routed with later tokens, as in training, which may flatter these losses: the model"
+            " has no causal router"
         )
     with_later = ", ".join(
         f"{name} {bits:.3f}"
         for name, values in modalities.items()
         if (bits := values["held_out_bits_per_token"]) is not None
     )
-    return f"routed causally; as in training, where experts choose among later tokens: {with_later}"
+    return f"routed causally; as in training, where routing sees later tokens: {with_later}"
 
 
 def missed(summary: dict[str, Any], baseline: str) -> list[str]:
-    """Return the modalities whose loss is not below the baseline, or that have none."""
+    """Return the modalities whose loss is not below the baseline, or that have no loss."""
 
     def beaten(values: dict[str, float | None]) -> bool:
         bits, entropy = honest_bits(values), values[BASELINES[baseline]]

@@ -1,28 +1,28 @@
-"""Make a new run from a trained model: a tower per modality, or mixtures of experts, from copies.
+"""Make a new run from a trained model by copying its weights to more towers or to experts.
 
 Example: mot upcycle --checkpoint runs/dense --config base.toml --config mot.toml --check
 
-Writes the folder of the configuration's run with a checkpoint of step 0, from which training
-continues with the same configuration. Each new tower copies one of the source's towers: the only
-one, the one with the same name, or the one that ``--map NEW=OLD`` names. If the new tower has
-experts and the old one has none, every expert is a copy of the old feed-forward network, and the
-routers are drawn from run.seed. A mixture of experts is copied as it is; its number of experts
-cannot change. Only weights are copied: optimizer moments, data position, learning-rate schedule and
-the counts of steps, tokens and FLOPs start afresh.
+This writes the folder of the run in the configuration, with a checkpoint of step 0 from which
+training continues with the same configuration. Each new tower is a copy of a tower of the source:
+the only one, the one with the same name, or the one given by ``--map NEW=OLD``. If the new tower
+has experts and the old one has none, every expert is a copy of the old feed-forward network, and
+routers are initialized with run.seed. Existing experts are copied; their number cannot change. Only
+weights are copied: optimizer moments, data position, learning-rate schedule and the counts of
+steps, tokens and FLOPs start anew.
 
-Does the new model compute what the source did? Plain copies do. So do experts whose gates sum to
-one: softmax gates when every expert takes every token (expert choice with capacity_factor =
-num_moe_experts, or topk = num_moe_experts), and sigmoid gates with topk of at least two, which are
-normalized. Otherwise the network's output is multiplied by the sum of a token's gates. At first
-that is about topk / E (softmax) or 1/2 (sigmoid); with expert choice it is capacity_factor times
-that on average, and 0 for a token that no expert takes. A norm behind the network (norm_placement =
-"post") cancels every factor but 0, up to norm_eps.
+A plain copy computes the same as the source. So do experts whose gates sum to one: softmax gates if
+every expert takes every token (expert choice with capacity_factor = num_moe_experts, or topk =
+num_moe_experts), and sigmoid gates with topk of at least two, which are normalized. In other cases,
+the output of the feed-forward network is multiplied by the sum of a token's gates. Initially, that
+is about topk / E (softmax) or 1/2 (sigmoid); with expert choice, it is capacity_factor times that
+on average, and 0 for a token that no expert takes. A norm after the network (norm_placement =
+"post") cancels every factor except 0, up to norm_eps.
 
-The command says for every tower whether its weights compute the same as the source's, and for the
-whole model whether its first forward pass does. It does not if attention carries one tower's
-difference to the others, or if a modality's tokens run through copies of another tower than before.
-``--check`` runs both models on a held-out sequence and prints the largest difference of their
-logits.
+The command reports for every tower whether its weights compute the same as those of the source, and
+for the whole model whether the first forward pass is the same. It is not if one tower differs,
+since attention propagates the difference to all others, or if a modality now uses a copy of another
+tower than before. ``--check`` runs both models on a held-out sequence and prints the largest
+difference between their logits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAME = "upcycle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the command line; ``--config`` and ``--set`` are the new run's."""
+    """Define the command line; ``--config`` and ``--set`` configure the new run."""
     add_checkpoint(parser)
     add_config(parser)
     parser.add_argument(
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NEW=OLD",
-        help="a tower of the new run, and the tower of the source that it copies",
+        help="tower of the new run, and the tower of the source that it copies",
     )
     parser.add_argument(
         "--check", action="store_true", help="compare both models' logits on a held-out sequence"
@@ -59,7 +59,7 @@ def parse_towers(entries: list[str]) -> dict[str, str]:
     """Parse ``NEW=OLD`` entries into a dictionary.
 
     Raises:
-        ConfigError: an entry has another form, or two entries name the same new tower.
+        ConfigError: An entry has another form, or two entries have the same new tower.
     """
     towers: dict[str, str] = {}
     for entry in entries:
@@ -67,13 +67,13 @@ def parse_towers(entries: list[str]) -> dict[str, str]:
         if not (new and equals and old):
             raise ConfigError(f"--map {entry}: expected NEW=OLD, the names of two towers")
         if new in towers:
-            raise ConfigError(f"--map {entry}: tower {new} copies {towers[new]} already")
+            raise ConfigError(f"--map {entry}: tower {new} is already a copy of {towers[new]}")
         towers[new] = old
     return towers
 
 
 def run(options: argparse.Namespace) -> int:
-    """Copy the weights, and say what each tower computes now."""
+    """Copy the weights, and report whether each tower computes the same as before."""
     say(NAME, f"reading {options.checkpoint}")
     choose_device()
 

@@ -1,9 +1,10 @@
 """Owners of a parameter: the ranks that sum its gradient and shard its optimizer state.
 
 Without modality or expert parallelism, these are all data-parallel ranks. With modality
-parallelism, only the holders of a tower own its weights. DeepSpeed supports such groups only for
-mixtures of experts, whose "expert data parallel" groups it finds by name. Towers that some ranks do
-not hold are therefore registered as experts.
+parallelism, only the holders of a tower own its weights; with expert parallelism, only the ranks
+that hold an expert own it. DeepSpeed supports such groups only for mixtures of experts, whose
+"expert data parallel" groups it finds by name. Therefore every parameter that some data-parallel
+ranks do not hold is registered as an expert's.
 
 Ranks may hold different towers, and different numbers of towers. To avoid deadlocks, collectives
 over several groups must run in the group order of ``by_owners`` or in the model's parameter order.
@@ -91,7 +92,10 @@ class OwnersModule(MoE):
         return self.model(*inputs, **named)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:  # noqa: ARG002
-        """Register the groups, in the order in which DeepSpeed reduces; it calls this first."""
+        """Register the groups. DeepSpeed calls this before it looks up groups.
+
+        The order matters, because DeepSpeed reduces the groups in this order.
+        """
         for name, group in self._groups.items():
             ranks = dist.get_process_group_ranks(group)
             deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = group

@@ -1,10 +1,10 @@
-"""What commands print to standard error."""
+"""Helpers to check what commands print to standard error."""
 
 from __future__ import annotations
 
 
 def only_error(errors: str) -> str:
-    """The one line beside those of progress; it must be there, and be an error.
+    """Return the only line besides progress lines, which must be an error.
 
     A traceback, a warning or a second error fails the test.
     """

@@ -1,4 +1,4 @@
-"""The data benchmark runs, and what it prints can be read by a machine."""
+"""Tests that the data benchmark runs, and that its JSON output is valid."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.98 < packing["fill"] <= 1
     budget = result["budget_packing"]["synthetic"]
     assert sum(budget["budgets"]) == 512 * 8
-    assert 0.95 < budget["fill"] <= 1  # few documents: their last micro-batch shows
+    assert 0.95 < budget["fill"] <= 1  # with few documents, the last micro-batch matters
     for ratio, figure, factor in [
         (result["ratio_to_goal"]["synthetic"], packing["documents_per_second"], 1 / 2e6),
         (result["ratio_to_step"], result["batch_preparation"]["seconds_per_micro_batch"], 1 / 2),

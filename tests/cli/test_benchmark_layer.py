@@ -1,4 +1,4 @@
-"""The layer benchmark compares like with like, and what it prints can be read by a machine."""
+"""Tests that the layer benchmark compares equal computations, and that its JSON is valid."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_variants_give_equal_outputs_and_gradients(other: str, num_towers: int) 
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
+def test_mixtures_have_the_flops_of_dense_and_a_router() -> None:
     setting = Benchmark(
         300,
         32,
@@ -66,9 +66,9 @@ def test_mixtures_have_the_operations_of_dense_and_a_router() -> None:
         assert all(parameter.grad is not None for parameter in variant.layer.parameters())
     dense = counts.pop("dense")
     assert counts.keys() == MIXTURES.keys()
-    # Of 300 tokens, forward and twice in backward, with 4 experts and h = 32.
+    # 300 tokens, one forward and two backward products, 4 experts and h = 32.
     router = 3 * 2 * 300 * 4 * 32
-    # Its first matrix, 16 x 32, has a gradient of its own alone; the second, 4 x 16, two.
+    # The first matrix, 16 x 32, has only a weight gradient; the second, 4 x 16, also an input's.
     causal = 2 * 2 * 300 * 16 * 32 + 3 * 2 * 300 * 4 * 16
     more = {name: count - dense for name, count in counts.items()}
     assert more.pop("expert-choice-4-causal") == router + causal
@@ -105,7 +105,7 @@ def test_pair_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     names = [name + suffix for name in variants for suffix in ("", " + gradients")]
     assert sorted(result["ratio_to_dense"]) == sorted(names)
     for name, seconds in result["seconds"].items():
-        # 2 ranks * 64 tokens; two rounds lie twice as far from their mean as their quartiles.
+        # 2 ranks * 64 tokens. Two values are twice as far from their mean as their quartiles are.
         half = seconds["high"] - seconds["low"]
         rounds = [seconds["median"] - half, seconds["median"] + half]
         rate = result["tokens_per_second_of_the_pair"][name]["median"]
@@ -125,14 +125,14 @@ def test_table_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--repeats 1", "--repeats 1: a spread needs at least 2"),
-        ("--world-size 2 --profile", "--world-size 2 goes with wall time and a thread per rank"),
-        ("--device cuda", "--device cuda: torch finds no GPU here; allowed: cpu"),
+        ("--repeats 1", "--repeats 1: must be at least 2, to measure a spread"),
+        ("--world-size 2 --profile", "--world-size 2 requires wall time and one thread per rank"),
+        ("--device cuda", "--device cuda: torch finds no GPU; allowed: cpu"),
         ("--device cuda --clock processor", "--clock processor: allowed with --device cpu only"),
-        ("--profile --json", "--profile prints text only; leave --json out"),
+        ("--profile --json", "--profile prints text only; omit --json"),
     ],
 )
-def test_options_that_do_not_go_together(
+def test_incompatible_options(
     capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     assert benchmark_layer.main([*SMALL, *options.split()]) == 2

@@ -1,4 +1,4 @@
-"""From configurations to a report, through a stop, with real training."""
+"""Tests of a whole comparison with real training, from configurations to a report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_status(finished: Finished, status: int) -> None:
     assert finished.status == status, finished.output + finished.errors
 
 
-def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
+def test_stopped_comparison_continues_and_reports(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     write_configs(tmp_path / "configs", corpus, STEPS)
     command = arguments(tmp_path, "--arms", "dense", "mot", "--seeds", "1")
@@ -50,14 +50,14 @@ def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
         os.kill(running.pid, signal.SIGTERM)
         stopped = running.wait()
     assert_status(stopped, 1)
-    assert stopped.output.splitlines()[-1].startswith("stopped; the same command goes on from here")
+    assert stopped.output.splitlines()[-1].startswith("stopped; run the same command to continue: ")
     assert not (output / "records").exists()
     assert max(map(steps_done, logs)) < STEPS
 
     assert_status(run_entry_point(tmp_path / "second", SCRIPT, *command), 0)
     consoles = [log.read_text() for log in logs]
     assert [text.count("$ ") for text in consoles] == [2, 2]  # two starts in one console
-    # The other run may not have come to its first step; then it begins anew.
+    # The other run may not have finished its first step; then it starts over.
     saved = [text for text in consoles if "asked to stop: saved" in text]
     assert saved
     assert all("continuing from" in text for text in saved)
@@ -65,21 +65,21 @@ def test_comparison_that_is_stopped_goes_on_and_reports(tmp_path: Path) -> None:
     assert "- text: " in report
     assert len(json.loads((output / "slopes.json").read_text())) == 2 * 3 * 3
 
-    # All has ended: nothing is trained again, and without the runs the report is the same.
+    # All runs have finished: nothing is trained again, and the report is the same without them.
     (output / "runs").rename(tmp_path / "gone")
     assert main([*command, "--report-only"]) == 0
     assert (output / "report.md").read_text() == report
 
 
 @pytest.mark.parametrize("enough", [True, False])
-def test_what_ended_beside_a_failed_run_is_reported(
+def test_finished_runs_are_reported_if_another_fails(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     enough: bool,
 ) -> None:
     runs = plan(tmp_path, seeds=[1])
-    for run in runs[: 2 if enough else 1]:  # dense, pair; mot is left
+    for run in runs[: 2 if enough else 1]:  # dense, pair; mot remains
         save_ended_run(run, tmp_path / "out", {"text": losses(1.0)}, causal=run.arm == "pair")
     monkeypatch.setattr("mot_megatron.compare.report.draw_all", lambda *_: {})
     trainer = tmp_path / "trainer.py"

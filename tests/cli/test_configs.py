@@ -1,4 +1,4 @@
-"""The shipped configuration files are found, described and copied."""
+"""Tests that the shipped configuration files are found, listed and copied."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert load_config(target / "quickstart.toml").run.name == "quickstart"
     assert (target / "paper" / "README.md").is_file()
-    # Nothing that a user may have changed is overwritten.
+    # Files that a user may have changed are not overwritten.
     assert main(["--copy", str(target)]) == 2
-    assert "it is not empty" in only_error(capsys.readouterr().err)
+    assert "the folder is not empty" in only_error(capsys.readouterr().err)
     assert main(["--copy", "/dev/null/configs"]) == 2
     assert "/dev/null/configs: cannot be written" in only_error(capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""``mot prepare`` and ``mot inspect`` print what a corpus contains, as text and as JSON."""
+"""Tests of the text and JSON output of ``mot prepare`` and ``mot inspect``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpora") / "corpus")
 
 
-def test_closing_counts_of_prepare(
+def test_prepare_prints_counts(
     corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "build", lambda _: corpus)

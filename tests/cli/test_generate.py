@@ -1,4 +1,4 @@
-"""How an expert-choice model routes, or why it cannot generate; see also test_trained."""
+"""Tests of the routing of models whose experts depend on later tokens; see also test_trained."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def arguments(folder: Path, corpus: Corpus, *overrides: str) -> list[str]:
-    """That generate from a new model's checkpoint."""
+    """Save a checkpoint of a new model, and return the arguments to generate from it."""
     save_step(folder / "run", corpus, 1, *overrides)
     options = ["--output", str(folder / "out"), "--prompt", "a", "--into", "image"]
     return ["--checkpoint", str(folder / "run"), *options]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "note"),
     [
         ((CHOICE,), "tokens are routed by the causal router"),
-        ((CAPACITY,), "tokens are routed without a capacity: no expert drops any"),
+        ((CAPACITY,), "tokens are routed without a capacity limit: no expert drops tokens"),
         ((), None),
     ],
 )
-def test_how_tokens_are_routed_is_said(
+def test_the_routing_note_is_printed(
     corpus: Corpus,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     overrides: tuple[str, ...],
-    said: str | None,
+    note: str | None,
 ) -> None:
     assert main(arguments(tmp_path, corpus, *overrides)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("tokens are routed")] == (
-        [said] if said else []
+        [note] if note else []
     )
     assert any((tmp_path / "out").iterdir())
 
 
-def test_without_a_causal_router_it_is_refused_in_one_line(
+def test_expert_choice_without_a_causal_router_is_an_error(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blind = CHOICE.replace("true", "false")

@@ -1,4 +1,4 @@
-"""Every command explains itself at once, starts work at once, and has a script that is the same."""
+"""Tests that every command starts quickly, has help, and has an equivalent script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.launch.entry_points import ROOT
 HELP_SECONDS = 0.5
 FIRST_LINE_SECONDS = 3.0
 TRIES = 5
-"""A busy machine may be slow once, but hardly every time."""
+"""A busy machine may be slow once, but rarely every time."""
 HEAVY = {"torch", "numpy", "pydantic", "megatron", "deepspeed", "scipy", "matplotlib"}
 SCRIPTS = {
     "benchmark_data": "benchmark data",
@@ -47,7 +47,7 @@ def printed_by(*command: str) -> str:
 
 
 def best_seconds(action: Callable[[], object], enough: float) -> float:
-    """The shortest of several tries, of which the first that is short enough is the last."""
+    """Return the shortest duration of several tries; stop at the first that is short enough."""
     best = float("inf")
     for _ in range(TRIES):
         began = time.monotonic()
@@ -59,7 +59,7 @@ def best_seconds(action: Callable[[], object], enough: float) -> float:
 
 
 @pytest.mark.parametrize("command", ["", *ALL])
-def test_help_comes_at_once(command: str) -> None:
+def test_help_is_fast(command: str) -> None:
     line = ["-m", "mot_megatron", *command.split(), "--help"]
     assert best_seconds(lambda: printed_by(*line), HELP_SECONDS) < HELP_SECONDS
 
@@ -95,7 +95,7 @@ def test_work_is_announced_before_slow_imports(arguments: str, tmp_path: Path) -
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
-    """Neither by a command nor by the trainer."""
+    """This applies to all commands and to the trainer."""
     program = (
         "import contextlib, io, sys\n"
         "from mot_megatron.cli import main, train\n"
@@ -110,7 +110,7 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert printed_by("-c", program).split() == []
 
 
-def test_scripts_are_their_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scripts_are_equivalent_to_their_commands(capsys: pytest.CaptureFixture[str]) -> None:
     scripts = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert scripts - MAINTENANCE_SCRIPTS == SCRIPTS.keys()
     assert set(SCRIPTS.values()) | {"configs"} == set(ALL)
@@ -143,7 +143,7 @@ def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_only_the_command_line_uses_environment_variables() -> None:
-    """All other modules are given what they need."""
+    """All other modules receive such values as arguments."""
     package = ROOT / "mot_megatron"
     users = {
         path.relative_to(package).parts[0]

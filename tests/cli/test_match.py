@@ -1,4 +1,4 @@
-"""From folders of runs to tables, slopes.json and pictures."""
+"""Tests of step matching from folders of runs to tables, slopes.json and plots."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_everything_is_written(
     runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "deep" / "matched"
-    # Seeds find each other in any order after the first run.
+    # After the first run, seeds may be in any order.
     order = [runs["dense"][0], *runs["mot"], *runs["moe"], runs["dense"][1]]
     assert main([*order, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_everything_is_written(
         assert float(line[3]) == pytest.approx(0.5, abs=0.02)
         assert float(line[7]) == pytest.approx(0.5, abs=0.02)
     assert "training loss: steps of dense (2 seeds) matched, and its FLOPs" in printed
-    assert "to bear in mind" not in printed
+    assert "warnings:" not in printed
     flattered = {part.split(": steps")[0]: "moe: its routing" in part for part in parts(printed)}
     assert flattered == {
         "training loss": True,
@@ -73,11 +73,11 @@ def test_everything_is_written(
 
     slopes = json.loads((output / "slopes.json").read_text())
     keys = {(row["arm"], row["split"], row["modality"], row["axis"]) for row in slopes}
-    # Two modalities and three axes of two arms on two splits, and of the causal one.
+    # Two modalities and three axes: two arms on two splits, and one arm on the causal split.
     assert len(keys) == len(slopes) == 2 * 3 * (2 * 2 + 1)
     for row in slopes:
         slope = 1.6 if row["split"] == "held_out_causal" else ARMS[row["arm"]]
-        # Held-out points are few, and a slope of 1.6 has little of the range.
+        # There are few held-out points, and a slope of 1.6 covers little of the range.
         assert row["slope"] == pytest.approx(slope, rel=0.05)
         assert (row["interval"] is None) == (row["arm"] == "moe")
         assert (row["seeds"], row["baseline_seeds"]) == (1 if row["arm"] == "moe" else 2, 2)
@@ -92,17 +92,17 @@ def test_everything_is_written(
         assert path.name in printed
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[0] > 600
-        # The blue of the first candidate is in every plot where there is one.
+        # Every plot with the first candidate contains its blue.
         blue = (pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum()
         assert (blue > 100) == (path.stem != "matched_steps_held_out_causal")
 
 
 def parts(printed: str) -> list[str]:
-    """The tables."""
+    """Return the tables."""
     return [part for part in printed.split("\n\n") if not part.startswith("wrote")]
 
 
-def test_csv_gives_the_same(
+def test_csv_files_give_the_same_output(
     runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [runs["dense"][0], runs["mot"][0]]
@@ -115,7 +115,7 @@ def test_csv_gives_the_same(
     assert capsys.readouterr().out == of_folders
 
 
-def test_json_is_what_is_written(
+def test_json_output_equals_slopes_json(
     runs: dict[str, list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -135,7 +135,7 @@ def test_plots_along_another_axis(runs: dict[str, list[str]], tmp_path: Path) ->
     assert (tmp_path / "matched_seconds_held_out.png").is_file()
 
 
-def test_candidate_that_reaches_nothing_is_shown_so(
+def test_candidate_that_reaches_no_baseline_loss(
     runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     points = {
@@ -152,7 +152,7 @@ def test_candidate_that_reaches_nothing_is_shown_so(
     assert {row["slope"] for row in slopes} == {None}
 
 
-def test_a_baseline_that_overfits_is_named(
+def test_a_baseline_that_overfits_is_reported(
     runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     points = {f"loss_train/{name}": points_of(losses(1), 30) for name in ("text", "image")}
@@ -168,7 +168,7 @@ def test_a_baseline_that_overfits_is_named(
     assert max(map(len, lines)) <= 120
 
 
-def test_a_run_that_has_not_ended_is_named(
+def test_an_unfinished_run_is_reported(
     runs: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     points = {
@@ -181,10 +181,10 @@ def test_a_run_that_has_not_ended_is_named(
     )
     assert main([runs["dense"][0], str(running)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    said = lines[lines.index("to bear in mind:") + 1 :]
-    assert said[0].startswith(f"{running}: stops at step 1,500 of 9,000; ")
-    assert len(said) == 2
-    assert said[1].startswith(f"{running}: training.train_steps = 9,000, but ")
+    warnings = lines[lines.index("warnings:") + 1 :]
+    assert warnings[0].startswith(f"{running}: stops at step 1,500 of 9,000; ")
+    assert len(warnings) == 2
+    assert warnings[1].startswith(f"{running}: training.train_steps = 9,000, but ")
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,4 +1,4 @@
-"""A pair of towers on two ranks is measured against the dense model; errors are one line."""
+"""Tests of measured memory of towers on two ranks, compared with the dense model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mot_megatron.rules import check
 from tests.cli.console import only_error
 from tests.small_runs import CONFIG, write_corpus
 
-# A model whose layers, not its vocabulary, hold most of the weights: 3.8 of 4.3 M elements.
+# A model with most weights in its layers, not in its vocabulary: 3.8 of 4.3 M elements.
 MEDIUM = [
     "model.num_layers=4",
     "model.hidden_size=256",
@@ -45,7 +45,7 @@ def arguments(config_file: Path, ranks: int, *overrides: str) -> list[str]:
     return ["--config", str(config_file), "--world-size", str(ranks), *settings]
 
 
-def test_two_towers_on_two_ranks_hold_what_the_dense_model_does(
+def test_a_tower_per_rank_needs_the_memory_of_the_dense_model(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments(config_file, 2, MP2, *MEDIUM), "--json"]) == 0
@@ -54,14 +54,14 @@ def test_two_towers_on_two_ranks_hold_what_the_dense_model_does(
     dense = report["dense_same_replicas"]
     assert dense["num_ranks"] == 1
     assert dense["ratio"]["total"] <= 1.1
-    # Weights and gradients are the dense model's to the byte; of the optimizer's 12 bytes an
-    # element, only those of the shared vocabulary matrices are split between the two.
+    # Weights and gradients equal the dense model's exactly. Of the optimizer's 12 bytes per
+    # element, only those of the shared vocabulary matrices are split over the two ranks.
     (alone,) = dense["ranks"]
     for rank in report["ranks"]:
         assert rank["weights"] == rank["gradients"] == alone["weights"] == alone["gradients"]
         assert alone["optimizer"] - rank["optimizer"] == 12 * 2 * 1024 * 256 / 2
         assert rank["activations"] > 0
-    # On as many ranks, ZeRO-1 leaves the dense model half of its optimizer.
+    # On the same number of ranks, ZeRO-1 halves the dense model's optimizer state per rank.
     same = report["dense_same_ranks"]
     assert same["num_ranks"] == 2
     assert all(rank["optimizer"] == alone["optimizer"] / 2 for rank in same["ranks"])
@@ -77,14 +77,13 @@ def test_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = lines[2].split(), lines[3].split()
     assert first[:2] == ["0", "0"]
     assert second[:2] == ["1", "1"]
-    assert first[2] == first[3]  # weights and gradients of fp32
+    assert first[2] == first[3]  # fp32 weights and gradients
     assert first[-3:] == ["text,", "image,", "speech"]
     assert lines[-2] == "fullest rank / dense twin on 2 ranks (as many ranks):"
     assert " of the model state (weights " in lines[-1]
 
 
-def test_twins_are_told_apart(config_file: Path) -> None:
-    """By what they have in common with the configuration, as the one bounds memory."""
+def test_titles_distinguish_the_dense_twins(config_file: Path) -> None:
     worlds = worlds_of(load_config(config_file, [MP2]), 4)
     rank = RankMemory(0, ("text",), StateBytes(100, 100, 300), 10, Rows((1,), 1))
     lines = text(worlds, {name: [rank] for name in worlds}).splitlines()
@@ -108,7 +107,7 @@ def test_the_twin_of_experts_is_plain(config_file: Path) -> None:
     ("ranks", "overrides", "message"),
     [
         (3, [MP2], "error: the world size 3 is not divisible by"),
-        (0, [], "error: --world-size 0: needed: 1 or more"),
+        (0, [], "error: --world-size 0: must be at least 1"),
         (8, [], "error: training.global_batch_size = 8 is one micro-batch per step"),
         (1, ["data.corpus=nowhere"], "error: nowhere/corpus.toml"),
     ],
@@ -124,7 +123,7 @@ def test_bad_input_is_one_line(
     assert only_error(capsys.readouterr().err).startswith(message)
 
 
-def test_ranks_that_take_too_long_are_ended(
+def test_ranks_that_take_too_long_are_stopped(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments(config_file, 1), "--timeout", "0.1"]) == 2
@@ -133,8 +132,8 @@ def test_ranks_that_take_too_long_are_ended(
 
 
 @pytest.mark.slow
-def test_no_rank_outlives_a_killed_tool(config_file: Path) -> None:
-    many = "training.global_batch_size=100000"  # so that the ranks are busy for long
+def test_ranks_end_when_the_command_is_killed(config_file: Path) -> None:
+    many = "training.global_batch_size=100000"  # so that the ranks run for a long time
     command = [sys.executable, "-m", "mot_megatron", "memory", *arguments(config_file, 2, many)]
     tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started: list[psutil.Process] = []

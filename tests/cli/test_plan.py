@@ -1,4 +1,4 @@
-"""The planner lists what training accepts and what fits, and nothing else."""
+"""Tests that the planner lists exactly the layouts that training accepts and that fit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_layouts_are_those_that_training_accepts(config_file: Path) -> None:
         )
         for layout in layouts
     }
-    # Two key-value heads allow tp 2, two layers pp 2; dp takes the rest of 8.
+    # Two key-value heads allow tp 2 and two layers pp 2; the remaining factor of 8 is dp.
     expected = {
         (tp, pp, mp)
         for tp in (1, 2)
@@ -73,13 +73,13 @@ def test_layouts_are_those_that_training_accepts(config_file: Path) -> None:
     apart = [layout.parallel for layout in layouts if layout.parallel.modality_parallel_size > 1]
     stages = {parallel.zero_stage for parallel in apart}
     assert stages == {1, 2}
-    # Tensor and modality parallelism stay inside a node.
+    # Tensor and modality parallelism stay within a node.
     for layout in legal_layouts(config, 8, gpus_per_node=2, tower_tokens=EVEN):
         parallel = layout.parallel
         assert parallel.tensor_model_parallel_size * parallel.modality_parallel_size <= 2
 
 
-def test_experts_are_spread_where_training_can(config_file: Path) -> None:
+def test_expert_parallel_sizes(config_file: Path) -> None:
     config = load_config(config_file, [VOCABULARY, EXPERTS])
     layouts = legal_layouts(config, 4, gpus_per_node=4, tower_tokens=EVEN)
     spread = {
@@ -92,8 +92,8 @@ def test_experts_are_spread_where_training_can(config_file: Path) -> None:
         for layout in layouts
         if layout.parallel.expert_model_parallel_size > 1
     }
-    # As many ranks as hold the text tower share its experts equally: 4 / (tp pp) without modality
-    # parallelism, half of that with groups of two; of a group of four, two ranks hold it.
+    # The ranks that hold the text tower can share its experts: 4 / (tp pp) ranks without modality
+    # parallelism, half of that with groups of two, and two of a group of four.
     assert spread == {
         (1, 1, 1, 2),
         (1, 1, 1, 4),
@@ -106,29 +106,30 @@ def test_experts_are_spread_where_training_can(config_file: Path) -> None:
         plan(load_config(config_file, [VOCABULARY, EXPERTS, *extra]), 4, EVEN)
         for extra in ([], ["parallel.expert_model_parallel_size=4"])
     )
-    # Three experts less, of 3 * 32 * 48 elements in each of two layers.
+    # Three experts fewer, with 3 * 32 * 48 elements in each of two layers.
     assert alone.state.weights - four.state.weights == 4 * 2 * 3 * (3 * 32 * 48)
-    # Their states were shared by four ranks: no rank has fewer now, though nobody shares its own.
+    # The optimizer state is the same: without expert parallelism, ZeRO shards that of all four
+    # experts over four ranks; with it, each rank has all of one expert's.
     assert alone.state.optimizer == four.state.optimizer
     assert alone.activations == four.activations
 
 
-def test_the_fullest_rank_decides(config_file: Path) -> None:
+def test_memory_is_that_of_the_fullest_rank(config_file: Path) -> None:
     config = load_config(config_file, [VOCABULARY, "parallel.modality_parallel_size=2"])
     layout = plan(config, 2, [5, 3, 2])
     assert layout.placement is not None
     assert [layout.placement.towers(rank) for rank in (0, 1)] == [(0,), (1, 2)]
-    # Rank 1 holds two of three towers; half of the tokens are everywhere.
+    # Rank 1 holds two of three towers; each rank has half of the tokens.
     assert layout.state == state_bytes(config, layout.mesh, layout.placement, 1)
     assert layout.state.total > state_bytes(config, layout.mesh, layout.placement, 0).total
-    assert layout.tokens == 64 * 4  # of 2 * 64 positions in each of 4 micro-batches
+    assert layout.tokens == 64 * 4  # half of 2 * 64 positions in each of 4 micro-batches
     needed = [layout.needed[mode] for mode in ("none", "selective", "full")]
     assert needed == sorted(needed, reverse=True)
     assert needed[0] == layout.state.total + layout.activations["none"]
 
 
-def test_heads_take_a_part_of_a_shared_micro_batch(config_file: Path) -> None:
-    """With all layers in it, a group's micro-batch is kept by the ranks together."""
+def test_exchange_of_heads_halves_activations(config_file: Path) -> None:
+    """With an exchange of heads, the ranks of a group share one micro-batch."""
     base = [VOCABULARY, "parallel.modality_parallel_size=2"]
     by_sequence, by_heads = (
         plan(load_config(config_file, [*base, *extra]), 2, [5, 3, 2])
@@ -137,12 +138,14 @@ def test_heads_take_a_part_of_a_shared_micro_batch(config_file: Path) -> None:
     assert (by_sequence.accumulation, by_heads.accumulation) == (4, 8)
     assert by_heads.tokens == by_sequence.tokens
     assert by_heads.state == by_sequence.state
-    # All but the rotary angles, of which both keep 64 positions'.
+    # All activations are halved except the rotary angles, which have 64 positions in both.
     ratio = by_heads.activations["none"] / by_sequence.activations["none"]
     assert 0.5 < ratio < 0.52
 
 
-def test_memory_divides_layouts(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_layouts_that_fit_are_listed(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plenty = planned(capsys, config_file, 4, 1.0, VOCABULARY)
     assert plenty["not_fitting"] == 0
     assert {layout["recompute"] for layout in plenty["fitting"]} == {"none"}
@@ -152,15 +155,15 @@ def test_memory_divides_layouts(config_file: Path, capsys: pytest.CaptureFixture
     assert 0 < some["not_fitting"] < len(plenty["fitting"])
     for layout in some["fitting"]:
         assert layout["needed"][layout["recompute"]] <= 1.3 * least
-    # One byte too few for the smallest.
+    # One byte less than the smallest layout needs.
     assert main(arguments(config_file, 4, (least - 1) / 1e9, VOCABULARY)) == 1
     printed = capsys.readouterr().out
     assert "0 layouts fit" in printed
     assert f"{len(plenty['fitting'])} legal layouts do not fit" in printed
-    assert "the nearest lacks 0.000 GB" in printed
+    assert "the closest lacks 0.000 GB" in printed
 
 
-def test_less_recomputation_then_less_communication(
+def test_layouts_are_sorted_by_recomputation_then_communication(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plenty = planned(capsys, config_file, 4, 1.0, VOCABULARY)
@@ -177,7 +180,7 @@ def test_less_recomputation_then_less_communication(
     assert len({key[0] for key in keys}) > 1
 
 
-def test_token_shares_are_the_corpuss(
+def test_token_shares_are_read_from_the_corpus(
     corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(config_file, 2, 1.0, f"data.corpus={corpus}")) == 0
@@ -194,8 +197,8 @@ def test_table_without_a_corpus(config_file: Path, capsys: pytest.CaptureFixture
     assert main(arguments(config_file, 8, 1.0, VOCABULARY)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
-    assert lines[0].startswith("tokens shared equally among towers: ")
-    # Least communication first: plain data parallelism.
+    assert lines[0].startswith("tokens divided equally among towers: ")
+    # The first layout has the least communication: plain data parallelism.
     assert lines[4] == "without recomputation:"
     assert lines[6].split()[:7] == ["1", "1", "-", "1", "1", "-", "0"]
     assert lines[-1] == "all legal layouts fit"
@@ -204,8 +207,8 @@ def test_table_without_a_corpus(config_file: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("gpus", "memory_gb", "overrides", "message"),
     [
-        (0, 1.0, [VOCABULARY], "error: --world-size 0: needed: above 0"),
-        (8, -1.0, [VOCABULARY], "error: --memory-gb -1.0: needed: above 0"),
+        (0, 1.0, [VOCABULARY], "error: --world-size 0: must be above 0"),
+        (8, -1.0, [VOCABULARY], "error: --memory-gb -1.0: must be above 0"),
         (7, 1.0, [VOCABULARY], "error: no layout of 7 GPUs is legal"),
         (8, 1.0, [], "error: model.vocab_size is absent"),
         (8, 1.0, ["model.num_layers=none"], "error: "),
@@ -223,8 +226,8 @@ def test_bad_input_is_one_line(
     assert only_error(capsys.readouterr().err).startswith(message)
 
 
-def test_an_illegal_layout_is_left_out_for_a_reason(config_file: Path) -> None:
-    """Not by rules of the planner's own: training says of the same layout what is wrong."""
+def test_layouts_that_training_rejects_are_not_listed(config_file: Path) -> None:
+    """The planner has no rules of its own: training raises an error for the same layouts."""
     config = load_config(config_file, [VOCABULARY])
     layouts = legal_layouts(config, 16, gpus_per_node=8, tower_tokens=EVEN)
     assert layouts
@@ -238,7 +241,7 @@ def test_an_illegal_layout_is_left_out_for_a_reason(config_file: Path) -> None:
         check_world_size(config, 16)
 
 
-def test_samples_during_training_forbid_no_layout(
+def test_samples_during_training_exclude_no_layout(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = "logging.sample_interval_steps=5"
@@ -252,10 +255,10 @@ def test_samples_during_training_forbid_no_layout(
     assert main(arguments(config_file, 4, 1.0, VOCABULARY, samples)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
-    assert lines[1].startswith("without logging.sample_interval_steps = 5: ")
+    assert lines[1].startswith("ignoring logging.sample_interval_steps = 5: ")
 
 
-def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> None:
+def test_explicit_layers_and_placement_are_kept_for_their_sizes(config_file: Path) -> None:
     listed = ["parallel.pipeline_layers=[1, 3]", "model.num_layers=4",
               "parallel.pipeline_model_parallel_size=2"]  # fmt: skip
     config = load_config(config_file, [VOCABULARY, *listed])
@@ -276,5 +279,5 @@ def test_what_the_file_lists_is_kept_where_it_is_meant(config_file: Path) -> Non
     assert placed[1] is None
     assert placed[2] is not None
     assert placed[2].shares == ((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))
-    assert placed[4] is not None  # "auto": two entries say nothing of four ranks
+    assert placed[4] is not None  # "auto", because the two entries do not apply to four ranks
     assert placed[4].num_copies == 4  # balanced: one tower per rank

@@ -1,4 +1,4 @@
-"""The closing table: figures as they are, and a failure where a baseline is missed."""
+"""Tests of the summary table, and of the exit status if a loss is not below a baseline."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_missed_baseline_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = write_run(tmp_path / "run", 5.25)
     assert main(["--checkpoint", str(run), "--require", "two-token"]) == 1
     assert capsys.readouterr().err.strip() == "not below two-token: text"
-    # A loss that equals the baseline has not beaten it.
+    # A loss that equals the baseline is not below it.
     assert (
         main(["--checkpoint", str(write_run(tmp_path / "equal", 7.0)), "--require", "unigram"]) == 1
     )
@@ -91,7 +91,7 @@ def test_bad_summary_is_one_line(
 
 
 @pytest.mark.parametrize("has_causal_router", [True, False])
-def test_losses_that_saw_later_tokens_are_told_from_honest_ones(
+def test_losses_with_causal_routing_are_preferred(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], has_causal_router: bool
 ) -> None:
     run = write_run(tmp_path / "run", 5.25)
@@ -107,6 +107,6 @@ def test_losses_that_saw_later_tokens_are_told_from_honest_ones(
     assert max(map(len, printed.splitlines())) <= 120
     if has_causal_router:
         assert "7.500" in printed
-        assert "choose among later tokens: text 5.250, image 3.500" in printed
+        assert "routing sees later tokens: text 5.250, image 3.500" in printed
     else:
-        assert "no causal router makes these losses honest" in printed
+        assert "which may flatter these losses: the model has no causal router" in printed

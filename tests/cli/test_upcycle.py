@@ -1,4 +1,4 @@
-"""A run made of copies computes what its source does where it says so; training goes on from it."""
+"""Tests that an upcycled run computes what the command reports, and that training continues."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def config_file(tmp_path: Path, corpus: Path) -> Path:
 
 
 def save_source(folder: Path, corpus: Path, overrides: list[str]) -> Path:
-    """The checkpoint of a run at step 7, of random weights."""
+    """Save a checkpoint of a run with random weights at step 7."""
     opened = Corpus.open(corpus)
     config = resolve_config(small_config(corpus, overrides), opened)
     model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")))
@@ -84,7 +84,7 @@ def arguments(source: Path, config_file: Path, *settings: str) -> list[str]:
 def upcycled(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> tuple[list[str], float, float]:
-    """What is said of towers and model, the largest difference and the largest of all logits."""
+    """Return the lines about towers and model, the largest difference and the largest logit."""
     assert main([*command, "--check"]) == 0
     *lines, _, last = capsys.readouterr().out.splitlines()[1:]
     found = re.fullmatch(r"logits of \d+ held-out .* at most (\S+) \(largest logit (\S+)\)", last)
@@ -108,7 +108,7 @@ def upcycled(
         ),
     ],
 )
-def test_equal_where_it_says_so(
+def test_first_forward_is_equal_if_reported_so(
     corpus: Path,
     config_file: Path,
     capsys: pytest.CaptureFixture[str],
@@ -134,7 +134,7 @@ def test_equal_where_it_says_so(
         ([ALL.replace("softmax", "sigmoid"), PRE], "about 2 on average (c = 4)"),
     ],
 )
-def test_differs_where_it_says_so(
+def test_first_forward_differs_if_reported_so(
     corpus: Path,
     config_file: Path,
     capsys: pytest.CaptureFixture[str],
@@ -155,14 +155,14 @@ def test_differs_where_it_says_so(
     )
     if PRE in new:
         assert difference > 0.05 * scale
-    else:  # every token has an expert, and only norm_eps is left of its weight
+    else:  # every token has an expert, and the norm cancels its weight up to norm_eps
         assert 1e-6 < difference < 0.02 * scale
 
 
 def test_experts_that_choose_among_fewer_tokens(
     corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each tower's choose among its own, where those of one tower chose among all."""
+    """Experts choose among their tower's tokens; those of the source chose among all tokens."""
     choosing = "experts={num_moe_experts=4}"
     old = [*DENSE, f"model.towers.one.{choosing}", PRE]
     new = [f"model.towers.{name}.{choosing}" for name in ("text", "image", "speech")]
@@ -217,17 +217,17 @@ def test_weights_of_the_result(
 
 
 def read_all(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint."""
+    """Read every tensor of a run's newest checkpoint."""
     checkpoint = open_checkpoint(checkpoint_directory(run)).checkpoint
     assert checkpoint is not None
     return read_whole_tensors(checkpoint, stored_tensors(read_index(checkpoint.path)))
 
 
 @pytest.mark.slow
-def test_training_goes_on(
+def test_training_continues_from_an_upcycled_run(
     corpus: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From copies as from the source, on any layout; then towers and experts learn apart."""
+    """The first loss equals that of the source in any layout; later ones differ."""
     source = save_source(config_file.parent / "source", corpus, DENSE)
     steps = ["training.train_steps=3", f'run.directory="{config_file.parent / "runs"}"']
     layouts = {

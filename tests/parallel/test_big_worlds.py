@@ -1,4 +1,4 @@
-"""Layouts of 256 to 1024 ranks: groups as the mesh says, and every parameter on the right ranks."""
+"""Tests of layouts of 256 to 1024 ranks: process groups, and which ranks hold which parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BIG_ENOUGH = [
 
 @dataclass(frozen=True)
 class Layout:
-    """A world, its axes and the towers of the model."""
+    """World size, sizes of the parallel axes, and number of towers."""
 
     world_size: int
     tensor: int
@@ -76,7 +76,7 @@ LAYOUTS = [
     Layout(256, tensor=8, pipeline=4, modality=2, towers=2),
     Layout(256, tensor=4, pipeline=2, modality=4, towers=3, virtual=2),
     Layout(256, tensor=2, pipeline=1, modality=8, towers=3),  # towers split over ranks
-    Layout(256, tensor=8, pipeline=2, modality=2, towers=3, tied=False),  # two on a rank
+    Layout(256, tensor=8, pipeline=2, modality=2, towers=3, tied=False),  # two towers on a rank
     Layout(768, tensor=4, pipeline=4, modality=3, towers=2),
     Layout(1024, tensor=8, pipeline=8, modality=4, towers=2),
     Layout(1024, tensor=4, pipeline=2, modality=4, towers=3, tied=False),
@@ -144,7 +144,7 @@ def test_every_parameter_is_on_the_right_ranks(layout: Layout) -> None:
     for name, parameter in parameters.items():
         stage = mesh.pipeline_rank(ranks[name][0])
         assert stage == expected_stage(name, layout)
-        # The ranks that sum its gradient, once per tensor-parallel rank.
+        # The ranks that sum its gradient: one group per tensor-parallel rank.
         modality_ranks = range(layout.modality)
         if placement is not None and parameter.tower != SHARED:
             modality_ranks = placement.holders(parameter.tower)
@@ -160,7 +160,7 @@ def test_every_parameter_is_on_the_right_ranks(layout: Layout) -> None:
 
 
 def expected_stage(name: str, layout: Layout) -> int:
-    """Layers go round the stages, one piece after the other."""
+    """Return the stage of a parameter; pieces are assigned to stages round-robin."""
     if name.startswith("layers."):
         layer = int(name.split(".")[1])
         return layer * layout.pipeline * layout.virtual // 8 % layout.pipeline
@@ -168,9 +168,9 @@ def expected_stage(name: str, layout: Layout) -> int:
 
 
 @layouts
-def test_process_groups_are_the_meshs(layout: Layout) -> None:
+def test_process_groups_match_the_mesh(layout: Layout) -> None:
     mesh, placement = layout.mesh, layout.placement
-    # An end of the world, and a rank in its midst.
+    # The last rank, and one in the middle.
     for rank in (layout.world_size - 1, layout.world_size * 5 // 13):
         with fake_world(rank, layout.world_size):
             groups = build_process_groups(
@@ -208,14 +208,14 @@ def test_process_groups_are_the_meshs(layout: Layout) -> None:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """A world of 256 whose towers' experts are spread over ``experts`` ranks each."""
+    """A layout of 256 ranks in which a tower's experts are split over ``experts`` ranks."""
 
     tensor: int
     pipeline: int
     experts: int
     placement: Placement | None
     divisible: tuple[bool, ...] = (True,)
-    """Per tower (one for all without a placement), whether it can have experts."""
+    """Whether each tower can have experts; without a placement, one entry for all towers."""
 
 
 @pytest.mark.parametrize("rank", [0, 77, 130, 255])
@@ -225,14 +225,16 @@ class ExpertLayout:
         ExpertLayout(1, 1, 8, None),
         ExpertLayout(8, 4, 8, None),
         ExpertLayout(2, 2, 4, balanced_placement((3.0, 1.0), 2), (True, True)),
-        # Four ranks hold the first tower, three the second, one the third, in 16 groups.
+        # In each of 16 modality groups, four ranks hold the first tower, three the second and one
+        # the third.
         ExpertLayout(1, 2, 4, balanced_placement((4.0, 3.0, 1.0), 8), (True, True, True)),
-        # The same in one group: three ranks cannot share what two or four can.
+        # The same with a single modality group: the expert-parallel size 4 does not divide three
+        # holders or one.
         ExpertLayout(4, 8, 4, balanced_placement((4.0, 3.0, 1.0), 8), (True, False, False)),
     ],
     ids=lambda x: f"tp{x.tensor}-pp{x.pipeline}-ep{x.experts}-k{len(x.divisible)}",
 )
-def test_expert_groups_are_the_meshs(layout: ExpertLayout, rank: int) -> None:
+def test_expert_groups_match_the_mesh(layout: ExpertLayout, rank: int) -> None:
     placement = layout.placement
     with fake_world(rank, 256):
         groups = build_process_groups(
@@ -252,7 +254,7 @@ def test_expert_groups_are_the_meshs(layout: ExpertLayout, rank: int) -> None:
                     assert groups.experts[tower] is None
                     continue
             found = groups.experts_of(tower)
-            if not divisible:  # held whole by each rank, so that a plain tower can lie here
+            if not divisible:  # every rank holds the whole tower, which must be plain
                 assert members(found.expert) == [rank]
                 assert members(found.tensor_expert) == members(groups.tensor)
                 assert found.data is groups.reduction_group(tower)

@@ -1,4 +1,4 @@
-"""The mesh's arithmetic, and its groups against those that megatron makes for 256 ranks."""
+"""Tests of the mesh's rank arithmetic, and of its groups against megatron's for 256 ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPLIT = Placement(((1.0, 0.25, 0.0), (0.0, 0.75, 0.0), (0.0, 0.0, 0.5), (0.0, 0.
 
 @pytest.fixture
 def no_world() -> Iterator[None]:
-    """Without process groups before and after the test, whatever ran before it."""
+    """Destroy all process groups before and after the test."""
     leave_world()
     yield
     leave_world()
@@ -39,7 +39,7 @@ def no_world() -> Iterator[None]:
 def groups_of_256(
     rank: int, tensor: int, pipeline: int, placement: Placement | None
 ) -> ProcessGroups:
-    # The fake backend lets one process stand for any rank of a large world.
+    # With the fake backend, one process can be any rank of a large world.
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=256)
     return build_process_groups(
         tensor,
@@ -74,7 +74,7 @@ LARGE = pytest.mark.parametrize(
 
 @pytest.mark.usefixtures("no_world")
 @LARGE
-def test_groups_of_256_ranks_are_megatrons(
+def test_groups_of_256_ranks_equal_those_of_megatron(
     rank: int, tensor: int, pipeline: int, placement: Placement | None
 ) -> None:
     groups = groups_of_256(rank, tensor, pipeline, placement)
@@ -164,7 +164,7 @@ def meshes(draw: st.DrawFn) -> Mesh:
 
 @settings(deadline=None)
 @given(meshes())
-def test_coordinates_name_a_rank(mesh: Mesh) -> None:
+def test_coordinates_determine_the_rank(mesh: Mesh) -> None:
     for rank in range(mesh.world_size):
         tensor, data = mesh.tensor_rank(rank), mesh.data_rank(rank)
         pipeline, modality = mesh.pipeline_rank(rank), mesh.modality_rank(rank)
@@ -177,7 +177,7 @@ def test_coordinates_name_a_rank(mesh: Mesh) -> None:
 
 @settings(deadline=None)
 @given(meshes())
-def test_an_axis_groups_the_ranks_that_differ_on_it_alone(mesh: Mesh) -> None:
+def test_ranks_of_a_group_differ_in_one_coordinate_only(mesh: Mesh) -> None:
     tensor, data, pipeline = mesh.tensor_rank, mesh.data_rank, mesh.pipeline_rank
     ranks = range(mesh.world_size)
     for groups, own, others, size in (
@@ -200,7 +200,7 @@ def test_an_axis_groups_the_ranks_that_differ_on_it_alone(mesh: Mesh) -> None:
 
 @settings(deadline=None)
 @given(meshes(), st.data())
-def test_holder_groups_are_data_groups_without_the_others(mesh: Mesh, data: st.DataObject) -> None:
+def test_holder_groups_are_parts_of_data_groups(mesh: Mesh, data: st.DataObject) -> None:
     chosen = data.draw(st.sets(st.integers(0, mesh.modality - 1), min_size=1))
     groups = mesh.holder_groups(chosen)
     wanted = [rank for rank in range(mesh.world_size) if mesh.modality_rank(rank) in chosen]
@@ -212,7 +212,7 @@ def test_holder_groups_are_data_groups_without_the_others(mesh: Mesh, data: st.D
 
 @settings(deadline=None)
 @given(meshes(), st.data())
-def test_expert_groups_share_out_the_holders(mesh: Mesh, data: st.DataObject) -> None:
+def test_expert_groups_partition_the_holders(mesh: Mesh, data: st.DataObject) -> None:
     chosen = data.draw(st.sets(st.integers(0, mesh.modality - 1), min_size=1))
     holders = mesh.holder_groups(chosen)
     divisors = [size for size in range(1, 17) if len(holders[0]) % size == 0]
@@ -223,7 +223,7 @@ def test_expert_groups_share_out_the_holders(mesh: Mesh, data: st.DataObject) ->
     for of_all in (groups, same_experts, mesh.tensor_expert_groups(chosen, size)):
         assert sorted(rank for group in of_all for rank in group) == everyone
     assert all(len(group) == size for group in groups)
-    # Every rank of an expert group holds other experts, at its place in the group.
+    # A rank's experts depend on its position in its expert group.
     place = {rank: group.index(rank) for group in groups for rank in group}
     for group in same_experts:
         assert len({place[rank] for rank in group}) == 1
@@ -235,7 +235,7 @@ def test_expert_groups_share_out_the_holders(mesh: Mesh, data: st.DataObject) ->
             assert group[first :: mesh.tensor] in groups
 
 
-def test_ranks_that_talk_most_are_neighbors() -> None:
+def test_ranks_that_communicate_most_are_neighbors() -> None:
     mesh = Mesh(16, tensor=2, pipeline=2, modality=2)
     assert mesh.tensor_groups()[:4] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert mesh.modality_groups()[:4] == [[0, 2], [4, 6], [1, 3], [5, 7]]
@@ -250,7 +250,7 @@ def test_ranks_that_talk_most_are_neighbors() -> None:
 
 def timeouts_of_groups(wanted: timedelta | None) -> dict[str, timedelta]:
     build = partial(build_process_groups, timeout=wanted) if wanted else build_process_groups
-    # The second tower is on one rank alone, and so has a group of its own.
+    # Only one rank holds the second tower, so that it has a separate group.
     placement = Placement(((1.0, 1.0), (1.0, 0.0)))
     groups = build(1, torch.device("cpu"), placement=placement)
     named: dict[str, dist.ProcessGroup | None] = {
@@ -273,7 +273,7 @@ def test_collectives_of_every_group_have_the_timeout(wanted: timedelta | None) -
 
 
 @pytest.mark.usefixtures("no_world")
-def test_a_world_of_one_can_be_made_again() -> None:
+def test_single_process_groups_can_be_built_twice() -> None:
     for _ in range(2):
         groups = build_single_process_groups(torch.device("cpu"))
         assert (groups.tensor_size, groups.data_size, groups.rank) == (1, 1, 0)

@@ -1,4 +1,4 @@
-"""Placements of towers: as few copies as can be, balanced, and cut where the shares say."""
+"""Tests that placements have the fewest copies, are balanced, and split tokens by their shares."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mot_megatron.parallel.placement import Placement, balanced_placement
 
 tower_flops = st.lists(
     st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=1, max_size=4
-)  # a tower whose modalities a corpus lacks has none
+)  # a tower has zero FLOPs if the corpus lacks its modalities
 
 
 def least_maximum(flops: list[float], num_ranks: int) -> float:
-    """The smallest largest load of all placements with as few copies as can be, by trying them."""
+    """Return the lowest maximum load over all placements with the fewest copies, by exhaustion."""
     towers = range(len(flops))
     if num_ranks < len(flops):  # every tower on one rank, every rank with a tower
         assignments = itertools.product(range(num_ranks), repeat=len(flops))
@@ -26,7 +26,7 @@ def least_maximum(flops: list[float], num_ranks: int) -> float:
             for ranks in assignments
             if len(set(ranks)) == num_ranks
         )
-    # Every rank with one tower, whose holders share equally: only their number matters.
+    # Every rank has one tower, whose holders share its tokens equally: only their number matters.
     counts = itertools.product(range(1, num_ranks + 1), repeat=len(flops))
     return min(
         max(flop / count for flop, count in zip(flops, holders, strict=True))
@@ -37,7 +37,7 @@ def least_maximum(flops: list[float], num_ranks: int) -> float:
 
 @settings(deadline=None)
 @given(tower_flops, st.integers(1, 8))
-def test_fewest_copies_then_smallest_largest_load(flops: list[float], num_ranks: int) -> None:
+def test_fewest_copies_then_lowest_maximum_load(flops: list[float], num_ranks: int) -> None:
     placement = balanced_placement(flops, num_ranks)
     assert (placement.num_ranks, placement.num_towers) == (num_ranks, len(flops))
     assert placement.num_copies == max(len(flops), num_ranks)
@@ -50,7 +50,7 @@ def test_fewest_copies_then_smallest_largest_load(flops: list[float], num_ranks:
         assert {share for share in shares if share > 0} == {1 / len(placement.holders(tower))}
 
 
-def test_holders_and_towers_name_the_same_pairs() -> None:
+def test_holders_and_towers_are_consistent() -> None:
     placement = Placement(((0.3, 1.0, 0.0), (0.7, 0.0, 0.5), (0.0, 0.0, 0.5)))
     assert [placement.towers(rank) for rank in range(3)] == [(0, 1), (0, 2), (2,)]
     assert [placement.holders(tower) for tower in range(3)] == [(0, 1), (0,), (1, 2)]
@@ -65,7 +65,7 @@ def test_holders_and_towers_name_the_same_pairs() -> None:
         ([4.0, 2.0, 1.0], 2, [(0,), (1,), (1,)]),
         # 4/2, 2, 1: the fourth rank goes to the largest tower.
         ([4.0, 2.0, 1.0], 4, [(0, 1), (2,), (3,)]),
-        # 4/4, 2/2, 1/1 meet at seven ranks; of equal ones the first gets the eighth.
+        # With seven ranks, loads are equal: 4/4, 2/2, 1/1. The eighth goes to the first of them.
         ([4.0, 2.0, 1.0], 8, [(0, 1, 2, 3, 4), (5, 6), (7,)]),
         ([1.0, 3.0], 2, [(0,), (1,)]),
         ([1.0, 3.0], 3, [(0,), (1, 2)]),
@@ -75,18 +75,18 @@ def test_holders_and_towers_name_the_same_pairs() -> None:
         ([0.0, 0.0, 0.0], 2, [(0,), (0,), (1,)]),
     ],
 )
-def test_placements_worked_by_hand(
+def test_placements_computed_by_hand(
     flops: list[float], num_ranks: int, holders: list[tuple[int, ...]]
 ) -> None:
     placement = balanced_placement(flops, num_ranks)
     found = [placement.holders(tower) for tower in range(len(flops))]
-    if sum(flops) == 0:  # which tower stands alone does not matter
+    if sum(flops) == 0:  # it does not matter which tower has a rank to itself
         assert sorted(map(len, found)) == sorted(map(len, holders))
     else:
         assert found == holders
 
 
-def test_eight_towers_are_placed_at_once() -> None:
+def test_eight_towers_are_placed_within_a_second() -> None:
     flops = [1 / (1 + tower) for tower in range(8)]
     begin = time.process_time()
     for num_ranks in range(1, 9):
@@ -96,7 +96,7 @@ def test_eight_towers_are_placed_at_once() -> None:
 
 @st.composite
 def placements(draw: st.DrawFn) -> Placement:
-    """Any shares: towers with several holders, ranks with several towers or none."""
+    """Draw any shares: a tower may have several holders, a rank several towers or none."""
     num_ranks, num_towers = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     columns = []
     for _ in range(num_towers):
@@ -125,7 +125,7 @@ def test_cuts_give_holders_their_share(placement: Placement, num_tokens: int) ->
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 1000])
 @pytest.mark.parametrize("third", [0.333, 1 / 3, 0.3334])
 def test_rounded_shares_lose_no_token(third: float, num_tokens: int) -> None:
-    # What a person writes for a third need not sum to one, and the last rank holds nothing.
+    # Three user-written thirds may not sum to one, and the last rank does not hold the tower.
     placement = Placement(((third, 0.0), (third, 0.0), (third, 0.5), (0.0, 0.5)))
     cuts = placement.cuts(0, num_tokens)
     assert cuts[0] == 0
