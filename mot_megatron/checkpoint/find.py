@@ -15,10 +15,14 @@ from typing import Any
 from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
 from mot_megatron.errors import CheckpointError
+from mot_megatron.files import read_regular_file
 
 METADATA_NAME = "metadata.json"
 CONFIG_NAME = "config.toml"
 UNFINISHED_SUFFIX = ".tmp"
+
+REPLACED_SUFFIX = ".replaced" + UNFINISHED_SUFFIX
+"""Of an older checkpoint of the same step, while a new one takes its name."""
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
@@ -45,6 +49,8 @@ class Search:
     """The checkpoint to use, or None if there is none."""
     skipped: tuple[str, ...]
     """One line per skipped folder, with the reason."""
+    damaged: tuple[Path, ...] = ()
+    """Checkpoints newer than the one to use that failed verification."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ def open_checkpoint(path: Path) -> Search:
         CheckpointError: ``path`` contains no checkpoint, or none that passes verification.
     """
     if on_first_rank(lambda: (path / MANIFEST_NAME).is_file()):
-        checkpoint, problem = _verified(path)
+        named = _STEP_NAME.fullmatch(path.resolve().name)
+        checkpoint, problem = _verified(path, int(named[1]) if named else None)
         if checkpoint is None:
             raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
         return Search(checkpoint, ())
@@ -127,7 +134,14 @@ def open_checkpoint(path: Path) -> Search:
 
 def read_metadata(checkpoint: CheckpointInfo) -> dict[str, Any]:
     """Return the ``metadata`` that was passed to ``save_checkpoint``."""
-    return json.loads(_read_text(checkpoint.path / METADATA_NAME))
+    path = checkpoint.path / METADATA_NAME
+    try:
+        metadata = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not legal JSON: {error}") from None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} contains a {type(metadata).__name__}, not an object")
+    return metadata
 
 
 def read_config_text(checkpoint: CheckpointInfo) -> str:
@@ -156,8 +170,12 @@ def _list(directory: Path) -> _Listing:
     steps, unfinished, foreign = [], [], []
     for path in sorted(directory.iterdir()):
         match = _STEP_NAME.fullmatch(path.name)
+        replaced = _STEP_NAME.fullmatch(path.name.removesuffix(REPLACED_SUFFIX))
         if match:
             steps.append((int(match[1]), path))
+        elif replaced and not path.with_name(replaced[0]).exists():
+            # A save of the same step was killed just before it took the name.
+            steps.append((int(replaced[1]), path))
         elif _STEP_NAME.match(path.name) and path.name.endswith(UNFINISHED_SUFFIX):
             unfinished.append(path)
         elif path.is_dir() and not path.name.startswith("."):
@@ -168,12 +186,14 @@ def _list(directory: Path) -> _Listing:
 def _search(listing: _Listing) -> Search:
     skipped = [f"{path}: an unfinished save" for path in listing.unfinished]
     skipped += [f"{path}: not a checkpoint of this program" for path in listing.foreign]
+    damaged: list[Path] = []
     for step, path in listing.steps:
         checkpoint, problem = _verified(path, step)
         if checkpoint is not None:
-            return Search(checkpoint, tuple(skipped))
+            return Search(checkpoint, tuple(skipped), tuple(damaged))
         skipped.append(f"{path}: {problem}")
-    return Search(None, tuple(skipped))
+        damaged.append(path)
+    return Search(None, tuple(skipped), tuple(damaged))
 
 
 def _verified(path: Path, step: int | None = None) -> tuple[CheckpointInfo | None, str | None]:
@@ -203,6 +223,8 @@ def _manifest_or_problem(path: Path, step: int | None) -> Manifest | str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular_file(path).decode()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is not UTF-8 text") from None

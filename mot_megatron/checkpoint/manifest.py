@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from mot_megatron.checkpoint import agreement
 from mot_megatron.errors import CheckpointError
+from mot_megatron.files import read_regular_file, regular_file_size
 
 MANIFEST_NAME = "manifest.json"
 
 _CHUNK_BYTES = 1 << 22
+_LONGEST_MANIFEST_BYTES = 1 << 26
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A plain file name, so that it cannot point outside the checkpoint's folder.
@@ -102,7 +104,7 @@ def read_manifest(directory: Path) -> Manifest:
             missing or has a different size. The message does not include ``directory``.
     """
     try:
-        content = (directory / MANIFEST_NAME).read_bytes()
+        content = read_regular_file(directory / MANIFEST_NAME, _LONGEST_MANIFEST_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST_NAME} is missing") from None
     except OSError as error:
@@ -161,7 +163,7 @@ def _first_bad_file(directory: Path, records: list[tuple[str, FileRecord]]) -> s
 
 def _check_size(path: Path, record: FileRecord) -> None:
     try:
-        size = path.stat().st_size
+        size = regular_file_size(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing") from None
     except OSError as error:

@@ -1,15 +1,15 @@
 """Saving: write to a new folder with a temporary name, check it, and rename it when complete.
 
-A kill at any time leaves the older checkpoints and either no new one or a complete new one. One
-exception: when the same step is saved again, a kill between two renames leaves both saves under
-temporary names.
+A kill at any time leaves the older checkpoints and either no new one or a complete new one. When
+the same step is saved again, a kill between two renames leaves the older save under a name that the
+search for checkpoints knows.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from mot_megatron.checkpoint.agreement import on_every_rank, on_first_rank
 from mot_megatron.checkpoint.find import (
     CONFIG_NAME,
     METADATA_NAME,
+    REPLACED_SUFFIX,
     UNFINISHED_SUFFIX,
     CheckpointInfo,
     finished_checkpoints,
@@ -70,6 +71,7 @@ def save_checkpoint(
     config_text: str,
     groups: ProcessGroups | None,
     keep: int,
+    damaged: Collection[Path] = (),
 ) -> CheckpointInfo:
     """Save the tensors of all ranks as the checkpoint of ``step`` and delete old checkpoints.
 
@@ -85,6 +87,7 @@ def save_checkpoint(
         groups: The process groups; None for a single process without any.
         keep: Number of checkpoints to keep, including this one (at least 1). Older ones are deleted
             only after this one is complete; damaged ones are neither counted nor deleted.
+        damaged: Checkpoints that failed verification although their manifest and sizes are good.
 
     Raises:
         CheckpointError: The checkpoint could not be written (for example, the disk is full or
@@ -109,14 +112,18 @@ def save_checkpoint(
         raise CheckpointError(
             f"cannot save checkpoint {save.final}: {error}; older checkpoints are untouched"
         ) from error
-    on_first_rank(lambda: _remove_old(save, keep))
+    on_first_rank(lambda: _remove_old(save, keep, damaged))
     return info
 
 
 def _make_room(save: _Save) -> None:
     save.directory.mkdir(parents=True, exist_ok=True)
     for leftover in save.directory.glob(f"step_*{UNFINISHED_SUFFIX}"):
-        shutil.rmtree(leftover)
+        final = leftover.with_name(leftover.name.removesuffix(REPLACED_SUFFIX))
+        if leftover.name.endswith(REPLACED_SUFFIX) and not final.exists():
+            leftover.rename(final)
+        else:
+            shutil.rmtree(leftover)
     save.temporary.mkdir()
 
 
@@ -139,7 +146,7 @@ def _complete(
     )
     write_manifest(temporary, manifest)
     sync_directory(temporary)
-    replaced = save.final.with_name(f"{save.final.name}.replaced{UNFINISHED_SUFFIX}")
+    replaced = save.final.with_name(save.final.name + REPLACED_SUFFIX)
     if save.final.exists():
         save.final.rename(replaced)
     temporary.rename(save.final)
@@ -149,8 +156,12 @@ def _complete(
     return CheckpointInfo(save.final, save.step, num_tensors, manifest.num_bytes)
 
 
-def _remove_old(save: _Save, keep: int) -> None:
-    up_to_now = [path for step, path in finished_checkpoints(save.directory) if step <= save.step]
+def _remove_old(save: _Save, keep: int, damaged: Collection[Path]) -> None:
+    up_to_now = [
+        path
+        for step, path in finished_checkpoints(save.directory)
+        if step <= save.step and (path == save.final or path not in damaged)
+    ]
     for path in up_to_now[keep:]:
         # Rename it first, so that a kill during deletion does not leave a partial checkpoint.
         doomed = path.with_name(path.name + UNFINISHED_SUFFIX)

@@ -7,13 +7,16 @@ stored besides tensors, because they would be pickles as well.
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
+import pickletools
 import warnings
+import zipfile
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,8 +43,12 @@ from tqdm import tqdm
 
 from mot_megatron.checkpoint import agreement
 from mot_megatron.errors import CheckpointError
+from mot_megatron.files import read_regular_file, regular_file_size
 
 INDEX_NAME = ".metadata"
+_LONGEST_INDEX_BYTES = 1 << 30
+_MOST_PIECES = 4096
+"""Pieces of one tensor, far more than any layout writes."""
 
 _INDEX_GLOBALS = {
     ("torch", "Size"),
@@ -103,18 +110,23 @@ def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
 
 
 def read_index(directory: Path) -> Metadata:
-    """Read ``.metadata`` and check that it lists only tensors, in files of this directory.
+    """Read ``.metadata`` and check that it lists only tensors, whole, in files of this directory.
+
+    Every size that it states is compared to the files before any memory is allocated.
 
     Raises:
-        CheckpointError: The file is missing, damaged or not an index of tensors.
+        CheckpointError: The file is missing, damaged or not an index of tensors, or a tensor or a
+            part of one is not in the files.
     """
     try:
-        content = (directory / INDEX_NAME).read_bytes()
+        content = read_regular_file(directory / INDEX_NAME, _LONGEST_INDEX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{INDEX_NAME} cannot be read: {error.strerror}") from None
     try:
+        _check_pickle(content)
         index = _IndexUnpickler(io.BytesIO(content)).load()
         _check_index(index)
+        _check_pieces(index, _file_sizes(directory))
     except _UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{INDEX_NAME} is not an index of tensors: {error}") from None
     return index
@@ -140,17 +152,6 @@ def check_complete(directory: Path, names: Iterable[str]) -> int:
     missing = sorted(set(names) - set(stored))
     if missing:
         raise CheckpointError(f"{len(missing)} tensors were not written, the first: {missing[0]}")
-    sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
-    for name, tensor in stored.items():
-        if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
-            raise CheckpointError(f"only part of {name} was written")
-        for chunk in tensor.chunks:
-            place = index.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if place is None or sizes.get(place.relative_path, -1) < place.offset + place.length:
-                raise CheckpointError(
-                    f"part of {name} is missing from the files; every rank must write to the "
-                    "same directory, on a file system that all ranks share"
-                )
     return len(stored)
 
 
@@ -198,16 +199,82 @@ def _enum_member(enumeration: Any, name: str) -> Enum:
     return enumeration[name]
 
 
+def _check_pickle(content: bytes) -> None:
+    """Check that unpickling ``content`` allocates no more than its own size suggests.
+
+    The index of a memo entry may be any number, and the memo is as long as the largest.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        is_memo_entry = operation.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if is_memo_entry and isinstance(argument, int) and argument > len(content):
+            raise ValueError(f"memo entry {argument} in {len(content)} bytes")
+
+
 def _check_index(index: Any) -> None:
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise TypeError(f"it contains a {type(index).__name__}")
     for name, entry in index.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a tensor is named {name!r}")
         if not isinstance(entry, TensorStorageMetadata):
             raise TypeError(f"{name} is a {type(entry).__name__}, not a tensor")
     for place in index.storage_data.values():
         file_name = place.relative_path
         if Path(file_name).name != file_name or not file_name.endswith(".distcp"):
             raise ValueError(f"it points to {file_name}, which is not one of its tensor files")
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    sizes = {}
+    for path in directory.glob("*.distcp"):
+        try:
+            sizes[path.name] = regular_file_size(path)
+        except OSError as error:
+            raise ValueError(f"{path.name}: {error.strerror}") from None
+    return sizes
+
+
+def _check_pieces(index: Metadata, sizes: dict[str, int]) -> None:
+    """Check that the pieces of each tensor cover it once, and that the files are as long as them.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for name, tensor in stored_tensors(index).items():
+        if len(tensor.chunks) > _MOST_PIECES:
+            raise ValueError(f"{name} has {len(tensor.chunks)} pieces")
+        boxes = [tuple(zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in tensor.chunks]
+        for box in boxes:
+            if len(box) != len(tensor.size) or not all(
+                min(start, length) >= 0 and start + length <= whole
+                for (start, length), whole in zip(box, tensor.size, strict=True)
+            ):
+                raise ValueError(f"a piece of {name} lies outside of it")
+        if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+            raise ValueError(f"only part of {name} is in the files")
+        if any(_overlap(one, other) for at, one in enumerate(boxes) for other in boxes[:at]):
+            raise ValueError(f"pieces of {name} overlap")
+        itemsize = tensor.properties.dtype.itemsize
+        for chunk in tensor.chunks:
+            place = index.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if (
+                place is None
+                or place.offset < 0
+                or sizes.get(place.relative_path, -1) < place.offset + place.length
+                or place.length < chunk.sizes.numel() * itemsize
+            ):
+                raise ValueError(
+                    f"part of {name} is missing from the files; every rank must write to the same"
+                    " directory, on a file system that all ranks share"
+                )
+
+
+def _overlap(one: tuple[tuple[int, int], ...], other: tuple[tuple[int, int], ...]) -> bool:
+    """Return whether two boxes, (start, length) for each dimension, share an element."""
+    return all(
+        start < other_start + other_length and other_start < start + length
+        for (start, length), (other_start, other_length) in zip(one, other, strict=True)
+    )
 
 
 class _Writer(FileSystemWriter):
@@ -247,6 +314,50 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         return self.index
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        """Return a piece of a file, which torch.save wrote as an archive without compression."""
+        piece = io.BufferedReader(_Piece(file, sinfo.offset, sinfo.length))
+        try:
+            with zipfile.ZipFile(piece) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise pickle.UnpicklingError(f"{sinfo.relative_path} is damaged: {error}") from None
+        # Compressed members could be larger by any factor.
+        if sum(member.file_size for member in members) > sinfo.length or any(
+            member.compress_type != zipfile.ZIP_STORED for member in members
+        ):
+            raise pickle.UnpicklingError(f"{sinfo.relative_path} contains compressed data")
+        piece.seek(0)
+        return piece
+
+
+class _Piece(io.RawIOBase):
+    """A part of a file as a file; torch's own view cannot be searched from its end."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length = file, offset, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "before the beginning")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._offset + self._position)
+        read = self._file.readinto(view[: max(0, self._length - self._position)])  # type: ignore[attr-defined]
+        self._position += read
+        return read
 
 
 class _SavePlanner(DefaultSavePlanner):

@@ -7,6 +7,7 @@ import functools
 import os
 import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ class _Run:
     session: Session
     stop: StopRequest
     lock: RunLock
+    damaged: tuple[Path, ...]
+    """Checkpoints that failed verification when the run was resumed."""
     console: Console
     log: TensorBoardLog | None
     progress: Progress
@@ -152,7 +155,18 @@ def _start(
     for line in search.skipped:
         console.say(f"skipped {line}")
     routing = RoutingLog(session.model) if config.model.has_experts else None
-    run = _Run(session, stop, lock, console, log, progress, _peak_flops(session), finished, routing)
+    run = _Run(
+        session=session,
+        stop=stop,
+        lock=lock,
+        damaged=search.damaged,
+        console=console,
+        log=log,
+        progress=progress,
+        peak_flops=_peak_flops(session),
+        logged=finished,
+        routing=routing,
+    )
     _announce(run, search.checkpoint)
     return run
 
@@ -287,7 +301,7 @@ def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
 def _save(run: _Run) -> None:
     if run.saved_steps != run.progress.steps:
         run.session.progress_report.enter("checkpoint")
-        save(run.session, run.progress)
+        save(run.session, run.progress, run.damaged)
         run.saved_steps = run.progress.steps
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def checkpoint_directory(run_directory: Path) -> Path:
     return run_directory / "checkpoints"
 
 
-def save(session: Session, progress: Progress) -> CheckpointInfo:
+def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:
     """Save everything that resuming bitwise needs. Collective over the world.
 
     A rank's host holds 12 bytes per parameter of its part, divided by the number of ranks that
@@ -73,6 +73,7 @@ def save(session: Session, progress: Progress) -> CheckpointInfo:
         config_text=session.config.to_toml(),
         groups=session.groups,
         keep=session.config.checkpoint.keep,
+        damaged=damaged,
     )
 
 
@@ -92,7 +93,7 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
         older = {"flops": math.nan, "evaluated_steps": saved["steps"]}
         progress = Progress(**{**older, **saved})
         data, optimizer_steps = metadata["data"], metadata["optimizer_steps"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.path}/metadata.json: not written by a training run: {error}"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -48,7 +49,13 @@ def state(seed: int, groups: ProcessGroups | None = None) -> list[NamedTensor]:
     ]
 
 
-def save(directory: Path, step: int, keep: int = 10, seed: int | None = None) -> CheckpointInfo:
+def save(
+    directory: Path,
+    step: int,
+    keep: int = 10,
+    seed: int | None = None,
+    damaged: Collection[Path] = (),
+) -> CheckpointInfo:
     """Save a state from this process only; its seed is ``step`` by default."""
     return save_checkpoint(
         directory,
@@ -58,6 +65,7 @@ def save(directory: Path, step: int, keep: int = 10, seed: int | None = None) ->
         config_text="[run]\n",
         groups=None,
         keep=keep,
+        damaged=damaged,
     )
 
 

@@ -139,6 +139,12 @@ def test_open_accepts_a_checkpoint_or_a_checkpoint_directory(directory: Path) ->
         assert checkpoint.step == step
 
 
+def test_open_refuses_a_renamed_checkpoint(directory: Path) -> None:
+    (directory / "step_00000001").rename(directory / "step_00000005")
+    with pytest.raises(CheckpointError, match="it is the checkpoint of step 1"):
+        open_checkpoint(directory / "step_00000005")
+
+
 def test_open_reports_why_nothing_is_usable(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: no such checkpoint directory"):
         open_checkpoint(tmp_path / "nowhere")

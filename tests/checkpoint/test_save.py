@@ -148,6 +148,40 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step_00000001"]
 
 
+def test_a_kill_while_the_same_step_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, seed=5)
+    rename = Path.rename
+
+    def die_before_the_second(path: Path, target: Path) -> Path:
+        if target.name == "step_00000001":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", die_before_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 1, seed=6)
+    older = resolve_resume(tmp_path).checkpoint
+    assert older is not None
+    assert differing_after_load(older, 5) == []
+    save(tmp_path, 2)
+    assert _names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_checkpoints_that_failed_verification_do_not_count(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    flipped = bytearray((tmp_path / "step_00000002" / "config.toml").read_bytes())
+    flipped[0] ^= 1
+    (tmp_path / "step_00000002" / "config.toml").write_bytes(flipped)
+    search = resolve_resume(tmp_path)
+    assert search.damaged == (tmp_path / "step_00000002",)
+    save(tmp_path, 3, keep=2, damaged=search.damaged)
+    assert _names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
 def test_leftovers_of_a_killed_save_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "step_00000007.tmp").mkdir()
     (tmp_path / "step_00000007.tmp" / "__0_0.distcp").write_bytes(b"half")
