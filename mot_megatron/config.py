@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mot_megatron.errors import ConfigError
+from mot_megatron.files import expand_path
 
 VOCABULARY_MULTIPLE = 128
 """A corpus vocabulary is rounded up to a multiple of this, so common TP sizes divide it."""
@@ -23,6 +24,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _expand(value: object) -> object:
+    return expand_path(value) if isinstance(value, str | Path) else value
+
+
+UserPath = Annotated[Path, BeforeValidator(_expand)]
+"""A path in which a leading ~ is expanded and variables are refused."""
 
 
 class Section(BaseModel):
@@ -37,7 +46,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder under ``run.directory``. Starts with a letter or digit,
     followed by letters, digits, dots, dashes and underscores."""
-    directory: Path = Path("runs")
+    directory: UserPath = Path("runs")
     """Parent folder of all runs, absolute or relative to the working directory."""
     seed: NonNegativeInt = 1234
     """Seed of the initial weights and of the order of the training data, the same on all ranks."""
@@ -46,7 +55,7 @@ class RunConfig(Section):
 class DataConfig(Section):
     """The corpus and how its documents are packed into sequences."""
 
-    corpus: Path
+    corpus: UserPath
     """Folder of the prepared corpus, which contains corpus.toml."""
     seq_length: PositiveInt = 4096
     """Length of a packed sequence in tokens; a longer document is an error."""

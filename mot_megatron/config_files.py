@@ -14,14 +14,16 @@ from pydantic import ValidationError
 
 from mot_megatron.config import Config, ModalityConfig, ModelConfig, Section, TowerConfig
 from mot_megatron.errors import ConfigError, Location, first_problem
+from mot_megatron.files import read_regular_file
 from mot_megatron.rules import check
 
 
 def load_config(paths: Path | Sequence[Path], overrides: list[str] | None = None) -> Config:
-    """Load TOML files, apply ``section.key=value`` overrides and check the merged configuration.
+    """Load TOML files, apply overrides and check the merged configuration.
 
     Tables of several files are merged; any other value, including an array, replaces the value from
-    earlier files.
+    earlier files. An override is ``section.key=value``, or ``-section.key`` to remove a key, which
+    then has its default.
 
     Raises:
         ConfigError: One line with the file, the key, its value and what is allowed. It names all
@@ -42,9 +44,12 @@ _Tree = dict[str, Any]
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        # Some editors begin a file with a byte order mark.
+        return read_regular_file(path).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: not UTF-8 text") from error
 
 
 def _parse(text: str, source: str) -> _Tree:
@@ -69,6 +74,11 @@ def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> C
         raise ConfigError(f"{named}: {first_problem(error, _keys_at)}") from error
     check(config, everything)
     return config
+
+
+def as_arguments(override: str) -> tuple[str, str]:
+    """Return the two words of a command line that stand for an override."""
+    return ("--unset", override[1:]) if override.startswith("-") else ("--set", override)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -120,6 +130,9 @@ def _source_of(
 
 
 def _apply_override(tree: _Tree, override: str) -> None:
+    if override.startswith("-"):
+        _remove_key(tree, override[1:])
+        return
     key, separator, value = override.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):
@@ -134,6 +147,21 @@ def _apply_override(tree: _Tree, override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {part} is a value, not a section")
     tree[path[-1]] = parsed
+
+
+def _remove_key(tree: _Tree, key: str) -> None:
+    """Remove a key that is set."""
+    *sections, last = key.strip().split(".")
+    if not sections or not last:
+        raise ConfigError(f"--unset {key}: expected section.key")
+    for part in sections:
+        tree = tree.get(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--unset {key}: {part} is a value, not a section")
+    if last not in tree:
+        known = ", ".join(sorted(tree)) or "none"
+        raise ConfigError(f"--unset {key}: it is not set; set here: {known}")
+    del tree[last]
 
 
 def _keys_at(location: Location) -> Iterable[str]:

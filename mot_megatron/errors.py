@@ -60,7 +60,8 @@ def first_problem(
     elif first["type"] == "missing":
         message = f"{key}: required, but absent"
     else:
-        message = f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        reason = first["msg"].removeprefix("Value error, ")
+        message = f"{key} = {first['input']!r}: {reason[0].lower()}{reason[1:]}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return message + more
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -51,3 +52,18 @@ def regular_file_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return status.st_size
+
+
+def expand_path(path: str | Path) -> Path:
+    """Return a path that a user wrote, with a leading ``~`` expanded as a shell does.
+
+    Raises:
+        ValueError: The user is unknown, or the path contains a variable such as ``$SCRATCH``, which
+            only a shell expands; a folder of that name would be created instead.
+    """
+    if re.search(r"\$(\w|\{)", str(path)):
+        raise ValueError("variables are not expanded in paths; write the value")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error

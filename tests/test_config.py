@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from mot_megatron.cli.arguments import add_overrides, user_path
 from mot_megatron.config import Config
-from mot_megatron.config_files import load_config, parse_config
+from mot_megatron.config_files import as_arguments, load_config, parse_config
 from mot_megatron.errors import ConfigError
 
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 GOOD = """
 [run]
 name = "test"
@@ -314,3 +317,37 @@ def test_wrong_value_of_experts_is_named(setting: str) -> None:
     message = refusal(f"model.towers.text.experts={{ {given} }}")
     key = setting.split(" ")[0]
     assert message.startswith(f"test.toml: model.towers.text.experts.{key} = ")
+
+
+def test_paths_are_expanded_as_a_shell_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["data.corpus=~/corpus", "run.directory=~/runs"]
+    config = load_config(QUICKSTART, overrides)
+    assert config.data.corpus == tmp_path / "corpus"
+    assert config.run_directory == tmp_path / "runs" / "quickstart"
+
+
+@pytest.mark.parametrize("path", ["$SCRATCH/corpus", "/data/${USER}/corpus", "~nobody-at-all/x"])
+def test_paths_that_only_a_shell_understands_are_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.corpus = "):
+        load_config(QUICKSTART, [f"data.corpus={path}"])
+    with pytest.raises(argparse.ArgumentTypeError):
+        user_path(path)
+
+
+def test_a_key_is_unset(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(GOOD + "[logging]\nsample_interval_steps = 5\n", encoding="utf-8-sig")
+    assert load_config(file).logging.sample_interval_steps == 5
+    parser = argparse.ArgumentParser()
+    add_overrides(parser, "help")
+    words = ["--set", "run.seed=1", "--unset", "logging.sample_interval_steps"]
+    overrides = parser.parse_args(words).overrides
+    assert load_config(file, overrides).logging.sample_interval_steps is None
+    assert [word for one in overrides for word in as_arguments(one)] == words
+    with pytest.raises(ConfigError, match=r"--unset logging\.x: it is not set; set here: sample"):
+        load_config(file, ["-logging.x"])
+    with pytest.raises(ConfigError, match=r"--unset logging: expected section\.key"):
+        load_config(file, ["-logging"])

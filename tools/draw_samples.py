@@ -9,9 +9,9 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mot_megatron.cli.arguments import user_path
 from mot_megatron.cli.command import choose_device, run_command, say
 from mot_megatron.errors import DataError
 
@@ -29,9 +29,11 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has ended")
-    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--corpus", type=Path, help="the corpus, if it was moved after training")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run that has ended")
+    parser.add_argument("--output", type=user_path, required=True, help="PNG file to write")
+    parser.add_argument(
+        "--corpus", type=user_path, help="the corpus, if it was moved after training"
+    )
     parser.add_argument(
         "--prompt", action="append", required=True, help="text to continue; may be repeated"
     )

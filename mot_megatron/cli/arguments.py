@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
+from mot_megatron.files import expand_path
+
 CHECKPOINT_HELP = (
     "trained model: folder of a run or of its checkpoints (the newest is used), or of a single"
     " checkpoint"
@@ -15,7 +17,7 @@ def add_config(parser: ArgumentParser) -> None:
     """Add ``--config`` and ``--set``."""
     parser.add_argument(
         "--config",
-        type=Path,
+        type=user_path,
         action="append",
         required=True,
         metavar="FILE",
@@ -25,7 +27,7 @@ def add_config(parser: ArgumentParser) -> None:
 
 
 def add_overrides(parser: ArgumentParser, help_text: str) -> None:
-    """Add ``--set``; the parsed values are in ``overrides``."""
+    """Add ``--set`` and ``--unset``; the parsed values are in ``overrides``, in their order."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -34,12 +36,20 @@ def add_overrides(parser: ArgumentParser, help_text: str) -> None:
         metavar="SECTION.KEY=VALUE",
         help=help_text,
     )
+    parser.add_argument(
+        "--unset",
+        dest="overrides",
+        action="append",
+        type="-{}".format,
+        metavar="SECTION.KEY",
+        help="remove a key, so that it has its default; may be repeated",
+    )
 
 
 def add_checkpoint(parser: ArgumentParser) -> None:
     """Add ``--checkpoint``, given exactly once."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="RUN", help=CHECKPOINT_HELP
+        "--checkpoint", type=user_path, required=True, metavar="RUN", help=CHECKPOINT_HELP
     )
 
 
@@ -48,7 +58,7 @@ def add_checkpoints(parser: ArgumentParser, help_text: str = CHECKPOINT_HELP) ->
     parser.add_argument(
         "--checkpoint",
         dest="checkpoints",
-        type=Path,
+        type=user_path,
         action="append",
         required=True,
         metavar="RUN",
@@ -60,7 +70,7 @@ def add_moved_corpus(parser: ArgumentParser) -> None:
     """Add ``--corpus``, for commands that load a trained model."""
     parser.add_argument(
         "--corpus",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="the model's corpus, if it has moved since training",
     )
@@ -68,12 +78,22 @@ def add_moved_corpus(parser: ArgumentParser) -> None:
 
 def add_output(parser: ArgumentParser, help_text: str, *, required: bool = True) -> None:
     """Add ``--output``."""
-    parser.add_argument("--output", type=Path, required=required, metavar="DIR", help=help_text)
+    parser.add_argument(
+        "--output", type=user_path, required=required, metavar="DIR", help=help_text
+    )
 
 
 def add_json(parser: ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+
+
+def user_path(text: str) -> Path:
+    """Parse a path; see ``expand_path``."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: {error}") from error
 
 
 def positive_int(text: str) -> int:

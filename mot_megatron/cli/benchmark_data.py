@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mot_megatron.cli.arguments import add_json, positive_float, positive_int
+from mot_megatron.cli.arguments import add_json, positive_float, positive_int, user_path
 from mot_megatron.cli.command import print_json, run_command, say
 
 NAME = "benchmark data"
@@ -24,7 +23,10 @@ NAME = "benchmark data"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument(
-        "--corpus", type=Path, metavar="DIR", help="also pack this corpus and read batches from it"
+        "--corpus",
+        type=user_path,
+        metavar="DIR",
+        help="also pack this corpus and read batches from it",
     )
     parser.add_argument("--split", default="train", help="split of the corpus (default train)")
     parser.add_argument("--seq-length", type=positive_int, default=512, help="default 512")

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mot_megatron.cli.arguments import add_json, add_output, add_overrides
+from mot_megatron.cli.arguments import add_json, add_output, add_overrides, user_path
 from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.errors import ConfigError, TrainingError, UserError
 
@@ -42,7 +42,7 @@ STOPPED = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
-    parser.add_argument("config_dir", type=Path, metavar="CONFIG_DIR")
+    parser.add_argument("config_dir", type=user_path, metavar="CONFIG_DIR")
     add_output(parser, "folder of the runs and the report")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
     parser.add_argument(

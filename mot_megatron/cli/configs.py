@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mot_megatron.cli.arguments import user_path
 from mot_megatron.cli.command import run_command
 from mot_megatron.errors import DataError
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument(
         "--copy",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="write the files to DIR, which must be new or empty",
     )

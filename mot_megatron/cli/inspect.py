@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mot_megatron.cli.arguments import add_json, add_output, positive_int
+from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
 from mot_megatron.cli.command import print_json, run_command, say
 
 NAME = "inspect"
@@ -21,7 +20,7 @@ NAME = "inspect"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
-    parser.add_argument("corpus", type=Path, metavar="CORPUS", help="folder of the corpus")
+    parser.add_argument("corpus", type=user_path, metavar="CORPUS", help="folder of the corpus")
     add_output(parser, "folder for the files (default CORPUS/inspection)", required=False)
     parser.add_argument(
         "--seq-length",

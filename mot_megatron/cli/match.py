@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mot_megatron.cli.arguments import add_json, add_output
+from mot_megatron.cli.arguments import add_json, add_output, user_path
 from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.errors import DataError
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument(
         "runs",
-        type=Path,
+        type=user_path,
         nargs="+",
         metavar="RUN",
         help="folders of runs, or CSV files of their curves; first a run of the baseline",

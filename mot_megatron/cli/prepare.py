@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mot_megatron.cli.arguments import add_json, add_output, positive_int
+from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
 from mot_megatron.cli.command import print_json, run_command, say
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_deb(parser: argparse.ArgumentParser, option: str, package: str) -> None:
     parser.add_argument(
         option,
-        type=Path,
+        type=user_path,
         required=True,
         metavar="FILE",
         help=f"package file from: apt-get download {package}",

@@ -29,7 +29,7 @@ from mot_megatron.compare.curves import (
 )
 from mot_megatron.compare.step_matching import LEAST_POINTS
 from mot_megatron.config import Config, NonNegativeInt
-from mot_megatron.config_files import differing_keys, load_config
+from mot_megatron.config_files import as_arguments, differing_keys, load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError, Location, first_problem
 from mot_megatron.files import write_atomically
@@ -93,7 +93,7 @@ class PlannedRun:
     def arguments(self) -> list[str]:
         """Arguments of the training command."""
         files = [part for file in self.files for part in ("--config", str(file))]
-        return files + [part for override in self.overrides for part in ("--set", override)]
+        return files + [part for override in self.overrides for part in as_arguments(override)]
 
     @property
     def has_ended(self) -> bool:
