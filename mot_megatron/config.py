@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mot_megatron.errors import ConfigError
 from mot_megatron.files import expand_path
@@ -24,13 +24,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def _expand(value: object) -> object:
-    return expand_path(value) if isinstance(value, str | Path) else value
-
-
-UserPath = Annotated[Path, BeforeValidator(_expand)]
+UserPath = Annotated[Path, AfterValidator(expand_path)]
 """A path in which a leading ~ is expanded and variables are refused."""
 
 
