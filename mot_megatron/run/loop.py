@@ -147,6 +147,7 @@ def _start(
     on_first_rank(lambda: _make_run_directory(config, corpus))
     log = _open_log(session, progress) if first and not finished else None
     if log:
+        log.log_text("configuration", config.to_toml(), progress.steps)
         # Closed after an error too: what led to it is on the way to the disk.
         stack.enter_context(contextlib.closing(log))
     modalities = list(config.model.modalities)
@@ -252,7 +253,8 @@ def _one_step(run: _Run) -> StepResult:
 
 def _report(run: _Run) -> None:
     config, progress = run.config, run.progress
-    interval = Interval.of(run.recent, functools.partial(_flops, config))
+    weights = config.model.loss_weights
+    interval = Interval.of(run.recent, functools.partial(_flops, config), weights)
     run.recent.clear()
     mfu = interval.flops_per_second / run.peak_flops
     left = interval.seconds.total * (config.training.train_steps - progress.steps)
@@ -349,7 +351,6 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
         # Points of steps that will be done again must not stand twice.
         start_step=progress.steps + 1,
         modality_parallel=session.groups.modality_size > 1,
-        causal_loss=config.model.sees_the_future and config.model.can_be_causal,
         experts=expert_charts(config.model),
     )
 

@@ -1,9 +1,10 @@
-"""TensorBoard: scalars per step, held-out losses, and a layout so that the page opens in order."""
+"""TensorBoard: scalars per step, held-out losses, samples, and a dashboard that orders them."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,32 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
+from mot_megatron.files import write_atomically
+from mot_megatron.job.outputs import write_line
+from mot_megatron.run.event_files import EventWriter
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut
 
 Charts = dict[str, list[str | list[str]]]
-"""One page of TensorBoard's "Custom Scalars": kind and tags of every chart, by title."""
+"""Charts of one section of the dashboard: kind and patterns of tags, by title."""
 
 GIB = 2**30
 PIXELS_PER_PIXEL = 4
-"""Enlargement of pictures: TensorBoard shows 32 pixels as a smudge."""
+"""Enlargement of pictures, since TensorBoard shows 32 pixels as a smudge."""
+DASHBOARD_FILE = "dashboard.json"
+"""In the folder of the event files: sections that an earlier part of the run had."""
+
+
+def _say(line: str) -> None:
+    write_line(2, line)
 
 
 class TensorBoardLog:
-    """Writes one run's event files; made on the first rank only."""
+    """Writes the event files of a run. Only the first rank has one.
+
+    Nothing that it does raises an error: if the disk is full, points are lost.
+    """
 
     def __init__(
         self,
@@ -33,28 +46,28 @@ class TensorBoardLog:
         towers: Sequence[str],
         start_step: int,
         modality_parallel: bool = False,
-        causal_loss: bool = False,
         experts: Charts | None = None,
+        say: Callable[[str], None] = _say,
     ) -> None:
-        """Open ``directory``; what an earlier part of the run wrote after ``start_step`` is hidden.
+        """Open a new event file; points that an earlier part of the run wrote later are hidden.
 
         Args:
             directory: Folder of the event files.
             modalities: Names, by modality index.
             towers: Names, by tower index.
-            start_step: First step that will be written: the resumed one, or 0.
+            start_step: First step that will be written: the one after the resumed step, or 1.
             modality_parallel: Whether to show how equal the work of a modality group's ranks is.
-            causal_loss: Whether held-out losses come routed causally too.
             experts: Charts about routing, if there are experts.
+            say: Prints a line when points are lost.
         """
         self.modalities = tuple(modalities)
         self.towers = tuple(towers)
-        self.writer = SummaryWriter(str(directory), purge_step=start_step)
+        self.writer = EventWriter(directory, start_step, say)
         self.modality_parallel = modality_parallel
         self.progress_step = -1
-        layout = _layout(self.modalities, self.towers, causal_loss)
+        dashboard = _dashboard(self.modalities)
         if modality_parallel:
-            layout["4 Modality parallelism"] = {
+            dashboard["4 Modality parallelism"] = {
                 "FLOPs of the busiest rank over the mean": [
                     "Multiline",
                     ["modality_parallel/imbalance"],
@@ -65,17 +78,20 @@ class TensorBoardLog:
                 ],
             }
         if experts:
-            layout["5 Experts"] = experts
-        self.writer.add_custom_scalars(layout)
+            dashboard["5 Experts"] = experts
+        dashboard = _with_earlier_sections(directory / DASHBOARD_FILE, dashboard)
+        self.writer.write(lambda writer: writer.add_custom_scalars(dashboard))
 
     def log_interval(self, step: int, interval: Interval, mfu: float, memory_bytes: int) -> None:
-        """Write what the steps up to ``step`` did; ``step`` counts steps done."""
+        """Write means over the steps since the last report; ``step`` counts steps done."""
         seconds = interval.seconds
         scalars: dict[str, float] = {
             "gradient_norm/total": interval.norms.total,
             "gradient_norm/shared": interval.norms.shared,
             "learning_rate": interval.learning_rate,
             "tokens_per_second/total": interval.tokens_per_second,
+            "loss_total/train": interval.total_bits,
+            "step_seconds/total": seconds.total,
             "step_seconds/data": seconds.data,
             "step_seconds/forward_backward": seconds.forward_backward,
             "step_seconds/optimizer": seconds.optimizer,
@@ -94,18 +110,23 @@ class TensorBoardLog:
         self.log_scalars(scalars, step)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write points by tag; a modality without labels has no loss: no point, not a NaN point."""
-        for tag, value in scalars.items():
-            if not math.isnan(value):
-                self.writer.add_scalar(tag, value, step)
+        """Write points by tag, except NaN, the loss of a modality without labels."""
+
+        def add(writer: SummaryWriter) -> None:
+            for tag, value in scalars.items():
+                if not math.isnan(value):
+                    writer.add_scalar(tag, value, step)
+
+        self.writer.write(add)
 
     def log_held_out(self, step: int, held_out: HeldOut, apart: bool = False) -> None:
         """Write the held-out losses of every modality, in bits per token.
 
         Args:
             step: Steps done.
-            held_out: To write.
-            apart: Of the whole split in a run that else evaluates a part: under tags of their own.
+            held_out: Losses to write.
+            apart: Write them under separate tags, because they are of the whole split in a run
+                that otherwise evaluates a part of it.
         """
         tag = "loss_held_out_whole" if apart else "loss_held_out"
         losses = {tag: held_out.as_trained}
@@ -114,71 +135,98 @@ class TensorBoardLog:
         for prefix, of_modalities in losses.items():
             pairs = zip(self.modalities, of_modalities, strict=True)
             self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)
+        if not apart:
+            self.log_scalars({"loss_total/held_out": held_out.total}, step)
         self.writer.flush()
 
     def log_figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Write a picture that is in none of pyplot's windows."""
-        self.writer.add_figure(tag, figure, step, close=False)
+        """Write a figure that was made without pyplot."""
+        self.writer.write(lambda writer: writer.add_figure(tag, figure, step, close=False))
 
     def log_progress(self, progress: Progress) -> None:
-        """Write what the run has taken so far, once per step: the other axes of its curves."""
+        """Write the tokens, seconds and FLOPs spent so far, once per step.
+
+        They are the other horizontal axes of the run's curves.
+        """
         if progress.steps == self.progress_step:
             return
         self.progress_step = progress.steps
-        self.writer.add_scalar("progress/tokens", progress.tokens, progress.steps)
-        self.writer.add_scalar("progress/seconds", progress.seconds, progress.steps)
-        if not math.isnan(progress.flops):
-            self.writer.add_scalar("progress/flops", progress.flops, progress.steps)
+        scalars = {
+            "progress/tokens": float(progress.tokens),
+            "progress/seconds": progress.seconds,
+            "progress/flops": progress.flops,
+        }
+        self.log_scalars(scalars, progress.steps)
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         """Write a text as a block that keeps its lines."""
-        self.writer.add_text(tag, "```\n" + text + "\n```", step)
+        block = "```\n" + text + "\n```"
+        self.writer.write(lambda writer: writer.add_text(tag, block, step))
 
     def log_media(self, tag: str, media: str | np.ndarray, step: int) -> None:
-        """Write what a codec decoded: a text, a picture [h, w, 3] uint8, or a sound [n] float32."""
+        """Write the output of a codec: text, a picture [h, w, 3] uint8, or sound [n] float32."""
         if isinstance(media, str):
             self.log_text(tag, media, step)
         elif media.ndim == 3:
             enlarged = media.repeat(PIXELS_PER_PIXEL, axis=0).repeat(PIXELS_PER_PIXEL, axis=1)
-            self.writer.add_image(tag, enlarged, step, dataformats="HWC")
+            self.writer.write(
+                lambda writer: writer.add_image(tag, enlarged, step, dataformats="HWC")
+            )
         else:
-            self.writer.add_audio(tag, media[None], step, sample_rate=SAMPLE_RATE)
+            sound = media[None]
+            self.writer.write(
+                lambda writer: writer.add_audio(tag, sound, step, sample_rate=SAMPLE_RATE)
+            )
 
     def close(self) -> None:
         """Flush and close the event file."""
         self.writer.close()
 
 
-def _layout(
-    modalities: Sequence[str], towers: Sequence[str], causal_loss: bool
-) -> dict[str, Charts]:
-    """The "Custom Scalars" page: what a person asks first stands first."""
+def _with_earlier_sections(file: Path, dashboard: dict[str, Charts]) -> dict[str, Charts]:
+    """Add sections of earlier parts of the run, whose points are still there, and remember all.
 
-    def chart(prefix: str, names: Sequence[str]) -> list[str | list[str]]:
-        return ["Multiline", [f"{prefix}/{name}" for name in names]]
+    TensorBoard shows only the last dashboard of a run. If the file cannot be used, sections are
+    lost.
+    """
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        merged = dict(sorted({**earlier, **dashboard}.items()))
+        write_atomically(file, json.dumps(merged, indent=1))
+    except (OSError, ValueError, TypeError):
+        return dashboard
+    return merged
 
-    kinds = ["loss_train", "loss_held_out"] + ["loss_held_out_causal"] * causal_loss
-    losses: Charts = {
-        f"{name}: train and held out, bits per token": [
-            "Multiline",
-            [f"{kind}/{name}" for kind in kinds],
-        ]
-        for name in modalities
-    }
-    gradient_names = ("total", "shared", *(f"tower_{tower}" for tower in towers))
+
+def _dashboard(modalities: Sequence[str]) -> dict[str, Charts]:
+    """Return the sections of the "Custom Scalars" page, in the order in which people ask.
+
+    Tags are regular expressions. Charts do not depend on towers or layouts, so that several runs
+    share them: TensorBoard shows charts of one title but different tags twice.
+    """
+
+    def chart(*tags: str) -> list[str | list[str]]:
+        return ["Multiline", list(tags)]
+
+    losses: Charts = {"all modalities, in training and held out": chart("loss_total/.*")}
+    for name in modalities:
+        losses[f"{name}: in training, bits per token"] = chart(f"loss_train/{name}$")
+        losses[f"{name}: held out, bits per token"] = chart(f"loss_held_out(_causal)?/{name}$")
     return {
         "1 Loss": losses,
         "2 Optimization": {
-            "gradient norm per tower": chart("gradient_norm", gradient_names),
-            "learning rate": ["Multiline", ["learning_rate"]],
+            "gradient norm of all weights, the shared ones and each tower": chart(
+                "gradient_norm/.*"
+            ),
+            "learning rate": chart("learning_rate"),
         },
         "3 Speed": {
-            "tokens per second": chart("tokens_per_second", ("total", *modalities)),
-            "seconds per step": chart("step_seconds", ("data", "forward_backward", "optimizer")),
-            "model FLOPs utilization, percent": chart("utilization", ("mfu_percent",)),
-            "peak memory of the fullest rank, GiB": chart("memory", ("peak_gib",)),
-            "tokens so far": chart("progress", ("tokens",)),
-            "model FLOPs so far": chart("progress", ("flops",)),
-            "seconds of training so far": chart("progress", ("seconds",)),
+            "tokens per second, in total and by modality": chart("tokens_per_second/.*"),
+            "seconds per step and their parts": chart("step_seconds/.*"),
+            "model FLOPs utilization, percent": chart("utilization/mfu_percent"),
+            "peak memory of the fullest rank, GiB": chart("memory/peak_gib"),
+            "tokens so far": chart("progress/tokens"),
+            "model FLOPs so far": chart("progress/flops"),
+            "seconds of training so far": chart("progress/seconds"),
         },
     }

@@ -75,7 +75,7 @@ class RoutingLog:
                         untaken if experts.sees_the_future else None,
                         100 * experts.experts_per_token / experts.num_moe_experts,
                     )
-                    log.log_figure(f"experts/{name}/heat_map", figure, step)
+                    log.log_figure(f"routing/{name}/heat_map", figure, step)
         self._undrawn.zero_()
 
     def _gather(self) -> None:
@@ -121,7 +121,7 @@ def layer_scalars(experts: ExpertsConfig, sums: torch.Tensor) -> dict[str, float
 
 
 def expert_charts(model: ModelConfig) -> Charts:
-    """A page of TensorBoard's "Custom Scalars": per tower what changes, a line per layer."""
+    """Return one chart per scalar, of all layers of all towers with experts."""
     titles = {
         "untaken_percent": "percent of tokens that no expert takes",
         "entropy_nats": "entropy of the router, nats per token",
@@ -129,20 +129,19 @@ def expert_charts(model: ModelConfig) -> Charts:
         "causal_loss": "loss of the causal router, nats per token and expert",
         "causal_agreement_percent": "percent of (token, expert) that the causal router gets right",
     }
+    known = {
+        name for _, _, experts in _towers_with_experts(model) for name in _scalar_names(experts)
+    }
     return {
-        f"{name}: {titles[scalar]}": [
-            "Multiline",
-            [f"{layer_tag(name, layer)}/{scalar}" for layer in range(model.num_layers)],
-        ]
-        for _, name, experts in _towers_with_experts(model)
-        for scalar in _scalar_names(experts)
-        if scalar in titles
+        title: ["Multiline", [f"routing/.*/{scalar}$"]]
+        for scalar, title in titles.items()
+        if scalar in known
     }
 
 
 def layer_tag(tower: str, layer: int) -> str:
     """What tags of a tower's layer begin with."""
-    return f"experts/{tower}/layer_{layer:02}"
+    return f"routing/{tower}/layer_{layer:02}"
 
 
 def _towers_with_experts(model: ModelConfig) -> list[tuple[int, str, ExpertsConfig]]:

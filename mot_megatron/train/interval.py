@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mot_megatron.optim.norms import StepNorms
-from mot_megatron.train.step import StepResult, StepSeconds
+from mot_megatron.train.step import StepResult, StepSeconds, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Interval:
 
     modality_bits: tuple[float, ...]
     """Mean cross entropy over all labels of the interval, bits per token; NaN without labels."""
+    total_bits: float
+    """The same over the labels of all modalities with their loss weights, which is minimized."""
     modality_rates: tuple[float, ...]
     """Document tokens per second and modality, over all ranks."""
     norms: StepNorms
@@ -43,14 +45,29 @@ class Interval:
 
     @classmethod
     def of(
-        cls, results: Sequence[StepResult], step_flops: Callable[[StepResult], float]
+        cls,
+        results: Sequence[StepResult],
+        step_flops: Callable[[StepResult], float],
+        loss_weights: Sequence[float],
     ) -> Interval:
-        """Summarize consecutive steps; ``step_flops`` gives the FLOPs of one, over all ranks."""
+        """Summarize consecutive steps.
+
+        Args:
+            results: Of the steps.
+            step_flops: Returns the FLOPs of a step, over all ranks.
+            loss_weights: Weight of each modality's loss.
+        """
         seconds = sum(result.seconds.total for result in results)
         last = results[-1]
         modalities = range(len(last.modality_bits))
+        bits = tuple(_mean_bits(results, modality) for modality in modalities)
+        labels = [
+            sum(result.counts.modality_labels[modality] for result in results)
+            for modality in modalities
+        ]
         return cls(
-            modality_bits=tuple(_mean_bits(results, modality) for modality in modalities),
+            modality_bits=bits,
+            total_bits=weighted_mean(bits, labels, loss_weights),
             modality_rates=tuple(
                 sum(result.counts.modality_tokens[modality] for result in results) / seconds
                 for modality in modalities

@@ -61,6 +61,8 @@ class HeldOut:
     """With the routing of training, in which experts may choose among later tokens too."""
     causal: tuple[float, ...] | None = None
     """With causal routing where that of training is not; None where it is, or cannot be had."""
+    total: float = math.nan
+    """Mean over the labels of all modalities with their loss weights, routed as in training."""
 
 
 def train_step(
@@ -119,11 +121,12 @@ def _accumulate_gradients(
 
 def evaluate(
     session: Session, batches: Iterable[MicroBatch], check_stop: Callable[[], None] = never
-) -> tuple[float, ...]:
-    """Return the mean cross entropy per modality over ``batches`` of all ranks, in bits per token.
+) -> tuple[tuple[float, ...], list[int]]:
+    """Return mean cross entropies, in bits per token, and numbers of labels, both per modality.
 
-    Every rank must have the same number of batches. NaN for a modality without labels. The first
-    rank shows a progress bar on a terminal if it takes longer than 5 s.
+    They are of ``batches`` of all ranks; every rank must have the same number of them. The mean of
+    a modality without labels is NaN. The first rank shows a progress bar on a terminal if this
+    takes longer than 5 s.
 
     Args:
         session: The run.
@@ -146,7 +149,7 @@ def evaluate(
             labels += torch.tensor([batch.modality_labels for batch in window]).sum(0)
     labels = labels.to(groups.device)
     dist.all_reduce(labels, group=groups.data)
-    return mean_bits(sums, labels.tolist(), groups)
+    return mean_bits(sums, labels.tolist(), groups), labels.tolist()
 
 
 def evaluate_held_out(
@@ -163,12 +166,13 @@ def evaluate_held_out(
         check_stop: See ``evaluate``.
     """
     model = session.config.model
-    as_trained = evaluate(session, session.held_out_batches(whole), check_stop)
+    as_trained, labels = evaluate(session, session.held_out_batches(whole), check_stop)
+    total = weighted_mean(as_trained, labels, model.loss_weights)
     if not (model.sees_the_future and model.can_be_causal):
-        return HeldOut(as_trained)
+        return HeldOut(as_trained, total=total)
     with session.model.routed_causally():
-        causal = evaluate(session, session.held_out_batches(whole), check_stop)
-        return HeldOut(as_trained, causal)
+        causal, _ = evaluate(session, session.held_out_batches(whole), check_stop)
+        return HeldOut(as_trained, causal, total)
 
 
 def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor:
@@ -193,6 +197,20 @@ def mean_bits(
         nats / count * BITS_PER_NAT if count else math.nan
         for nats, count in zip(sums.tolist(), labels, strict=True)
     )
+
+
+def weighted_mean(
+    bits: Sequence[float], labels: Sequence[int], loss_weights: Sequence[float]
+) -> float:
+    """Return the mean over the labels of all modalities, each with its modality's loss weight.
+
+    Modalities without labels do not count; without any weighted label, the mean is NaN.
+    """
+    weights = [count * weight for count, weight in zip(labels, loss_weights, strict=True)]
+    if not sum(weights):
+        return math.nan
+    total = sum(value * weight for value, weight in zip(bits, weights, strict=True) if weight)
+    return total / sum(weights)
 
 
 class _Clock:

@@ -150,7 +150,7 @@ def write_run(
             log.log_progress(progress[step])
         for tag, values in points.items():
             if step in values:
-                log.writer.add_scalar(tag, values[step], step)
+                log.log_scalars({tag: values[step]}, step)
     log.close()
     return directory
 

@@ -54,7 +54,7 @@ POINTS = {
 
 
 def event_file(run: Path) -> Path:
-    (path,) = (run / "tensorboard").iterdir()
+    (path,) = (run / "tensorboard").glob("events.*")
     return path
 
 
@@ -109,8 +109,8 @@ def test_repeated_steps_count_with_their_last_values(tmp_path: Path) -> None:
     log = TensorBoardLog(run / "tensorboard", MODALITIES, ("only",), start_step=8)
     for step, bits in ((10, 1.0), (20, 0.5)):
         log.log_progress(Progress(step, 100.0 + step, step, 1.0 * step))
-        log.writer.add_scalar("loss_train/text", bits, step)
-    log.writer.add_scalar("loss_train/text", 0.75, 20)
+        log.log_scalars({"loss_train/text": bits}, step)
+    log.log_scalars({"loss_train/text": 0.75}, 20)
     log.close()
     found = read_run(run)
     text = found.curves["train", "text"]

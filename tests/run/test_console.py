@@ -19,6 +19,7 @@ def interval_of(
 ) -> Interval:
     return Interval(
         modality_bits=bits,
+        total_bits=7.0,
         modality_rates=(rate, 0.0, 0.0),
         norms=StepNorms(total=norm, per_tower=(1.0,), shared=1.0),
         learning_rate=3e-4,

@@ -29,6 +29,7 @@ EVERYTHING = {"scalars": 0, "images": 0, "audio": 0, "tensors": 0}
 def interval_with(bits: tuple[float, ...], imbalance: float = 1.0) -> Interval:
     return Interval(
         modality_bits=bits,
+        total_bits=7.0,
         modality_rates=(30.0, 12.0),
         norms=StepNorms(total=5.0, per_tower=(4.0,), shared=3.0),
         learning_rate=1e-3,
@@ -56,6 +57,8 @@ def test_scalars_hold_the_interval(tmp_path: Path) -> None:
     log.close()
     events = read(tmp_path)
     expected = {
+        "loss_total/train": 7.0,
+        "step_seconds/total": 0.6,  # 0.1 + 0.2 + 0.3
         "loss_train/text": 7.5,
         "loss_train/image": 6.5,
         "loss_held_out/image": 9.5,

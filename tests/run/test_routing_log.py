@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import Router, RoutingPool, RoutingStatistics
 from mot_megatron.run.loop import train
 from mot_megatron.run.routing_heat_map import draw_heat_map
-from mot_megatron.run.routing_log import RoutingLog, expert_charts, layer_scalars
+from mot_megatron.run.routing_log import RoutingLog, expert_charts, layer_scalars, layer_tag
 from mot_megatron.train.session import build_groups, resolve_config
 from tests import small_runs
 from tests.model.small_models import random_tokens, single_rank_model, small_config
@@ -66,7 +67,7 @@ def test_counts_of_two_micro_batches_made_by_hand() -> None:
     for layer in range(2):
         calls = [call for call in seen if call[0] is model.layers[str(layer)]]
         wanted = _by_hand(model.layers[str(layer)], [call[1:] for call in calls[:2]], tokens)
-        prefix = f"experts/other/layer_{layer:02}/"
+        prefix = f"routing/other/layer_{layer:02}/"
         found = {
             tag.removeprefix(prefix): value
             for tag, value in points.scalars.items()
@@ -81,7 +82,7 @@ def test_counts_of_two_micro_batches_made_by_hand() -> None:
     assert points.scalars == {}
     log.draw(points, 3)  # type: ignore[arg-type]
     log.draw(points, 3)  # type: ignore[arg-type]
-    assert points.figures == ["experts/other/heat_map"]
+    assert points.figures == ["routing/other/heat_map"]
 
 
 def _record(
@@ -158,10 +159,10 @@ def test_only_what_applies_is_logged() -> None:
 def test_charts_show_a_line_per_layer() -> None:
     charts = expert_charts(small_config(TOWERS, TEXT).model)
     assert len(charts) == 4
-    for kind, tags in charts.values():
+    for kind, (pattern,) in charts.values():
         assert kind == "Multiline"
-        assert len(tags) == 2
-        assert tags[1].startswith("experts/text/layer_01/")  # type: ignore[union-attr]
+        scalar = str(pattern).rpartition("/")[2].removesuffix("$")
+        assert re.match(str(pattern), f"{layer_tag('text', 1)}/{scalar}")
     assert expert_charts(small_config(TOWERS).model) == {}
 
 
@@ -204,11 +205,11 @@ def train_in_layouts(
 def scalars_of(run: Path) -> dict[tuple[str, int], float]:
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
     images = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
-    assert images == {f"experts/{tower}/heat_map": [3, 6] for tower in ("text", "image")}
+    assert images == {f"routing/{tower}/heat_map": [3, 6] for tower in ("text", "image")}
     return {
         (tag, point.step): point.value
         for tag in events.Tags()["scalars"]
-        if tag.startswith(("experts/", "loss_held_out"))
+        if tag.startswith(("routing/", "loss_held_out"))
         for point in events.Scalars(tag)
     }
 
@@ -226,7 +227,7 @@ def test_every_layout_logs_and_evaluates_as_one_rank(tmp_path: Path) -> None:
     run_ranks(train_in_layouts, 1, corpus, tmp_path, {"one": []}, model)
     run_ranks(train_in_layouts, 2, corpus, tmp_path, TWO_RANKS, model)
     expected = scalars_of(tmp_path / "one")
-    experts = {key for key in expected if key[0].startswith("experts/")}
+    experts = {key for key in expected if key[0].startswith("routing/")}
     # (4 kinds + 4 experts of text, 3 kinds + 2 experts of images) x 2 layers x steps 2, 4 and 6
     assert len(experts) == (8 + 5) * 2 * 3
     losses = {(f"loss_held_out{kind}/text", step) for kind in ("", "_causal") for step in (3, 6)}

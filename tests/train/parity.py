@@ -79,7 +79,7 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
         )
         losses.append(result.modality_bits)
         norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
-    held_out = evaluate(session, session.held_out_batches())
+    held_out, _ = evaluate(session, session.held_out_batches())
     parameters = dict(session.model.named_parameters())
     weights, shardings = {}, {}
     for name, state in session.engine.export_state():

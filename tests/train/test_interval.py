@@ -30,7 +30,7 @@ def test_means() -> None:
         step_of((8.0, math.nan), (30, 0), seconds=1.0, norm=1.0),
         step_of((4.0, 6.0), (10, 5), seconds=3.0, norm=2.0),
     ]
-    interval = Interval.of(steps, lambda result: 100.0 * result.counts.modality_labels[0])
+    interval = Interval.of(steps, lambda result: 100.0 * result.counts.modality_labels[0], (1, 1))
     # (8 * 30 + 4 * 10) / 40 = 7; the second modality has labels in the second step only.
     assert interval.modality_bits == (7.0, 6.0)
     # ((30 + 1) + (10 + 1)) / 4 s and ((0 + 1) + (5 + 1)) / 4 s
@@ -46,7 +46,7 @@ def test_means() -> None:
 
 
 def test_a_modality_without_any_label_has_no_loss() -> None:
-    interval = Interval.of([step_of((8.0, math.nan), (3, 0), 1.0, 1.0)], lambda _: 1.0)
+    interval = Interval.of([step_of((8.0, math.nan), (3, 0), 1.0, 1.0)], lambda _: 1.0, (1, 1))
     assert interval.modality_bits[0] == 8.0
     assert math.isnan(interval.modality_bits[1])
 

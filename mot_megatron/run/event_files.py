@@ -1,0 +1,125 @@
+"""Event files of TensorBoard, written so that a full disk costs points instead of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.(?:\d{6}\.)?(.*)")
+"""Time of creation, a number if ``move_behind_the_clock`` renamed it, host, process and counter."""
+_REOPEN_SECONDS = 30.0
+_LOSSES = (OSError, RuntimeError, ValueError)
+"""What torch and tensorboard raise, at once or with the next event, when a file cannot be
+written."""
+
+
+class EventWriter:
+    """A ``SummaryWriter`` that loses events instead of raising errors, and tries again later."""
+
+    def __init__(self, directory: Path, purge_step: int, say: Callable[[str], None]) -> None:
+        """Open a new event file that TensorBoard reads after all existing ones.
+
+        Args:
+            directory: Folder of the event files.
+            purge_step: Events of this step and later ones that are in older files are hidden.
+            say: Prints a line; called when events are lost, and when they no longer are.
+        """
+        self._directory = directory
+        self._say = say
+        self._lost = 0
+        self._retry_at = 0.0
+        self._writer: SummaryWriter | None = None
+        _silence_lost_writers()
+        self._open(purge_step)
+
+    def write(self, add: Callable[[SummaryWriter], None]) -> None:
+        """Call ``add`` with the writer, or count a lost event if nothing can be written."""
+        if self._writer is None and time.monotonic() >= self._retry_at:
+            self._open(None)
+        if self._writer is None:
+            self._lost += 1
+            return
+        try:
+            add(self._writer)
+        except _LOSSES as error:
+            self._give_up(error)
+
+    def flush(self) -> None:
+        """Write to the disk what is on the way."""
+        self.write(SummaryWriter.flush)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except _LOSSES as error:
+                self._give_up(error)
+        self._writer = None
+
+    def _open(self, purge_step: int | None) -> None:
+        try:
+            move_behind_the_clock(self._directory)
+            self._writer = SummaryWriter(str(self._directory), purge_step=purge_step)
+        except _LOSSES as error:
+            self._give_up(error)
+            return
+        if self._lost:
+            self._say(f"TensorBoard: writing again; {self._lost} events were lost")
+            self._lost = 0
+
+    def _give_up(self, error: Exception) -> None:
+        if self._lost == 0:
+            reason = getattr(error, "strerror", None) or str(error)
+            self._say(
+                f"TensorBoard: {self._directory} cannot be written: {reason}; points are lost, and"
+                " training goes on"
+            )
+        self._lost += 1
+        self._retry_at = time.monotonic() + _REOPEN_SECONDS
+        if self._writer is not None:
+            with contextlib.suppress(*_LOSSES):
+                self._writer.close()
+        self._writer = None
+
+
+def move_behind_the_clock(directory: Path) -> None:
+    """Rename event files from the future, so that a file made now is read after them.
+
+    TensorBoard reads files in the order of their names, which begin with the time of their
+    creation. After a restart with a clock that is behind, new points would be hidden.
+    """
+    now = int(time.time())
+    dated = [
+        (path, match)
+        for path in sorted(directory.glob("events.out.tfevents.*"))
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    # Names of the last second too, since their order beside the new names is not known.
+    late = [(path, match) for path, match in dated if int(match[1]) >= now - 1]
+    for number, (path, match) in enumerate(late):
+        path.rename(path.with_name(f"events.out.tfevents.{now - 1:010d}.{number:06d}.{match[2]}"))
+
+
+def _silence_lost_writers() -> None:
+    """Keep tensorboard's writer threads from printing a traceback when the disk is full.
+
+    The error reaches the main thread too, with its next event.
+    """
+    if getattr(threading.excepthook, "silences_lost_writers", False):
+        return
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs, /) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            previous(arguments)
+
+    hook.silences_lost_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
