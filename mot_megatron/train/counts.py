@@ -1,7 +1,7 @@
-"""What the global batch of a step holds, summed over all ranks before the first forward.
+"""Counts of the global batch of a step, summed over all ranks before the first forward pass.
 
-The loss is a mean over the global batch's tokens, so its divisor must be known first; everything
-else that has to be agreed on once per step travels in the same small all-reduce.
+The loss is a mean over the tokens of the global batch, so its divisor must be known first. Whatever
+else all ranks must agree on once per step is part of the same small all-reduce.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 
 _RATIO_UNITS = 10**6
-"""Ratios travel as whole numbers of millionths, since everything else is a count."""
+"""Ratios are all-reduced as integers, in millionths, together with the counts."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class GlobalCounts:
     modality_tokens: tuple[int, ...]
     """Document tokens per modality, M of them."""
     tower_tokens: tuple[int, ...]
-    """Tokens per tower with the unfilled positions, K of them."""
+    """Tokens per tower including padding, K of them."""
     attended_pairs: int
-    """(query, key) pairs that attention looks at."""
+    """(query, key) pairs that attention computes."""
     imbalance: float
     """FLOPs of the busiest rank of a modality group over the group's mean, 1 or more.
 
-    A mean over micro-batches and groups. The ranks meet twice in every layer, before and after
-    attention, so all wait for the busiest in either; 1 without modality parallelism.
+    This is a mean over micro-batches and groups, and 1 without modality parallelism. The ranks of a
+    group exchange tokens before and after attention in every layer, so they wait for the busiest
+    rank of each of the two parts.
     """
     stop: bool
     """Whether any rank was asked to stop."""
@@ -50,10 +51,9 @@ class GlobalCounts:
         groups: ProcessGroups,
         stop: bool = False,
     ) -> GlobalCounts:
-        """Sum over this rank's ``batches`` and over data parallelism.
+        """Sum over this rank's ``batches``, which are on the host, and over data-parallel ranks.
 
-        One all-reduce over the world, because a request to stop may have reached any rank, also
-        one of several tensor-parallel ranks. The batches' tensors are on the host.
+        Collectives: one all-reduce over the world, since a stop request may have reached any rank.
         """
         columns = [
             (
@@ -86,19 +86,19 @@ class GlobalCounts:
         )
 
     def loss_weight(self, loss_weights: Sequence[float]) -> float:
-        """Sum of the weights of all labels: what the sum of token losses is divided by.
+        """Return the sum of the loss weights of all labels, by which token losses are divided.
 
-        One where no label counts, since the sum is zero then.
+        Return 1 if no label has a weight, since the sum of losses is then 0.
         """
         pairs = zip(self.modality_labels, loss_weights, strict=True)
         return sum(labels * weight for labels, weight in pairs) or 1.0
 
 
 def _imbalance(batch: MicroBatch, model: ModelConfig) -> float:
-    """FLOPs of the busiest rank of this rank's modality group over the mean.
+    """Return the FLOPs of the busiest rank of this rank's modality group over the mean.
 
-    Its ranks meet before and after attention, so the busiest in attention and the busiest besides
-    count each, be they the same rank or not.
+    Ranks wait for each other before and after attention, so the maximum in attention and the
+    maximum of the rest add up, even if they are on different ranks.
     """
     if batch.exchange is None:
         return 1.0

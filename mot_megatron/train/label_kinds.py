@@ -1,8 +1,8 @@
-"""Held-out loss of a trained model by kind of label: what a mean over a modality hides.
+"""Held-out loss of a trained model by kind of label, which a mean over a modality hides.
 
-Some labels are far easier than others: special tokens, whose place is almost given, and the most
-common code of a modality, which for pictures is the background. They would otherwise stand for a
-good part of the modality's loss. Letters: M modalities, V vocabulary rows, t positions.
+Some labels are far easier than others: special tokens, whose position is almost determined, and the
+most common code of a modality, which for pictures is the background. Letters: M modalities, V
+vocabulary rows, t positions.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ class KindLoss:
     kind: Kind
     labels: int
     bits: float
-    """Per token; NaN without labels."""
+    """Bits per token; NaN without labels."""
 
 
 def held_out_by_kind(trained: TrainedModel, limit_sequences: int | None = None) -> list[KindLoss]:
-    """Evaluate on the validation split, in this process; M x 3 losses, modality by modality.
+    """Evaluate on the validation split and return M x 3 losses, modality by modality.
 
-    Routed as the model is at the moment: see ``MixtureOfTransformers.routed_causally``.
+    This involves this process only. Tokens are routed as the model currently routes them; see
+    ``MixtureOfTransformers.routed_causally``.
 
     Args:
         trained: A model that this process holds whole.
-        limit_sequences: Packed sequences to use; None: all.
+        limit_sequences: Number of packed sequences to use; None for all.
     """
     config, corpus = trained.config, trained.corpus
     batches = evaluation_batches(
@@ -69,10 +70,11 @@ def held_out_by_kind(trained: TrainedModel, limit_sequences: int | None = None) 
 
 
 def kind_of_id(corpus: Corpus) -> np.ndarray:
-    """[V] int64: modality index * 3 + index in KINDS of every id.
+    """Return, for each id, modality index * 3 + index in KINDS: [V] int64.
 
-    The most common id of a modality is that of the training split, special tokens aside; of text
-    it is a word or a comma, which is not easy at all, but one rule for all modalities is clearer.
+    The most common id of a modality is counted in the training split, without special tokens. For
+    text it is a word or a comma, which is not easy to predict, but one rule for all modalities is
+    clearer.
     """
     description = corpus.description
     special = np.zeros(description.vocab_size, dtype=bool)
@@ -94,7 +96,7 @@ def kind_of_id(corpus: Corpus) -> np.ndarray:
 def _sums(
     model: MixtureOfTransformers, batches: Iterable[MicroBatch], kinds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of cross entropy in nats and numbers of labels, by kind of label."""
+    """Return sums of cross entropy in nats and numbers of labels, by kind of label."""
     size = len(model.config.modalities) * len(KINDS)
     sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
     for batch in tqdm(batches, "held out", delay=5, ncols=100, leave=False, disable=None):

@@ -1,8 +1,8 @@
-"""Micro-batches through the stages, by megatron-core's 1F1B and interleaved schedules.
+"""Pipeline parallelism with megatron-core's 1F1B and interleaved schedules.
 
-Every stage reads the same micro-batches from its own loader, so what stages send each other is the
-residual stream alone. Its rows vary from micro-batch to micro-batch; they travel padded to the
-most of any micro-batch of the step, a number all stages know, so that no shapes need be sent.
+Every stage reads the same micro-batches from its own loader, so stages send each other only the
+residual stream. Its number of rows varies between micro-batches. It is padded to the largest number
+of any micro-batch of the step, which all stages know, so no shapes are sent.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mot_megatron.parallel.groups import ProcessGroups
 
 
 class Pipeline:
-    """One stage's end of the schedule."""
+    """The pipeline as seen by one stage."""
 
     def __init__(self, model: MixtureOfTransformers, config: Config, groups: ProcessGroups) -> None:
-        """Make the pieces of ``model`` known to megatron; no communication."""
+        """Wrap the pieces of ``model`` for megatron's schedules; no collectives."""
         self._groups = groups
         self._num_modalities = len(config.model.modalities)
         self.num_pieces = len(model.pieces)
@@ -51,14 +51,16 @@ class Pipeline:
     def forward_backward(self, micro_batches: Sequence[MicroBatch], divisor: float) -> torch.Tensor:
         """Add the gradients of (sum of weighted token losses) / ``divisor``.
 
+        Every stage calls this; they exchange the residual stream point to point.
+
         Returns:
-            Sums of cross entropy in nats per modality over the micro-batches, [M]; zeros but on
+            Sums of cross entropy in nats per modality over the micro-batches, [M]; zeros except on
             the last stage.
         """
         return self._execute(micro_batches, divisor, forward_only=False)
 
     def forward(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """The sums of ``forward_backward``, without gradients."""
+        """Return the sums of ``forward_backward`` without computing gradients."""
         with torch.no_grad():
             return self._execute(micro_batches, 1.0, forward_only=True)
 
@@ -66,13 +68,13 @@ class Pipeline:
         self, micro_batches: Sequence[MicroBatch], divisor: float, forward_only: bool
     ) -> torch.Tensor:
         device = self._groups.device
-        # Those of an interrupted step: another batch may get their id.
+        # Drop leftovers of an interrupted step, since new batches may reuse their ids.
         self._layer_inputs_by_batch.clear()
         batches = [batch.to(device) for batch in micro_batches]
         rows = max(sum(batch.tower_slots) for batch in batches)
-        # An empty message would be none. Under sequence parallelism megatron divides by tp.
+        # An empty message would not be sent. With sequence parallelism, megatron divides by TP.
         rows = max(rows, self._groups.tensor_size)
-        # Interleaving works off micro-batches in rounds of one per stage.
+        # The interleaved schedule needs a multiple of the number of stages.
         missing = -len(batches) % self._groups.pipeline_size if self.num_pieces > 1 else 0
         assert forward_only or not missing
         scheduled = batches + [batches[-1]] * missing
@@ -95,7 +97,7 @@ class Pipeline:
 
 
 class _PipelinePiece(nn.Module):
-    """A piece as megatron's schedules expect a model; the weights stay the model's alone."""
+    """A piece in the form of a model that megatron's schedules expect; it owns no weights."""
 
     def __init__(
         self,
@@ -107,12 +109,10 @@ class _PipelinePiece(nn.Module):
         vp_stage: int | None,
     ) -> None:
         super().__init__()
-        self._run_piece, self._make_layer_inputs = (
-            model.run_piece,
-            model.layer_inputs,
-        )  # no submodules these
+        # Bound methods, so that the model does not become a submodule.
+        self._run_piece, self._make_layer_inputs = model.run_piece, model.layer_inputs
         self._last_here = piece is model.pieces[-1]
-        # Shared by a stage's pieces: what they need of micro-batches that others go on with.
+        # Shared by the pieces of a stage, since several of them process the same micro-batch.
         self._layer_inputs_by_batch = layer_inputs_by_batch
         self.piece = piece
         self.config = config
@@ -124,11 +124,11 @@ class _PipelinePiece(nn.Module):
         self._arrived: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
-        """Called by the schedule before each micro-batch."""
+        """Receive the output of the previous piece; the schedule calls this per micro-batch."""
         (self._arrived,) = tensors
 
     def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        """The message [rows, 1, h] for the next piece, or (loss, sums) from the last."""
+        """Return the message [rows, 1, h] for the next piece; the last returns (loss, sums)."""
         divisor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         used = sum(micro_batch.tower_slots) // divisor
         arrived = None if self.piece.first else self._arrived
@@ -138,14 +138,14 @@ class _PipelinePiece(nn.Module):
         if self.piece.last:
             loss, modality_sums = outputs
             return loss / self.divisor, modality_sums
-        # Padded last, even by nothing: megatron frees what was sent, which must not be a view.
+        # Pad even by 0 rows: megatron frees the sent tensor, which therefore must not be a view.
         padding = self.rows // divisor - used
         message = nn.functional.pad(outputs[0][:, None], (0, 0, 0, 0, 0, padding))
         assert message._base is None
         return (message,)
 
     def _layer_inputs(self, micro_batch: MicroBatch) -> LayerInputs:
-        """Made by the first piece of the stage that sees the micro-batch, kept for the others."""
+        """Return the layer inputs, built once per micro-batch and stage."""
         layer_inputs = self._layer_inputs_by_batch.pop(
             id(micro_batch), None
         ) or self._make_layer_inputs(micro_batch)
@@ -159,13 +159,13 @@ def _forward_step(iterator: Iterator[MicroBatch], piece: _PipelinePiece) -> tupl
     if not piece.piece.last:
         return outputs[0], None
     loss, modality_sums = outputs
-    # Three values and calculate_per_token_loss: megatron then leaves the loss as it is.
+    # With three values and calculate_per_token_loss, megatron does not rescale the loss.
     no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
     return loss, lambda loss: (loss, no_tokens, modality_sums)
 
 
 def _schedule_config(config: Config, groups: ProcessGroups) -> TransformerConfig:
-    """What the schedules read of a configuration; no layer is built from it."""
+    """Return the configuration that the schedules read; no layer is built from it."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     on_gpu = groups.device.type == "cuda"
@@ -184,7 +184,7 @@ def _schedule_config(config: Config, groups: ProcessGroups) -> TransformerConfig
         use_cpu_initialization=True,
         calculate_per_token_loss=True,
         overlap_p2p_comm=interleaved,
-        # gloo has no batches, and what it has sent must not be freed.
+        # gloo has no batched sends, and sent tensors must not be freed before it has read them.
         batch_p2p_comm=on_gpu and not interleaved,
         batch_p2p_sync=False,  # a workaround for torch before 1.12 that waits for the device
         deallocate_pipeline_outputs=on_gpu,

@@ -1,4 +1,4 @@
-"""What a rank refuses of its corpus before it joins the others."""
+"""Checks of the corpus that each rank makes alone, before it joins the others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_pla
 
 
 def check_documents(config: Config, corpus: Corpus) -> None:
-    """Check that every document of a resolved configuration's corpus fits, on this rank alone.
+    """Check that every document of the corpus of a resolved configuration fits; no collectives.
 
-    With packing = "budget", reads all tokens of the training split once.
+    With packing = "budget", this reads all tokens of the training split once.
 
     Raises:
-        DataError: a split that is missing, or a document that is longer than a sequence or has
-            more tokens of a tower than a micro-batch.
+        DataError: A split is missing, or a document is longer than a sequence or has more tokens of
+            a tower than a micro-batch can hold.
     """
-    # Neither depends on the rank: its share is that of a world of one.
+    # The result is the same for every rank, so use the data shard of a world of one.
     grouping, alone = grouping_plan(config), DataShard(0, 1)
     sizes = {
         "seq_length": config.data.seq_length,

@@ -1,4 +1,4 @@
-"""Composition: from a configuration to everything a training run consists of."""
+"""Build everything that a training run consists of from its configuration."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Session:
     """One rank's part of a run."""
 
     config: Config
-    """Resolved: it says everything that the model depends on."""
+    """Resolved configuration, which determines the model completely."""
     groups: ProcessGroups
     corpus: Corpus
     engine: ZeroEngine
     loader: PackedLoader
     schedule: LearningRateSchedule
     pipeline: Pipeline | None
-    """How micro-batches go through the stages; None where one stage is the whole model."""
+    """Pipeline schedule; None without pipeline parallelism."""
     progress_report: ProgressReport
-    """Kept up to date, so that others can say where this rank was lost."""
+    """Current phase of this rank, so that others can report where it was lost."""
 
     @property
     def model(self) -> MixtureOfTransformers:
@@ -56,7 +56,7 @@ class Session:
 
     @property
     def model_is_split(self) -> bool:
-        """Whether a data-parallel rank holds some of the layers or towers only."""
+        """Whether a data-parallel rank holds only some of the layers or towers."""
         return self.groups.pipeline_size > 1 or self.groups.modality_size > 1
 
     @property
@@ -65,27 +65,28 @@ class Session:
         return self.groups.rank == 0
 
     def held_out_batches(self, whole: bool = False) -> Iterator[MicroBatch]:
-        """This rank's share of the validation split.
+        """Return this rank's share of the validation split.
 
-        As much as evaluation.max_sequences allows, or all of it.
+        Args:
+            whole: Use the whole split, even if evaluation.max_sequences limits it.
         """
         limit = None if whole else self.config.evaluation.max_sequences
         return _held_out_batches(self.config, self.corpus, self.groups, limit)
 
 
 def resolve_config(config: Config, corpus: Corpus) -> Config:
-    """Fill in what a configuration takes from its corpus."""
+    """Return the configuration with the values that it takes from its corpus."""
     names = [modality.name for modality in corpus.description.modalities]
     return config.resolved_for(names, corpus.description.vocab_size)
 
 
 def choose_placement(config: Config, corpus: Corpus) -> Placement | None:
-    """Where the towers of a resolved configuration lie; None without modality parallelism."""
+    """Return the placement of the towers; None without modality parallelism."""
     return place_towers(config, _tower_tokens(config, corpus))
 
 
 def tower_flops(config: Config, corpus: Corpus) -> tuple[float, ...]:
-    """FLOPs of every tower's tokens over the training split, K of them."""
+    """Return the FLOPs of each tower's tokens over the training split, K of them."""
     return flops_of_towers(config.model, _tower_tokens(config, corpus))
 
 
@@ -95,10 +96,10 @@ def _tower_tokens(config: Config, corpus: Corpus) -> tuple[int, ...]:
 
 
 def build_groups(config: Config, corpus: Corpus, device: torch.device) -> ProcessGroups:
-    """Process groups for a resolved configuration, in the world that has been joined.
+    """Build the process groups of a resolved configuration. Collective over the world.
 
     Raises:
-        ConfigError: experts cannot be spread over the ranks that the towers are placed on.
+        ConfigError: Experts cannot be distributed over the ranks that hold their tower.
     """
     parallel, placement = config.parallel, choose_placement(config, corpus)
     check_experts_placed(config, placement, dist.get_world_size())
@@ -112,9 +113,11 @@ def build_groups(config: Config, corpus: Corpus, device: torch.device) -> Proces
 
 
 def grouping_plan(config: Config, groups: ProcessGroups | None = None) -> GroupingPlan:
-    """How batches are grouped for the model of a resolved configuration.
+    """Return how batches are grouped by tower for the model of a resolved configuration.
 
-    Without ``groups`` for a model that one rank holds whole.
+    Args:
+        config: Resolved configuration.
+        groups: Process groups; None for a model that one rank holds whole.
     """
     parallel = config.parallel
     shard = None
@@ -150,8 +153,7 @@ def build_session(
         seed=config.run.seed,
         packing=config.data.packing,
     )
-    # Before the model: a document too long for the sequence should not cost a model's building,
-    # nor one of the held-out split all steps up to the first evaluation.
+    # Check documents of both splits before building the model, which may take minutes.
     _held_out_batches(config, corpus, groups, limit_sequences=None)
     model = MixtureOfTransformers(config, groups, dtype)
     engine = ZeroEngine(
@@ -163,7 +165,7 @@ def build_session(
 
 
 def _data_shard(groups: ProcessGroups) -> DataShard:
-    """Neighbors that form a modality group read the same sequences."""
+    """Return this rank's data shard; the ranks of a modality group share one."""
     size = groups.modality_size
     return DataShard(groups.data_rank // size, groups.data_size // size)
 

@@ -1,7 +1,7 @@
-"""What a run must remember: weights, optimizer state, position in the data, progress.
+"""Save and restore the state of a run: weights, optimizer state, position in the data, progress.
 
-Tensors are named ``weight/<parameter>``, ``exp_avg/<parameter>`` and ``exp_avg_sq/<parameter>``,
-so that whoever wants the weights alone asks for the prefix ``weight/``.
+Tensors are named ``weight/<parameter>``, ``exp_avg/<parameter>`` and ``exp_avg_sq/<parameter>``, so
+the prefix ``weight/`` selects the weights alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """How far a run has come, over all its resumptions."""
+    """Progress of a run, including the parts before it was resumed."""
 
     steps: int = 0
     """Optimizer steps done."""
@@ -40,25 +40,30 @@ class Progress:
     tokens: int = 0
     """Document tokens trained on, over all ranks."""
     flops: float = 0.0
-    """Model FLOPs over all ranks; NaN: unknown, for it began without counting them."""
+    """Model FLOPs over all ranks; NaN if unknown, since older versions did not count them."""
     evaluated_steps: int = 0
     """Steps done at the last evaluation; 0 before the first."""
 
 
 def checkpoint_directory(run_directory: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return run_directory / "checkpoints"
 
 
 def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:
-    """Save everything that resuming bitwise needs. Collective over the world.
+    """Save everything that a bitwise resume needs. Collective over the world.
 
-    A rank's host holds 12 bytes per parameter of its part, divided by the number of ranks that
-    hold the same one, meanwhile; its device one parameter's states.
+    Meanwhile, each rank needs host memory of 12 bytes per parameter of its part, divided by the
+    number of ranks that hold the same part, and device memory for the states of one parameter.
+
+    Args:
+        session: The run.
+        progress: Its progress.
+        damaged: Checkpoints that failed verification; they do not count as kept.
 
     Raises:
-        TrainingError: a weight is not finite, so that this would be no good checkpoint.
-        CheckpointError: it could not be written; older checkpoints are untouched.
+        TrainingError: A weight is not finite, so a checkpoint would be useless.
+        CheckpointError: The checkpoint could not be written; older ones are untouched.
     """
     tensors = _tensors_to_write(session, progress.steps)
     return save_checkpoint(
@@ -78,18 +83,18 @@ def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -
 
 
 def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
-    """Continue where ``checkpoint`` was saved, under any layout. Collective over the world.
+    """Restore the state of a checkpoint saved in any layout. Collective over the world.
 
-    Each rank's host holds 12 bytes per parameter of its part meanwhile.
+    Meanwhile, each rank needs host memory of 12 bytes per parameter of its part.
 
     Raises:
-        CheckpointError: it is another model's, or its data position another corpus's.
+        CheckpointError: The checkpoint belongs to another model or another corpus.
     """
     metadata = read_metadata(checkpoint)
     try:
         saved = metadata["progress"]
-        # Older checkpoints do not have these: FLOPs were not counted, and every save was preceded
-        # by the evaluation that was due.
+        # Older checkpoints lack these keys: FLOPs were not counted, and each save came after the
+        # evaluation that was due.
         older = {"flops": math.nan, "evaluated_steps": saved["steps"]}
         progress = Progress(**{**older, **saved})
         data, optimizer_steps = metadata["data"], metadata["optimizer_steps"]
@@ -112,12 +117,12 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
 def load_weights(
     model: nn.Module, checkpoint: CheckpointInfo, groups: ProcessGroups | None
 ) -> None:
-    """Fill a model that no engine has taken over, from any checkpoint of it.
+    """Load weights into a model without an engine, from a checkpoint saved in any layout.
 
     Collective over the world if there is one.
 
     Raises:
-        CheckpointError: it is another model's.
+        CheckpointError: The checkpoint belongs to another model.
     """
     weights = {
         name: torch.empty(parameter.shape, dtype=torch.float32)
@@ -137,7 +142,7 @@ def load_weights(
 def _named_parts(
     prefix: str, name: str, parameter: nn.Parameter, values: torch.Tensor
 ) -> list[NamedTensor]:
-    """What checkpoints call the parts of a parameter, as views of ``values`` of its shape."""
+    """Return the parts of a parameter under their checkpoint names, as views of ``values``."""
     return [
         NamedTensor(prefix + part.name, values[part.rows], part.sharding)
         for part in parts_of(name, parameter)
@@ -145,7 +150,7 @@ def _named_parts(
 
 
 class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
-    """States on the host, by parameter; moved to the device as each is asked for."""
+    """States on the host by parameter, moved to the device one parameter at a time."""
 
     def __init__(self, parts: dict[str, torch.Tensor], device: torch.device) -> None:
         self._parts = parts
@@ -163,16 +168,20 @@ class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
 
 
 def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
-    """This rank's share of the state, on the host: parameters go round the ranks that hold them.
+    """Return this rank's share of the state, on the host.
+
+    Ranks that hold the same parameters take turns to write them.
+
+    Collectives: one all-gather of names over the world.
 
     Raises:
-        TrainingError: a tensor is not finite; on all ranks, after one all-gather of names.
+        TrainingError: A tensor is not finite; raised on all ranks.
     """
     groups = session.groups
     parameters = dict(session.model.named_parameters())
     tensors: list[NamedTensor] = []
     broken: list[str] = []
-    # Per tower and its experts: ranks that hold one count alike.
+    # Counted per tower and its experts, so that all ranks that hold one have the same count.
     seen: Counter[tuple[int, bool]] = Counter()
     for name, state in session.engine.export_state():
         parameter = parameters[name]

@@ -1,4 +1,4 @@
-"""The mathematics of one training step and of one evaluation."""
+"""One training step and one evaluation, as mathematics."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mot_megatron.train.session import Session
 
 BITS_PER_NAT = 1 / math.log(2)
 _ROUNDS_AT_ONCE = 8
-"""Micro-batches per stage that an evaluation sends through a pipeline without emptying it."""
+"""Micro-batches per stage that an evaluation runs between two flushes of the pipeline."""
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Where the time of a step went, on this rank."""
+    """Time spent in the parts of a step, on this rank."""
 
     data: float
     forward_backward: float
@@ -43,10 +43,10 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step did; equal on all ranks but for the seconds."""
+    """Result of one training step, equal on all ranks except for the seconds."""
 
     modality_bits: tuple[float, ...]
-    """Mean cross entropy per modality in bits per token; NaN where there was no label."""
+    """Mean cross entropy per modality in bits per token; NaN for a modality without labels."""
     counts: GlobalCounts
     norms: StepNorms
     learning_rate: float
@@ -58,9 +58,9 @@ class HeldOut:
     """Mean cross entropy per modality in bits per token; NaN for a modality without labels."""
 
     as_trained: tuple[float, ...]
-    """With the routing of training, in which experts may choose among later tokens too."""
+    """With the routing of training, in which experts may also see later tokens."""
     causal: tuple[float, ...] | None = None
-    """With causal routing where that of training is not; None where it is, or cannot be had."""
+    """With causal routing; None if training routes causally, or if there is no causal router."""
     total: float = math.nan
     """Mean over the labels of all modalities with their loss weights, routed as in training."""
 
@@ -68,13 +68,19 @@ class HeldOut:
 def train_step(
     session: Session, *, step: int, learning_rate: float, stop: bool = False
 ) -> StepResult:
-    """One optimizer step on one global batch.
+    """Make one optimizer step on one global batch.
 
-    Collectives: one all-reduce of counts and one of loss sums over the world, besides the model's
-    and the engine's.
+    Collectives: one all-reduce of counts and one of loss sums over the world, in addition to those
+    of the model and the engine.
+
+    Args:
+        session: The run.
+        step: Number of the step, counted from 1.
+        learning_rate: Learning rate of this step.
+        stop: Whether this rank was asked to stop; the result says whether any rank was.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite; no weight has been changed.
+        TrainingError: The loss or a gradient is not finite; no weight was changed.
     """
     config, groups = session.config, session.groups
     clock = _Clock(groups.device)
@@ -105,7 +111,7 @@ def train_step(
 def _accumulate_gradients(
     session: Session, batches: Sequence[MicroBatch], divisor: float
 ) -> torch.Tensor:
-    """Forward and backward of every micro-batch; this rank's sums of cross entropy, [M]."""
+    """Run forward and backward on all micro-batches; return this rank's loss sums in nats, [M]."""
     engine, device = session.engine, session.groups.device
     if session.pipeline is not None:
         sums = session.pipeline.forward_backward(batches, divisor)

@@ -1,4 +1,4 @@
-"""A trained model out of its checkpoint alone, in one process and without an optimizer."""
+"""Load a trained model from its checkpoint, in one process and without an optimizer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from mot_megatron.train.state import checkpoint_directory, load_weights
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The newest verified checkpoint of a run, unread but for its configuration."""
+    """The newest verified checkpoint of a run and its configuration; tensors are not read yet."""
 
     checkpoint: CheckpointInfo
     config: Config
     skipped: tuple[str, ...]
-    """A line for each checkpoint that was passed over, with the reason."""
+    """One line per skipped checkpoint, with the reason."""
 
     @classmethod
     def open(cls, path: Path) -> SavedRun:
-        """Find it at ``path``: a run's folder, its folder of checkpoints, or one checkpoint.
+        """Open the checkpoint at ``path``.
+
+        Args:
+            path: Folder of a run, of its checkpoints, or of a single checkpoint.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: There is no usable checkpoint.
         """
         inside = checkpoint_directory(path)
         search = open_checkpoint(inside if inside.is_dir() else path)
@@ -41,10 +44,14 @@ class SavedRun:
         return cls(checkpoint, config, search.skipped)
 
     def check_corpus(self, corpus: Corpus, remedy: str) -> None:
-        """Refuse a corpus in which ids mean something else; ``remedy`` ends the line.
+        """Check that ``corpus`` is the one that the run was trained on.
+
+        Args:
+            corpus: The corpus to use.
+            remedy: The option that names another corpus, for the error message.
 
         Raises:
-            CheckpointError: it is not the one that the run was trained on.
+            CheckpointError: It is another corpus.
         """
         trained_on = read_metadata(self.checkpoint).get("data", {}).get("corpus")
         if trained_on != corpus.fingerprint:
@@ -56,36 +63,36 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a checkpoint holds, ready for use."""
+    """A trained model with its configuration, corpus and checkpoint."""
 
     model: MixtureOfTransformers
     config: Config
     corpus: Corpus
     checkpoint: CheckpointInfo
     skipped: tuple[str, ...]
-    """A line for each checkpoint that was passed over, with the reason."""
+    """One line per skipped checkpoint, with the reason."""
 
 
 def load_trained_model(
     path: Path, device: torch.device, corpus_directory: Path | None = None
 ) -> TrainedModel:
-    """Load the weights of a checkpoint, whatever layout it was trained under.
+    """Load the weights of a checkpoint that was saved in any layout.
 
-    On a CPU they stay in fp32, which is as exact as the checkpoint and no slower there.
+    On a CPU the weights stay in fp32, which is as precise as the checkpoint and not slower there.
 
     Args:
-        path: A run's folder, its folder of checkpoints, or one checkpoint.
-        device: Where the model goes.
-        corpus_directory: Where the corpus lies now; None if it still is where training found it.
+        path: Folder of a run, of its checkpoints, or of a single checkpoint.
+        device: Device of the model.
+        corpus_directory: Current folder of the corpus; None if it has not moved since training.
 
     Raises:
-        CheckpointError: No usable checkpoint, or the corpus is not the one it was trained on.
+        CheckpointError: There is no usable checkpoint, or the corpus is another one.
         DataError: The corpus cannot be opened.
     """
     saved = SavedRun.open(path)
     corpus = Corpus.open(corpus_directory or saved.config.data.corpus)
     saved.check_corpus(corpus, "--corpus")
-    # Experts choose among as many tokens as in training.
+    # Experts must choose among as many tokens as in training.
     pool = {"micro_batch_size": saved.config.pool_sequences}
     training = saved.config.training.model_copy(update=pool)
     alone = {"parallel": ParallelConfig(), "training": training}
