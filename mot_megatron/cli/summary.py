@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         summaries.append(summary)
         if not options.json:
             print(table(summary), flush=True)
+            if summary.get("stale"):
+                print("stale: the run was trained further since then", flush=True)
         above = missed(summary, options.require) if options.require else []
         if above:
             print(f"not below {options.require}: {', '.join(above)}", file=sys.stderr)

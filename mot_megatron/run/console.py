@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on: lines of at most 120 columns, and a progress bar."""
+"""Console output of a run: lines of at most 120 columns, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from mot_megatron.train.interval import Interval
 from mot_megatron.train.step import HeldOut
 
 WIDTH = 120
+_GROWTH = 1.02
+"""Peak memory is printed when it has grown by this factor."""
 
 
 class Console:
-    """Prints on the first rank; elsewhere every call does nothing."""
+    """Prints on the first rank; on other ranks, every call does nothing."""
 
     def __init__(
         self, modalities: Sequence[str], start_step: int, last_step: int, on: bool
@@ -23,7 +25,8 @@ class Console:
         self.modalities = tuple(modalities)
         self.last_step = last_step
         self.on = on
-        # disable=None: no bar where nobody watches, as in a log file; the lines say it all.
+        self._memory_bytes = 0
+        # disable=None: show the bar only on a terminal, not in a log file.
         self.bar = tqdm(
             total=last_step, initial=start_step, ncols=WIDTH, unit="step", desc="training",
             disable=None if on else True, leave=False,
@@ -49,20 +52,40 @@ class Console:
         """Count one step on the bar."""
         self.bar.update()
 
-    def interval(self, step: int, interval: Interval, mfu: float, seconds_left: float) -> None:
-        """The line of one log interval; ``step`` counts steps done."""
+    def interval(
+        self,
+        step: int,
+        interval: Interval,
+        mfu: float,
+        seconds_left: float,
+        memory_bytes: int,
+    ) -> None:
+        """Print the line of one log interval.
+
+        Args:
+            step: Steps done.
+            interval: Statistics of the steps since the last line.
+            mfu: Model FLOPs utilization, 0 to 1.
+            seconds_left: Expected remaining time.
+            memory_bytes: Peak memory of the rank that used most.
+        """
         parts = (
             f"step {step:>{len(str(self.last_step))}}/{self.last_step}",
             f"{self._bits(interval.modality_bits)} bits",
-            f"norm {interval.norms.total:.2f}",
+            f"grad norm {interval.norms.total:.2f}",
             f"lr {interval.learning_rate:.1e}",
+            f"{1000 * interval.seconds.total:.0f} ms",
             f"{_thousands(interval.tokens_per_second)} tok/s",
             f"mfu {100 * mfu:.0f}%",
             f"left {duration(seconds_left)}",
         )
-        line = " | ".join(parts)
-        # Long runs of many modalities need the room of the spaces.
-        self.say(line if len(line) <= WIDTH else "|".join(parts).replace("  ", " "))
+        # TensorBoard has the seconds per step too.
+        shortest = "|".join((*parts[:4], *parts[5:])).replace("grad norm", "norm")
+        lines = (separator.join(parts) for separator in (" | ", "  ", "|"))
+        self.say(next((line for line in lines if len(line) <= WIDTH), shortest))
+        if memory_bytes > _GROWTH * self._memory_bytes:
+            self._memory_bytes = memory_bytes
+            self.say(f"  peak memory of the fullest rank: {memory_bytes / 2**30:.2f} GiB")
         if interval.imbalance > 1:
             self.say(
                 f"  modality groups: the busiest rank has {interval.imbalance:.2f} of the mean"
@@ -70,11 +93,11 @@ class Console:
             )
 
     def held_out(self, step: int, held_out: HeldOut, sees_the_future: bool) -> None:
-        """The line of an evaluation, with a second one where the first is not honest.
+        """Print the line of an evaluation, and one with causal routing if there is such a loss.
 
         Args:
             step: Steps done.
-            held_out: What was reached.
+            held_out: The losses.
             sees_the_future: Whether the routing of training looks at later tokens.
         """
         beginning = f"held out, step {step:>{len(str(self.last_step))}}: "
@@ -83,17 +106,17 @@ class Console:
         if held_out.causal is not None:
             label = "routed causally: ".rjust(len(beginning))
             bits = self._bits(held_out.causal)
-            self.say(f"{label}{bits} bits per token, honest: as generation routes")
+            self.say(f"{label}{bits} bits per token, as in generation")
 
     def _bits(self, modality_bits: Sequence[float]) -> str:
-        return "  ".join(
+        return " ".join(
             f"{name} {'-' if math.isnan(bits) else f'{bits:.3f}'}"
             for name, bits in zip(self.modalities, modality_bits, strict=True)
         )
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss or m:ss."""
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

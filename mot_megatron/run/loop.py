@@ -1,9 +1,10 @@
-"""The book-keeping around training steps: resume, log, evaluate, save, stop."""
+"""The training loop: resume, run steps, log, evaluate, save and stop."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import tomllib
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mot_megatron.checkpoint.agreement import on_first_rank
-from mot_megatron.checkpoint.find import CheckpointInfo, read_config_text, resolve_resume
+from mot_megatron.checkpoint.agreement import describe_os_error, on_first_rank
+from mot_megatron.checkpoint.find import CheckpointInfo, resolve_resume
 from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.budget import describe_budgets
@@ -32,9 +33,10 @@ from mot_megatron.run.lock import RunLock
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.run.routing_log import RoutingLog, expert_charts
 from mot_megatron.run.samples import log_samples
-from mot_megatron.run.summary import has_summary, write_summary
+from mot_megatron.run.summary import has_summary, mark_stale, write_summary
 from mot_megatron.train.interval import Interval
-from mot_megatron.train.session import Session, build_session
+from mot_megatron.train.resume import keep_warmup, read_saved_config
+from mot_megatron.train.session import Session, build_schedule, build_session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
 
@@ -55,14 +57,15 @@ class _Run:
     log: TensorBoardLog | None
     progress: Progress
     peak_flops: float
-    """Of all ranks together."""
+    """Peak FLOP/s of all ranks together."""
     logged: bool
-    """Whether the last step's points and samples are in the log already."""
+    """Whether points and samples of the last step are in the log already."""
     routing: RoutingLog | None
-    """None without experts."""
+    """Statistics of the routers; None without experts."""
     saved_steps: int | None = None
+    """Steps done at the last save; None before the first."""
     recent: list[StepResult] = field(default_factory=list)
-    """Steps since the last report."""
+    """Results of the steps since the last report."""
 
     @property
     def config(self) -> Config:
@@ -76,19 +79,19 @@ def train(
     progress_report: ProgressReport | None = None,
     stop: StopRequest | None = None,
 ) -> None:
-    """Train a resolved configuration to its last step, or until asked to stop.
+    """Train to the last step, or until asked to stop. Collective over the world.
 
-    Continues from the newest verified checkpoint of the run's folder. Collective over the world.
+    A run resumes from the newest verified checkpoint in its folder.
 
     Args:
-        config: resolved.
-        corpus: what it names.
-        groups: of this rank.
-        progress_report: told which phase this rank is in.
-        stop: asks for a stop; absent: signals do.
+        config: Resolved configuration.
+        corpus: The corpus that it names.
+        groups: Process groups.
+        progress_report: Is kept up to date with the phase of this rank.
+        stop: Whether to stop; by default, signals request it.
 
     Raises:
-        UserError: something the user can mend; what was saved stays.
+        UserError: An error that the user can fix; checkpoints are untouched.
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
@@ -107,11 +110,11 @@ def train(
 
 
 def _hold(lock: RunLock, stack: contextlib.ExitStack, stop: StopRequest) -> None:
-    """Take the run's folder for this job, on the first rank, until the ``stack`` is closed."""
+    """Lock the run's folder for this job until ``stack`` is closed, on the first rank."""
     lock.acquire(functools.partial(write_line, 1))
     stack.callback(lock.release)
     file = lock.path.with_name(STOP_FILE)
-    file.unlink(missing_ok=True)  # left from a request that came when nothing ran
+    file.unlink(missing_ok=True)  # a request from before this job
     stack.callback(file.unlink, missing_ok=True)
     stop.watch_file(file)
 
@@ -134,21 +137,25 @@ def _start(
     dist.all_gather_object(processes, processes[0])
     lock.name_ranks(processes)
     search = resolve_resume(checkpoint_directory(config.run_directory))
+    saved = read_saved_config(search.checkpoint) if search.checkpoint else None
+    if saved is not None:
+        config = keep_warmup(config, saved)
     _check_stop(stop, groups)
     session = build_session(config, corpus, groups, progress_report)
     first = session.is_first_rank
     _check_stop(stop, groups)
     progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
     _check_stop(stop, groups)
-    # A finished run that is started again evaluates again, but has logged its points already;
-    # one that is given more steps goes on logging.
+    # A finished run that is started again is evaluated again, but its points are logged already.
     nothing_left = progress.steps >= config.training.train_steps
     finished = nothing_left and has_summary(config.run_directory, progress.steps)
     on_first_rank(lambda: _make_run_directory(config, corpus))
+    if not nothing_left:
+        on_first_rank(lambda: mark_stale(config.run_directory))
     log = _open_log(session, progress) if first and not finished else None
     if log:
         log.log_text("configuration", config.to_toml(), progress.steps)
-        # Closed after an error too: what led to it is on the way to the disk.
+        # Close it after an error too, since the last points are not yet on disk.
         stack.enter_context(contextlib.closing(log))
     modalities = list(config.model.modalities)
     last = config.training.train_steps
@@ -169,6 +176,8 @@ def _start(
         routing=routing,
     )
     _announce(run, search.checkpoint)
+    if saved is not None:
+        _announce_changes(run, saved)
     return run
 
 
@@ -185,7 +194,7 @@ def _train_steps(run: _Run) -> None:
         if done % run.config.logging.interval_steps == 0 or done == last:
             _report(run)
         if result.counts.stop and done < last:
-            _leave(run)  # at once: a launcher may not leave the ranks time for more
+            _leave(run)  # before anything else, since the launcher may give the ranks little time
             return
         if _due(done, evaluation_interval) and done < last:
             _evaluate(run)
@@ -209,13 +218,13 @@ def _check_stop(stop: StopRequest, groups: ProcessGroups) -> None:
 
 
 def _leave(run: _Run) -> None:
-    """Save, unless that is done, and say how to go on."""
+    """Save if necessary, and say how to continue."""
     _save(run)
     done, last = run.progress.steps, run.config.training.train_steps
-    goes_on = "goes on from here" if done < last else "evaluates the trained model"
+    purpose = "to continue" if done < last else "to evaluate the trained model"
     run.console.say(
         f"{_because(run.stop)}asked to stop: saved after step {done}/{last};"
-        f" the same command {goes_on}"
+        f" run the same command {purpose}"
     )
 
 
@@ -258,8 +267,8 @@ def _report(run: _Run) -> None:
     run.recent.clear()
     mfu = interval.flops_per_second / run.peak_flops
     left = interval.seconds.total * (config.training.train_steps - progress.steps)
-    run.console.interval(progress.steps, interval, mfu, left)
     memory = _fullest_rank(peak_memory_bytes(run.session.groups.device), run.session.groups)
+    run.console.interval(progress.steps, interval, mfu, left, memory)
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
         run.log.log_progress(progress)
@@ -268,26 +277,31 @@ def _report(run: _Run) -> None:
 
 
 def _flops(config: Config, result: StepResult) -> float:
-    """Of the model in one step, over all ranks."""
+    """Return the FLOPs of the model in one step, over all ranks."""
     counts = result.counts
     return step_flops(config.model, counts.tower_tokens, counts.attended_pairs).total
 
 
 def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
-    """The largest of all ranks' numbers: with towers and stages apart they differ."""
+    """Return the maximum over all ranks, which differ in the towers and stages that they hold."""
     largest = torch.tensor(num_bytes, device=groups.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
 def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
-    """Evaluate, on ``whole`` of the split or as much as is allowed, and show and log the losses."""
+    """Evaluate, print and log the losses.
+
+    Args:
+        run: The run.
+        whole: Use the whole split, even if evaluation.max_sequences limits it.
+    """
     session, step = run.session, run.progress.steps
     session.progress_report.enter("evaluation")
-    # Between evaluations of a part its loss would be an outlier.
+    # Log it under another tag: next to evaluations of a part, its loss would be an outlier.
     apart = whole and run.config.evaluation.max_sequences is not None
     if apart:
-        run.console.say("the last evaluation, of the whole validation split:")
+        run.console.say("evaluating the whole validation split:")
     check_stop = functools.partial(_check_stop, run.stop, session.groups)
     held_out = evaluate_held_out(session, whole, check_stop)
     run.progress.evaluated_steps = step
@@ -311,11 +325,11 @@ def _sample(run: _Run) -> None:
     run.session.progress_report.enter("samples")
     if run.session.model_is_split:
         run.console.say(
-            "no samples: no rank holds the whole model; mot generate draws them from the checkpoint"
+            "no samples: no rank holds the whole model; use mot generate with the checkpoint"
         )
     elif not run.config.model.can_be_causal:
         run.console.say(
-            "no samples: experts choose among later tokens; generation needs"
+            "no samples: the routing of experts sees later tokens; generation needs"
             " model.towers.NAME.experts.causal_router = true"
         )
     else:
@@ -329,13 +343,21 @@ def _finish(run: _Run) -> None:
     limited = evaluation.max_sequences is not None
     if limited and not run.logged and _due(run.progress.steps, evaluation.interval_steps):
         _evaluate(run)
-    # What is reported stands beside entropies of the whole split.
+    # The summary compares with entropies of the whole split.
     held_out = _evaluate(run, whole=True)
     if not run.logged:
         _sample(run)
     parameters = count_parameters(run.config.model).total
-    path = on_first_rank(lambda: write_summary(run.session, run.progress, held_out, parameters))
-    run.console.say(f"done: {path}")
+    said = on_first_rank(lambda: _write_summary(run, held_out, parameters))
+    run.console.say(said)
+
+
+def _write_summary(run: _Run, held_out: HeldOut, parameters: int) -> str:
+    """Write the summary and return what to print; a full disk must not fail a finished run."""
+    try:
+        return f"done: {write_summary(run.session, run.progress, held_out, parameters)}"
+    except OSError as error:
+        return f"done, but the summary cannot be written: {describe_os_error(error)}"
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -348,7 +370,7 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
         config.run_directory / "tensorboard",
         list(config.model.modalities),
         config.model.tower_names,
-        # Points of steps that will be done again must not stand twice.
+        # Hide points of steps that will be repeated.
         start_step=progress.steps + 1,
         modality_parallel=session.groups.modality_size > 1,
         experts=expert_charts(config.model),
@@ -356,10 +378,10 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
 
 
 def _make_run_directory(config: Config, corpus: Corpus) -> None:
-    """Make the run's folder, with the resolved configuration and the corpus's description in it."""
+    """Create the run's folder with the resolved configuration and the description of the corpus."""
     config.run_directory.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run_directory / "config.toml", config.to_toml())
-    # Says on which tokens the run was trained, also where the corpus is not at hand.
+    # Shows what the run was trained on even if the corpus is not available.
     description = (corpus.directory / DESCRIPTION_FILE).read_bytes()
     write_atomically(config.run_directory / DESCRIPTION_FILE, description)
 
@@ -384,7 +406,7 @@ def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
         f" (shared {count.shared / 1e6:.2f} M, {towers})"
     )
     run.console.say(
-        f"{groups.mesh.world_size} x {groups.device.type}: {_layout(config, groups)},"
+        f"{groups.mesh.world_size} x {groups.device.type}: {_describe_axes(config, groups)},"
         f" ZeRO-{config.parallel.zero_stage};"
         f" {config.accumulation_steps(groups.data_size)} micro-batches of"
         f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and"
@@ -400,17 +422,35 @@ def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
     if resumed:
         run.saved_steps = run.progress.steps
         run.console.say(f"continuing from {resumed.path}")
-        before, now = tomllib.loads(read_config_text(resumed)), tomllib.loads(config.to_toml())
-        for key, (old, new) in differing_keys(before, now).items():
-            run.console.say(f"  with {key} = {_or_absent(new)}, which was {_or_absent(old)}")
+
+
+def _announce_changes(run: _Run, saved: Config) -> None:
+    """Print what differs from the configuration with which the checkpoint was saved."""
+    config, done = run.config, run.progress.steps
+    before, now = tomllib.loads(saved.to_toml()), tomllib.loads(config.to_toml())
+    for key, (old, new) in differing_keys(before, now).items():
+        run.console.say(f"  with {key} = {_or_absent(new)}, which was {_or_absent(old)}")
+    last = config.training.train_steps
+    if done >= last:
+        run.console.say(
+            f"nothing is left to train: {done} steps are done, and training.train_steps = {last};"
+            " evaluating again"
+        )
+        return
+    rates = [build_schedule(one).at(done) for one in (saved, config)]
+    if not math.isclose(*rates, rel_tol=1e-3):
+        run.console.say(
+            f"  the learning rate of step {done + 1} is {rates[1]:.2e}; with the configuration of"
+            f" the checkpoint it would be {rates[0]:.2e}"
+        )
 
 
 def _or_absent(value: object) -> str:
     return "absent" if value is None else f"{value!r}"
 
 
-def _layout(config: Config, groups: ProcessGroups) -> str:
-    """The axes that are used, fastest first."""
+def _describe_axes(config: Config, groups: ProcessGroups) -> str:
+    """Describe the parallel axes of size 2 or more, fastest first."""
     pieces = config.parallel.virtual_pipeline_model_parallel_size
     axes = {
         "tensor parallel": groups.tensor_size,

@@ -1,6 +1,6 @@
-"""A picture of how a tower's tokens spread over its experts, layer by layer.
+"""A picture of how the tokens of a tower are distributed over its experts, layer by layer.
 
-The figure is an object of its own: nothing is registered with pyplot, and no display is asked for.
+The figure is made without pyplot, so it needs no display and is freed when it is no longer used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 _CELL_INCHES = (0.62, 0.36)
 _SMALL_CELL_INCHES = (0.14, 0.14)
 _MOST_NUMBERED = 40
-"""Experts or layers up to which cells are as large as their numbers."""
+"""Largest number of experts or layers for which cells are large enough for their numbers."""
 _LEFT_INCHES, _BELOW_INCHES, _ABOVE_INCHES, _GAP_INCHES = 0.8, 0.58, 0.62, 0.22
 _BAR_INCHES = (0.16, 0.75)
-"""Width of the color bar, and of what stands right of it."""
+"""Width of the color bar and of its labels."""
 _NARROWEST_INCHES = 4.2
-"""So that the title fits."""
+"""Minimum width, so that the title fits."""
 _LOWEST_INCHES = 1.1
 _COLORS, _UNTAKEN_COLORS = "Blues", "Oranges"
 _SMALL, _TITLE = 8.5, 11
@@ -31,13 +31,14 @@ _DPI = 110
 def draw_heat_map(
     title: str, taken: np.ndarray, untaken: np.ndarray | None, equal: float
 ) -> Figure:
-    """Experts from left to right, layers from top to bottom.
+    """Draw experts from left to right and layers from top to bottom.
 
     Args:
-        title: Of the picture.
+        title: Title of the picture.
         taken: [L, E] percent of the tower's tokens that each expert takes.
-        untaken: [L] percent that no expert takes, a column of its own; None where that cannot be.
-        equal: Percent that each expert would take if all took equally many.
+        untaken: [L] percent that no expert takes, drawn as a separate column; None if every token
+            has an expert.
+        equal: Percent that each expert would take if all took the same number.
     """
     numbered = max(taken.shape) <= _MOST_NUMBERED
     width, height = _CELL_INCHES if numbered else _SMALL_CELL_INCHES
@@ -45,7 +46,7 @@ def draw_heat_map(
     if untaken is not None:
         columns.insert(1, _CELL_INCHES[0])
     figure, places = _frame(columns, max(taken.shape[0] * height, _LOWEST_INCHES))
-    # An equal share is never darker than the middle, so that one glance tells more from less.
+    # An equal share is never darker than the middle of the scale, so overload stands out.
     scale = Normalize(0, max(2 * equal, taken.max()))
     cells = places[0]
     _draw_cells(cells, taken, scale, _COLORS, numbered)
@@ -67,7 +68,7 @@ def draw_heat_map(
 
 
 def _frame(columns: list[float], height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with axes side by side, of these widths and this height in inches."""
+    """Return a figure with axes side by side, with these widths and this height in inches."""
     needed = _LEFT_INCHES + sum(columns) + _GAP_INCHES * (len(columns) - 1) + _BAR_INCHES[1]
     total = (max(needed, _NARROWEST_INCHES), _BELOW_INCHES + height + _ABOVE_INCHES)
     figure = Figure(figsize=total, dpi=_DPI)
@@ -81,7 +82,7 @@ def _frame(columns: list[float], height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_bar(figure: Figure, axes: Axes, scale: Normalize, equal: float) -> None:
-    """The scale of colors, with a line at equal shares."""
+    """Draw the color scale, with a line at equal shares."""
     bar = figure.colorbar(ScalarMappable(scale, _COLORS), cax=axes)
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.axhline(equal, color="black", linewidth=1)

@@ -1,4 +1,4 @@
-"""summary.json: what a run reached, for whoever tracks results by machine."""
+"""summary.json: the results of a run in a form that programs can read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SUMMARY_FILE = "summary.json"
 
 
 def write_summary(session: Session, progress: Progress, held_out: HeldOut, parameters: int) -> Path:
-    """Write the summary into the run's folder and return its path; on one rank only.
+    """Write the summary to the run's folder and return its path; call this on one rank only.
 
     Args:
         session: The run.
-        progress: How far it has come.
+        progress: Its progress.
         held_out: Losses on the held-out split.
-        parameters: Of the whole model.
+        parameters: Number of parameters of the whole model.
 
     Raises:
-        OSError: It cannot be written; an older one stays.
+        OSError: The file cannot be written; an older one is unchanged.
     """
     config, corpus = session.config, session.corpus
     statistics = measure_corpus(corpus)
@@ -45,7 +45,7 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
         "parameters": parameters,
         "towers": list(config.model.tower_names),
         "world_size": session.groups.mesh.world_size,
-        **layout(config, session.groups.placement),
+        **layout_record(config, session.groups.placement),
         "precision": config.training.precision,
         "device": device_name(session.groups.device),
         "routed_with_later_tokens": config.model.sees_the_future,
@@ -59,11 +59,11 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
     return path
 
 
-def layout(config: Config, placement: Placement | None) -> dict[str, Any]:
-    """How the model lay over the ranks, by the configuration's keys.
+def layout_record(config: Config, placement: Placement | None) -> dict[str, Any]:
+    """Return the parallel layout by configuration keys.
 
-    None for what takes a pipeline or modality parallelism. The placement is the one chosen: per
-    rank of a modality group the share of each tower's tokens, by name.
+    Keys that need pipeline or modality parallelism are None without it. The placement is the chosen
+    one: for each rank of a modality group, the share of each tower's tokens, by name.
     """
     parallel = config.parallel
     shares = placement and [
@@ -88,23 +88,38 @@ def layout(config: Config, placement: Placement | None) -> dict[str, Any]:
 
 
 def has_summary(run_directory: Path, steps: int) -> bool:
-    """Whether the run there has been finished at ``steps`` steps."""
+    """Return whether a run was finished after ``steps`` steps."""
     path = run_directory / SUMMARY_FILE
     if not path.is_file():
         return False
     try:
         return json.loads(path.read_text(encoding="utf-8"))["steps"] == steps
-    except (json.JSONDecodeError, KeyError, TypeError):  # damaged by hand: it is written anew
+    except (ValueError, KeyError, TypeError):  # damaged; it will be rewritten
         return False
+
+
+def mark_stale(run_directory: Path) -> None:
+    """Mark an existing summary as stale, because the run is trained further.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = run_directory / SUMMARY_FILE
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+    if isinstance(summary, dict):
+        write_atomically(path, json.dumps({**summary, "stale": True}, indent=1) + "\n")
 
 
 def _modality(
     held_out: HeldOut, index: int, statistics: ModalityStatistics | None
 ) -> dict[str, float | None]:
-    """Bits per token of the held-out split: the model's beside those of counting tables.
+    """Return held-out bits per token of the model and of count-based baselines.
 
-    None for what a modality without held-out tokens does not have. The loss with causal routing
-    stands there only if training routes otherwise and causal routing is possible.
+    Values that a modality without held-out tokens lacks are None. The loss with causal routing is
+    included only if training routes differently and a causal router exists.
     """
     entropies = statistics.all_tokens if statistics else None
     causal = {}

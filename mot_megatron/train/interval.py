@@ -1,4 +1,4 @@
-"""Several steps seen as one: what a console line and a TensorBoard point report."""
+"""Statistics of several consecutive steps, as reported on the console and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from mot_megatron.train.step import StepResult, StepSeconds, weighted_mean
 
 @dataclass(frozen=True)
 class Interval:
-    """Means over the steps since the last report."""
+    """Statistics of the steps since the last report; means unless stated otherwise."""
 
     modality_bits: tuple[float, ...]
     """Mean cross entropy over all labels of the interval, bits per token; NaN without labels."""
     total_bits: float
     """The same over the labels of all modalities with their loss weights, which is minimized."""
     modality_rates: tuple[float, ...]
-    """Document tokens per second and modality, over all ranks."""
+    """Document tokens per second of each modality, over all ranks."""
     norms: StepNorms
-    """Of the last step: a mean would hide spikes and invent values no step had."""
+    """Norms of the last step, since a mean would hide spikes."""
     learning_rate: float
-    """Of the last step."""
+    """Learning rate of the last step."""
     seconds: StepSeconds
-    """Per step, on this rank."""
+    """Seconds per step on this rank."""
     flops_per_second: float
-    """Of the model over all ranks, without recomputation."""
-
+    """FLOP/s of the model over all ranks, without recomputation."""
     imbalance: float
-    """FLOPs of the busiest rank of a modality group over the mean, a mean over the steps."""
+    """FLOPs of the busiest rank of a modality group over the mean of the group."""
 
     @property
     def imbalance_percent(self) -> float:
-        """Share of a step that the other ranks of a group wait for the busiest, by FLOPs."""
+        """Percent of a step that the other ranks of a group wait for the busiest, by FLOPs."""
         waiting = 1 - 1 / self.imbalance
         return 100 * waiting * self.seconds.forward_backward / self.seconds.total
 

@@ -160,7 +160,7 @@ def build_session(
         model, _optimizer_settings(config, groups), groups, num_towers=config.model.num_towers
     )
     pipeline = Pipeline(model, config, groups) if groups.pipeline_size > 1 else None
-    schedule, progress_report = _schedule(config), progress_report or ProgressReport()
+    schedule, progress_report = build_schedule(config), progress_report or ProgressReport()
     return Session(config, groups, corpus, engine, loader, schedule, pipeline, progress_report)
 
 
@@ -199,7 +199,8 @@ def _optimizer_settings(config: Config, groups: ProcessGroups) -> OptimizerSetti
     )
 
 
-def _schedule(config: Config) -> LearningRateSchedule:
+def build_schedule(config: Config) -> LearningRateSchedule:
+    """Return the learning-rate schedule of a configuration."""
     optimizer = config.optimizer
     last = optimizer.lr_decay_steps or config.training.train_steps
     warmup = config.num_warmup_steps

@@ -191,10 +191,10 @@ def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor
 def mean_bits(
     sums: torch.Tensor, labels: Sequence[int], groups: ProcessGroups
 ) -> tuple[float, ...]:
-    """Sum nats over all ranks, divide by the global number of labels, turn into bits.
+    """Sum nats over all ranks, divide by the global number of labels and convert to bits.
 
-    Tensor-parallel ranks have the same sums, of which the first's count; stages before the last
-    have none.
+    Tensor-parallel ranks have equal sums, so only the first one's count; pipeline stages before the
+    last have zeros. Collectives: one all-reduce over the world.
     """
     if groups.tensor_rank > 0:
         sums = torch.zeros_like(sums)
@@ -220,7 +220,7 @@ def weighted_mean(
 
 
 class _Clock:
-    """Seconds between laps; waits for the device, so that each phase pays for its own work."""
+    """A stopwatch that waits for the device, so each phase is charged for its own work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

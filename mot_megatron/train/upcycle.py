@@ -1,8 +1,8 @@
-"""A new run from an old checkpoint: towers that are copies, mixtures whose experts are copies.
+"""Start a new run from a trained model: copy towers, or make experts from copies of a tower.
 
-Only weights are taken over: the new run begins at step 0 with empty moments, at the beginning of
-its data and of its learning-rate schedule. No model is built, and the host holds the old weights
-once, however often they are copied.
+Only weights are copied. The new run begins at step 0, with empty optimizer moments, at the start of
+its data and its learning-rate schedule. No model is built, and the host holds the old weights once,
+however often they are copied.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _ALONE = DataShard(0, 1)
 def upcycle(
     source: SavedRun, config: Config, corpus: Corpus, towers: Mapping[str, str]
 ) -> CheckpointInfo:
-    """Write the folder of a run that training continues from step 0. One process, without a model.
+    """Write the folder of a new run, which training continues from step 0; no collectives.
 
     Args:
-        source: What is copied.
-        config: Of the new run, resolved.
-        corpus: That of both.
-        towers: See ``source_towers``.
+        source: The run to copy weights from.
+        config: Resolved configuration of the new run.
+        corpus: Corpus of both runs.
+        towers: Source tower of each new tower; see ``source_towers``.
 
     Raises:
-        ConfigError: see ``check_upcycling``.
-        CheckpointError: the run has checkpoints already, or a file cannot be read or written.
+        ConfigError: See ``check_upcycling``.
+        CheckpointError: The new run has checkpoints already, or a file cannot be read or written.
     """
     check_upcycling(source.config.model, config.model, towers)
     directory = checkpoint_directory(config.run_directory)
@@ -84,7 +84,7 @@ def upcycle(
 
 
 def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> list[NamedTensor]:
-    """Weights, of which copies share memory, and moments, which share a single zero."""
+    """Return weights, whose copies share memory, and moments, which are one expanded zero."""
     old = read_whole_tensors(checkpoint, {WEIGHT_PREFIX + name for name in plan.copied.values()})
     weights = {new: old[WEIGHT_PREFIX + name] for new, name in plan.copied.items()}
     for name, shape in plan.drawn.items():
@@ -101,7 +101,7 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
 
 
 def _beginning(config: Config, corpus: Corpus) -> dict[str, int | str]:
-    """The data position of a run that has not begun."""
+    """Return the data position of a run before its first step."""
     return PackedLoader(
         corpus,
         TRAIN_SPLIT,
@@ -116,7 +116,7 @@ def _beginning(config: Config, corpus: Corpus) -> dict[str, int | str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the logits of two models on the same tokens."""
+    """Difference between the logits of two models on the same tokens."""
 
     largest: float
     """Largest absolute difference."""
@@ -126,12 +126,12 @@ class Difference:
 
 
 def compare_logits(source: SavedRun, upcycled: CheckpointInfo, corpus: Corpus) -> Difference:
-    """Run both models, one after the other, on the first held-out sequence, in fp32 on the CPU.
+    """Run both models in turn on the first held-out sequence, in fp32 on the CPU.
 
-    As in training: experts that choose do so among all of the sequence's tokens.
+    As in training, expert choice pools all tokens of the sequence.
 
     Raises:
-        DataError: the corpus has no held-out split, or a document of it is too long.
+        DataError: The corpus has no held-out split, or a document of it is too long.
     """
     seq_length = source.config.data.seq_length
     old = _logits(source.checkpoint, corpus, seq_length)
@@ -141,7 +141,7 @@ def compare_logits(source: SavedRun, upcycled: CheckpointInfo, corpus: Corpus) -
 
 @torch.no_grad()
 def _logits(checkpoint: CheckpointInfo, corpus: Corpus, seq_length: int) -> torch.Tensor:
-    """[documents' tokens, V] in the order of the sequence."""
+    """Return the logits of document tokens in sequence order, [tokens, V]."""
     trained = load_trained_model(checkpoint.path, torch.device("cpu"), corpus.directory)
     batch = next(
         evaluation_batches(
@@ -153,5 +153,5 @@ def _logits(checkpoint: CheckpointInfo, corpus: Corpus, seq_length: int) -> torc
             shard=_ALONE,
         )
     )
-    # Where no document is, no expert takes anything.
+    # Leave out padding, which no expert takes.
     return trained.model.sequence_logits(batch)[batch.filled[batch.ungroup_index]]

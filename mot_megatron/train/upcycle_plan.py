@@ -1,7 +1,7 @@
-"""Which tensor of an old model each tensor of a new one is a copy of, and what that computes.
+"""Plan which source tensor each new tensor copies, and whether the copies compute the same.
 
-A tower's weights are a tower's of the source. A mixture's experts are copies of a plain tower's
-feed-forward network, and its routers are new; or they are a mixture's, as many.
+A new tower copies the weights of one source tower. Experts are copies of a plain tower's
+feed-forward network, with new routers, or of the same number of experts.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ _ALIKE = {
     "rotary_base": "rotary_base",
     "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
 }
-"""Keys of the model that must not differ, and the attributes that hold their values."""
+"""Keys of the model that must be equal, and the attributes with their values."""
 _PLACE = re.compile(r"(?P<component>.+)\.(?:shared|towers\.(?P<tower>\d+))\.(?P<weight>.+)")
 _OF_EXPERT = re.compile(r"experts\.\d+\.(?P<matrix>.+)")
 
 
 @dataclass(frozen=True)
 class FirstForward:
-    """What a tower's weights compute before the first step, on the inputs of those it copies.
+    """Whether a tower computes the same as its source tower before the first step.
 
-    Attention mixes the towers, so that what one computes otherwise changes the inputs of all.
+    This is for equal inputs. Attention mixes the towers, so a different output of one changes the
+    inputs of all.
     """
 
     tower: str
@@ -46,7 +47,7 @@ class FirstForward:
     reason: str
 
     def __str__(self) -> str:
-        verdict = "the same as" if self.equal else "otherwise than"
+        verdict = "the same as" if self.equal else "something else than"
         return (
             f"tower {self.tower}: its weights compute {verdict} tower {self.source} of the source:"
             f" {self.reason}"
@@ -55,23 +56,24 @@ class FirstForward:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Where every tensor of the new model comes from; global names."""
+    """The origin of each tensor of the new model, by global name."""
 
     copied: dict[str, str] = field(default_factory=dict)
     """New name -> old name."""
     drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """New name -> shape, of what the old model has nothing of: routers."""
+    """New name -> shape of tensors that the source lacks, which are routers."""
 
 
 def source_towers(
     source: ModelConfig, target: ModelConfig, wanted: Mapping[str, str]
 ) -> dict[str, str]:
-    """Which tower each of the target's copies, by name.
+    """Return the source tower that each target tower copies, by name.
 
-    Where ``wanted`` says nothing: the only tower of the source, or the one of the same name.
+    A tower that is not in ``wanted`` copies the only tower of the source, or the tower of the same
+    name.
 
     Raises:
-        ConfigError: a name that is no tower's, or a tower of the target that nothing is said of.
+        ConfigError: ``wanted`` contains an unknown tower, or a target tower has no source.
     """
     for what, names, allowed in (
         ("the new model", wanted.keys(), target.tower_names),
@@ -79,7 +81,10 @@ def source_towers(
     ):
         unknown = sorted(set(names) - set(allowed))
         if unknown:
-            raise ConfigError(f"{unknown[0]} is no tower of {what}; allowed: {', '.join(allowed)}")
+            raise ConfigError(
+                f"--map names tower {unknown[0]!r}, which {what} does not have; allowed:"
+                f" {', '.join(allowed)}"
+            )
     chosen = {}
     for name in target.tower_names:
         same = name if name in source.tower_names else None
@@ -88,22 +93,22 @@ def source_towers(
         )
         if chosen[name] is None:
             raise ConfigError(
-                f"tower {name} of the new model: the source has no tower of the name; needed:"
-                f" which it copies, one of {', '.join(source.tower_names)}"
+                f"tower {name} of the new model: the source has no tower of this name; name the one"
+                f" to copy with --map {name}=TOWER, one of {', '.join(source.tower_names)}"
             )
     return chosen
 
 
 def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[str, str]) -> None:
-    """Refuse what copies cannot make.
+    """Check that the target can be made from copies of the source.
 
     Args:
-        source: Resolved.
-        target: Resolved.
-        towers: Which of the source's towers each of the target's copies.
+        source: Resolved model of the source.
+        target: Resolved model of the new run.
+        towers: Source tower of each target tower.
 
     Raises:
-        ConfigError: shapes differ, weights would have to be merged, or experts to go.
+        ConfigError: Shapes differ, or weights would have to be merged or experts removed.
     """
     for key, attribute in _ALIKE.items():
         old, new = getattr(source, attribute), getattr(target, attribute)
@@ -134,7 +139,7 @@ def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[st
 def first_forwards(
     source: ModelConfig, target: ModelConfig, towers: Mapping[str, str]
 ) -> list[FirstForward]:
-    """For every tower whether its weights compute at first what those it copies do, and why."""
+    """Return for each tower whether it computes the same as its source tower, and why."""
     forwards = []
     for name, old_name in towers.items():
         old, new = _experts(source, old_name), _experts(target, name)
@@ -155,11 +160,11 @@ def whole_model(
     towers: Mapping[str, str],
     forwards: Sequence[FirstForward],
 ) -> str:
-    """A line on whether the new model computes at first what the source does, and why not.
+    """Return a line that says whether the new model computes the same as the source.
 
     Args:
-        source: Resolved.
-        target: Resolved, of the same modalities.
+        source: Resolved model of the source.
+        target: Resolved model of the new run, with the same modalities.
         towers: See ``source_towers``.
         forwards: See ``first_forwards``.
     """
@@ -167,7 +172,8 @@ def whole_model(
     differing = [forward.tower for forward in forwards if not forward.equal]
     if differing:
         reasons.append(
-            f"tower {', '.join(differing)} computes otherwise, and attention carries that to all"
+            f"tower {', '.join(differing)} computes something else, and attention passes that on to"
+            " all towers"
         )
     for modality, settings in target.modalities.items():
         copied, before = towers[settings.tower], source.modalities[modality].tower
@@ -191,8 +197,8 @@ def _of_copied_experts(
         for experts in (old, new)
     )
     if before != now:
-        return False, "experts and routers copied, but routed otherwise"
-    # Experts that choose, or drop what exceeds a capacity, do so among all tokens of the tower.
+        return False, "experts and routers copied, but the routing differs"
+    # Expert choice and capacity dropping depend on all tokens of the tower.
     if new.sees_the_future and not same_pool:
         return False, "experts and routers copied, but they choose among other tokens"
     return True, "experts and routers copied"
@@ -209,23 +215,23 @@ def _of_copied_network(target: ModelConfig, new: ExpertsConfig) -> tuple[bool, s
     if new.routing == "expert_choice":
         reason += f" on average (c = {each:g}): 0 for tokens that no expert takes"
     if target.norm_placement == "post":
-        reason += "; the norm behind them cancels any factor but 0, up to norm_eps"
+        reason += "; the norm after them cancels any factor except 0, up to norm_eps"
     return False, reason
 
 
 def _weights_sum_to_one(experts: ExpertsConfig) -> bool:
-    """Of every token's experts, whatever the router says."""
+    """Return whether the gate weights of each token sum to 1 for any router output."""
     takes_all = experts.experts_per_token == experts.num_moe_experts
     if experts.routing == "expert_choice":
         return takes_all and experts.gate == "softmax"
     if experts.capacity_factor is not None and not (takes_all and experts.capacity_factor >= 1):
         return False
-    # Of several chosen experts, sigmoid gates are divided by their sum.
+    # With several experts per token, sigmoid gates are divided by their sum.
     return takes_all if experts.gate == "softmax" else experts.experts_per_token > 1
 
 
 def plan_tensors(source: Config, target: Config, towers: Mapping[str, str]) -> TensorPlan:
-    """What to copy for a target that ``check_upcycling`` lets pass; arguments are its."""
+    """Return what to copy; call ``check_upcycling`` with the same arguments first."""
     known = {name for name, _, _ in _tensors(source)}
     old_towers = source.model.tower_names
     plan = TensorPlan()
@@ -241,9 +247,9 @@ def plan_tensors(source: Config, target: Config, towers: Mapping[str, str]) -> T
 
 
 def _tensors(config: Config) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Name, tower and shape of all tensors.
+    """Yield name, tower and shape of all tensors.
 
-    What towers share has the first tower, and an expert the shape of all stacked.
+    Shared tensors count to the first tower; an expert has the shape of all experts stacked.
     """
     whole, model = config.model_copy(update={"parallel": ParallelConfig()}), config.model
     for parameter in held_parameters(whole, 0, range(model.num_towers)):
@@ -258,7 +264,7 @@ def _tensors(config: Config) -> Iterator[tuple[str, int, tuple[int, ...]]]:
 
 
 def _old_names(name: str, old_tower: int) -> Iterator[str]:
-    """What the tensor may be called in the source, the likest first."""
+    """Yield possible names of a tensor in the source, the most likely first."""
     found = _PLACE.fullmatch(name)
     if found is None:
         yield name

@@ -145,13 +145,13 @@ def test_first_forward_differs_if_reported_so(
     source = save_source(config_file.parent / "source", corpus, dense)
     lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
     text, *others, whole = lines
-    start = "tower text: its weights compute otherwise than tower one of the source: 4 experts that"
+    start = "tower text: its weights compute something else than tower one of the source: 4 experts that"
     assert text.startswith(start)
     assert reason in text
     assert all("compute the same as tower one of the source: a copy" in line for line in others)
     assert whole == (
-        "whole model: first forward differs from the source's: tower text computes otherwise, and"
-        " attention carries that to all"
+        "whole model: first forward differs from the source's: tower text computes something else,"
+        " and attention passes that on to all towers"
     )
     if PRE in new:
         assert difference > 0.05 * scale
@@ -253,8 +253,18 @@ def test_training_continues_from_an_upcycled_run(
     ("old", "new", "more", "message"),
     [
         (DENSE, ["model.hidden_size=64"], [], "model.hidden_size = 64, but the source has 32"),
-        (DENSE, [], ["--map", "voice=one"], "voice is no tower of the new model; allowed: text,"),
-        (DENSE, [], ["--map", "text=two"], "two is no tower of the source; allowed: one"),
+        (
+            DENSE,
+            [],
+            ["--map", "voice=one"],
+            "tower 'voice', which the new model does not have; allowed: text,",
+        ),
+        (
+            DENSE,
+            [],
+            ["--map", "text=two"],
+            "tower 'two', which the source does not have; allowed: one",
+        ),
         (DENSE, [], ["--map", "text"], "--map text: expected NEW=OLD"),
         ([], DENSE, [], "tower one of the new model: the source has no tower of the name; needed:"),
         ([CHOSEN], [], [], "tower text has a plain network, but tower text of the source 4 exp"),

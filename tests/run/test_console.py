@@ -32,24 +32,27 @@ def interval_of(
 def printed(capsys: pytest.CaptureFixture[str], on: bool = True) -> list[str]:
     bits = (7.25, math.nan, 6.5)
     with Console(MODALITIES, 0, 200, on) as console:
-        console.interval(20, interval_of(bits, 12_345.0, 1.5), 0.42, seconds_left=75)
+        console.interval(
+            20, interval_of(bits, 12_345.0, 1.5), 0.42, seconds_left=75, memory_bytes=3 * 2**29
+        )
         console.held_out(20, HeldOut(bits), sees_the_future=False)
     return capsys.readouterr().out.splitlines()
 
 
 def test_lines_say_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
-    interval, held_out = printed(capsys)
+    interval, memory, held_out = printed(capsys)
     assert interval == (
-        "step  20/200 | text 7.250  image -  speech 6.500 bits | norm 1.50 | lr 3.0e-04"
-        " | 12.3k tok/s | mfu 42% | left 1:15"
+        "step  20/200  text 7.250 image - speech 6.500 bits  grad norm 1.50  lr 3.0e-04  600 ms"
+        "  12.3k tok/s  mfu 42%  left 1:15"
     )
-    assert held_out == "held out, step  20: text 7.250  image -  speech 6.500 bits per token"
+    assert memory == "  peak memory of the fullest rank: 1.50 GiB"
+    assert held_out == "held out, step  20: text 7.250 image - speech 6.500 bits per token"
 
 
 def test_lines_of_long_runs_fit(capsys: pytest.CaptureFixture[str]) -> None:
     interval = interval_of((12.25, 12.25, 12.25), rate=987_654.0, norm=12.34, imbalance=1.25)
     with Console(MODALITIES, 0, 200_000, on=True) as console:
-        console.interval(100_000, interval, 0.42, seconds_left=359_999)
+        console.interval(100_000, interval, 0.42, seconds_left=359_999, memory_bytes=0)
         console.held_out(100_000, HeldOut((12.25,) * 3, (12.5,) * 3), sees_the_future=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -65,11 +68,10 @@ def test_a_reader_sees_which_loss_is_honest(capsys: pytest.CaptureFixture[str]) 
         console.held_out(20, HeldOut(bits, causal), sees_the_future=True)
         console.held_out(40, HeldOut(bits), sees_the_future=True)
     assert capsys.readouterr().out.splitlines() == [
-        "held out, step  20: text 7.250  image -  speech 6.500 bits per token,"
+        "held out, step  20: text 7.250 image - speech 6.500 bits per token,"
         " routed with later tokens",
-        "   routed causally: text 7.500  image -  speech 6.750 bits per token,"
-        " honest: as generation routes",
-        "held out, step  40: text 7.250  image -  speech 6.500 bits per token,"
+        "   routed causally: text 7.500 image - speech 6.750 bits per token, as in generation",
+        "held out, step  40: text 7.250 image - speech 6.500 bits per token,"
         " routed with later tokens",
     ]
 

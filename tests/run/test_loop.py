@@ -26,9 +26,13 @@ TP2 = "parallel.tensor_model_parallel_size=2"
 
 
 def train_on_ranks(
-    corpus_directory: Path, runs: Path, overrides: list[str], signalled_rank: int | None
+    corpus_directory: Path,
+    runs: Path,
+    overrides: list[str],
+    signalled_rank: int | None,
+    signalled_step: int = 3,
 ) -> str | None:
-    """Train; the rank to be signalled gets SIGTERM during its third step. The error, if any."""
+    """Train; a rank gets SIGTERM during one of its steps. Return the error, if any."""
     config = small_config(corpus_directory, [f"run.directory={runs}", *overrides])
     corpus = Corpus.open(corpus_directory)
     groups = build_process_groups(config.parallel.tensor_model_parallel_size, torch.device("cpu"))
@@ -36,7 +40,7 @@ def train_on_ranks(
 
     def step_and_signal(*arguments: object, step: int, **keywords: object) -> StepResult:
         result = original(*arguments, step=step, **keywords)  # type: ignore[arg-type]
-        if step == 3 and groups.rank == signalled_rank:
+        if step == signalled_step and groups.rank == signalled_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
@@ -81,6 +85,23 @@ def test_stop_during_an_evaluation_is_heard_there(corpus: Path, tmp_path: Path) 
     assert evaluated_steps(tmp_path / "small") == [3, 4]
 
 
+def test_more_steps_neither_warm_up_again_nor_leave_a_fresh_summary(
+    corpus: Path, tmp_path: Path
+) -> None:
+    unset = ["-optimizer.lr_warmup_steps"]
+    summary = tmp_path / "small" / "summary.json"
+    more = ["training.train_steps=1000"]
+    few = [*unset, "training.train_steps=4"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, few, None) == [None]
+    assert "stale" not in json.loads(summary.read_text())
+    # Stops after a few steps of a thousand, of which a fiftieth would be warm-up.
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, [*unset, *more], 0, 6) == [None]
+    assert json.loads(summary.read_text())["stale"] is True
+    events = EventAccumulator(str(tmp_path / "small" / "tensorboard"), {"scalars": 0}).Reload()
+    rates = {point.step: point.value for point in events.Scalars("learning_rate")}
+    assert rates[5] == pytest.approx(1e-2, rel=0.01)
+
+
 def evaluated_steps(run: Path) -> list[int]:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     if "loss_held_out/text" not in events.Tags()["scalars"]:
@@ -97,12 +118,12 @@ def test_folder_that_only_the_first_rank_fails_to_make(corpus: Path, tmp_path: P
     assert str(runs) in errors[0]
 
 
-def test_summary_that_only_the_first_rank_fails_to_write(corpus: Path, tmp_path: Path) -> None:
+def test_a_summary_that_cannot_be_written_does_not_fail_the_run(
+    corpus: Path, tmp_path: Path
+) -> None:
     (tmp_path / "small" / "summary.json.tmp").mkdir(parents=True)
     errors = run_ranks(train_on_ranks, 2, corpus, tmp_path, ["training.train_steps=1"], None)
-    assert errors[0] == errors[1]
-    assert errors[0] is not None
-    assert "summary.json.tmp" in errors[0]
+    assert errors == [None, None]  # the run itself is done
 
 
 def test_last_evaluation_covers_the_whole_split(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mot_megatron.config import Config
 from mot_megatron.config_files import parse_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.parallel.placement import Placement
-from mot_megatron.run.summary import layout, write_summary
+from mot_megatron.run.summary import layout_record, write_summary
 from mot_megatron.train.session import build_groups, build_session, resolve_config
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut
@@ -26,7 +26,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def test_one_rank() -> None:
-    assert layout(config_of("zero_stage=2"), None) == {
+    assert layout_record(config_of("zero_stage=2"), None) == {
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,
         "pipeline_model_parallel_size": 1,
@@ -47,7 +47,7 @@ def test_every_axis() -> None:
         "modality_parallel_size=2",
         "attention_exchange=heads",
     )
-    found = layout(config, Placement(((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))))
+    found = layout_record(config, Placement(((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))))
     assert found == {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,

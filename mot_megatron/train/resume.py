@@ -1,0 +1,29 @@
+"""What a resumed run takes from the configuration that its checkpoint was saved with."""
+
+from __future__ import annotations
+
+from mot_megatron.checkpoint.find import CheckpointInfo, read_config_text
+from mot_megatron.config import Config
+from mot_megatron.config_files import parse_config
+
+
+def read_saved_config(checkpoint: CheckpointInfo) -> Config:
+    """Return the resolved configuration of the run that saved a checkpoint.
+
+    Raises:
+        ConfigError: This version of the program does not accept it.
+    """
+    return parse_config(read_config_text(checkpoint), f"{checkpoint.path}/config.toml")
+
+
+def keep_warmup(config: Config, saved: Config) -> Config:
+    """Return ``config`` with the number of warm-up steps with which the run began.
+
+    By default, the warm-up is a share of ``training.train_steps``. A finished run that is given
+    more steps would otherwise warm up a second time.
+    """
+    if config.optimizer.lr_warmup_steps is not None:
+        return config
+    optimizer = config.optimizer.model_copy(update={"lr_warmup_steps": saved.num_warmup_steps})
+    kept = config.model_copy(update={"optimizer": optimizer})
+    return kept if kept.num_warmup_steps != config.num_warmup_steps else config
