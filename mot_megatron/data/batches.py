@@ -1,7 +1,7 @@
-"""From packed sequences to a MicroBatch: labels, positions, and the tokens sorted by tower.
+"""Build a MicroBatch from packed sequences: labels, positions, and tokens sorted by tower.
 
-Sorting on the host, once per batch, is what makes every tower's tokens a contiguous slice of known
-size in the model. Letters as in model/micro_batch.py: b sequences, s positions each, t = b * s, g
+Tokens are sorted once per batch on the host, so in the model each tower's tokens are a contiguous
+slice of known size. Letters as in model/micro_batch.py: b sequences of s positions, t = b * s, g
 slots.
 """
 
@@ -30,24 +30,24 @@ def build_micro_batch(
     filled_tokens: np.ndarray | None = None,
     shard: ModalityShard | None = None,
 ) -> MicroBatch:
-    """Group one micro-batch; a pure function of its arguments, on the CPU.
+    """Group the tokens of one micro-batch by tower. This is a pure function on the CPU.
 
     Args:
         token_ids: [b, s] integers, sequence order.
-        document_ids: [b, s] integers: equal inside a document, ascending along a sequence.
-        modality_of_id: [vocab_size] int8, modality index of every id.
-        towers_of_modalities: Tower index of every modality, M of them.
+        document_ids: [b, s] integers, equal within a document and ascending along a sequence.
+        modality_of_id: [vocab_size] int8, modality index of each id.
+        towers_of_modalities: Tower index of each modality, M of them.
         num_towers: K; a tower may have no modality.
-        slot_multiple: Every tower's slots are rounded up to a multiple of this; the
-            tensor-parallel size under sequence parallelism, else 1.
-        filled_tokens: [b] leading positions of each sequence that documents occupy; the positions
-            behind them get no label and are counted for no modality. Default: all.
-        shard: Under modality parallelism, whose part of the micro-batch to return; the sequences
-            are then those of the whole group, rank after rank, b a multiple of its size.
+        slot_multiple: The slots of each tower are rounded up to a multiple of this: the
+            tensor-parallel size with sequence parallelism, otherwise 1.
+        filled_tokens: [b] number of leading positions of each sequence that documents occupy; later
+            positions get no label and count for no modality. Default: all.
+        shard: With modality parallelism, the part of the micro-batch to return. The sequences are
+            then those of the whole group, rank by rank, and b is a multiple of its size.
 
     Raises:
-        DataError: An id lies outside the vocabulary. Embeddings do not notice: under tensor
-            parallelism such an id silently becomes zeros.
+        DataError: An id is outside the vocabulary. An embedding would not report it: with tensor
+            parallelism, it silently becomes zeros.
     """
     sequences, seq_length = token_ids.shape
     vocab_size = len(modality_of_id)
@@ -82,7 +82,10 @@ def build_micro_batch(
 
 
 def _filled_slots(fields: dict[str, Any], used: np.ndarray) -> dict[str, Any]:
-    """Which slots hold documents' tokens, and how many of each tower; ``used`` by position."""
+    """Return which slots hold document tokens, and their number per tower.
+
+    ``used`` says the same for each position.
+    """
     in_slots = used[fields["group_index"]]
     in_slots[fields["padding_slots"]] = False
     ends = np.cumsum(fields["tower_slots"])

@@ -1,9 +1,9 @@
-"""Budget packing: micro-batches that hold exactly as many tokens of every tower as each other.
+"""Budget packing: all micro-batches have the same number of tokens of each tower.
 
-A micro-batch has b sequences of s positions and budgets that add up to b * s. Documents are chosen
-such that no tower exceeds its budget; the positions they leave are filled with tokens of the towers
-that fall short. So every shape of a step is known beforehand and equal on all ranks. Letters: b
-sequences of s positions, K towers.
+A micro-batch has b sequences of s positions and budgets that sum to b * s. Documents are chosen so
+that no tower exceeds its budget; remaining positions are filled with tokens of towers below their
+budget. Thus all shapes of a step are known in advance and equal on all ranks. Letters: b sequences
+of s positions, K towers.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from mot_megatron.data.packing import Packing, check_lengths, shuffled
 from mot_megatron.errors import DataError
 
 _TOKENS_PER_CHUNK = 1 << 16
-"""Of what is counted at once: small enough for a core's caches, 1.4 times as fast as 1 << 20."""
+"""Tokens counted at once: small enough for a core's caches, 1.4 times as fast as 1 << 20."""
 _MUCH_PADDING = 0.02
-"""Fraction of positions."""
+"""Fraction of positions above which a warning is printed."""
 
 
 def count_tower_tokens(
     split: TokenSplit, tower_of_id: np.ndarray, num_towers: int, source: str
 ) -> np.ndarray:
-    """Tokens per tower of each document, [documents, K] int32; reads all tokens once.
+    """Return the tokens per tower of each document, [documents, K] int32.
 
-    Every rank does, at every start: counted were 200 million tokens a second on one core from
-    memory, five seconds for 10^9; read from a disk they take as long as it takes to read them.
+    This reads all tokens once, on every rank and at every start. One core counted 200 million
+    tokens per second from memory (measured), so 10^9 take five seconds, or as long as the disk
+    needs.
 
     Args:
         split: The documents.
-        tower_of_id: [vocab_size] integers, tower index of every id.
+        tower_of_id: [vocab_size] integers, tower index of each id.
         num_towers: K.
-        source: What the error message names, for example the split's path.
+        source: Name for error messages, for example the path of the split.
 
     Raises:
-        DataError: An id lies outside the vocabulary.
+        DataError: An id is outside the vocabulary.
     """
     counts = np.empty((len(split), num_towers), dtype=np.int32)
     offsets, total = split.offsets, int(split.offsets[-1])
@@ -53,7 +54,7 @@ def count_tower_tokens(
         delay=5,
         ncols=100,
         leave=False,
-        disable=None,  # no bar where nobody watches
+        disable=None,  # no bar outside of a terminal
     ) as bar:
         while first < len(split):
             reached = np.searchsorted(offsets, offsets[first] + _TOKENS_PER_CHUNK, side="right") - 1
@@ -72,9 +73,10 @@ def count_tower_tokens(
 
 
 def tower_budgets(counts: np.ndarray, positions: int) -> tuple[int, ...]:
-    """Share ``positions`` among the towers as the documents' tokens are shared.
+    """Divide ``positions`` among the towers in proportion to the documents' tokens.
 
-    Rounded by largest remainders, so that the budgets add up; equal remainders favour lower towers.
+    Shares are rounded by largest remainder, so they sum to ``positions``; equal remainders favor
+    lower tower indices.
 
     Args:
         counts: [documents, K] tokens per tower, at least one token in all.
@@ -91,17 +93,17 @@ def tower_budgets(counts: np.ndarray, positions: int) -> tuple[int, ...]:
 
 
 def describe_budgets(budgets: Sequence[int], tower_names: Sequence[str], fill: float) -> str:
-    """The budgets for people, and, where much of them is padding, a second line with what helps.
+    """Describe the budgets, with a second line of advice if much of them is padding.
 
     Args:
         budgets: Tokens per tower of a micro-batch, K of them.
         tower_names: K.
-        fill: Fraction of the positions that documents occupy.
+        fill: Fraction of positions that documents occupy.
     """
     parts = zip(tower_names, budgets, strict=True)
     towers = ", ".join(f"{name} {budget:,}" for name, budget in parts)
     padding = 1 - fill
-    lines = [f"tokens of every micro-batch: {towers}; {padding:.1%} of them padding"]
+    lines = [f"tokens of each micro-batch: {towers}; {padding:.1%} of them padding"]
     if padding > _MUCH_PADDING:
         lines.append(
             f"warning: more than {_MUCH_PADDING:.0%} padding; with these documents a larger"
@@ -134,17 +136,17 @@ def pack_budget(
     capacity: int,
     source: str = "documents",
 ) -> Packing:
-    """Distribute documents over as few micro-batches as possible, keeping their order where it can.
+    """Distribute documents over as few micro-batches as possible, mostly in their order.
 
     Args:
         counts: [documents, K] int32, tokens per tower of each document.
-        budgets: K, adding up to ``sequences * capacity``.
+        budgets: K, which sum to ``sequences * capacity``.
         sequences: b, sequences per micro-batch.
-        capacity: s, tokens that a sequence holds.
-        source: What error messages name.
+        capacity: s, tokens per sequence.
+        source: Name for error messages.
 
     Returns:
-        Sequences, micro-batch after micro-batch, b each; some may be empty.
+        b sequences per micro-batch, one micro-batch after the other; sequences may be empty.
 
     Raises:
         DataError: As ``check_lengths`` and ``check_budgets``.
@@ -164,15 +166,18 @@ def pack_budget_epoch(
     epoch: int,
     source: str = "documents",
 ) -> Packing:
-    """Pack all documents in an order drawn from (seed, epoch), and draw that of the micro-batches.
+    """Pack all documents in a random order, and put the micro-batches into a random order.
+
+    Both orders depend only on (seed, epoch).
 
     Args:
-        counts: As in ``pack_budget``; so are budgets, sequences, capacity, source and the result.
+        counts: As in ``pack_budget``; the same holds for budgets, sequences, capacity, source and
+            the result.
         budgets: See ``counts``.
         sequences: See ``counts``.
         capacity: See ``counts``.
-        seed: Not negative.
-        epoch: Not negative; epochs of one seed are independent draws.
+        seed: 0 or more.
+        epoch: 0 or more; the orders of different epochs are independent.
         source: See ``counts``.
 
     Raises:
@@ -189,10 +194,10 @@ def pack_budget_epoch(
 def filler_ids(
     description: CorpusDescription, towers_of_modalities: Sequence[int], num_towers: int
 ) -> np.ndarray:
-    """An id of every tower for the positions that no document fills, [K] int64.
+    """Return an id of each tower for the positions that no document fills, [K] int64.
 
-    The padding token in its own tower, else the first id of the tower's first modality. A tower
-    without modalities has budget 0, so that its id (the padding token) is never used.
+    It is the padding token for the tower of that token, and otherwise the first id of the tower's
+    first modality. A tower without modalities has a budget of 0, so its id is never used.
     """
     ids = np.full(num_towers, description.pad_token, dtype=np.int64)
     padding_tower = towers_of_modalities[description.modality_of_id[description.pad_token]]
@@ -203,14 +208,14 @@ def filler_ids(
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """A split's documents, counted, and what its micro-batches hold."""
+    """Token counts of the documents of a split, and the budgets of its micro-batches."""
 
     counts: np.ndarray
     """[documents, K] int32 tokens per tower."""
     budgets: tuple[int, ...]
     """Tokens per tower of every micro-batch of b sequences, K of them."""
     fillers: np.ndarray
-    """[K] int64: the id that fills a tower's budget up."""
+    """[K] int64: the id that fills up the budget of each tower."""
     micro_batch_size: int
     """b."""
 
@@ -226,10 +231,10 @@ class BudgetPlan:
         seq_length: int,
         source: str,
     ) -> BudgetPlan:
-        """Count the split's tokens and share a micro-batch's positions in proportion.
+        """Count the tokens of a split and derive the budgets.
 
         Raises:
-            DataError: An id outside the vocabulary, or a document that exceeds a budget.
+            DataError: An id is outside the vocabulary, or a document exceeds a budget.
         """
         tower_of_id = np.asarray(towers_of_modalities)[description.modality_of_id]
         counts = count_tower_tokens(split, tower_of_id, num_towers, source)
@@ -239,11 +244,11 @@ class BudgetPlan:
         return cls(counts, budgets, fillers, micro_batch_size)
 
     def fill(self, token_ids: np.ndarray, filled: np.ndarray, sequences: list[np.ndarray]) -> None:
-        """Write fillers behind the documents, so that each micro-batch meets its budgets.
+        """Write fillers after the documents, so that each micro-batch meets its budgets.
 
         Args:
             token_ids: [n * b, s], the sequences of whole micro-batches; changed in place.
-            filled: [n * b] leading positions of each sequence that documents occupy.
+            filled: [n * b] number of leading positions of each sequence that documents occupy.
             sequences: Document numbers of each sequence, n * b arrays.
         """
         for first in range(0, len(sequences), self.micro_batch_size):

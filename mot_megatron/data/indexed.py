@@ -1,7 +1,8 @@
-"""Token files in megatron-core's IndexedDataset format: one document per sequence.
+"""Token files in megatron-core's IndexedDataset format, with one document per sequence.
 
-Megatron reads and writes the format; what it lets pass is checked here first. It opens a truncated
-.bin, and its arrays must not outlive its dataset, so lengths are copied and tokens mapped by NumPy.
+Megatron reads and writes the format. Problems that it does not detect, such as a truncated .bin,
+are checked here first. Its arrays must not outlive its dataset, so lengths are copied and tokens
+are memory-mapped by NumPy.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ _MAGIC = b"MMIDIDX\x00\x00"
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The dtype that a corpus of ``vocab_size`` ids is stored in."""
+    """Return the dtype in which a corpus with ``vocab_size`` ids is stored."""
     return np.uint16 if vocab_size <= LARGEST_UINT16_VOCABULARY else np.int32
 
 
 def bin_path(prefix: Path) -> Path:
-    """The file that holds the tokens of ``prefix``."""
+    """Return the path of the token file of ``prefix``."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """The file that holds the document lengths of ``prefix``."""
+    """Return the path of the index of ``prefix``, which has the document lengths."""
     return prefix.with_name(prefix.name + ".idx")
 
 
 class TokenFileWriter:
-    """Writes PREFIX.bin and PREFIX.idx; a context manager, complete only after ``finish``."""
+    """A context manager that writes PREFIX.bin and PREFIX.idx; call ``finish`` at the end."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._prefix = prefix
@@ -44,12 +45,12 @@ class TokenFileWriter:
         self._builder = IndexedDatasetBuilder(str(bin_path(prefix)), dtype=self._dtype)
 
     def add(self, token_ids: np.ndarray) -> None:
-        """Append one document, [n] integer ids that the caller has checked.
+        """Append one document of [n] integer ids, which the caller has checked.
 
         Raises:
             OSError: The file cannot be written.
         """
-        # The annotation of megatron's method says tensor; it converts whatever NumPy can.
+        # Megatron's annotation says tensor, but it accepts anything that NumPy can convert.
         self._builder.add_document(token_ids, [len(token_ids)])  # pyright: ignore[reportArgumentType]
 
     def finish(self) -> None:
@@ -86,15 +87,15 @@ def read_token_file(prefix: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarr
 
     Args:
         prefix: Path of both files without their suffix.
-        vocab_size: Decides the dtype that the file must have.
+        vocab_size: Vocabulary size, which determines the dtype of the file.
 
     Returns:
-        The tokens of all documents back to back, read-only [tokens] of ``token_dtype(vocab_size)``,
-        and where each document begins and the last ends, [documents + 1] int64.
+        The tokens of all documents concatenated, read-only [tokens] of ``token_dtype(vocab_size)``,
+        and the start of each document and the end of the last one, [documents + 1] int64.
 
     Raises:
-        DataError: A file is missing, truncated, of another format or dtype, or holds a document
-            without tokens.
+        DataError: A file is missing, truncated or of another format or dtype, or contains a
+            document without tokens.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
@@ -118,7 +119,7 @@ def read_token_file(prefix: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarr
             f"{bin_path(prefix)}: {found_bytes} bytes, expected {expected_bytes} "
             f"({offsets[-1]} tokens according to {idx_path(prefix).name}); truncated or replaced?"
         )
-    # A plain array over the mapping, which it keeps alive: slicing a memmap object is slower.
+    # A plain array, which keeps the mapping alive, because slicing a memmap object is slower.
     return np.asarray(np.memmap(bin_path(prefix), dtype=dtype, mode="r")), offsets
 
 

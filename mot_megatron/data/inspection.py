@@ -28,7 +28,7 @@ _PICTURES = 96
 _SOUNDS = 8
 _PAUSE_SECONDS = 0.4
 _BLANK = np.full((1, 32, 32, 3), 255, np.uint8)
-"""The sheet of a corpus without held-out pictures."""
+"""Contact sheet of a corpus without held-out pictures."""
 
 
 def segments(document: np.ndarray, modality_of_id: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -112,7 +112,7 @@ def contact_sheet(corpus: Corpus, index: int, codec: PatchCodec) -> tuple[Image.
 
 
 def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[str, object]:
-    """Write the sheet and the sound; return the files' names and the pictures' ratio."""
+    """Write contact sheet and sound; return the file names and the signal-to-noise ratio."""
     report: dict[str, object] = {}
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -136,16 +136,16 @@ def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[
 def inspect(
     corpus: Corpus, output: Path, seq_length: int | None = None, num_examples: int = 4
 ) -> dict[str, Any]:
-    """Write sheet and sound; return everything known about the corpus, ready for JSON.
+    """Write contact sheet and sound, and return a description of the corpus, ready for JSON.
 
     Args:
-        corpus: To describe.
+        corpus: The corpus.
         output: Folder for the files.
-        seq_length: Tokens of a sequence, for the fill; None: 512, or the longest document's.
-        num_examples: Held-out documents to show.
+        seq_length: Tokens per sequence, for the fill; None for 512 or the longest document.
+        num_examples: Number of held-out documents to show.
 
     Raises:
-        DataError: a document is longer than ``seq_length``, or a file cannot be read or written.
+        DataError: A document is longer than ``seq_length``, or a file cannot be read or written.
     """
     codecs = load_codecs(corpus)
     description = corpus.description

@@ -1,9 +1,9 @@
-"""Micro-batches of a split, for one data-parallel rank.
+"""Micro-batches of a split for one data-parallel rank.
 
-All ranks read one global stream of packed sequences, epoch after epoch, each its own slices of it.
-The stream depends only on (corpus, seed, seq_length) and, where micro-batches have budgets, on
-these and their size, so its position is all there is to save and any data-parallel size can go on
-from it. Letters: b sequences of s positions.
+All ranks read different slices of one global stream of packed sequences. The stream depends only on
+(corpus, seed, seq_length) and, with budget packing, on the budgets and the micro-batch size.
+Therefore only a position is saved, and a run can resume with any data-parallel size. Letters: b
+sequences of s positions.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ _EVALUATION_SEED = 0
 
 @dataclass(frozen=True)
 class GroupingPlan:
-    """How a micro-batch's tokens are assigned to towers."""
+    """How the tokens of a micro-batch are assigned to towers."""
 
     towers_of_modalities: tuple[int, ...]
-    """Tower index of every modality, in the corpus's order of modalities."""
+    """Tower index of each modality, in the order of the corpus."""
     num_towers: int
     slot_multiple: int = 1
-    """Slots per tower are rounded up to this: tensor-parallel size under sequence parallelism."""
+    """The slots of each tower are rounded up to a multiple of this: the tensor-parallel size with
+    sequence parallelism, otherwise 1."""
     shard: ModalityShard | None = None
-    """Under modality parallelism, which part of its group's micro-batches a rank takes."""
+    """With modality parallelism, this rank's part of the group's micro-batches."""
 
     @property
     def batches_per_group(self) -> int:
-        """Micro-batches of b sequences that the ranks which read them together pass over at once.
+        """Micro-batches of b sequences that a modality group consumes per pass.
 
-        One per rank of a modality group; one for the group where it splits attention by heads.
+        There is one per rank of the group, or a single one if attention is split by heads.
         """
         if self.shard is None or self.shard.exchange == "heads":
             return 1
@@ -50,15 +51,15 @@ class GroupingPlan:
 
 @dataclass(frozen=True)
 class DataShard:
-    """Which slices of the global stream a rank reads.
+    """The slices of the global stream that a rank reads.
 
-    The ranks of a modality-parallel group read the same ones, and count as one.
+    The ranks of a modality group read the same slices and count as one.
     """
 
     rank: int
-    """Place among those that read different slices."""
+    """Index among the readers of different slices."""
     size: int
-    """How many those are."""
+    """Number of readers of different slices."""
 
 
 class _SequenceReader:
@@ -80,7 +81,7 @@ class _SequenceReader:
         self.budget_plan: BudgetPlan | None = None
 
     def use_budgets(self, micro_batch_size: int) -> BudgetPlan:
-        """From now on, pack and read micro-batches of this many sequences to budgets."""
+        """Switch to budget packing with micro-batches of ``micro_batch_size`` sequences."""
         self.budget_plan = BudgetPlan.build(
             self._split,
             self._description,
@@ -111,7 +112,7 @@ class _SequenceReader:
         return len(self._split.tokens) / (len(packing) * self._seq_length)
 
     def read(self, sequences: list[np.ndarray]) -> MicroBatch:
-        """The micro-batch whose sequences hold these documents, b arrays of document numbers."""
+        """Build the micro-batch of these documents, given as b arrays of document numbers."""
         shape = (len(sequences), self._seq_length)
         token_ids = np.full(shape, self._description.pad_token, dtype=np.int64)
         document_ids = np.empty(shape, dtype=np.int32)
@@ -123,7 +124,7 @@ class _SequenceReader:
                 end = begin + len(tokens)
                 token_ids[row, begin:end] = tokens
                 document_ids[row, begin:end] = number
-            # What is left forms one more document, so that no other attends to it.
+            # The rest counts as another document, so that no token attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
         if self.budget_plan is not None:
@@ -141,10 +142,10 @@ class _SequenceReader:
 
 
 class PackedLoader:
-    """Endless micro-batches of one rank; every epoch packs all documents anew.
+    """An endless iterator over the micro-batches of one rank; each epoch is packed separately.
 
-    Micro-batch i on rank r takes sequences [(i * size + r) * b, ... + b) of the global stream; a
-    modality-parallel group takes m * b instead of b, m being ``GroupingPlan.batches_per_group``.
+    Micro-batch i of rank r consists of sequences [(i * size + r) * b, ... + b) of the global
+    stream. A modality group takes m * b instead of b, with m = ``GroupingPlan.batches_per_group``.
     """
 
     def __init__(
@@ -167,14 +168,14 @@ class PackedLoader:
             seq_length: s.
             micro_batch_size: b.
             grouping: Assignment of tokens to towers.
-            shard: This rank's share.
-            seed: Of the order of documents.
-            packing: sequence: as many tokens as fit into each sequence. budget: every b sequences
-                of the stream hold exactly ``budgets`` tokens of the towers.
+            shard: This rank's slices.
+            seed: Seed of the order of documents.
+            packing: "sequence" fills each sequence as far as possible. "budget" also gives every b
+                sequences of the stream exactly ``budgets`` tokens of the towers.
 
         Raises:
-            DataError: No such split, a document longer than ``seq_length`` or beyond a budget, or
-                a corpus whose number of modalities differs from the plan's.
+            DataError: There is no such split, a document is longer than ``seq_length`` or exceeds a
+                budget, or the corpus has another number of modalities than ``grouping``.
         """
         self._reader = _SequenceReader(corpus, split, seq_length, grouping)
         self._source = self._reader.source
@@ -186,8 +187,8 @@ class PackedLoader:
             "packing_version": ALGORITHM_VERSION,
         }
         self.budgets: tuple[int, ...] | None = None
-        """With packing = budget: tokens per tower of every micro-batch of b sequences, fillers
-        included; K of them, adding up to b * s."""
+        """With budget packing, tokens per tower of each micro-batch of b sequences including
+        fillers; K of them, which sum to b * s."""
         if packing == "budget":
             self.budgets = self._reader.use_budgets(micro_batch_size).budgets
             self._identity["micro_batch_size"] = micro_batch_size
@@ -202,11 +203,11 @@ class PackedLoader:
 
     @property
     def fill(self) -> float:
-        """Fraction of the current epoch's positions that documents occupy."""
+        """Fraction of positions that documents occupy in the current epoch."""
         return self._reader.fill(self._packing(self._epoch))
 
     def next_micro_batch(self) -> MicroBatch:
-        """This rank's next micro-batch; no communication, all ranks advance alike."""
+        """Return this rank's next micro-batch; no collectives, since all ranks advance equally."""
         first = self._next_sequence + self._shard.rank * self._rows
         sequences = [self._sequence(first + row) for row in range(self._rows)]
         self._next_sequence += self._shard.size * self._rows
@@ -217,19 +218,22 @@ class PackedLoader:
         return self._reader.read(sequences)
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position in the global stream, equal on all ranks, and what the stream depends on."""
+        """Return the position in the global stream, and what the stream depends on.
+
+        It is equal on all ranks.
+        """
         return {"epoch": self._epoch, "next_sequence": self._next_sequence, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on where ``state`` was taken, with any data-parallel size.
+        """Continue from the position in ``state``, with any data-parallel size.
 
-        And with any micro-batch size, unless packing = budget.
+        Without budget packing, the micro-batch size may differ too.
 
         Raises:
             CheckpointError: The state belongs to another stream or is not a state.
         """
         for key, value in self._identity.items():
-            # Another mode has other keys, so the values come first.
+            # Compare values first, since another packing mode has other keys.
             if state.get(key, value) != value:
                 raise CheckpointError(
                     f"data position was saved with {key} = {state[key]!r}, but this run has "
@@ -261,7 +265,7 @@ class PackedLoader:
         return self._packings[epoch]
 
     def _sequence(self, number: int) -> np.ndarray:
-        """Documents of the stream's sequence ``number``, counted from the current epoch's first."""
+        """Return the documents of a sequence, counted from the start of the current epoch."""
         epoch = self._epoch
         while number >= len(self._packing(epoch)):
             number -= len(self._packing(epoch))
@@ -286,11 +290,11 @@ def evaluation_batches(
     shard: DataShard,
     limit_sequences: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """One pass over a split, each document once over all ranks, always in the same order.
+    """Yield the micro-batches of one pass over a split, always in the same order.
 
-    Every rank yields the same number of micro-batches, so that collectives match; behind the last
-    document come sequences without documents, which have no labels. Always packed by sequence: the
-    counts of towers vary, the sequences do not depend on the micro-batch size.
+    Each document occurs once over all ranks. All ranks yield the same number of micro-batches, so
+    that collectives match; after the last document, sequences are empty and have no labels.
+    Sequences are never packed to budgets, so they do not depend on the micro-batch size.
 
     Args:
         corpus: The corpus.
@@ -298,11 +302,11 @@ def evaluation_batches(
         seq_length: s.
         micro_batch_size: b.
         grouping: Assignment of tokens to towers.
-        shard: This rank's share.
-        limit_sequences: Stop after this many sequences over all ranks; None: all.
+        shard: This rank's slices.
+        limit_sequences: Stop after this many sequences over all ranks; None for all.
 
     Raises:
-        DataError: As ``PackedLoader``; on the call, not on the first batch.
+        DataError: As ``PackedLoader``; raised by the call, not by the first batch.
     """
     reader = _SequenceReader(corpus, split, seq_length, grouping)
     packing = reader.pack(_EVALUATION_SEED, 0)

@@ -1,8 +1,8 @@
-"""One rank's part of a modality-parallel group's micro-batch, and how its rows meet for attention.
+"""One rank's part of the micro-batch of a modality group, and its exchange plan for attention.
 
-Every rank of the group reads all the group's sequences and cuts the same grouping, so nothing has
-to be agreed on: each knows what the others send. Letters: P ranks of the group, K towers, T
-positions of the group's sequences, T / P of them each rank's own.
+Every rank of the group reads all sequences of the group and computes the same grouping, so each
+knows what the others send without communication. Letters: P ranks of the group, K towers, T
+positions of the group's sequences, of which each rank owns T / P.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from mot_megatron.parallel.placement import Placement
 
 @dataclass(frozen=True)
 class ModalityShard:
-    """Whose part of a group's micro-batch, and where attention runs."""
+    """Which part of the group's micro-batch a rank takes, and how attention is split."""
 
     placement: Placement
     rank: int
-    """The rank's place in its modality-parallel group."""
+    """Rank within its modality group."""
     exchange: Literal["sequence", "heads"]
-    """Each rank attends for its own sequences, or for all of them in its slice of the heads."""
+    """Each rank computes attention for its own sequences, or for its heads of all sequences."""
 
 
 def take_shard(
     whole: Mapping[str, Any], modalities: np.ndarray, shard: ModalityShard, slot_multiple: int
 ) -> dict[str, Any]:
-    """The fields of a rank's MicroBatch.
+    """Return the fields of a rank's MicroBatch.
 
     Args:
         whole: Fields of the group's MicroBatch as NumPy arrays, without padding slots.
-        modalities: [sequences, s] modality index of every position, -1 where no document is.
-        shard: Whose part.
-        slot_multiple: The rank's slots per tower are rounded up to this.
+        modalities: [sequences, s] modality index of each position, -1 for positions without a
+            document.
+        shard: The part to take.
+        slot_multiple: The rank's slots per tower are rounded up to a multiple of this.
     """
     slots_of = _slots_by_rank(whole["tower_tokens"], shard.placement)
     tower_tokens = tuple(len(slots) for slots in slots_of[shard.rank])
@@ -73,7 +74,7 @@ def take_shard(
 
 
 def _attended_sequences(shard: ModalityShard, num_sequences: int) -> slice:
-    """Those for which the rank runs attention: its own, or in its heads all of the group's."""
+    """Return the sequences for which the rank computes attention: its own, or all with "heads"."""
     if shard.exchange == "heads":
         return slice(None)
     own = num_sequences // shard.placement.num_ranks
@@ -81,7 +82,7 @@ def _attended_sequences(shard: ModalityShard, num_sequences: int) -> slice:
 
 
 def _slots_by_rank(tower_tokens: Sequence[int], placement: Placement) -> list[list[range]]:
-    """[P][K] ranges of the group's slots: a tower's tokens are cut contiguously."""
+    """Return [P][K] ranges of the group's slots; each tower's tokens are cut contiguously."""
     rows: list[list[range]] = [[] for _ in range(placement.num_ranks)]
     start = 0
     for tower, tokens in enumerate(tower_tokens):
@@ -93,7 +94,7 @@ def _slots_by_rank(tower_tokens: Sequence[int], placement: Placement) -> list[li
 
 
 def _sources(ranges: Sequence[range], tower_slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Slot of the group behind each slot of the rank, and whether it is padding instead."""
+    """Return the group's slot for each slot of the rank, and which slots are padding."""
     source = np.zeros(sum(tower_slots), dtype=np.int64)
     padding = np.ones(sum(tower_slots), dtype=bool)
     begin = 0
@@ -107,20 +108,20 @@ def _sources(ranges: Sequence[range], tower_slots: Sequence[int]) -> tuple[np.nd
 def _plan(
     rows_of: Sequence[Sequence[np.ndarray]], shard: ModalityShard, positions: np.ndarray
 ) -> ExchangePlan:
-    """The exchange of a rank.
+    """Return the exchange plan of a rank.
 
     Args:
-        rows_of: [P][K] arrays: place in the group's sequences of each row of every rank's towers.
-        shard: Whose exchange.
+        rows_of: [P][K] arrays, position in the group's sequences of each row of each rank's towers.
+        shard: The rank's part.
         positions: [sequences, s], position within the document.
     """
     ranks = shard.placement.num_ranks
     own = rows_of[shard.rank]
-    pairs = positions.astype(np.int64) + 1  # a token at position p sees p + 1 keys
+    pairs = positions.astype(np.int64) + 1  # a token at position p attends to p + 1 keys
     if shard.exchange == "heads":
         first = 0
         arriving = rows_of
-        # Every rank looks at all of them in its heads, which is this much in all heads.
+        # Each rank computes all pairs in 1 / P of the heads.
         rank_pairs = [(pairs.sum() + rank) // ranks for rank in range(ranks)]
         send_rows = tuple((len(rows),) * ranks for rows in own)
     else:

@@ -1,8 +1,8 @@
-"""Packing: which documents share a sequence of seq_length positions.
+"""Packing: assign documents to sequences of seq_length positions.
 
-Documents stay whole. The C++ core fills more than 99% of the positions and keeps the bins mixed; an
-epoch is a pure function of (lengths, seq_length, seed, epoch), which is what makes training data
-resumable without saving more than a position.
+Documents are never split. The C++ core fills more than 99% of the positions and keeps the bins
+mixed. An epoch is a pure function of (lengths, seq_length, seed, epoch), so a position is all that
+must be saved to resume.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mot_megatron.data import _native
 from mot_megatron.errors import DataError
 
 ALGORITHM_VERSION = 1
-"""Of the sequence and budget packing: a change of either's result raises it, because a saved
-position means nothing in another stream."""
+"""Version of the sequence and budget packing. A change of either's result must raise it, because a
+saved position is meaningless in another stream."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Documents in the order of the bins (sequences) that hold them."""
+    """An assignment of documents to bins, which are sequences."""
 
     order: np.ndarray
-    """[documents] int64: document numbers, bin after bin."""
+    """[documents] int64: document numbers, one bin after the other."""
     bin_offsets: np.ndarray
-    """[bins + 1] int64: where each bin begins in ``order``, and where the last ends."""
+    """[bins + 1] int64: start of each bin in ``order``, and end of the last one."""
 
     def __len__(self) -> int:
         return len(self.bin_offsets) - 1
@@ -42,7 +42,7 @@ def check_lengths(lengths: np.ndarray, capacity: int, source: str) -> None:
     Args:
         lengths: [documents] int64, tokens of each document.
         capacity: Positions of a sequence, seq_length.
-        source: What the error message names, for example the split's path.
+        source: Name for error messages, for example the path of the split.
 
     Raises:
         DataError: There are no documents, or one is empty or longer than ``capacity``.
@@ -58,11 +58,11 @@ def check_lengths(lengths: np.ndarray, capacity: int, source: str) -> None:
 
 
 def pack(lengths: np.ndarray, capacity: int, source: str = "documents") -> Packing:
-    """Distribute documents over as few bins as possible, keeping their order where it can.
+    """Distribute documents over as few bins as possible, mostly in their order.
 
     Args:
         lengths: [documents] int64, tokens of each document.
-        capacity: Tokens that a bin holds, seq_length.
+        capacity: Tokens per bin, seq_length.
         source: As in ``check_lengths``.
 
     Raises:
@@ -76,13 +76,15 @@ def pack(lengths: np.ndarray, capacity: int, source: str = "documents") -> Packi
 def pack_epoch(
     lengths: np.ndarray, capacity: int, *, seed: int, epoch: int, source: str = "documents"
 ) -> Packing:
-    """Pack all documents in an order drawn from (seed, epoch), and draw the order of the bins.
+    """Pack all documents in a random order, and put the bins into a random order.
+
+    Both orders depend only on (seed, epoch).
 
     Args:
         lengths: [documents] int64, tokens of each document.
-        capacity: Tokens that a bin holds, seq_length.
-        seed: Not negative.
-        epoch: Not negative; epochs of one seed are independent draws.
+        capacity: Tokens per bin, seq_length.
+        seed: 0 or more.
+        epoch: 0 or more; the orders of different epochs are independent.
         source: As in ``check_lengths``.
 
     Raises:
@@ -101,13 +103,13 @@ def shuffled(
     *,
     sequences_per_bin: int = 1,
 ) -> Packing:
-    """Draw the order of the bins: the core packs the hardest leftovers last.
+    """Put the bins into a random order, since the core packs the hardest leftovers last.
 
     Args:
-        packing: Of documents in some order; as many sequences as fill whole bins.
-        documents: [documents] int64, that order: the numbers the result names documents by.
-        generator: What the order is drawn from.
-        sequences_per_bin: Sequences that stay together, in their order.
+        packing: Packing of documents in some order, with a whole number of bins.
+        documents: [documents] int64, that order, as document numbers of the result.
+        generator: Random generator.
+        sequences_per_bin: Number of sequences that stay together, in their order.
     """
     bins = generator.permutation(len(packing) // sequences_per_bin)
     sequences = (bins[:, None] * sequences_per_bin + np.arange(sequences_per_bin)).reshape(-1)

@@ -1,11 +1,11 @@
-"""How predictable a corpus is without a model: held-out entropies of n-gram tables.
+"""Held-out entropies of n-gram tables, which show how predictable a corpus is without a model.
 
-A model that learns anything ends below the unigram entropy of each modality; one that uses more
-than its nearest neighbors ends below the entropy given two tokens of context. Tables are counted
-on the train split and scored on validation.
+A model that learns anything ends below the unigram entropy of each modality. One that uses more
+than the nearest tokens ends below the entropy given two tokens of context. Tables are counted on
+the training split and scored on the validation split.
 
-Shapes: n tokens of one modality; V ids in its range. The first token of a document has no context
-and no model predicts it, so it counts neither way.
+Shapes: n tokens of one modality; V ids in its range. The first token of a document is left out,
+since it has no context and no model predicts it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mot_megatron.data.codebooks import CODECS
 from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
 
 _UNIGRAM_COUNT = 0.1
-"""Added to every id's count, so that an unseen one is possible."""
+"""Added to the count of each id, so that unseen ids have a probability."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Entropies:
 
     unigram: float
     one_token: float
-    """Given the token before."""
+    """Entropy given the previous token."""
     two_tokens: float
-    """Given the better of the pairs in ``ModalityStatistics.pairs``."""
+    """Entropy given the best pair of ``ModalityStatistics.pairs``."""
 
 
 @dataclass(frozen=True)
 class ModalityStatistics:
-    """What n-gram tables make of one modality."""
+    """N-gram statistics of one modality."""
 
     train_tokens: int
     validation_tokens: int
     all_tokens: Entropies
     without_most_common: Entropies
-    """Over the validation tokens other than ``most_common``: for pictures, without background."""
+    """Entropies of validation tokens other than ``most_common``: for pictures, no background."""
     most_common: int
-    """The id that occurs most often in the train split."""
+    """The most frequent id of the training split."""
     most_common_share: float
     """Its share of the validation tokens."""
     pairs: dict[int, float]
@@ -50,15 +50,15 @@ class ModalityStatistics:
 
     @property
     def pair(self) -> int:
-        """The distance whose pair predicts best."""
+        """Distance of the pair that predicts best."""
         return min(self.pairs, key=lambda distance: self.pairs[distance])
 
 
 def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
-    """Statistics of every modality that both splits hold, by its name.
+    """Return the statistics of each modality that occurs in both splits, by name.
 
-    The two-token context is the two tokens before; of a modality that is a raster of codes the
-    token before and the one above, where that pair predicts better.
+    The two-token context is the two previous tokens. For a modality that is a raster of codes, it
+    is the previous token and the one above, if that pair predicts better.
 
     Raises:
         DataError: A split is missing.
@@ -80,7 +80,7 @@ def _second_distances(modality: Modality) -> list[int]:
 def _measure(
     modality: Modality, train: TokenSplit, validation: TokenSplit, vocab_size: int
 ) -> ModalityStatistics | None:
-    """Statistics of one modality; None where a split has no token of it to predict."""
+    """Return the statistics of one modality; None if a split has no token of it to predict."""
     distances = [1, *_second_distances(modality)]
     seen, seen_context = _with_context(train, modality, distances, vocab_size)
     held, held_context = _with_context(validation, modality, distances, vocab_size)
@@ -119,9 +119,9 @@ def _measure(
 def _with_context(
     split: TokenSplit, modality: Modality, distances: list[int], vocab_size: int
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Codes [n] of a modality, and for each distance the id that many tokens before, [n].
+    """Return codes [n] of a modality, and for each distance the id that many tokens earlier, [n].
 
-    ``vocab_size`` stands for what lies before the document's beginning.
+    Positions before the start of the document count as id ``vocab_size``.
     """
     tokens = np.asarray(split.tokens, dtype=np.int64)
     position = np.arange(len(tokens)) - np.repeat(split.offsets[:-1], split.lengths)
@@ -143,20 +143,18 @@ def _witten_bell(
     held_tokens: np.ndarray,
     shorter: np.ndarray,
 ) -> np.ndarray:
-    """Probability of each held-out token given its context, backing off to ``shorter``.
+    """Return the probability of each held-out token given its context, [m] float64.
 
     P(y | c) = (count(c, y) + types(c) * shorter(y)) / (count(c) + types(c)), where types(c) is the
-    number of different tokens seen after c (Witten and Bell, 1991); shorter(y) for an unseen c.
+    number of different tokens seen after c (Witten and Bell, 1991). For an unseen c, it is
+    shorter(y).
 
     Args:
-        contexts: [n] int64, one number for each context.
-        tokens: [n] int64, what followed.
-        held_contexts: [m], of the held-out tokens.
-        held_tokens: [m].
-        shorter: [m], their probabilities given less context.
-
-    Returns:
-        [m] float64.
+        contexts: [n] int64, one number per context.
+        tokens: [n] int64, the tokens after these contexts.
+        held_contexts: [m], contexts of the held-out tokens.
+        held_tokens: [m], held-out tokens.
+        shorter: [m], their probabilities given a shorter context.
     """
     known, index = np.unique(contexts, return_inverse=True)
     width = int(max(tokens.max(), held_tokens.max())) + 1
@@ -175,5 +173,5 @@ def _witten_bell(
 
 
 def _bits(probability: np.ndarray) -> float:
-    """Mean information in bits; 0 of no tokens."""
+    """Return the mean information in bits; 0 for no tokens."""
     return float(-np.log2(probability).mean()) if len(probability) else 0.0

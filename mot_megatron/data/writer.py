@@ -1,7 +1,7 @@
-"""Writes a corpus directory, document by document, checking each as it comes.
+"""Write a corpus directory document by document, checking each one.
 
-Everything goes to a temporary directory beside the target, which one rename makes visible: a
-corpus is complete or absent. Same documents, same bytes.
+Files are written to a temporary directory next to the target, which is renamed at the end, so a
+corpus is complete or absent. Equal documents give equal bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _OpenSplit:
 
 @dataclass(kw_only=True)
 class CorpusWriter:
-    """Context manager that writes one corpus; on success the directory appears, else nothing.
+    """A context manager that writes one corpus; the directory appears only after success.
 
     Example::
 
@@ -56,13 +56,13 @@ class CorpusWriter:
     """
 
     directory: Path
-    """Must not exist yet, or be empty."""
+    """Target folder, which must be absent or empty."""
     name: str
     builder: str
-    """Name and version of what writes the corpus."""
+    """Name and version of the program that writes the corpus."""
     seed: int
     modalities: Sequence[Modality]
-    """Their order gives each its index; their ranges follow each other from id 0."""
+    """Modalities in the order of their indices; their ranges are contiguous and start at id 0."""
     pad_token: int
     special_tokens: Mapping[str, int] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)
@@ -102,12 +102,12 @@ class CorpusWriter:
 
         Args:
             split: "train", "validation", or another name.
-            segments: In order, modality name and ids; the ids are those of the whole vocabulary
-                and must lie in that modality's range.
+            segments: Modality name and ids of each segment, in order. Ids are those of the whole
+                vocabulary and must be in the range of the modality.
 
         Raises:
-            DataError: The document is empty, a modality is unknown, an id lies outside its range,
-                or the disk is full; the message names the document.
+            DataError: The document is empty, a modality is unknown, an id is outside its range, or
+                the disk is full; the message names the document.
         """
         where = self._where(split)
         parts = []
@@ -129,8 +129,8 @@ class CorpusWriter:
         """Append a document given as [n] integer ids.
 
         Raises:
-            DataError: The document is empty, an id lies outside the vocabulary, or the disk is
-                full; the message names the document.
+            DataError: The document is empty, an id is outside the vocabulary, or the disk is full;
+                the message names the document.
         """
         where = self._where(split)
         ids = _integers(token_ids, where)
@@ -142,7 +142,7 @@ class CorpusWriter:
         self._append(split, ids)
 
     def add_file(self, name: str, content: bytes) -> None:
-        """Put a file, for example a codebook, into the corpus directory.
+        """Add a file, for example a codebook, to the corpus directory.
 
         Raises:
             DataError: The name is taken or not a plain file name, or the disk is full.
@@ -264,7 +264,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def render_description(description: CorpusDescription) -> str:
-    """The text of corpus.toml; ``parse_description`` is its inverse."""
+    """Return the text of corpus.toml; ``parse_description`` is the inverse."""
     values = description.model_dump(exclude_none=True)
     modalities, splits = values.pop("modalities"), values.pop("splits")
     tables = {key: values.pop(key) for key in ("special_tokens", "licences")}

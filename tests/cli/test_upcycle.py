@@ -130,7 +130,7 @@ def test_first_forward_is_equal_if_reported_so(
     [
         ([TOP1, PRE], "weights that sum to about 0.25"),
         ([CHOSEN, PRE], "about 0.5 on average (c = 1): 0 for tokens that no expert takes"),
-        ([TOP1], "about 0.25; the norm behind them cancels any factor but 0, up to norm_eps"),
+        ([TOP1], "about 0.25; the norm after them cancels any factor except 0, up to norm_eps"),
         ([ALL.replace("softmax", "sigmoid"), PRE], "about 2 on average (c = 4)"),
     ],
 )
@@ -145,7 +145,10 @@ def test_first_forward_differs_if_reported_so(
     source = save_source(config_file.parent / "source", corpus, dense)
     lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
     text, *others, whole = lines
-    start = "tower text: its weights compute something else than tower one of the source: 4 experts that"
+    start = (
+        "tower text: its weights compute something else than tower one of the source: 4 experts"
+        " that"
+    )
     assert text.startswith(start)
     assert reason in text
     assert all("compute the same as tower one of the source: a copy" in line for line in others)
@@ -198,7 +201,9 @@ def test_weights_of_the_result(
     source = save_source(config_file.parent / "source", corpus, [])
     mapped = ["--map", "text=image", "image=text", "speech=speech"]
     assert main([*arguments(source, config_file, CAUSAL), *mapped]) == 0
-    assert "tower text: its weights compute otherwise than tower image" in capsys.readouterr().out
+    assert (
+        "tower text: its weights compute something else than tower image" in capsys.readouterr().out
+    )
     old, new = (read_all(path) for path in (source, config_file.parent / "runs" / "small"))
     for layer in ("layers.0", "layers.1"):
         network = f"{layer}.feed_forward.towers"
@@ -266,7 +271,12 @@ def test_training_continues_from_an_upcycled_run(
             "tower 'two', which the source does not have; allowed: one",
         ),
         (DENSE, [], ["--map", "text"], "--map text: expected NEW=OLD"),
-        ([], DENSE, [], "tower one of the new model: the source has no tower of the name; needed:"),
+        (
+            [],
+            DENSE,
+            [],
+            "tower one of the new model: the source has no tower of this name; name the one",
+        ),
         ([CHOSEN], [], [], "tower text has a plain network, but tower text of the source 4 exp"),
         ([CHOSEN], [CHOSEN.replace("4", "2")], [], "num_moe_experts = 4"),
         ([CHOSEN], [CHOSEN.replace("4", "8")], [], "text has 8 experts, but tower text of the sou"),

@@ -130,7 +130,7 @@ def test_lumps_that_do_not_divide_a_budget_cost_padding(
 
 def test_much_padding_is_said() -> None:
     (quiet,) = describe_budgets((1500, 548), ("text", "image"), 0.985).splitlines()
-    assert quiet == "tokens of every micro-batch: text 1,500, image 548; 1.5% of them padding"
+    assert quiet == "tokens of each micro-batch: text 1,500, image 548; 1.5% of them padding"
     first, second = describe_budgets((1500, 548), ("text", "image"), 0.96).splitlines()
     assert first.endswith("; 4.0% of them padding")
     assert second.startswith("warning: more than 2% padding")

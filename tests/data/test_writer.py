@@ -20,6 +20,8 @@ from mot_megatron.errors import DataError
 
 from .corpora import MODALITIES, random_documents, write_corpus, writer
 
+PRINTABLE = st.characters(exclude_categories=["Cc", "Cs"])
+
 
 def assert_refused(
     parent: Path, message: str, write: Callable[[CorpusWriter], object], **settings: Any
@@ -92,7 +94,7 @@ def test_same_documents_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@given(name=st.text(min_size=1), licences=st.dictionaries(st.text(), st.text()))
+@given(name=st.text(PRINTABLE, min_size=1), licences=st.dictionaries(st.text(), st.text()))
 def test_description_survives_toml(name: str, licences: dict[str, str]) -> None:
     parsed = parse_description(
         """

@@ -1,6 +1,6 @@
-"""Codebooks: how text, pictures and sound become ids and back, chosen by a modality's ``codec``.
+"""Codecs, which convert text, pictures and sound to ids and back.
 
-A further kind of token is one ``Codec`` subclass and one entry of ``CODECS``.
+To add a kind of token, write a subclass of ``Codec`` and add it to ``CODECS``.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ CODECS: dict[str, type[Codec]] = {
     "image_patches": PatchCodec,
     "speech_units": UnitCodec,
 }
-"""Class of every value of ``Modality.codec`` but "none"."""
+"""Class for each value of ``Modality.codec`` except "none"."""
 
 
 def load_codec(corpus_directory: Path, modality: Modality) -> Codec:
-    """The codec of ``modality``, with its codebook from ``corpus_directory``.
+    """Load the codec of ``modality`` with its codebook from ``corpus_directory``.
 
     Raises:
-        DataError: The modality has none, or its codebook file is missing, damaged or of another
+        DataError: The modality has no codec, or its codebook file is missing, damaged or of another
             size.
     """
     if modality.codebook is None:
         raise DataError(
             f"{corpus_directory}: modality {modality.name} has codec = {modality.codec!r}, "
-            f"expected one of {sorted(CODECS)} to turn its ids back"
+            f"expected one of {sorted(CODECS)} to decode its ids"
         )
     return CODECS[modality.codec].load(corpus_directory / modality.codebook, modality)

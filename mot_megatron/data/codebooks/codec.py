@@ -1,13 +1,14 @@
-"""What every codec offers: ids of the vocabulary in, something to read, see or hear out.
+"""The interface of codecs, which decode ids into text, pictures or sound.
 
-Ids are those that stand in the corpus (of the whole vocabulary); a codec knows where its
-modality's range begins.
+Ids are those of the whole vocabulary, as in the corpus; a codec knows the range of its modality.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +18,29 @@ import numpy as np
 
 from mot_megatron.data.corpus import Modality
 from mot_megatron.errors import DataError
+from mot_megatron.files import regular_file_size
+
+_LARGEST_ITEM = 8
+"""Bytes of the largest number."""
+_HEADER_BYTES = 4096
+"""More than the header of an array in an .npz file."""
 
 TokenIds = Sequence[int] | np.ndarray
 
 
 class Codec(ABC):
-    """Turns ids of one modality back; a subclass serves one value of a modality's ``codec``."""
+    """Decodes the ids of one modality; there is one subclass per value of ``Modality.codec``."""
 
     suffix: ClassVar[str]
-    """File name suffix of what ``write`` writes."""
+    """File name suffix for ``write``."""
     row_length: ClassVar[int] = 2
-    """Distance, in tokens, to the neighbor that best predicts a token after the one before it.
+    """Distance, in tokens, to the second neighbor that helps most to predict a token.
 
-    2 where tokens are a line; the tokens of a row where they are a raster, whose token above then
-    tells more than the one two to the left.
+    It is 2 for a sequence. For a raster it is the number of tokens in a row, since the token above
+    helps more than the one two to the left.
     """
     tokens_per_item: ClassVar[int | None] = None
-    """Ids that one item always has, or None where the length varies."""
+    """Number of ids of an item; None if it varies."""
 
     def __init__(self, modality: Modality) -> None:
         self.modality = modality
@@ -44,31 +51,31 @@ class Codec(ABC):
         """Read the codebook file.
 
         Raises:
-            DataError: The file is missing, is no codebook of this kind, or its size is not the
-                modality's.
+            DataError: The file is missing, is not a codebook of this kind, or has another size than
+                the modality.
         """
 
     @abstractmethod
     def decode(self, token_ids: TokenIds) -> Any:
-        """One item back from its ids.
+        """Decode one item.
 
         Raises:
-            DataError: An id lies outside the modality's range, or the number of ids is not legal.
+            DataError: An id is outside the modality's range, or the number of ids is not legal.
         """
 
     @abstractmethod
     def write(self, token_ids: TokenIds, path: Path) -> None:
-        """Decode one item into a file with the codec's suffix.
+        """Decode one item to a file with the codec's suffix.
 
         Raises:
             DataError: As ``decode``.
         """
 
     def codes(self, token_ids: TokenIds) -> np.ndarray:
-        """Positions inside the modality's range, [n] int64.
+        """Return the positions of ids within the modality's range, [n] int64.
 
         Raises:
-            DataError: An id lies outside the range.
+            DataError: An id is outside the range.
         """
         ids = np.asarray(token_ids, dtype=np.int64)
         first, end = self.modality.first_id, self.modality.end_id
@@ -82,26 +89,40 @@ class Codec(ABC):
 
 
 def pack_arrays(**arrays: np.ndarray) -> bytes:
-    """An .npz file's bytes; the same arrays always give the same bytes."""
+    """Return the bytes of an .npz file; equal arrays give equal bytes."""
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **arrays)
     return stream.getvalue()
 
 
 def read_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, whose names and shapes must be ``shapes``.
+    """Read an .npz file of finite numbers, whose names and shapes must be ``shapes``.
+
+    Sizes are checked before any array is read.
 
     Raises:
-        DataError: The file is missing, damaged, or holds other arrays.
+        DataError: The file is missing, damaged, compressed, or contains other arrays.
     """
+    limit = sum(_LARGEST_ITEM * math.prod(shape) + _HEADER_BYTES for shape in shapes.values())
     try:
+        regular_file_size(path)
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > limit:
+            raise DataError(f"{path}: not a codebook: {size} bytes, expected at most {limit}")
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        ValueError, EOFError, AttributeError, NotImplementedError, MemoryError, zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # fmt: skip
         raise DataError(f"{path}: not a codebook: {error}") from None
     found = {name: array.shape for name, array in arrays.items()}
     if found != shapes:
-        raise DataError(f"{path}: holds arrays of shapes {found}, expected {shapes}")
+        raise DataError(f"{path}: contains arrays of shapes {found}, expected {shapes}")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise DataError(f"{path}: {name} contains values that are not finite numbers")
     return arrays

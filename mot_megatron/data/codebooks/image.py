@@ -1,6 +1,6 @@
-"""Pictures as a raster of 64 codes: 32x32 pixels, cut into 4x4 patches, each its nearest centroid.
+"""Pictures of 32x32 pixels as 64 codes: each patch of 4x4 pixels becomes its nearest centroid.
 
-Shapes: n pictures, g x g patches each, d = 48 values of a patch.
+Shapes: n pictures of g x g patches, d = 48 values per patch.
 """
 
 from __future__ import annotations
@@ -19,42 +19,43 @@ PICTURE_PIXELS = 32
 """Width and height of a picture."""
 PATCH_PIXELS = 4
 GRID = PICTURE_PIXELS // PATCH_PIXELS
-"""Patches in a row, and rows."""
+"""Number of patches per row and column."""
 TOKENS_PER_PICTURE = GRID * GRID
 _WIDTH = PATCH_PIXELS * PATCH_PIXELS * 3
 _BRIGHT = 250
-"""A patch whose darkest value is above this is background."""
+"""A patch whose darkest value exceeds this is background."""
 _BACKGROUND_PATCHES = 2000
-"""Background patches kept for training: half of all patches are, and one centroid serves them."""
+"""Background patches used in training. Half of all patches are background, but they need only one
+centroid."""
 _TRAINING_PATCHES = 150_000
 
 
 def split_patches(pictures: np.ndarray) -> np.ndarray:
-    """[n, 32, 32, 3] -> [n * 64, 48] float32, patches in reading order."""
+    """Cut pictures [n, 32, 32, 3] into patches [n * 64, 48] float32, in reading order."""
     shape = (-1, GRID, PATCH_PIXELS, GRID, PATCH_PIXELS, 3)
     patches = pictures.reshape(shape).transpose(0, 1, 3, 2, 4, 5)
     return patches.reshape(-1, _WIDTH).astype(np.float32)
 
 
 def join_patches(patches: np.ndarray) -> np.ndarray:
-    """The inverse of ``split_patches``, in the dtype of ``patches``."""
+    """Invert ``split_patches``, keeping the dtype."""
     grid = patches.reshape(-1, GRID, GRID, PATCH_PIXELS, PATCH_PIXELS, 3)
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, PICTURE_PIXELS, PICTURE_PIXELS, 3)
 
 
 def train_image_codebook(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Centroids for ``PatchCodec``.
+    """Train the centroids of ``PatchCodec``.
 
     Args:
         pictures: [n, 32, 32, 3] uint8, of the training split only.
-        count: How many codes.
-        seed: Chooses the patches trained on and their order.
+        count: Number of codes.
+        seed: Seed for the choice and order of training patches.
 
     Returns:
         [count, 48] float32.
 
     Raises:
-        DataError: Too few patches for that many codes.
+        DataError: There are too few patches for ``count`` codes.
     """
     random = np.random.default_rng(seed)
     patches = split_patches(pictures)
@@ -67,14 +68,14 @@ def train_image_codebook(pictures: np.ndarray, count: int, seed: int) -> np.ndar
 
 
 def peak_signal_to_noise(pictures: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each picture in dB.
+    """Compute the peak signal-to-noise ratio of each picture in dB.
 
     Args:
         pictures: [n, 32, 32, 3] uint8.
         reconstructions: The same shape and type.
 
     Returns:
-        [n] float64; a perfect reconstruction counts as an error of 0.01 grey levels.
+        [n] float64; a perfect reconstruction counts as an error of 0.01 gray levels.
     """
     error = pictures.astype(np.float64) - reconstructions
     squared = np.maximum((error**2).mean(axis=(1, 2, 3)), 1e-4)
@@ -82,7 +83,7 @@ def peak_signal_to_noise(pictures: np.ndarray, reconstructions: np.ndarray) -> n
 
 
 class PatchCodec(Codec):
-    """64 ids <-> one picture, uint8 [32, 32, 3]."""
+    """Converts between 64 ids and a picture, uint8 [32, 32, 3]."""
 
     suffix = ".png"
     row_length = GRID
@@ -99,16 +100,16 @@ class PatchCodec(Codec):
         return cls(modality, arrays["centroids"])
 
     def save(self) -> bytes:
-        """The codebook file's content."""
+        """Return the content of the codebook file."""
         return pack_arrays(centroids=self.centroids)
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
-        """[n, 32, 32, 3] uint8 -> ids [n, 64] int64."""
+        """Encode pictures [n, 32, 32, 3] uint8 to ids [n, 64] int64."""
         codes = nearest_centroids(split_patches(pictures), self.centroids)
         return codes.reshape(-1, TOKENS_PER_PICTURE) + self.modality.first_id
 
     def decode(self, token_ids: TokenIds) -> np.ndarray:
-        """The picture of exactly 64 ids, uint8 [32, 32, 3]."""
+        """Decode exactly 64 ids to a picture, uint8 [32, 32, 3]."""
         codes = self.codes(token_ids)
         if len(codes) != TOKENS_PER_PICTURE:
             raise DataError(

@@ -1,7 +1,7 @@
-"""k-means codebooks: vectors become the index of their nearest centroid.
+"""k-means codebooks, which replace vectors by the index of their nearest centroid.
 
-Both halves run on one BLAS thread and in fixed slices: the order of floating-point sums, and so
-the codebook and every token made with it, must not depend on how many cores a machine has.
+Training and encoding use one BLAS thread and fixed slices, so that the order of floating-point
+sums, and with it the codebook and all tokens, does not depend on the number of cores.
 
 Shapes: n vectors of width d, k centroids.
 """
@@ -16,25 +16,25 @@ from tqdm import tqdm
 from mot_megatron.errors import DataError
 
 EPOCHS = 8
-"""Passes over the training vectors; more gained less than 0.05 dB on pictures."""
+"""Passes over the training vectors; more gain less than 0.05 dB on pictures (measured)."""
 _BATCH = 8192
 _SLICE = 16384
 
 
 def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str) -> np.ndarray:
-    """Centroids of ``vectors`` by mini-batch k-means.
+    """Compute centroids of ``vectors`` by mini-batch k-means.
 
     Args:
         vectors: [n, d] float32.
-        count: k, how many centroids.
-        seed: Fixes the initial centroids and the order of the vectors.
-        description: What the progress bar and the error call this codebook.
+        count: k, the number of centroids.
+        seed: Seed for the initial centroids and the order of vectors.
+        description: Name of the codebook in the progress bar and the error message.
 
     Returns:
         [k, d] float32.
 
     Raises:
-        DataError: Fewer vectors than centroids.
+        DataError: There are fewer vectors than centroids.
     """
     if len(vectors) < count:
         raise DataError(
@@ -43,7 +43,7 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
         )
     random = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
-    # partial_fit seeds the centroids once, whatever n_init says.
+    # partial_fit initializes the centroids once, regardless of n_init.
     kmeans = MiniBatchKMeans(count, random_state=seed, reassignment_ratio=0.0)
     starts = [start for _ in range(EPOCHS) for start in range(0, len(vectors), _BATCH)]
     with threadpool_limits(1):
@@ -51,7 +51,7 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
             if start == 0:
                 order = random.permutation(len(vectors))
             batch = order[start : start + _BATCH]
-            # The first batch seeds the centroids and a last, short one may hold fewer than k.
+            # The first batch initializes k centroids, and the last batch may be shorter than k.
             if len(batch) < count:
                 batch = order[-max(count, _BATCH) :]
             kmeans.partial_fit(vectors[batch])

@@ -1,4 +1,4 @@
-"""Log-mel spectra of 16 kHz sound, and sound back from them (Griffin and Lim, 1984).
+"""Log-mel spectra of 16 kHz sound, and their inversion (Griffin and Lim, 1984).
 
 Shapes: n samples, f frames of 10 ms, 40 mel bins.
 """
@@ -13,14 +13,14 @@ from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000
 FRAME_SAMPLES = 160
-"""From one frame to the next: 100 frames per second."""
+"""Samples between the starts of two frames; there are 100 frames per second."""
 MEL_BINS = 40
 _WINDOW_SAMPLES = 400
 _TRANSFORM_SAMPLES = 512
 _LOWEST_HZ, _HIGHEST_HZ = 60.0, 7600.0
 _FLOOR = 1e-6
 _QUIET_DB = 35.0
-"""Sound this far below the loudest frame counts as silence at the ends."""
+"""Frames at the ends that are this far below the loudest frame count as silence."""
 _MARGIN_FRAMES = 5
 _GRIFFIN_LIM_STEPS = 60
 
@@ -32,7 +32,7 @@ def _window() -> np.ndarray:
 
 @cache
 def _mel_filters() -> np.ndarray:
-    """Triangles on the mel scale 2595 log10(1 + hz / 700), [40, 257] float32."""
+    """Return triangular filters on the mel scale 2595 log10(1 + hz / 700), [40, 257] float32."""
     lowest, highest = (2595 * np.log10(1 + hz / 700) for hz in (_LOWEST_HZ, _HIGHEST_HZ))
     corners = 700 * (10 ** (np.linspace(lowest, highest, MEL_BINS + 2) / 2595) - 1)
     frequencies = np.fft.rfftfreq(_TRANSFORM_SAMPLES, 1 / SAMPLE_RATE)
@@ -44,14 +44,14 @@ def _mel_filters() -> np.ndarray:
 
 @cache
 def _low_pass(larger: int) -> np.ndarray:
-    """A windowed sinc that cuts at 1 / larger of the upsampled band, gain 1."""
+    """Return a windowed sinc with gain 1 that cuts off at 1 / larger of the upsampled band."""
     distance = np.arange(-10 * larger, 10 * larger + 1) / larger
     taps = np.sinc(distance) * np.kaiser(len(distance), 5.0)
     return (taps / taps.sum()).astype(np.float32)
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """``samples`` [n] float32 taken at ``rate`` Hz, at 16 kHz."""
+    """Resample ``samples`` [n] float32 from ``rate`` Hz to 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
     divisor = gcd(rate, SAMPLE_RATE)
@@ -60,7 +60,7 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def trim_silence(samples: np.ndarray) -> np.ndarray:
-    """Cut quiet ends of ``samples`` [n], leaving 50 ms; nothing is left of silence."""
+    """Cut off the quiet ends of ``samples`` [n] except 50 ms; silence becomes empty."""
     frames = len(samples) // FRAME_SAMPLES
     energy = (samples[: frames * FRAME_SAMPLES].reshape(frames, -1) ** 2).mean(axis=1)
     loud = np.flatnonzero(energy > energy.max(initial=0.0) * 10 ** (-_QUIET_DB / 10))
@@ -71,20 +71,20 @@ def trim_silence(samples: np.ndarray) -> np.ndarray:
 
 
 def log_mel(samples: np.ndarray) -> np.ndarray:
-    """Log-mel energies of ``samples`` [n] float32 at 16 kHz: [f, 40] float32, f = n // 160 + 1."""
+    """Compute log-mel energies [f, 40] float32 of ``samples`` [n] at 16 kHz, f = n // 160 + 1."""
     power = np.abs(_transform(samples)) ** 2
     return np.log(power @ _mel_filters().T + _FLOOR).astype(np.float32)
 
 
 def sound_of_log_mel(spectrum: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Samples at 16 kHz whose log-mel energies approach ``spectrum``.
+    """Return samples at 16 kHz whose log-mel energies approximate ``spectrum``.
 
     Args:
         spectrum: [f, 40].
-        seed: Of the first phases.
+        seed: Seed of the initial phases.
 
     Returns:
-        [(f - 1) * 160] float32, the loudest sample at 0.8.
+        [(f - 1) * 160] float32; the largest absolute value is 0.8.
     """
     power = np.exp(spectrum) @ np.linalg.pinv(_mel_filters()).T
     amplitude = np.sqrt(np.maximum(power, _FLOOR))
@@ -99,7 +99,7 @@ def sound_of_log_mel(spectrum: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def _transform(samples: np.ndarray) -> np.ndarray:
-    """Short-time Fourier transform, [f, 257]; frame i is centered on sample 160 i."""
+    """Compute the short-time Fourier transform [f, 257]; frame i is centered on sample 160 i."""
     half = _WINDOW_SAMPLES // 2
     padded = np.pad(samples, (half, half))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW_SAMPLES)[::FRAME_SAMPLES]
@@ -107,7 +107,7 @@ def _transform(samples: np.ndarray) -> np.ndarray:
 
 
 def _inverse(transformed: np.ndarray) -> np.ndarray:
-    """Least-squares inverse of ``_transform`` by overlap and add, [(f - 1) * 160]."""
+    """Compute the least-squares inverse of ``_transform`` by overlap-add, [(f - 1) * 160]."""
     window = _window()
     frames = np.fft.irfft(transformed, _TRANSFORM_SAMPLES)[:, :_WINDOW_SAMPLES] * window
     length = (len(frames) - 1) * FRAME_SAMPLES + _WINDOW_SAMPLES

@@ -1,7 +1,7 @@
-"""Speech as 25 codes a second: four 10 ms log-mel frames side by side, each its nearest centroid.
+"""Speech as 25 codes per second: four 10 ms log-mel frames become their nearest centroid.
 
-The mean of every utterance is removed first, so that codes say what is spoken rather than by whom
-and how loud; decoding adds the mean of all training utterances instead.
+The mean of each utterance is removed first, so that codes depend on what is said, not on the
+speaker and loudness. Decoding adds the mean of all training utterances instead.
 
 Shapes: n samples, u units, d = 160 values of a unit.
 """
@@ -24,22 +24,22 @@ FRAMES_PER_UNIT = 4
 UNITS_PER_SECOND = 25
 _WIDTH = FRAMES_PER_UNIT * MEL_BINS
 _LEVEL = 0.05
-"""Root mean square that every utterance is brought to."""
+"""Root mean square to which each utterance is normalized."""
 _TRAINING_UNITS = 120_000
 _SHORTEST_UNITS = 5
 
 
 class SpeechFeatures(NamedTuple):
-    """An utterance ready to be coded."""
+    """Features of an utterance, to be encoded."""
 
     units: np.ndarray
-    """[u, 160], one vector per 40 ms, the utterance's mean removed."""
+    """[u, 160], one vector per 40 ms, without the mean of the utterance."""
     mean: np.ndarray
     """[40], the mean that was removed."""
 
 
 def speech_features(samples: np.ndarray) -> SpeechFeatures:
-    """Vectors to be coded of ``samples`` [n] float32 at 16 kHz; none for less than 0.2 s."""
+    """Compute the features of ``samples`` [n] float32 at 16 kHz; none if shorter than 0.2 s."""
     units = len(samples) * UNITS_PER_SECOND // SAMPLE_RATE
     if units < _SHORTEST_UNITS:
         return SpeechFeatures(np.zeros((0, _WIDTH), np.float16), np.zeros(MEL_BINS, np.float32))
@@ -51,18 +51,18 @@ def speech_features(samples: np.ndarray) -> SpeechFeatures:
 
 
 def train_speech_codebook(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Centroids for ``UnitCodec``.
+    """Train the centroids of ``UnitCodec``.
 
     Args:
-        features: [u, 160], utterance means removed, of the training split only.
-        count: How many codes.
-        seed: Chooses the units trained on and their order.
+        features: [u, 160], without utterance means, of the training split only.
+        count: Number of codes.
+        seed: Seed for the choice and order of training units.
 
     Returns:
         [count, 160] float32.
 
     Raises:
-        DataError: Too few units for that many codes.
+        DataError: There are too few units for ``count`` codes.
     """
     random = np.random.default_rng(seed)
     chosen = random.permutation(len(features))[:_TRAINING_UNITS]
@@ -70,7 +70,7 @@ def train_speech_codebook(features: np.ndarray, count: int, seed: int) -> np.nda
 
 
 class UnitCodec(Codec):
-    """ids -> float32 sound at 16 kHz, and vectors of ``speech_features`` -> ids."""
+    """Decodes ids to sound, float32 at 16 kHz, and encodes vectors of ``speech_features``."""
 
     suffix = ".wav"
     sample_rate = SAMPLE_RATE
@@ -88,20 +88,20 @@ class UnitCodec(Codec):
         return cls(modality, arrays["centroids"], arrays["mean"])
 
     def save(self) -> bytes:
-        """The codebook file's content."""
+        """Return the content of the codebook file."""
         return pack_arrays(centroids=self.centroids, mean=self.mean)
 
     def encode(self, features: np.ndarray) -> np.ndarray:
-        """[u, 160], utterance means removed -> ids [u] int64."""
+        """Encode features [u, 160] without utterance means to ids [u] int64."""
         codes = nearest_centroids(features.astype(np.float32), self.centroids)
         return codes + self.modality.first_id
 
     def encode_sound(self, samples: np.ndarray) -> np.ndarray:
-        """[n] float32 at 16 kHz -> ids [u] int64."""
+        """Encode samples [n] float32 at 16 kHz to ids [u] int64."""
         return self.encode(speech_features(samples).units)
 
     def decode(self, token_ids: TokenIds) -> np.ndarray:
-        """The sound of at least one id, float32 [640 u - 160] at 16 kHz."""
+        """Decode at least one id to sound, float32 [640 u - 160] at 16 kHz."""
         codes = self.codes(token_ids)
         if not len(codes):
             raise DataError("speech of 0 tokens, expected at least 1")

@@ -1,4 +1,4 @@
-"""Text as byte-level BPE: any string has ids, and special tokens delimit the segments."""
+"""Text as byte-level BPE, which encodes any string; special tokens delimit the segments."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def train_text_codebook(texts: Iterable[str], size: int, special_tokens: Sequenc
     """Train a tokenizer.
 
     Args:
-        texts: Of the training split only.
-        size: Ids at most, special tokens included; a small corpus may give fewer.
-        special_tokens: They get the ids 0, 1, ... in this order. Blanks around one in a prompt
-            belong to it, so that ``<en> red heart <boi>`` gives the ids of the corpus.
+        texts: Texts of the training split only.
+        size: Maximum number of ids including special tokens; a small corpus may give fewer.
+        special_tokens: Tokens with the ids 0, 1, ... in this order. Spaces around them belong to
+            them, so that a prompt ``<en> red heart <boi>`` has the ids of the corpus.
 
     Returns:
-        Content of a tokenizer.json.
+        The content of a tokenizer.json.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +39,7 @@ def train_text_codebook(texts: Iterable[str], size: int, special_tokens: Sequenc
 
 
 class TextCodec(Codec):
-    """ids <-> text."""
+    """Converts between ids and text."""
 
     suffix = ".txt"
 
@@ -58,14 +58,14 @@ class TextCodec(Codec):
 
     @classmethod
     def parse(cls, content: bytes, modality: Modality, source: str) -> TextCodec:
-        """Build the codec from the content of a tokenizer.json, which errors call ``source``.
+        """Build the codec from the content of a tokenizer.json, named ``source`` in errors.
 
         Raises:
-            DataError: Not a tokenizer, or it has more ids than the modality.
+            DataError: The content is not a tokenizer, or it has more ids than the modality.
         """
         try:
             tokenizer = Tokenizer.from_buffer(content)
-        # The library raises bare Exception for every malformed file.
+        # The library raises bare Exception for all malformed files.
         except Exception as error:  # noqa: BLE001
             raise DataError(f"{source}: not a tokenizer: {error}") from None
         if tokenizer.get_vocab_size() > modality.size:
@@ -76,20 +76,28 @@ class TextCodec(Codec):
         return cls(modality, tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; special tokens may stand in it, as in ``<bos><en>red heart<boi>``."""
+        """Encode ``text``, which may contain special tokens: ``<bos><en>red heart<boi>``.
+
+        Raises:
+            DataError: The text contains bytes that are not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"text {text!r}: not UTF-8 at position {error.start}") from None
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [self.modality.first_id + id_ for id_ in ids]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Encode several texts."""
         encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [[self.modality.first_id + id_ for id_ in encoding.ids] for encoding in encodings]
 
     def decode(self, token_ids: TokenIds, *, keep_special: bool = False) -> str:
-        """The text of ids; special tokens are left out unless ``keep_special``."""
+        """Decode ids to text, without special tokens unless ``keep_special``."""
         codes = self.codes(token_ids).tolist()
         return self.tokenizer.decode(codes, skip_special_tokens=not keep_special)
 
     def write(self, token_ids: TokenIds, path: Path) -> None:
-        """Write the text and a line end."""
+        """Write the text and a newline."""
         path.write_text(self.decode(token_ids) + "\n", encoding="utf-8")

@@ -1,6 +1,8 @@
 """Codecs: round trips, floors of fidelity, files, and the errors of bad ids and bad files."""
 
+import io
 import wave
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +245,44 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         load_codec(tmp_path, TEXT.model_copy(update={"size": 100}))
     with pytest.raises(DataError, match="modality plain has codec = 'none'"):
         load_codec(tmp_path, Modality(name="plain", first_id=0, size=3))
+
+
+def zip_bomb() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("centroids.npy", bytes(1 << 26))
+    return stream.getvalue()
+
+
+def claim_of_terabytes() -> bytes:
+    header = io.BytesIO()
+    description = {"descr": "<f4", "fortran_order": False, "shape": (2**38, 48)}
+    np.lib.format.write_array_header_1_0(header, description)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("centroids.npy", header.getvalue())
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        zip_bomb(),
+        claim_of_terabytes(),
+        pack_arrays(centroids=np.full((64, 48), np.nan, np.float32)),
+        pack_arrays(centroids=np.full((64, 48), "text")),
+    ],
+    ids=["bomb", "terabytes", "nan", "text"],
+)
+def test_codebooks_that_exhaust_or_mislead_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "i.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"i\.npz: "):
+        load_codec(tmp_path, IMAGE)
+
+
+def test_a_prompt_of_other_bytes_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(train_text_codebook(TEXTS, 400, SPECIAL))
+    codec = load_codec(tmp_path, TEXT)
+    assert isinstance(codec, TextCodec)
+    with pytest.raises(DataError, match="not UTF-8 at position 1"):
+        codec.encode("a\udcff")
