@@ -1,4 +1,4 @@
-"""launch/train.py from outside: what it leaves behind, and the one line of each failure."""
+"""launch/train.py as a whole: the files of a run, and the one-line message of each error."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NAMES = [modality.name for modality in MODALITIES]
 FAST = ("training.micro_batch_size=4", "checkpoint.interval_steps=2", "logging.interval_steps=2")
 
 
-class Workplace:
-    """A configuration, a corpus and a folder of runs."""
+class Workspace:
+    """A folder with a configuration and a folder for runs; the corpus may be shared."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
         self.folder = folder
@@ -60,13 +60,13 @@ class Workplace:
         )
 
     def arguments(self, *overrides: str, steps: int = STEPS) -> list[str]:
-        """Of the command line."""
+        """Return the command-line arguments."""
         settings = [f"run.directory={self.folder / 'runs'}", f"training.train_steps={steps}"]
         settings += [*FAST, *overrides]
         return [f"--config={self.config}", *(f"--set={setting}" for setting in settings)]
 
     def saved(self) -> dict[str, bytes]:
-        """All files under checkpoints/."""
+        """Return the contents of all files under checkpoints/."""
         files = self.checkpoints.rglob("*")
         return {str(file): file.read_bytes() for file in files if file.is_file()}
 
@@ -87,24 +87,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished_run(
     corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Workplace, Finished]:
-    place = Workplace(tmp_path_factory.mktemp("trained"), corpus)
-    finished = place.train()
+) -> tuple[Workspace, Finished]:
+    workspace = Workspace(tmp_path_factory.mktemp("trained"), corpus)
+    finished = workspace.train()
     assert finished.status == 0, finished.errors
-    return place, finished
+    return workspace, finished
 
 
 @pytest.fixture
-def place(tmp_path: Path, corpus: Path) -> Workplace:
-    """Nothing trained yet."""
-    return Workplace(tmp_path, corpus)
+def workspace(tmp_path: Path, corpus: Path) -> Workspace:
+    """A workspace without a run."""
+    return Workspace(tmp_path, corpus)
 
 
 @pytest.fixture
-def trained(place: Workplace, finished_run: tuple[Workplace, Finished]) -> Workplace:
-    """A copy of a run with checkpoints of steps 2 and 4."""
-    shutil.copytree(finished_run[0].run, place.run)
-    return place
+def trained(workspace: Workspace, finished_run: tuple[Workspace, Finished]) -> Workspace:
+    """A workspace with a copy of a run that has checkpoints of steps 2 and 4."""
+    shutil.copytree(finished_run[0].run, workspace.run)
+    return workspace
 
 
 def events_of(run: Path) -> EventAccumulator:
@@ -112,24 +112,24 @@ def events_of(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run / "tensorboard"), size_guidance).Reload()
 
 
-# --- what a run leaves behind
+# --- files of a run
 
 
-def test_console_lines_fit_and_nothing_else_is_printed(
-    finished_run: tuple[Workplace, Finished],
+def test_console_lines_are_short_and_stderr_is_empty(
+    finished_run: tuple[Workspace, Finished],
 ) -> None:
-    place, finished = finished_run
+    workspace, finished = finished_run
     assert finished.errors == ""
     lines = finished.output.splitlines()
     assert max(map(len, lines)) <= 120
     steps = [re.match(r"step +(\d+)/4 \|", line) for line in lines]
     assert [int(match[1]) for match in steps if match] == [2, 4]
-    assert lines[-1] == f"done: {place.run / 'summary.json'}"
+    assert lines[-1] == f"done: {workspace.run / 'summary.json'}"
 
 
-def test_summary(finished_run: tuple[Workplace, Finished]) -> None:
-    place, _ = finished_run
-    summary = json.loads((place.run / "summary.json").read_text())
+def test_contents_of_summary(finished_run: tuple[Workspace, Finished]) -> None:
+    workspace, _ = finished_run
+    summary = json.loads((workspace.run / "summary.json").read_text())
     assert summary["name"] == "small"
     assert summary["corpus"] == "small"
     assert summary["steps"] == STEPS
@@ -141,20 +141,20 @@ def test_summary(finished_run: tuple[Workplace, Finished]) -> None:
     assert summary["world_size"] == 1
     assert list(summary["modalities"]) == NAMES
     for modality, reached in zip(MODALITIES, summary["modalities"].values(), strict=True):
-        # Two or four steps teach little: near the uniform distribution over the whole vocabulary.
+        # After so few steps, predictions are still near uniform over the whole vocabulary.
         assert 0 < reached["held_out_bits_per_token"] < 2 * math.log2(256)
         assert 0 < reached["unigram_entropy"] < math.log2(modality.size) + 0.5
         assert reached["two_token_context_entropy"] > 0
 
 
-def test_resolved_config_reads_back(finished_run: tuple[Workplace, Finished]) -> None:
-    place, _ = finished_run
-    resolved = tomllib.loads((place.run / "config.toml").read_text())
+def test_resolved_config_reads_back(finished_run: tuple[Workspace, Finished]) -> None:
+    workspace, _ = finished_run
+    resolved = tomllib.loads((workspace.run / "config.toml").read_text())
     assert resolved["model"]["vocab_size"] == 256  # 192 ids rounded up to a multiple of 128
     assert resolved["training"]["train_steps"] == STEPS
 
 
-def test_tensorboard_content(finished_run: tuple[Workplace, Finished]) -> None:
+def test_tensorboard_scalars(finished_run: tuple[Workspace, Finished]) -> None:
     events = events_of(finished_run[0].run)
     per_step = {
         "gradient_norm/total",
@@ -177,7 +177,7 @@ def test_tensorboard_content(finished_run: tuple[Workplace, Finished]) -> None:
 
 
 def test_tensorboard_page_shows_every_scalar_once(
-    finished_run: tuple[Workplace, Finished],
+    finished_run: tuple[Workspace, Finished],
 ) -> None:
     events = events_of(finished_run[0].run)
     (tag,) = [tag for tag in events.Tags()["tensors"] if "custom_scalars" in tag]
@@ -196,7 +196,7 @@ def test_tensorboard_page_shows_every_scalar_once(
     ]
 
 
-def test_a_finished_run_given_more_steps_goes_on_logging(trained: Workplace) -> None:
+def test_a_finished_run_with_more_steps_continues_its_log(trained: Workspace) -> None:
     before = [point.step for point in events_of(trained.run).Scalars("loss_held_out/text")]
     finished = trained.train(steps=6)
     assert finished.status == 0, finished.errors
@@ -204,7 +204,7 @@ def test_a_finished_run_given_more_steps_goes_on_logging(trained: Workplace) -> 
     assert after == [*before, 6]
 
 
-def test_a_finished_run_started_again_adds_nothing(trained: Workplace) -> None:
+def test_restarting_a_finished_run_changes_nothing(trained: Workspace) -> None:
     before = trained.saved()
     summary = (trained.run / "summary.json").read_text()
     finished = trained.train()
@@ -220,8 +220,8 @@ def test_a_finished_run_started_again_adds_nothing(trained: Workplace) -> None:
 # --- bad input
 
 
-def _allow_no_world() -> None:
-    """Whoever joins the others before the refusal fails otherwise."""
+def _forbid_process_groups() -> None:
+    """Make a rank fail if it joins a process group before the error is reported."""
 
     def join(*arguments: object, **keywords: object) -> None:
         raise AssertionError(f"a process group was made: {arguments} {keywords}")
@@ -255,9 +255,11 @@ def _allow_no_world() -> None:
     ],
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else None,
 )
-def test_configuration_errors(place: Workplace, overrides: list[str], parts: list[str]) -> None:
-    assert_one_line(place.train(*overrides, prepare=_allow_no_world), *parts)
-    assert not place.run.parent.exists()
+def test_configuration_errors_are_one_line(
+    workspace: Workspace, overrides: list[str], parts: list[str]
+) -> None:
+    assert_one_line(workspace.train(*overrides, prepare=_forbid_process_groups), *parts)
+    assert not workspace.run.parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -267,17 +269,17 @@ def test_configuration_errors(place: Workplace, overrides: list[str], parts: lis
         (3, "parallel.zero_stage=2", ["global_batch_size = 8", "4 * 3", "nearest legal: 12"]),
     ],
 )
-def test_world_size_that_does_not_divide(
-    place: Workplace, world_size: int, override: str, parts: list[str]
+def test_indivisible_world_size_is_one_line_on_rank_0(
+    workspace: Workspace, world_size: int, override: str, parts: list[str]
 ) -> None:
     world = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port())}
     with ExitStack() as stack:
         first, *others = [
             stack.enter_context(
                 EntryPoint(
-                    place.folder / f"console{rank}",
+                    workspace.folder / f"console{rank}",
                     SCRIPT,
-                    *place.arguments(override),
+                    *workspace.arguments(override),
                     environment={**world, "RANK": str(rank)},
                 )
             )
@@ -287,17 +289,19 @@ def test_world_size_that_does_not_divide(
         for other in others:
             assert other.wait().status == 2
             assert other.wait().errors == ""
-    assert not place.run.parent.exists()
+    assert not workspace.run.parent.exists()
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [("[model", "not valid TOML"), ("[run]\nname = 'x'\n", "required, but absent")],
 )
-def test_configuration_file_that_is_none(place: Workplace, text: str, part: str) -> None:
-    place.write_config(text)
-    assert_one_line(place.train(), str(place.config), part)
-    assert not place.run.parent.exists()
+def test_invalid_configuration_files_are_one_line(
+    workspace: Workspace, text: str, part: str
+) -> None:
+    workspace.write_config(text)
+    assert_one_line(workspace.train(), str(workspace.config), part)
+    assert not workspace.run.parent.exists()
 
 
 def _id_out_of_range(corpus: Path) -> None:
@@ -335,18 +339,18 @@ def _without_held_out(corpus: Path) -> None:
         (_without_held_out, ["no split 'validation'"]),
     ],
 )
-def test_damaged_corpus(
-    place: Workplace, tmp_path: Path, damage: Callable[[Path], None], parts: list[str]
+def test_corpus_errors_are_one_line(
+    workspace: Workspace, tmp_path: Path, damage: Callable[[Path], None], parts: list[str]
 ) -> None:
-    copy = shutil.copytree(place.corpus, tmp_path / "damaged")
+    copy = shutil.copytree(workspace.corpus, tmp_path / "damaged")
     damage(copy)
-    assert_one_line(place.train(f"data.corpus={copy}"), str(copy), *parts)
-    assert not place.run.parent.exists()
+    assert_one_line(workspace.train(f"data.corpus={copy}"), str(copy), *parts)
+    assert not workspace.run.parent.exists()
 
 
-def test_run_directory_that_cannot_be_made(place: Workplace) -> None:
-    (place.folder / "runs").write_text("a file where a folder should be")
-    assert_one_line(place.train(), str(place.run))
+def test_run_directory_that_cannot_be_created_is_one_line(workspace: Workspace) -> None:
+    (workspace.folder / "runs").write_text("a file where a folder should be")
+    assert_one_line(workspace.train(), str(workspace.run))
 
 
 # --- checkpoints
@@ -360,7 +364,7 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_corrupt_newest_checkpoint_is_named_and_the_older_one_taken(trained: Workplace) -> None:
+def test_a_corrupt_newest_checkpoint_is_skipped_for_an_older_one(trained: Workspace) -> None:
     damage(trained.checkpoints / "step_00000004")
     finished = trained.train(steps=6)
     assert finished.status == 0, finished.errors
@@ -370,7 +374,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_older_one_taken(trained: W
     assert json.loads((trained.run / "summary.json").read_text())["steps"] == 6
 
 
-def test_only_corrupt_checkpoints_are_no_reason_to_start_afresh(trained: Workplace) -> None:
+def test_a_run_with_only_corrupt_checkpoints_does_not_start_afresh(trained: Workspace) -> None:
     for step in ("step_00000002", "step_00000004"):
         damage(trained.checkpoints / step)
     before = trained.saved()
@@ -378,13 +382,13 @@ def test_only_corrupt_checkpoints_are_no_reason_to_start_afresh(trained: Workpla
     assert trained.saved() == before
 
 
-def test_foreign_checkpoint(place: Workplace) -> None:
-    foreign = place.checkpoints / "global_step5"
+def test_checkpoint_of_another_program_is_an_error(workspace: Workspace) -> None:
+    foreign = workspace.checkpoints / "global_step5"
     foreign.mkdir(parents=True)
     (foreign / "mp_rank_00_model_states.pt").write_bytes(b"somebody else's")
-    before = place.saved()
-    assert_one_line(place.train(), str(foreign), "no checkpoint of this program")
-    assert place.saved() == before
+    before = workspace.saved()
+    assert_one_line(workspace.train(), str(foreign), "no checkpoint of this program")
+    assert workspace.saved() == before
 
 
 @pytest.mark.parametrize(
@@ -396,13 +400,15 @@ def test_foreign_checkpoint(place: Workplace) -> None:
         ("run.seed=4", ["seed = 3", "4"]),
     ],
 )
-def test_checkpoint_of_another_run(trained: Workplace, override: str, parts: list[str]) -> None:
+def test_checkpoint_of_another_model_or_seed_is_an_error(
+    trained: Workspace, override: str, parts: list[str]
+) -> None:
     before = trained.saved()
     assert_one_line(trained.train(override, steps=6), *parts)
     assert trained.saved() == before
 
 
-def test_checkpoint_of_another_corpus(trained: Workplace, tmp_path: Path) -> None:
+def test_checkpoint_of_another_corpus_is_an_error(trained: Workspace, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", without="speech")
     before = trained.saved()
     assert_one_line(trained.train(f"data.corpus={other}", steps=6), "corpus", str(other))
@@ -410,11 +416,11 @@ def test_checkpoint_of_another_corpus(trained: Workplace, tmp_path: Path) -> Non
 
 
 def _limit_file_size() -> None:
-    # Writes beyond it fail as on a full disk; event files and logs stay below.
+    # Longer writes fail as on a full disk; event files and logs stay below the limit.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_full_disk(trained: Workplace) -> None:
+def test_full_disk_keeps_older_checkpoints(trained: Workspace) -> None:
     before = trained.saved()
     finished = trained.train(steps=6, prepare=_limit_file_size)
     assert_one_line(finished, "step_00000006", "File too large", "older checkpoints are untouched")
@@ -422,13 +428,13 @@ def test_full_disk(trained: Workplace) -> None:
     assert trained.train(steps=6).status == 0
 
 
-def test_loss_that_is_not_a_number(trained: Workplace) -> None:
+def test_nan_loss_stops_the_run_without_a_checkpoint(trained: Workspace) -> None:
     before = trained.saved()
-    # The fifth step throws the weights to 1e30; no sum of squares of such numbers is finite.
+    # Step 5 moves the weights to about 1e30, whose squares overflow in fp32.
     finished = trained.train("optimizer.lr=1e30", "optimizer.lr_warmup_steps=0", steps=8)
     assert_one_line(finished, "step 6", "loss of text (nan)", "last good checkpoint: step 4")
     assert trained.saved() == before
-    # What was logged up to there is there to be looked at.
+    # The log up to the failure is kept.
     events = events_of(trained.run)
     assert [point.step for point in events.Scalars("loss_train/text")] == [2, 4]
     assert trained.train(steps=6).status == 0
