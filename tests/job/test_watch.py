@@ -124,7 +124,7 @@ def test_a_rank_without_heartbeats_ends_all_ranks(tmp_path: Path, victim: int) -
         job.wait_until_all_work()
         os.kill(job.pid(victim), signal.SIGSTOP)
         expected: list[int | None] = [verdict.LOST_STATUS] * RANKS
-        expected[victim] = -signal.SIGKILL  # by the other ranks; it would never end on its own
+        expected[victim] = -signal.SIGKILL  # by the others: it would stay for ever
         assert job.wait(HEARTBEAT_TIMEOUT_SECONDS + 5) == expected
         ((reporter, line),) = job.errors().items()
         assert reporter == (0 if victim else RANKS - 1)
@@ -150,13 +150,13 @@ def test_an_exception_on_one_rank_ends_all_ranks(tmp_path: Path, culprit: int) -
         )
 
 
-def test_a_user_error_on_all_ranks_is_one_line(tmp_path: Path) -> None:
+def test_a_mendable_error_on_all_ranks_is_one_line(tmp_path: Path) -> None:
     with Job(tmp_path, "is_user_error", *range(RANKS)) as job:
         assert job.wait(20) == [verdict.USER_ERROR_STATUS] * RANKS
         assert job.errors() == {0: "error: a.key = 3; allowed: 4\n"}
 
 
-def test_a_user_error_on_one_rank_names_the_rank(tmp_path: Path) -> None:
+def test_a_mendable_error_on_one_rank_names_it(tmp_path: Path) -> None:
     with Job(tmp_path, "is_user_error", 1) as job:
         assert job.wait(20) == [verdict.USER_ERROR_STATUS] * RANKS
         text = f"error: rank 1 (host {socket.gethostname()}, pid {job.pid(1)}): a.key = 3;"
@@ -187,7 +187,7 @@ def test_ranks_that_never_start_are_named() -> None:
     assert text.startswith("2 of 8 ranks (2, 5) have not started within 600 s")
 
 
-def test_connections_without_the_token_are_closed() -> None:
+def test_strangers_are_turned_away() -> None:
     hub = watch_hub.WatchHub(
         "127.0.0.1", 2, verdict.Peer.of_this_process(0), progress_report=ProgressReport()
     )

@@ -18,7 +18,7 @@ from tests.ranks import ENVIRONMENT
 
 SCRIPT = "launch/train.py"
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]  # the command ``deepspeed``
-SECONDS_TO_NOTICE_A_LOST_RANK = 60
+SECONDS_TO_NOTICE_A_DEATH = 60
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def rank_process(job: subprocess.Popen[bytes], local_rank: int) -> psutil.Proces
     return found
 
 
-def assert_end_within(ranks: list[psutil.Process], seconds: float) -> None:
+def assert_gone(ranks: list[psutil.Process], seconds: float) -> None:
     """Assert that all processes end within ``seconds``."""
     _, alive = psutil.wait_procs(ranks, seconds)
     assert not alive

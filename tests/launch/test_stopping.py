@@ -17,8 +17,8 @@ from tests.launch.entry_points import EntryPoint, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
     SCRIPT,
-    SECONDS_TO_NOTICE_A_LOST_RANK,
-    assert_end_within,
+    SECONDS_TO_NOTICE_A_DEATH,
+    assert_gone,
     assert_one_line_reports_the_lost_rank,
     free_port,
     rank_process,
@@ -130,8 +130,8 @@ def test_launcher_job_resumes_after_a_killed_rank_and_after_sigterm(
         ranks = [rank_process(job, rank) for rank in range(2)]
         ranks[1].kill()
         killed = time.monotonic()
-        assert job.wait(SECONDS_TO_NOTICE_A_LOST_RANK) != 0
-        assert_end_within(ranks, killed + SECONDS_TO_NOTICE_A_LOST_RANK - time.monotonic())
+        assert job.wait(SECONDS_TO_NOTICE_A_DEATH) != 0
+        assert_gone(ranks, killed + SECONDS_TO_NOTICE_A_DEATH - time.monotonic())
     assert_one_line_reports_the_lost_rank((tmp_path / "stderr").read_text(), 1, ranks[1].pid)
     assert not (runs / "small" / "summary.json").exists()
 

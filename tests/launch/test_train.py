@@ -29,7 +29,7 @@ NAMES = [modality.name for modality in MODALITIES]
 FAST = ("training.micro_batch_size=4", "checkpoint.interval_steps=2", "logging.interval_steps=2")
 
 
-class Workspace:
+class Workplace:
     """A folder with a configuration and a folder for runs; the corpus may be shared."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
@@ -87,24 +87,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished_run(
     corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Workspace, Finished]:
-    workspace = Workspace(tmp_path_factory.mktemp("trained"), corpus)
-    finished = workspace.train()
+) -> tuple[Workplace, Finished]:
+    place = Workplace(tmp_path_factory.mktemp("trained"), corpus)
+    finished = place.train()
     assert finished.status == 0, finished.errors
-    return workspace, finished
+    return place, finished
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, corpus: Path) -> Workspace:
-    """A workspace without a run."""
-    return Workspace(tmp_path, corpus)
+def place(tmp_path: Path, corpus: Path) -> Workplace:
+    """A workplace without a run."""
+    return Workplace(tmp_path, corpus)
 
 
 @pytest.fixture
-def trained(workspace: Workspace, finished_run: tuple[Workspace, Finished]) -> Workspace:
-    """A workspace with a copy of a run that has checkpoints of steps 2 and 4."""
-    shutil.copytree(finished_run[0].run, workspace.run)
-    return workspace
+def trained(place: Workplace, finished_run: tuple[Workplace, Finished]) -> Workplace:
+    """A workplace with a copy of a run that has checkpoints of steps 2 and 4."""
+    shutil.copytree(finished_run[0].run, place.run)
+    return place
 
 
 def events_of(run: Path) -> EventAccumulator:
@@ -116,20 +116,20 @@ def events_of(run: Path) -> EventAccumulator:
 
 
 def test_console_lines_are_short_and_stderr_is_empty(
-    finished_run: tuple[Workspace, Finished],
+    finished_run: tuple[Workplace, Finished],
 ) -> None:
-    workspace, finished = finished_run
+    place, finished = finished_run
     assert finished.errors == ""
     lines = finished.output.splitlines()
     assert max(map(len, lines)) <= 120
     steps = [re.match(r"step +(\d+)/4 \|", line) for line in lines]
     assert [int(match[1]) for match in steps if match] == [2, 4]
-    assert lines[-1] == f"done: {workspace.run / 'summary.json'}"
+    assert lines[-1] == f"done: {place.run / 'summary.json'}"
 
 
-def test_contents_of_summary(finished_run: tuple[Workspace, Finished]) -> None:
-    workspace, _ = finished_run
-    summary = json.loads((workspace.run / "summary.json").read_text())
+def test_contents_of_summary(finished_run: tuple[Workplace, Finished]) -> None:
+    place, _ = finished_run
+    summary = json.loads((place.run / "summary.json").read_text())
     assert summary["name"] == "small"
     assert summary["corpus"] == "small"
     assert summary["steps"] == STEPS
@@ -147,14 +147,14 @@ def test_contents_of_summary(finished_run: tuple[Workspace, Finished]) -> None:
         assert reached["two_token_context_entropy"] > 0
 
 
-def test_resolved_config_reads_back(finished_run: tuple[Workspace, Finished]) -> None:
-    workspace, _ = finished_run
-    resolved = tomllib.loads((workspace.run / "config.toml").read_text())
+def test_resolved_config_reads_back(finished_run: tuple[Workplace, Finished]) -> None:
+    place, _ = finished_run
+    resolved = tomllib.loads((place.run / "config.toml").read_text())
     assert resolved["model"]["vocab_size"] == 256  # 192 ids rounded up to a multiple of 128
     assert resolved["training"]["train_steps"] == STEPS
 
 
-def test_tensorboard_scalars(finished_run: tuple[Workspace, Finished]) -> None:
+def test_tensorboard_scalars(finished_run: tuple[Workplace, Finished]) -> None:
     events = events_of(finished_run[0].run)
     per_step = {
         "gradient_norm/total",
@@ -177,7 +177,7 @@ def test_tensorboard_scalars(finished_run: tuple[Workspace, Finished]) -> None:
 
 
 def test_tensorboard_page_shows_every_scalar_once(
-    finished_run: tuple[Workspace, Finished],
+    finished_run: tuple[Workplace, Finished],
 ) -> None:
     events = events_of(finished_run[0].run)
     (tag,) = [tag for tag in events.Tags()["tensors"] if "custom_scalars" in tag]
@@ -196,7 +196,7 @@ def test_tensorboard_page_shows_every_scalar_once(
     ]
 
 
-def test_a_finished_run_with_more_steps_continues_its_log(trained: Workspace) -> None:
+def test_a_finished_run_with_more_steps_continues_its_log(trained: Workplace) -> None:
     before = [point.step for point in events_of(trained.run).Scalars("loss_held_out/text")]
     finished = trained.train(steps=6)
     assert finished.status == 0, finished.errors
@@ -204,7 +204,7 @@ def test_a_finished_run_with_more_steps_continues_its_log(trained: Workspace) ->
     assert after == [*before, 6]
 
 
-def test_restarting_a_finished_run_changes_nothing(trained: Workspace) -> None:
+def test_restarting_a_finished_run_changes_nothing(trained: Workplace) -> None:
     before = trained.saved()
     summary = (trained.run / "summary.json").read_text()
     finished = trained.train()
@@ -256,10 +256,10 @@ def _forbid_process_groups() -> None:
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else None,
 )
 def test_configuration_errors_are_one_line(
-    workspace: Workspace, overrides: list[str], parts: list[str]
+    place: Workplace, overrides: list[str], parts: list[str]
 ) -> None:
-    assert_one_line(workspace.train(*overrides, prepare=_forbid_process_groups), *parts)
-    assert not workspace.run.parent.exists()
+    assert_one_line(place.train(*overrides, prepare=_forbid_process_groups), *parts)
+    assert not place.run.parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -270,16 +270,16 @@ def test_configuration_errors_are_one_line(
     ],
 )
 def test_indivisible_world_size_is_one_line_on_rank_0(
-    workspace: Workspace, world_size: int, override: str, parts: list[str]
+    place: Workplace, world_size: int, override: str, parts: list[str]
 ) -> None:
     world = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port())}
     with ExitStack() as stack:
         first, *others = [
             stack.enter_context(
                 EntryPoint(
-                    workspace.folder / f"console{rank}",
+                    place.folder / f"console{rank}",
                     SCRIPT,
-                    *workspace.arguments(override),
+                    *place.arguments(override),
                     environment={**world, "RANK": str(rank)},
                 )
             )
@@ -289,19 +289,17 @@ def test_indivisible_world_size_is_one_line_on_rank_0(
         for other in others:
             assert other.wait().status == 2
             assert other.wait().errors == ""
-    assert not workspace.run.parent.exists()
+    assert not place.run.parent.exists()
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [("[model", "not valid TOML"), ("[run]\nname = 'x'\n", "required, but absent")],
 )
-def test_invalid_configuration_files_are_one_line(
-    workspace: Workspace, text: str, part: str
-) -> None:
-    workspace.write_config(text)
-    assert_one_line(workspace.train(), str(workspace.config), part)
-    assert not workspace.run.parent.exists()
+def test_invalid_configuration_files_are_one_line(place: Workplace, text: str, part: str) -> None:
+    place.write_config(text)
+    assert_one_line(place.train(), str(place.config), part)
+    assert not place.run.parent.exists()
 
 
 def _id_out_of_range(corpus: Path) -> None:
@@ -340,17 +338,17 @@ def _without_held_out(corpus: Path) -> None:
     ],
 )
 def test_corpus_errors_are_one_line(
-    workspace: Workspace, tmp_path: Path, damage: Callable[[Path], None], parts: list[str]
+    place: Workplace, tmp_path: Path, damage: Callable[[Path], None], parts: list[str]
 ) -> None:
-    copy = shutil.copytree(workspace.corpus, tmp_path / "damaged")
+    copy = shutil.copytree(place.corpus, tmp_path / "damaged")
     damage(copy)
-    assert_one_line(workspace.train(f"data.corpus={copy}"), str(copy), *parts)
-    assert not workspace.run.parent.exists()
+    assert_one_line(place.train(f"data.corpus={copy}"), str(copy), *parts)
+    assert not place.run.parent.exists()
 
 
-def test_run_directory_that_cannot_be_created_is_one_line(workspace: Workspace) -> None:
-    (workspace.folder / "runs").write_text("a file where a folder should be")
-    assert_one_line(workspace.train(), str(workspace.run))
+def test_run_directory_that_cannot_be_created_is_one_line(place: Workplace) -> None:
+    (place.folder / "runs").write_text("a file where a folder should be")
+    assert_one_line(place.train(), str(place.run))
 
 
 # --- checkpoints
@@ -364,7 +362,7 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_corrupt_newest_checkpoint_is_skipped_for_an_older_one(trained: Workspace) -> None:
+def test_a_corrupt_newest_checkpoint_is_skipped_for_an_older_one(trained: Workplace) -> None:
     damage(trained.checkpoints / "step_00000004")
     finished = trained.train(steps=6)
     assert finished.status == 0, finished.errors
@@ -374,7 +372,7 @@ def test_a_corrupt_newest_checkpoint_is_skipped_for_an_older_one(trained: Worksp
     assert json.loads((trained.run / "summary.json").read_text())["steps"] == 6
 
 
-def test_a_run_with_only_corrupt_checkpoints_does_not_start_afresh(trained: Workspace) -> None:
+def test_a_run_with_only_corrupt_checkpoints_does_not_start_afresh(trained: Workplace) -> None:
     for step in ("step_00000002", "step_00000004"):
         damage(trained.checkpoints / step)
     before = trained.saved()
@@ -382,13 +380,13 @@ def test_a_run_with_only_corrupt_checkpoints_does_not_start_afresh(trained: Work
     assert trained.saved() == before
 
 
-def test_checkpoint_of_another_program_is_an_error(workspace: Workspace) -> None:
-    foreign = workspace.checkpoints / "global_step5"
+def test_checkpoint_of_another_program_is_an_error(place: Workplace) -> None:
+    foreign = place.checkpoints / "global_step5"
     foreign.mkdir(parents=True)
     (foreign / "mp_rank_00_model_states.pt").write_bytes(b"somebody else's")
-    before = workspace.saved()
-    assert_one_line(workspace.train(), str(foreign), "no checkpoint of this program")
-    assert workspace.saved() == before
+    before = place.saved()
+    assert_one_line(place.train(), str(foreign), "no checkpoint of this program")
+    assert place.saved() == before
 
 
 @pytest.mark.parametrize(
@@ -401,14 +399,14 @@ def test_checkpoint_of_another_program_is_an_error(workspace: Workspace) -> None
     ],
 )
 def test_checkpoint_of_another_model_or_seed_is_an_error(
-    trained: Workspace, override: str, parts: list[str]
+    trained: Workplace, override: str, parts: list[str]
 ) -> None:
     before = trained.saved()
     assert_one_line(trained.train(override, steps=6), *parts)
     assert trained.saved() == before
 
 
-def test_checkpoint_of_another_corpus_is_an_error(trained: Workspace, tmp_path: Path) -> None:
+def test_checkpoint_of_another_corpus_is_an_error(trained: Workplace, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", without="speech")
     before = trained.saved()
     assert_one_line(trained.train(f"data.corpus={other}", steps=6), "corpus", str(other))
@@ -420,7 +418,7 @@ def _limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_full_disk_keeps_older_checkpoints(trained: Workspace) -> None:
+def test_full_disk_keeps_older_checkpoints(trained: Workplace) -> None:
     before = trained.saved()
     finished = trained.train(steps=6, prepare=_limit_file_size)
     assert_one_line(finished, "step_00000006", "File too large", "older checkpoints are untouched")
@@ -428,7 +426,7 @@ def test_full_disk_keeps_older_checkpoints(trained: Workspace) -> None:
     assert trained.train(steps=6).status == 0
 
 
-def test_nan_loss_stops_the_run_without_a_checkpoint(trained: Workspace) -> None:
+def test_nan_loss_stops_the_run_without_a_checkpoint(trained: Workplace) -> None:
     before = trained.saved()
     # Step 5 moves the weights to about 1e30, whose squares overflow in fp32.
     finished = trained.train("optimizer.lr=1e30", "optimizer.lr_warmup_steps=0", steps=8)

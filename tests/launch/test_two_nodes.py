@@ -20,8 +20,8 @@ from tests.launch.entry_points import ROOT, run_entry_point, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
     SCRIPT,
-    SECONDS_TO_NOTICE_A_LOST_RANK,
-    assert_end_within,
+    SECONDS_TO_NOTICE_A_DEATH,
+    assert_gone,
     assert_one_line_reports_the_lost_rank,
     free_port,
     rank_process,
@@ -98,10 +98,10 @@ def test_two_node_job_resumes_under_slurm_after_a_lost_rank(config: Path, tmp_pa
         wait_until(lambda: checkpoint.exists() or any_ended(), "first checkpoint")
         ranks = [rank_process(node, local_rank=0) for node in nodes]
         ranks[1].kill()
-        deadline = time.monotonic() + SECONDS_TO_NOTICE_A_LOST_RANK
+        deadline = time.monotonic() + SECONDS_TO_NOTICE_A_DEATH
         for node in nodes:
             assert node.wait(deadline - time.monotonic()) != 0
-        assert_end_within(ranks, deadline - time.monotonic())
+        assert_gone(ranks, deadline - time.monotonic())
     errors = "".join((tmp_path / f"node{node}" / "stderr").read_text() for node in range(2))
     assert_one_line_reports_the_lost_rank(errors, 1, ranks[1].pid)
 

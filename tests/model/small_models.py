@@ -146,7 +146,7 @@ def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def assert_all_close(
     actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
 ) -> None:
-    """Assert equal names and close tensors; ``tolerance`` is both absolute and relative."""
+    """Same names, and every tensor close in absolute and in relative terms."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(

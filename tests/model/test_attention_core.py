@@ -72,7 +72,7 @@ def test_flex_attention_equals_document_attention(
     )
 
 
-def test_auto_selects_sdpa_on_cpu() -> None:
+def test_auto_takes_sdpa_on_a_cpu() -> None:
     config = small_config({name: name for name in NAMES})
     micro_batch = random_tokens(0, NAMES, (1, 1, 1)).micro_batch(config)
     assert isinstance(build_attention_core(micro_batch, "auto"), DocumentAttention)
