@@ -1,1 +1,1 @@
-"""Tests, laid out as ``mot_megatron`` is."""
+"""Tests, in the same folder structure as ``mot_megatron``."""

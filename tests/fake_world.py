@@ -1,4 +1,4 @@
-"""One process stands for any rank of a large world, on torch's fake backend."""
+"""Let one process act as any rank of a large world, using torch's fake backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """Be ``rank`` of a world whose collectives do nothing; no world is left behind."""
+    """Act as ``rank`` of a world whose collectives do nothing, and destroy the world at the end."""
     leave_world()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -22,7 +22,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 
 def leave_world() -> None:
-    """End megatron's groups and torch's, as far as there are any."""
+    """Destroy the process groups of megatron and torch, if any exist."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

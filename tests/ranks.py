@@ -1,8 +1,8 @@
 """Run a function on several CPU ranks, one fresh process each, over gloo.
 
-A server process imports the slow packages once; every rank is then forked from it in about 0.2 s,
-where a spawned rank would import them again. (A plain fork of the test process can deadlock in
-OpenMP.) What each rank returns comes back to the test.
+A server process imports the slow packages once, and every rank is forked from it in about 0.2 s; a
+spawned rank would import them again. (A plain fork of the test process can deadlock in OpenMP.) The
+test receives the return value of every rank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRELOAD = [
     "deepspeed",
 ]
 
-# Read when the packages above are imported, so they must stand before the server starts.
+# The packages above read these at import, so they must be set before the server starts.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "TORCH_COMPILE_DISABLE": "1",  # megatron's jit fusions cost 24-40 s of compilation on CPU
@@ -47,14 +47,14 @@ def run_ranks(
         function: A module-level function (it is pickled by name).
         world_size: Number of ranks.
         args: Picklable arguments, the same on every rank.
-        timeout: Seconds until the ranks are killed; the start of the server counts as well.
+        timeout: Seconds until the ranks are killed, including the time to start the server.
 
     Returns:
-        What each rank returned (it must be picklable), in the order of the ranks.
+        The return value of every rank, which must be picklable, in rank order.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: A rank raised; its traceback is inside.
-        TimeoutError: The ranks did not end in time; names the function.
+        torch.multiprocessing.ProcessRaisedException: A rank raised; the message has its traceback.
+        TimeoutError: The ranks did not end in time; the message names the function.
     """
     os.environ.update(ENVIRONMENT)
     get_context("forkserver").set_forkserver_preload(PRELOAD)
@@ -85,7 +85,7 @@ def _result_file(folder: str, rank: int) -> Path:
     return Path(folder) / f"result.{rank}"
 
 
-def _rank(  # the order that start_processes calls with: rank first
+def _rank(  # start_processes passes the rank first
     rank: int,
     world_size: int,
     folder: str,
@@ -94,7 +94,7 @@ def _rank(  # the order that start_processes calls with: rank first
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    # What a launcher would set: DeepSpeed reads them even when the world is initialized already.
+    # A launcher would set these; DeepSpeed reads them even if the world is already initialized.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
         "gloo",

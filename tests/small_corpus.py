@@ -46,7 +46,7 @@ precision = "fp32"
 
 
 def make_corpus(directory: Path) -> Corpus:
-    """Four documents per split: in each a name, a picture and an utterance, in varying order."""
+    """Write four documents per split: a name, a picture and an utterance each, in varying order."""
     random = np.random.default_rng(3)
     text = Modality(name="text", first_id=0, size=TEXT_SIZE, codec="bpe", codebook="text.json")
     image = Modality(
@@ -104,7 +104,7 @@ def make_corpus(directory: Path) -> Corpus:
 
 
 def make_config(corpus: Corpus, *overrides: str) -> Config:
-    """A two-layer model of the corpus; overrides are ``section.key=value``."""
+    """Return a two-layer configuration for the corpus; overrides are ``section.key=value``."""
     corpus_override = f'data.corpus="{corpus.directory}"'
     config = parse_config(CONFIG, "small", [corpus_override, *overrides])
     names = [modality.name for modality in corpus.description.modalities]

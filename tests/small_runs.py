@@ -18,8 +18,9 @@ MODALITIES = (
     Modality(name="speech", first_id=160, size=32),
 )
 
-# adam_eps: with the usual 1e-8, an element whose true gradient is 0 moves by the sign of its
-# rounding noise, a whole learning rate per step; no two orders of summation would then agree.
+# adam_eps: with the usual 1e-8, an element whose true gradient is 0 would move by a whole learning
+# rate per step in the direction of its rounding error, so layouts that sum in different orders
+# could never agree.
 CONFIG = """
 [run]
 name = "small"
@@ -64,16 +65,16 @@ def write_corpus(
     """Write a random corpus and return its folder.
 
     Args:
-        directory: Where to.
-        single_modality: Documents that fill a sequence with one modality, so that most
-            micro-batches of one sequence lack two of the three.
-        without: A modality that occurs nowhere.
+        directory: Folder to write.
+        single_modality: Make each document fill a sequence with one modality, so that most
+            micro-batches of one sequence lack the other two.
+        without: Modality to leave out of all documents.
     """
     rng = np.random.default_rng(7)
     present = [modality for modality in MODALITIES if modality.name != without]
 
     def segment(modality: Modality, tokens: int) -> tuple[str, list[int]]:
-        # Squared uniform numbers: low ids are likelier, so there is something to learn.
+        # Squaring uniform numbers makes low ids likelier, so there is something to learn.
         ids = modality.first_id + (rng.random(tokens) ** 2 * modality.size).astype(int)
         return modality.name, ids.tolist()
 
@@ -99,5 +100,5 @@ def write_corpus(
 
 
 def small_config(corpus: Path, overrides: list[str] | None = None) -> Config:
-    """The configuration with its corpus and ``overrides``."""
+    """Return ``CONFIG`` with this corpus and ``overrides``."""
     return parse_config(CONFIG.format(corpus=corpus), "small.toml", overrides)

@@ -1,4 +1,4 @@
-"""Configuration: what is read, what is refused, and the one line that says why."""
+"""Configuration files: parsing, overrides, and one-line error messages for invalid input."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def parse(*overrides: str) -> Config:
     return parse_config(GOOD, "test.toml", list(overrides))
 
 
-def refusal(*overrides: str, text: str = GOOD) -> str:
-    """The one line with which a configuration is refused."""
+def error_message(*overrides: str, text: str = GOOD) -> str:
+    """Return the error message of an invalid configuration, which must be one line."""
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "test.toml", list(overrides))
     message = str(caught.value)
@@ -66,7 +66,7 @@ def test_feed_forward_size_follows_the_papers_rule(hidden: int, expected: int) -
     assert parse("model.ffn_hidden_size=96").model.feed_forward_size == 96
 
 
-def test_what_is_read_cannot_be_changed() -> None:
+def test_config_is_immutable() -> None:
     with pytest.raises(ValidationError):
         parse().model.hidden_size = 3  # type: ignore[misc]
 
@@ -84,15 +84,15 @@ def test_what_is_read_cannot_be_changed() -> None:
         ("paralel.zero_stage", "parallel"),
     ],
 )
-def test_misspelt_key_is_named_with_a_suggestion(key: str, suggestion: str) -> None:
-    message = refusal(f"{key}=1")
+def test_misspelled_key_is_named_with_a_suggestion(key: str, suggestion: str) -> None:
+    message = error_message(f"{key}=1")
     named = key if not key.startswith("paralel") else "paralel"
     assert message.startswith(f"test.toml: {named}: unknown key")
     assert f"did you mean {suggestion};" in message
 
 
-def test_unknown_key_far_from_any_lists_what_is_allowed() -> None:
-    message = refusal("checkpoint.zzz=1")
+def test_unknown_key_without_a_close_match_lists_the_allowed_keys() -> None:
+    message = error_message("checkpoint.zzz=1")
     assert "did you mean" not in message
     assert "allowed: interval_steps, keep" in message
 
@@ -116,25 +116,25 @@ def test_unknown_key_far_from_any_lists_what_is_allowed() -> None:
         ("model.modalities.image.loss_weight=-1", "model.modalities.image.loss_weight = -1"),
     ],
 )
-def test_wrong_value_is_named(override: str, key: str) -> None:
-    assert refusal(override).startswith(f"test.toml: {key}: ")
+def test_invalid_value_is_named(override: str, key: str) -> None:
+    assert error_message(override).startswith(f"test.toml: {key}: ")
 
 
 def test_allowed_values_are_listed() -> None:
-    message = refusal("training.recompute=some")
+    message = error_message("training.recompute=some")
     assert all(f"'{value}'" in message for value in ("none", "selective", "full"))
 
 
 def test_missing_key_is_named() -> None:
-    message = refusal(text=GOOD.replace("num_layers = 2\n", ""))
+    message = error_message(text=GOOD.replace("num_layers = 2\n", ""))
     assert message == "test.toml: model.num_layers: required, but absent"
 
 
 def test_further_problems_are_counted() -> None:
-    assert refusal("model.num_layers=0", "training.train_steps=0").endswith("(and 1 more)")
+    assert error_message("model.num_layers=0", "training.train_steps=0").endswith("(and 1 more)")
 
 
-def test_overrides_replace_what_the_file_says() -> None:
+def test_overrides_replace_values_of_the_file() -> None:
     config = parse(
         "model.num_layers=5",
         "optimizer.lr = 0.5",
@@ -152,16 +152,16 @@ def test_overrides_replace_what_the_file_says() -> None:
 
 
 @pytest.mark.parametrize("override", ["model.num_layers", "=3", "model..x=3", ".=1"])
-def test_override_without_key_or_value(override: str) -> None:
-    assert refusal(override) == f"--set {override}: expected section.key=value"
+def test_override_without_key_or_value_is_an_error(override: str) -> None:
+    assert error_message(override) == f"--set {override}: expected section.key=value"
 
 
-def test_override_below_a_value() -> None:
-    message = refusal("model.num_layers.x=3")
+def test_override_inside_a_scalar_is_an_error() -> None:
+    message = error_message("model.num_layers.x=3")
     assert "num_layers is a value, not a section" in message
 
 
-def test_file_that_is_not_toml(tmp_path: Path) -> None:
+def test_invalid_toml_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"
     path.write_text("[run\n")
     with pytest.raises(ConfigError, match=re.escape(f"{path}: not valid TOML")) as caught:
@@ -170,7 +170,7 @@ def test_file_that_is_not_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "config.toml"
     if content is not None:
         path.write_bytes(content)
@@ -178,17 +178,17 @@ def test_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None
         load_config(path)
 
 
-def test_vocabulary_is_rounded_up_from_the_corpus() -> None:
+def test_default_vocabulary_is_the_corpus_size_rounded_up() -> None:
     resolved = parse().resolved_for(["image", "text", "speech"], 5620)
     assert resolved.model.num_vocabulary_rows == 5632  # 44 * 128
-    # Towers keep their meaning when the corpus lists its modalities in another order.
+    # Modalities keep their towers if the corpus lists the modalities in another order.
     assert list(resolved.model.modalities) == ["image", "text", "speech"]
     assert resolved.model.tower_names == ("vision", "text")
     with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         _ = parse().model.num_vocabulary_rows
 
 
-def test_corpus_that_does_not_fit() -> None:
+def test_mismatch_with_the_corpus_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 128 .* 5620 tokens"):
         parse("model.vocab_size=128").resolved_for(["text", "image", "speech"], 5620)
     with pytest.raises(ConfigError, match=r"model\.modalities has image, speech, text"):
@@ -201,7 +201,7 @@ def test_written_configuration_reads_back_equal() -> None:
 
 
 def write_files(folder: Path, *texts: str) -> list[Path]:
-    """Configuration files of these contents, a.toml, b.toml and so on."""
+    """Write a.toml, b.toml and so on with these contents and return their paths."""
     paths = [folder / f"{name}.toml" for name in "abcd"[: len(texts)]]
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
@@ -225,13 +225,13 @@ def test_later_files_override_earlier_ones_key_by_key(tmp_path: Path) -> None:
         "image": "text",
         "speech": "vision",
     }
-    assert model.loss_weights == (1.0, 0.5, 1.0)  # what a later file does not say stays
+    assert model.loss_weights == (1.0, 0.5, 1.0)  # keys that no later file sets are kept
     assert config.parallel.placement == ({"vision": 1.0}, {"text": 1.0})  # arrays are replaced
     first, *_ = paths
     assert load_config([first]) == load_config(first)
 
 
-def test_table_replaces_a_value_and_a_value_a_table(tmp_path: Path) -> None:
+def test_tables_and_values_replace_each_other(tmp_path: Path) -> None:
     table, value = "[run]\nname = 'other'\n", "run = 3\n"
     paths = write_files(tmp_path, value, GOOD, table)
     assert load_config(paths).run.name == "other"
@@ -252,7 +252,7 @@ def test_table_replaces_a_value_and_a_value_a_table(tmp_path: Path) -> None:
         ("[training]\ntrain_steps = 9\n[optimizer]\nmin_lr = 1.0", "a + b", "optimizer.min_lr"),
     ],
 )
-def test_the_file_that_is_wrong_is_named(
+def test_error_names_the_file_at_fault(
     tmp_path: Path, later: str, named: str, message: str
 ) -> None:
     paths = write_files(tmp_path, GOOD.replace("train_steps = 10", "train_steps = 0"), later)
@@ -264,14 +264,14 @@ def test_the_file_that_is_wrong_is_named(
     assert str(caught.value).startswith(source)
 
 
-def test_an_override_that_is_wrong_is_not_blamed_on_a_file(tmp_path: Path) -> None:
+def test_invalid_override_is_not_blamed_on_a_single_file(tmp_path: Path) -> None:
     paths = write_files(tmp_path, GOOD, "[model]\nhidden_size = 96\n")
     with pytest.raises(ConfigError) as caught:
         load_config(paths, ["model.hidden_size=big"])
     assert str(caught.value).startswith(f"{paths[0]} + {paths[1]}: model.hidden_size = 'big'")
 
 
-def test_the_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_error_names_the_unreadable_file(tmp_path: Path) -> None:
     paths = write_files(tmp_path, GOOD, "[run\n")
     with pytest.raises(ConfigError, match=re.escape(f"{paths[1]}: not valid TOML")):
         load_config(paths)
@@ -285,11 +285,11 @@ def test_the_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("", 1.0, True, False),
         (", capacity_factor = 1.5, causal_router = true", 1.5, True, True),
         (', routing = "topk"', 1.0, False, True),
-        # Which tokens a full expert drops depends on the others.
+        # Which tokens an expert at capacity drops depends on later tokens too.
         (', routing = "topk", topk = 2, capacity_factor = 1.25', 2.0, True, True),
     ],
 )
-def test_experts_say_what_routing_costs_and_sees(
+def test_experts_per_token_and_causality_by_routing(
     settings: str, per_token: float, sees_the_future: bool, can_be_causal: bool
 ) -> None:
     config = parse(f"model.towers.vision.experts={{ num_moe_experts = 4{settings} }}")
@@ -312,9 +312,9 @@ def test_a_model_without_experts_is_causal() -> None:
     "setting",
     ["num_moe_experts = 0", "capacity_factor = 0.0", "topk = 0", 'gate = "tanh"', 'routing = "x"'],
 )
-def test_wrong_value_of_experts_is_named(setting: str) -> None:
+def test_invalid_expert_setting_is_named(setting: str) -> None:
     given = setting if setting.startswith("num") else f"num_moe_experts = 4, {setting}"
-    message = refusal(f"model.towers.text.experts={{ {given} }}")
+    message = error_message(f"model.towers.text.experts={{ {given} }}")
     key = setting.split(" ")[0]
     assert message.startswith(f"test.toml: model.towers.text.experts.{key} = ")
 

@@ -1,4 +1,4 @@
-"""The reference of the configuration says what the code says, and the page is the generated one."""
+"""The configuration reference agrees with the code, and docs/configuration.md is up to date."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 
 def rows(section: str) -> dict[str, list[str]]:
-    """Cells of a section's table by key."""
+    """Return the cells of a section's table by key."""
     part = config_reference().partition(f"## `[{section}]`\n")[2].partition("\n## ")[0]
     table = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
     return {cells[0].strip("`"): cells[1:] for cells in table}
 
 
-def test_the_page_is_what_is_generated():
+def test_page_equals_the_generated_reference():
     assert PAGE.read_text(encoding="utf-8") == config_reference(), (
-        "python tools/write_config_reference.py writes it anew"
+        "regenerate it with: python tools/write_config_reference.py"
     )
 
 
@@ -46,12 +46,12 @@ def test_types_bounds_and_defaults():
     assert rows("parallel")["virtual_pipeline_model_parallel_size"][0] == "integer ≥ 2"
 
 
-def test_tables_lead_to_their_sections():
+def test_nested_tables_link_to_their_sections():
     assert "(#modelmodalitiesname)" in rows("model")["modalities"][2]
     assert "## `[model.modalities.NAME]`" in config_reference()
 
 
-def test_every_key_says_what_it_means():
+def test_every_key_has_a_description():
     meanings = [
         cells[-1]
         for line in config_reference().splitlines()

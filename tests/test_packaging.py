@@ -1,4 +1,4 @@
-"""An sdist builds a wheel, and the wheel works in another folder: commands, extension, files."""
+"""The sdist builds a wheel, and the installed wheel works outside the repository."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package and bin/mot, before the packages of this interpreter."""
+    """Install the wheel into a folder, to be put before this interpreter's own packages."""
     target = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run([*pip, "--no-index", "--no-deps", "--target", target, wheel], target)
@@ -69,7 +69,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_contents(sdist: Path, wheel: Path) -> None:
+def test_contents_of_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"mot_megatron/csrc/native.cpp", "mot_megatron/csrc/budget.h", "requirements.txt",
@@ -85,7 +85,7 @@ def test_contents(sdist: Path, wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands_work_elsewhere(installed: Path, tmp_path: Path) -> None:
+def test_installed_commands_work_outside_the_repository(installed: Path, tmp_path: Path) -> None:
     mot = installed / "bin" / "mot"
     assert "generate" in run([mot, "--help"], tmp_path, installed)
     where, *_ = run([mot, "configs"], tmp_path, installed).splitlines()

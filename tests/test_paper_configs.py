@@ -1,4 +1,4 @@
-"""configs/paper against the tables of the paper (section 3 and appendix)."""
+"""configs/paper agrees with the tables of the paper (section 3 and appendix)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_there_is_a_file_for_every_size_and_kind() -> None:
 
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("size", SIZES)
-def test_shape_and_batch(size: str, kind: str) -> None:
+def test_shape_and_batch_equal_the_papers(size: str, kind: str) -> None:
     config = load(size, kind)
     _, hidden, layers, heads, batch, gpus, tokens, steps = SIZES[size]
     model, training = config.model, config.training
@@ -59,21 +59,21 @@ def test_shape_and_batch(size: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_dense_parameters(size: str) -> None:
+def test_dense_parameter_counts_equal_the_papers(size: str) -> None:
     model = load(size, "dense").model
-    # The table counts matrices: without 2 norms and 2 QK-norms a layer, and the final norm.
+    # The table counts matrices only: not 2 norms and 2 QK-norms per layer, nor the final norm.
     norms = model.num_layers * 2 * (model.hidden_size + model.head_dim) + model.hidden_size
     millions = (count_parameters(model).total - norms) / 1e6
     assert round(millions, 1) == SIZES[size][0]
 
 
-def test_parameters_of_the_mixtures_at_7b() -> None:
+def test_total_parameters_at_7b() -> None:
     billions = [round(count_parameters(load("7b", kind).model).total / 1e9, 2) for kind in TOWERS]
     assert billions == [7.01, 13.49, 19.97]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_tower_more_costs_what_is_untied(size: str) -> None:
+def test_each_tower_adds_the_untied_parameters(size: str) -> None:
     dense, two, three = (count_parameters(load(size, kind).model) for kind in TOWERS)
     assert dense.shared == two.shared == three.shared == 2 * 65536 * SIZES[size][1]
     assert three.total - two.total == two.total - dense.total == dense.towers[0]
@@ -81,7 +81,7 @@ def test_a_tower_more_costs_what_is_untied(size: str) -> None:
 
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("size", SIZES)
-def test_training_setting(size: str, kind: str) -> None:
+def test_training_settings_equal_the_papers(size: str, kind: str) -> None:
     config = load(size, kind)
     model, optimizer = config.model, config.optimizer
     assert model.norm_placement == "post"

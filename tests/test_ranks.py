@@ -1,4 +1,4 @@
-"""The launcher itself: values come back in order, errors and time-outs name their cause."""
+"""run_ranks: return values arrive in rank order; errors and timeouts name their cause."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _fail_on_last_rank() -> None:
         raise ValueError("rank fell over")
 
 
-def _sleep_for_ever() -> None:
+def _sleep_forever() -> None:
     time.sleep(3600)
 
 
-def test_values_come_back_in_the_order_of_the_ranks():
+def test_return_values_are_in_rank_order():
     assert run_ranks(_sum_of_ranks, 2, 10) == [(0, 21), (1, 21)]  # (0 + 10) + (1 + 10)
 
 
@@ -37,5 +37,5 @@ def test_an_error_on_one_rank_reaches_the_test():
 
 
 def test_a_hang_ends_at_the_time_limit_and_names_the_function():
-    with pytest.raises(TimeoutError, match="_sleep_for_ever"):
-        run_ranks(_sleep_for_ever, 1, timeout=1.0)
+    with pytest.raises(TimeoutError, match="_sleep_forever"):
+        run_ranks(_sleep_forever, 1, timeout=1.0)

@@ -1,4 +1,4 @@
-"""Rules between keys: every layout that cannot be, the line that says why, and what would do."""
+"""Rules between keys: illegal combinations, their error messages, and the values these suggest."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ TENSOR_PARALLEL = [
         [f"{TENSOR}={size}" for size in (1, 2, 4, 8)],
     ),
     (
-        # Eight would divide the query heads, but no more than two divides the key-value heads.
+        # Eight would divide the query heads, but nothing above two divides the key-value heads.
         [f"{TENSOR}=5", "model.num_query_groups=2"],
         ["model.num_attention_heads = 8", f"nearest legal {TENSOR}: 1, 2"],
         [f"{TENSOR}=1", f"{TENSOR}=2"],
@@ -117,7 +117,7 @@ PIPELINES = [
         [f"{PIPELINE}=2", f"{VIRTUAL}=3"],
         [
             "virtual_pipeline_model_parallel_size = 6;",
-            "nearest legal: 4, 8,",  # 1 and 2 are no product of two sizes above 1
+            "nearest legal: 4, 8,",  # 1 and 2 are not products of two sizes above 1
             f"{LAYERS}, 6 numbers that sum to 8",
         ],
         [f"{VIRTUAL}=2", f"{VIRTUAL}=4", f"{LAYERS}=[2, 2, 1, 1, 1, 1]"],
@@ -167,13 +167,13 @@ EXCHANGES = [
         [f"{MODALITY}={size}" for size in (2, 4, 8)],
     ),
     (
-        # Four ranks do not divide the two heads that four tensor-parallel ranks leave.
+        # A tensor-parallel rank has two heads, which four modality-parallel ranks cannot split.
         [HEADS, f"{MODALITY}=4", f"{TENSOR}=4"],
         ["2 heads and 2 key-value heads of a tensor-parallel rank", "nearest legal: 2"],
         [f"{MODALITY}=2", f"{TENSOR}=2"],
     ),
     (
-        # Four ranks divide twelve heads, but six key-value heads neither divide nor replicate.
+        # Four ranks can split 12 heads, but can neither split nor replicate 6 key-value heads.
         [
             HEADS,
             f"{MODALITY}=4",
@@ -241,7 +241,7 @@ ZERO_STAGES = [
         for stage in (0, 3)
     ),
     (
-        # Both allow stage 1 only; so must the message, or its advice would be refused.
+        # Both together allow stage 1 only, so the message must not suggest stage 2.
         [f"{PIPELINE}=2", f"{MODALITY}=2", f"{ZERO}=3"],
         [f"{ZERO} = 3", "zero_stage 1 only"],
         [f"{ZERO}=1"],
@@ -301,12 +301,12 @@ EXPERTS = [
         [f"{TEXT}.capacity_factor = 1 ", "64 experts", "16 tokens", "at least 4"],
         [mixture("num_moe_experts = 64, capacity_factor = 4"), "training.micro_batch_size=4"],
     ),
-    (  # 4 / 4096 = 0.0009765625: what the line names must be enough
+    (  # 4 / 4096 = 0.0009765625: the suggested value must not be rounded below it
         [mixture("num_moe_experts = 4, capacity_factor = 0.000976562"), "data.seq_length=4096"],
         [f"{TEXT}.capacity_factor = 0.000976562", "least 0.000976563"],
         [f"{TEXT}.capacity_factor=0.000976563"],
     ),
-    (  # nothing to round
+    (  # the smallest legal value needs no rounding
         [mixture("num_moe_experts = 4, capacity_factor = 0.099"), "data.seq_length=40"],
         [f"{TEXT}.capacity_factor = 0.099", "least 0.1"],
         [f"{TEXT}.capacity_factor=0.1"],
@@ -319,7 +319,7 @@ EXPERTS = [
         [f"{TEXT}.capacity_factor = 0.0001", "4 experts less than one", "64 tokens", "0.0625"],
         [f"{TEXT}.capacity_factor=0.0625"],
     ),
-    (  # a token's two experts make twice as many shares
+    (  # two experts per token make twice as many assignments
         [
             mixture('num_moe_experts = 4, routing = "topk", topk = 2, capacity_factor = 0.03'),
             "data.seq_length=64",
@@ -430,7 +430,7 @@ ILLEGAL = [
 @pytest.mark.parametrize(
     ("overrides", "parts", "remedies"), ILLEGAL, ids=[" ".join(case[0]) for case in ILLEGAL]
 )
-def test_keys_that_contradict_each_other(
+def test_illegal_combination_is_an_error_with_legal_suggestions(
     overrides: list[str], parts: list[str], remedies: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -440,7 +440,7 @@ def test_keys_that_contradict_each_other(
     assert_one_line(message)
     for part in parts:
         assert part in message
-    for remedy in remedies:  # what the message calls legal is
+    for remedy in remedies:  # every value that the message suggests is legal
         parse(*overrides, remedy)
 
 
@@ -458,7 +458,7 @@ def test_keys_that_contradict_each_other(
         ],  # the dense model
         [
             f"{MODALITY}=3",
-            # What a person writes for a third.
+            # Thirds, rounded to three decimals.
             f"{PLACEMENT}=[{{text = 0.333, vision = 1}}, {{text = 0.333}}, "
             "{text = 0.334, audio = 1}]",
         ],
@@ -483,7 +483,7 @@ def test_keys_that_contradict_each_other(
     ],
     ids=" ".join,
 )
-def test_keys_that_go_together(overrides: list[str]) -> None:
+def test_legal_combination_parses(overrides: list[str]) -> None:
     parse(*overrides)
 
 
@@ -502,7 +502,7 @@ def test_keys_that_go_together(overrides: list[str]) -> None:
         ),
     ],
 )
-def test_world_size_that_does_not_divide(
+def test_world_size_not_divisible_by_the_layout_is_an_error(
     overrides: list[str], world_size: int, parts: list[str], legal: list[int]
 ) -> None:
     config = parse(*overrides)
@@ -520,7 +520,7 @@ def test_world_size_that_does_not_divide(
     [
         (["training.micro_batch_size=1"], 3, ["= 1 * 3;", "legal: 15 or 18"], [15, 18]),
         (["training.micro_batch_size=16"], 2, ["= 16 * 2;", "nearest legal: 32"], [32]),
-        # Every rank of a modality group brings its own sequences; stages share theirs.
+        # Every rank of a modality group has its own sequences; pipeline stages share theirs.
         ([f"{MODALITY}=2", "training.micro_batch_size=3"], 4, ["= 3 * 4;", "12 or 24"], [12, 24]),
         ([f"{PIPELINE}=2", "training.micro_batch_size=3"], 4, ["= 3 * 2;", "12 or 18"], [12, 18]),
         (
@@ -531,7 +531,7 @@ def test_world_size_that_does_not_divide(
         ),
     ],
 )
-def test_batch_that_does_not_divide(
+def test_batch_size_not_divisible_by_the_layout_is_an_error(
     overrides: list[str], world_size: int, parts: list[str], legal: list[int]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -543,7 +543,7 @@ def test_batch_that_does_not_divide(
         check_world_size(parse(*overrides, f"training.global_batch_size={size}"), world_size)
 
 
-def test_world_sizes_that_divide() -> None:
+def test_divisible_world_sizes_are_legal() -> None:
     config = parse(f"{TENSOR}=2", "training.micro_batch_size=2")
     for world_size in (2, 4, 8):
         check_world_size(config, world_size)
@@ -559,7 +559,7 @@ def test_world_sizes_that_divide() -> None:
         ([f"{EXPERT}=2", f"{PIPELINE}=2"], 2, ["the 1 data-parallel", "nearest legal: 1"], [1]),
     ],
 )
-def test_ranks_that_experts_do_not_divide(
+def test_expert_parallel_size_must_divide_the_ranks_of_a_tower(
     overrides: list[str], world_size: int, parts: list[str], legal: list[int]
 ) -> None:
     batch = f"training.global_batch_size={world_size}"

@@ -1,1 +1,1 @@
-"""Tests of the watch over the ranks, of stopping, and of the hardware report."""
+"""Tests of the watchdog, of stopping on signals, and of memory settings."""

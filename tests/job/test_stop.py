@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Signals that request a run to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from mot_megatron.job.stop import StopRequest
 
-# Its terminal closes when it has said that it is ready; then it works on for a while and leaves.
+# The test closes the terminal of this program once it has printed "ready"; it then goes on working.
 AT_A_TERMINAL = """
 import fcntl, pathlib, signal, sys, termios, time
 from mot_megatron.job.stop import StopRequest
@@ -32,10 +32,10 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
-def test_a_signal_asks_only_inside_the_block(
+def test_signals_request_a_stop_only_inside_the_block(
     number: signal.Signals, before: signal.Handlers
 ) -> None:
-    # A launcher that ignores a signal starts ranks that ignore it.
+    # Ranks inherit ignored signals from their launcher.
     original = signal.signal(number, before)
     try:
         with StopRequest() as stop:
@@ -47,7 +47,7 @@ def test_a_signal_asks_only_inside_the_block(
         signal.signal(number, original)
 
 
-def test_closed_terminal_asks_to_stop_unless_it_was_to_be_ignored() -> None:
+def test_sighup_requests_a_stop_unless_it_is_ignored() -> None:
     original = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with StopRequest() as stop:
@@ -63,7 +63,7 @@ def test_closed_terminal_asks_to_stop_unless_it_was_to_be_ignored() -> None:
         signal.signal(signal.SIGHUP, original)
 
 
-def test_work_is_saved_although_its_terminal_is_gone(tmp_path: Path) -> None:
+def test_work_can_finish_after_the_terminal_closes(tmp_path: Path) -> None:
     terminal, end_of_process = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", AT_A_TERMINAL, str(tmp_path / "saved")],

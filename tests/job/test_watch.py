@@ -1,4 +1,4 @@
-"""The watch over the ranks: whatever ends one of them ends all, and one line says what it was."""
+"""The watchdog: if one rank ends abnormally, all ranks end, and one line reports the cause."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 
 RANKS = 3
 HEARTBEAT_TIMEOUT_SECONDS = 6.0
-"""Instead of 30; longer than a pause of the watching process itself."""
+"""Instead of 30; still longer than the watching process may be delayed."""
 HOST = re.escape(socket.gethostname())
 
 
 class Job:
-    """Ranks that do nothing but be watched, and one thing that happens to one of them."""
+    """Ranks under the watchdog that do no work; ``event`` happens to the ``affected`` ones."""
 
     def __init__(self, folder: Path, event: str, *affected: int) -> None:
         os.environ.update(ENVIRONMENT)
@@ -68,14 +68,14 @@ class Job:
         return number
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Exit status of every rank, which must all have ended within ``seconds``."""
+        """Wait up to ``seconds`` and return every rank's exit status, or None if still running."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def errors(self) -> dict[int, str]:
-        """Standard error of every rank that wrote to it."""
+        """Return the standard error of every rank that wrote to it."""
         texts = {rank: (self.folder / f"stderr.{rank}").read_text() for rank in range(RANKS)}
         return {rank: text for rank, text in texts.items() if text}
 
@@ -102,12 +102,12 @@ def _act(event: str) -> None:
     if event == "user error":
         raise ConfigError("a.key = 3; allowed: 4")
     if event == "work":
-        time.sleep(100)  # as in a collective: nothing of the main thread's own will end it
+        time.sleep(100)  # as in a collective, the main thread cannot end on its own
     assert event == "finish"
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
+def test_a_killed_rank_ends_all_ranks(tmp_path: Path, victim: int) -> None:
     with Job(tmp_path, "work") as job:
         job.wait_until_all_work()
         os.kill(job.pid(victim), signal.SIGKILL)
@@ -117,13 +117,13 @@ def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
         line = (
             f"error: rank {victim} (host HOST, pid {job.pid(victim)}) died during step 12, data\n"
         )
-        # Rank 0 speaks, and for rank 0 the last one.
+        # Rank 0 reports; if rank 0 was killed, the last rank does.
         reporter = 0 if victim else RANKS - 1
         assert job.errors() == {reporter: line.replace("HOST", socket.gethostname())}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_stopped_rank(tmp_path: Path, victim: int) -> None:
+def test_a_rank_without_heartbeats_ends_all_ranks(tmp_path: Path, victim: int) -> None:
     with Job(tmp_path, "work") as job:
         job.wait_until_all_work()
         os.kill(job.pid(victim), signal.SIGSTOP)
@@ -140,7 +140,7 @@ def test_a_stopped_rank(tmp_path: Path, victim: int) -> None:
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
-def test_a_defect_on_one_rank(tmp_path: Path, culprit: int) -> None:
+def test_an_exception_on_one_rank_ends_all_ranks(tmp_path: Path, culprit: int) -> None:
     with Job(tmp_path, "defect", culprit) as job:
         assert job.wait(20) == [verdict.DEFECT_STATUS] * RANKS
         ((reporter, text),) = job.errors().items()
@@ -167,7 +167,7 @@ def test_a_user_error_on_one_rank_names_it(tmp_path: Path) -> None:
         assert job.errors() == {1: f"{text} allowed: 4\n"}
 
 
-def test_a_finished_rank_is_not_a_lost_one(tmp_path: Path) -> None:
+def test_a_finished_rank_is_not_reported_as_lost(tmp_path: Path) -> None:
     with Job(tmp_path, "finish", 0, 1) as job:
         job.wait_until_all_work()
         job.processes[1].join(10)
@@ -180,13 +180,13 @@ def test_a_finished_rank_is_not_a_lost_one(tmp_path: Path) -> None:
         assert list(job.errors()) == [0]
 
 
-def test_all_finish(tmp_path: Path) -> None:
+def test_all_ranks_finish_without_errors(tmp_path: Path) -> None:
     with Job(tmp_path, "finish", *range(RANKS)) as job:
         assert job.wait(20) == [0] * RANKS
         assert job.errors() == {}
 
 
-def test_ranks_that_never_come_are_named() -> None:
+def test_ranks_that_never_start_are_named() -> None:
     text = verdict.absent([2, 5], world_size=8, seconds=600).message
     assert text.startswith("2 of 8 ranks (2, 5) have not started within 600 s")
 
@@ -299,10 +299,10 @@ def test_a_rank_that_sends_garbage_is_lost_and_the_hub_says_so() -> None:
         assert b"rank 1" in received
 
 
-# --- the pieces
+# --- heartbeats, messages and phases
 
 
-def test_the_timeout_counts_from_the_last_heartbeat() -> None:
+def test_timeout_counts_from_the_last_heartbeat() -> None:
     now = 0.0
     pulse = heartbeats.HeartbeatMonitor(30, clock=lambda: now)
     pulse.heard(1)
@@ -317,11 +317,11 @@ def test_the_timeout_counts_from_the_last_heartbeat() -> None:
     assert pulse.expired() == [2]
 
 
-def test_a_pause_of_the_watcher_itself_proves_nothing() -> None:
+def test_a_pause_of_the_watching_process_expires_no_rank() -> None:
     now = 0.0
     pulse = heartbeats.HeartbeatMonitor(30, clock=lambda: now)
     pulse.heard(1)
-    now = 100.0  # suspended for that long, as everybody else may have been
+    now = 100.0  # this process was suspended; the other ranks may have been as well
     assert pulse.expired() == []
     while now < 130:
         now += 2
@@ -330,14 +330,14 @@ def test_a_pause_of_the_watcher_itself_proves_nothing() -> None:
     assert pulse.expired() == [1]
 
 
-def test_messages_arrive_in_pieces() -> None:
+def test_partial_messages_are_reassembled() -> None:
     lines = verdict.Lines()
     sent = verdict.encode("beat", phase=Phase(4, "data", 12)) + verdict.encode("goodbye")
     got = [message for byte in sent for message in lines.feed(bytes([byte]))]
     assert got == [{"kind": "beat", "phase": [4, "data", 12]}, {"kind": "goodbye"}]
 
 
-def test_phases_are_ordered_by_how_far_the_run_has_come() -> None:
+def test_phases_are_ordered_by_progress() -> None:
     progress_report = ProgressReport()
     assert str(progress_report.now) == "start"
     progress_report.enter("data", step=12)
@@ -347,7 +347,7 @@ def test_phases_are_ordered_by_how_far_the_run_has_come() -> None:
     assert progress_report.now.order > before.order
 
 
-def test_a_pid_that_another_process_has_now_is_spared() -> None:
+def test_a_reused_pid_is_not_killed() -> None:
     me = verdict.Peer.of_this_process(0)
     verdict.Peer(me.host, me.pid, "1", 0).kill_if_here()
     verdict.Peer("elsewhere", me.pid, me.started, 0).kill_if_here()

@@ -1,7 +1,7 @@
-"""Runs an entry point as a process of its own, forked where its slow imports are done already.
+"""Run an entry point in its own process, forked from a server that has done the slow imports.
 
-The script runs as ``__main__`` with its own arguments, environment, exit status and output, 0.2 s
-after it was started, where a fresh interpreter would import for 10 s.
+The script runs as ``__main__`` with its own arguments, environment, exit status and output. It
+starts within 0.2 s; a fresh interpreter would spend 10 s on imports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Finished:
-    """What was left of an entry point that has ended."""
+    """Exit status, standard output and standard error of an entry point."""
 
     status: int
     output: str
@@ -32,7 +32,7 @@ class Finished:
 
 
 class EntryPoint:
-    """A script that is running; killed at the end of a ``with`` block unless it has ended."""
+    """A running script; the end of the ``with`` block kills it if it is still running."""
 
     def __init__(
         self,
@@ -45,10 +45,10 @@ class EntryPoint:
         """Start ``script``.
 
         Args:
-            folder: Where its output goes to files.
+            folder: Folder for files with its standard output and standard error.
             script: Path relative to the repository.
-            arguments: Of its command line.
-            environment: Variables to add.
+            arguments: Command-line arguments.
+            environment: Environment variables to add.
             prepare: A module-level function to call before the script.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,17 +76,17 @@ class EntryPoint:
 
     @property
     def pid(self) -> int:
-        """Id of the process."""
+        """Process id."""
         assert self._process.pid is not None
         return self._process.pid
 
     @property
     def output(self) -> str:
-        """Standard output up to now."""
+        """Standard output so far."""
         return self._files[0].read_text() if self._files[0].exists() else ""
 
     def wait(self, timeout: float = 120) -> Finished:
-        """Wait for the end."""
+        """Wait for the script to end."""
         self._process.join(timeout)
         status = self._process.exitcode
         assert status is not None, f"still running after {timeout} s: {self.output}"
@@ -100,17 +100,17 @@ def run_entry_point(
     environment: dict[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> Finished:
-    """Start a script and wait for its end."""
+    """Run a script until it ends."""
     options = {"environment": environment, "prepare": prepare}
     with EntryPoint(folder, script, *arguments, **options) as running:  # type: ignore[arg-type]
         return running.wait()
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
-    """Poll ``condition`` until it is true; ``what`` names it if that takes too long."""
+    """Poll ``condition`` until it is true; ``what`` describes it in the timeout message."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {timeout} s"
+        assert time.monotonic() < deadline, f"{what}: timed out after {timeout} s"
         time.sleep(0.02)
 
 
@@ -123,7 +123,7 @@ def _execute(
     for number, file in enumerate(files, start=1):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
-    # Line by line, as ``python -u`` of the launcher: a test reads along.
+    # Tests read the output while the script runs; the launcher uses ``python -u``.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.update(environment)
     sys.argv = command

@@ -1,4 +1,4 @@
-"""Jobs of several processes, started by the real launcher, on the loopback interface."""
+"""Multi-process jobs, started by the real launcher on the loopback interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.launch.entry_points import ROOT
 from tests.ranks import ENVIRONMENT
 
 SCRIPT = "launch/train.py"
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what ``deepspeed`` is
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]  # the command ``deepspeed``
 SECONDS_TO_NOTICE_A_DEATH = 60
 
 
@@ -25,7 +25,7 @@ SECONDS_TO_NOTICE_A_DEATH = 60
 def started(
     folder: Path, command: list[str], environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a session of its own; whatever is left of it is killed at the end."""
+    """Run a command in its own session; kill all its remaining processes at the end."""
     folder.mkdir(exist_ok=True)
     variables = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
@@ -51,14 +51,14 @@ def started(
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return an unused TCP port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def rank_process(job: subprocess.Popen[bytes], local_rank: int) -> psutil.Process:
-    """The process of a rank of a job, by its place on its node."""
+    """Return the process of a job's rank, by its local rank on its node."""
     (found,) = [
         process
         for process in psutil.Process(job.pid).children(recursive=True)
@@ -68,15 +68,15 @@ def rank_process(job: subprocess.Popen[bytes], local_rank: int) -> psutil.Proces
 
 
 def assert_gone(ranks: list[psutil.Process], seconds: float) -> None:
-    """All of them end within ``seconds``."""
+    """Assert that all processes end within ``seconds``."""
     _, alive = psutil.wait_procs(ranks, seconds)
     assert not alive
 
 
-def assert_one_obituary(errors: str, rank: int, pid: int) -> None:
-    """``errors``, of all nodes together, is one line that says who died, and where."""
+def assert_one_line_reports_the_lost_rank(errors: str, rank: int, pid: int) -> None:
+    """Assert that ``errors`` is one line that names the lost rank and its phase."""
     host = re.escape(socket.gethostname())
-    place = r"step \d+, (data|forward and backward|optimizer|evaluation|checkpoint|samples)"
+    phase = r"step \d+, (data|forward and backward|optimizer|evaluation|checkpoint|samples)"
     assert re.fullmatch(
-        rf"error: rank {rank} \(host {host}, pid {pid}\) died during {place}\n", errors
+        rf"error: rank {rank} \(host {host}, pid {pid}\) died during {phase}\n", errors
     ), errors

@@ -1,4 +1,4 @@
-"""Runs that are told to stop, or killed, and what the next start makes of it."""
+"""Runs that are stopped by a signal or lose a rank, and how the next start resumes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.launch.jobs import (
     SCRIPT,
     SECONDS_TO_NOTICE_A_DEATH,
     assert_gone,
-    assert_one_obituary,
+    assert_one_line_reports_the_lost_rank,
     free_port,
     rank_process,
     started,
@@ -51,7 +51,7 @@ def arguments_of(config: Path, runs: Path) -> list[str]:
 
 
 def steps_printed(output: Path) -> int:
-    """The last step on the console, 0 before the first."""
+    """Return the last step on the console, or 0."""
     if not output.exists():
         return 0
     found = re.findall(rf"^step +(\d+)/{STEPS} ", output.read_text(), re.MULTILINE)
@@ -59,13 +59,13 @@ def steps_printed(output: Path) -> int:
 
 
 def saved_steps(runs: Path) -> list[int]:
-    """Steps of the finished checkpoints."""
+    """Return the steps of the complete checkpoints."""
     names = [folder.name for folder in (runs / "small" / "checkpoints").glob("step_*")]
     return sorted(int(name.removeprefix("step_")) for name in names if "." not in name)
 
 
 def finish(folder: Path, config: Path, runs: Path) -> dict[str, float]:
-    """Train to the end in one process and give the held-out losses."""
+    """Train to the end in one process and return the held-out losses."""
     with EntryPoint(folder, SCRIPT, *arguments_of(config, runs)) as running:
         finished = running.wait()
     assert finished.status == 0, finished.errors
@@ -92,7 +92,7 @@ def assert_stopped(output: str, runs: Path) -> None:
     assert saved_steps(runs)[-1] == int(match[1])
 
 
-def test_signals_save_and_the_next_start_goes_on(
+def test_signals_save_a_checkpoint_and_the_next_start_resumes(
     config: Path, tmp_path: Path, uninterrupted: dict[str, float]
 ) -> None:
     runs, output = tmp_path / "runs", tmp_path / "stdout"
@@ -122,7 +122,7 @@ def launcher(config: Path, runs: Path) -> list[str]:
     return [*LAUNCHER, *options, SCRIPT, *arguments_of(config, runs)]
 
 
-def test_killed_rank_and_stopped_rank_under_the_launcher(
+def test_launcher_job_resumes_after_a_killed_rank_and_after_sigterm(
     config: Path, tmp_path: Path, uninterrupted: dict[str, float]
 ) -> None:
     runs, output = tmp_path / "runs", tmp_path / "stdout"
@@ -134,18 +134,18 @@ def test_killed_rank_and_stopped_rank_under_the_launcher(
         killed = time.monotonic()
         assert job.wait(SECONDS_TO_NOTICE_A_DEATH) != 0
         assert_gone(ranks, killed + SECONDS_TO_NOTICE_A_DEATH - time.monotonic())
-    assert_one_obituary((tmp_path / "stderr").read_text(), 1, ranks[1].pid)
+    assert_one_line_reports_the_lost_rank((tmp_path / "stderr").read_text(), 1, ranks[1].pid)
     assert not (runs / "small" / "summary.json").exists()
 
     with started(tmp_path, launcher(config, runs)) as job:
         wait_until(lambda: steps_printed(output) or job.poll() is not None, "a step")
-        # One rank only: all must agree on the step to stop after.
+        # Only one rank gets the signal; all must stop after the same step.
         rank_process(job, 1).send_signal(signal.SIGTERM)
         assert job.wait(60) == 0, (tmp_path / "stderr").read_text()
     assert "continuing from" in output.read_text()
     assert_stopped(output.read_text(), runs)
 
     reached = finish(tmp_path / "third", config, runs)
-    # One process went on where two had begun: equal but for the order of sums.
+    # One process finished what two had started: equal except for the order of sums.
     assert reached == pytest.approx(uninterrupted, abs=2e-3)
     assert_each_step_once(runs)

@@ -1,4 +1,4 @@
-"""launch/train.py from outside: what it leaves behind, and the one line of each failure."""
+"""launch/train.py as a whole: the files of a run, and the one-line message of each error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAST = ("training.micro_batch_size=4", "checkpoint.interval_steps=2", "logging.i
 
 
 class Workplace:
-    """A configuration, a corpus and a folder of runs."""
+    """A folder with a configuration and a folder for runs; the corpus may be shared."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
         self.folder = folder
@@ -62,13 +62,13 @@ class Workplace:
         )
 
     def arguments(self, *overrides: str, steps: int = STEPS) -> list[str]:
-        """Of the command line."""
+        """Return the command-line arguments."""
         settings = [f"run.directory={self.folder / 'runs'}", f"training.train_steps={steps}"]
         settings += [*FAST, *overrides]
         return [f"--config={self.config}", *(f"--set={setting}" for setting in settings)]
 
     def saved(self) -> dict[str, bytes]:
-        """All files under checkpoints/."""
+        """Return the contents of all files under checkpoints/."""
         files = self.checkpoints.rglob("*")
         return {str(file): file.read_bytes() for file in files if file.is_file()}
 
@@ -98,13 +98,13 @@ def finished_run(
 
 @pytest.fixture
 def place(tmp_path: Path, corpus: Path) -> Workplace:
-    """Nothing trained yet."""
+    """A workplace without a run."""
     return Workplace(tmp_path, corpus)
 
 
 @pytest.fixture
 def trained(place: Workplace, finished_run: tuple[Workplace, Finished]) -> Workplace:
-    """A copy of a run with checkpoints of steps 2 and 4."""
+    """A workplace with a copy of a run that has checkpoints of steps 2 and 4."""
     shutil.copytree(finished_run[0].run, place.run)
     return place
 
@@ -114,10 +114,10 @@ def events_of(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run / "tensorboard"), size_guidance).Reload()
 
 
-# --- what a run leaves behind
+# --- files of a run
 
 
-def test_console_lines_fit_and_nothing_else_is_printed(
+def test_console_lines_are_short_and_stderr_is_empty(
     finished_run: tuple[Workplace, Finished],
 ) -> None:
     place, finished = finished_run
@@ -129,7 +129,7 @@ def test_console_lines_fit_and_nothing_else_is_printed(
     assert lines[-1] == f"done: {place.run / 'summary.json'}"
 
 
-def test_summary(finished_run: tuple[Workplace, Finished]) -> None:
+def test_contents_of_summary(finished_run: tuple[Workplace, Finished]) -> None:
     place, _ = finished_run
     summary = json.loads((place.run / "summary.json").read_text())
     assert summary["name"] == "small"
@@ -143,7 +143,7 @@ def test_summary(finished_run: tuple[Workplace, Finished]) -> None:
     assert summary["world_size"] == 1
     assert list(summary["modalities"]) == NAMES
     for modality, reached in zip(MODALITIES, summary["modalities"].values(), strict=True):
-        # Two or four steps teach little: near the uniform distribution over the whole vocabulary.
+        # After so few steps, predictions are still near uniform over the whole vocabulary.
         assert 0 < reached["held_out_bits_per_token"] < 2 * math.log2(256)
         assert 0 < reached["unigram_entropy"] < math.log2(modality.size) + 0.5
         assert reached["two_token_context_entropy"] > 0
@@ -156,7 +156,7 @@ def test_resolved_config_reads_back(finished_run: tuple[Workplace, Finished]) ->
     assert resolved["training"]["train_steps"] == STEPS
 
 
-def test_tensorboard_content(finished_run: tuple[Workplace, Finished]) -> None:
+def test_tensorboard_scalars(finished_run: tuple[Workplace, Finished]) -> None:
     events = events_of(finished_run[0].run)
     per_step = {
         "gradient_norm/total",
@@ -198,7 +198,7 @@ def test_tensorboard_page_shows_every_scalar_once(
     ]
 
 
-def test_a_finished_run_given_more_steps_goes_on_logging(trained: Workplace) -> None:
+def test_a_finished_run_with_more_steps_continues_its_log(trained: Workplace) -> None:
     before = [point.step for point in events_of(trained.run).Scalars("loss_held_out/text")]
     finished = trained.train(steps=6)
     assert finished.status == 0, finished.errors
@@ -206,7 +206,7 @@ def test_a_finished_run_given_more_steps_goes_on_logging(trained: Workplace) -> 
     assert after == [*before, 6]
 
 
-def test_a_finished_run_started_again_adds_nothing(trained: Workplace) -> None:
+def test_restarting_a_finished_run_changes_nothing(trained: Workplace) -> None:
     before = trained.saved()
     summary = (trained.run / "summary.json").read_text()
     finished = trained.train()
@@ -222,8 +222,8 @@ def test_a_finished_run_started_again_adds_nothing(trained: Workplace) -> None:
 # --- bad input
 
 
-def _allow_no_world() -> None:
-    """Whoever joins the others before the refusal fails otherwise."""
+def _forbid_process_groups() -> None:
+    """Make a rank fail if it joins a process group before the error is reported."""
 
     def join(*arguments: object, **keywords: object) -> None:
         raise AssertionError(f"a process group was made: {arguments} {keywords}")
@@ -257,8 +257,10 @@ def _allow_no_world() -> None:
     ],
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else None,
 )
-def test_configuration_errors(place: Workplace, overrides: list[str], parts: list[str]) -> None:
-    assert_one_line(place.train(*overrides, prepare=_allow_no_world), *parts)
+def test_configuration_errors_are_one_line(
+    place: Workplace, overrides: list[str], parts: list[str]
+) -> None:
+    assert_one_line(place.train(*overrides, prepare=_forbid_process_groups), *parts)
     assert not place.run.parent.exists()
 
 
@@ -269,7 +271,7 @@ def test_configuration_errors(place: Workplace, overrides: list[str], parts: lis
         (3, "parallel.zero_stage=2", ["global_batch_size = 8", "4 * 3", "nearest legal: 12"]),
     ],
 )
-def test_world_size_that_does_not_divide(
+def test_indivisible_world_size_is_one_line_on_rank_0(
     place: Workplace, world_size: int, override: str, parts: list[str]
 ) -> None:
     world = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port())}
@@ -296,7 +298,7 @@ def test_world_size_that_does_not_divide(
     ("text", "part"),
     [("[model", "not valid TOML"), ("[run]\nname = 'x'\n", "required, but absent")],
 )
-def test_configuration_file_that_is_none(place: Workplace, text: str, part: str) -> None:
+def test_invalid_configuration_files_are_one_line(place: Workplace, text: str, part: str) -> None:
     place.write_config(text)
     assert_one_line(place.train(), str(place.config), part)
     assert not place.run.parent.exists()
@@ -337,7 +339,7 @@ def _without_held_out(corpus: Path) -> None:
         (_without_held_out, ["no split 'validation'"]),
     ],
 )
-def test_damaged_corpus(
+def test_corpus_errors_are_one_line(
     place: Workplace, tmp_path: Path, damage: Callable[[Path], None], parts: list[str]
 ) -> None:
     copy = shutil.copytree(place.corpus, tmp_path / "damaged")
@@ -346,7 +348,7 @@ def test_damaged_corpus(
     assert not place.run.parent.exists()
 
 
-def test_run_directory_that_cannot_be_made(place: Workplace) -> None:
+def test_run_directory_that_cannot_be_created_is_one_line(place: Workplace) -> None:
     (place.folder / "runs").write_text("a file where a folder should be")
     assert_one_line(place.train(), str(place.run))
 
@@ -362,7 +364,7 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_corrupt_newest_checkpoint_is_named_and_the_older_one_taken(trained: Workplace) -> None:
+def test_a_corrupt_newest_checkpoint_is_skipped_for_an_older_one(trained: Workplace) -> None:
     damage(trained.checkpoints / "step_00000004")
     finished = trained.train(steps=6)
     assert finished.status == 0, finished.errors
@@ -372,7 +374,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_older_one_taken(trained: W
     assert json.loads((trained.run / "summary.json").read_text())["steps"] == 6
 
 
-def test_only_corrupt_checkpoints_are_no_reason_to_start_afresh(trained: Workplace) -> None:
+def test_a_run_with_only_corrupt_checkpoints_does_not_start_afresh(trained: Workplace) -> None:
     for step in ("step_00000002", "step_00000004"):
         damage(trained.checkpoints / step)
     before = trained.saved()
@@ -380,7 +382,7 @@ def test_only_corrupt_checkpoints_are_no_reason_to_start_afresh(trained: Workpla
     assert trained.saved() == before
 
 
-def test_foreign_checkpoint(place: Workplace) -> None:
+def test_checkpoint_of_another_program_is_an_error(place: Workplace) -> None:
     foreign = place.checkpoints / "global_step5"
     foreign.mkdir(parents=True)
     (foreign / "mp_rank_00_model_states.pt").write_bytes(b"somebody else's")
@@ -398,13 +400,15 @@ def test_foreign_checkpoint(place: Workplace) -> None:
         ("run.seed=4", ["seed = 3", "4"]),
     ],
 )
-def test_checkpoint_of_another_run(trained: Workplace, override: str, parts: list[str]) -> None:
+def test_checkpoint_of_another_model_or_seed_is_an_error(
+    trained: Workplace, override: str, parts: list[str]
+) -> None:
     before = trained.saved()
     assert_one_line(trained.train(override, steps=6), *parts)
     assert trained.saved() == before
 
 
-def test_checkpoint_of_another_corpus(trained: Workplace, tmp_path: Path) -> None:
+def test_checkpoint_of_another_corpus_is_an_error(trained: Workplace, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", without="speech")
     before = trained.saved()
     assert_one_line(trained.train(f"data.corpus={other}", steps=6), "corpus", str(other))
@@ -412,11 +416,11 @@ def test_checkpoint_of_another_corpus(trained: Workplace, tmp_path: Path) -> Non
 
 
 def _limit_file_size() -> None:
-    # Writes beyond it fail as on a full disk; event files and logs stay below.
+    # Longer writes fail as on a full disk; event files and logs stay below the limit.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_full_disk(trained: Workplace) -> None:
+def test_full_disk_keeps_older_checkpoints(trained: Workplace) -> None:
     before = trained.saved()
     finished = trained.train(steps=6, prepare=_limit_file_size)
     assert_one_line(finished, "step_00000006", "File too large", "older checkpoints are untouched")
@@ -424,13 +428,13 @@ def test_full_disk(trained: Workplace) -> None:
     assert trained.train(steps=6).status == 0
 
 
-def test_loss_that_is_not_a_number(trained: Workplace) -> None:
+def test_nan_loss_stops_the_run_without_a_checkpoint(trained: Workplace) -> None:
     before = trained.saved()
-    # The fifth step throws the weights to 1e30; no sum of squares of such numbers is finite.
+    # Step 5 moves the weights to about 1e30, whose squares overflow in fp32.
     finished = trained.train("optimizer.lr=1e30", "optimizer.lr_warmup_steps=0", steps=8)
     assert_one_line(finished, "step 6", "loss of text (nan)", "last good checkpoint: step 4")
     assert trained.saved() == before
-    # What was logged up to there is there to be looked at.
+    # The log up to the failure is kept.
     events = events_of(trained.run)
     assert [point.step for point in events.Scalars("loss_train/text")] == [2, 4]
     assert trained.train(steps=6).status == 0

@@ -1,4 +1,4 @@
-"""Two nodes rehearsed on one machine: two real launchers, that know nothing of each other."""
+"""Two nodes simulated on one machine: two real launchers that do not know of each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.launch.jobs import (
     SCRIPT,
     SECONDS_TO_NOTICE_A_DEATH,
     assert_gone,
-    assert_one_obituary,
+    assert_one_line_reports_the_lost_rank,
     free_port,
     rank_process,
     started,
@@ -35,7 +35,7 @@ NODES = ("localhost", "node-b")
 STEPS = 40
 SAVED = 10
 
-# What SLURM's commands do, with every node played by this machine: a task is a session of its own.
+# Stand-ins for SLURM's commands: this machine plays both nodes, and every task has its own session.
 SCONTROL = """#!/usr/bin/env bash
 [ "$*" = "show hostnames localhost,node-b" ] || exit 9
 printf 'localhost\\nnode-b\\n'
@@ -70,14 +70,14 @@ def arguments_of(config: Path, runs: Path) -> list[str]:
 
 
 def losses(runs: Path) -> list[float]:
-    """Of text, after every step."""
+    """Return the training loss of text after every step."""
     events = EventAccumulator(str(runs / "small" / "tensorboard"), {"scalars": 0}).Reload()
     points = events.Scalars("loss_train/text")
     assert [point.step for point in points] == list(range(1, STEPS + 1))
     return [point.value for point in points]
 
 
-def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Path) -> None:
+def test_two_node_job_resumes_under_slurm_after_a_lost_rank(config: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     arguments = arguments_of(config, runs)
     hostfile = tmp_path / "hostfile"
@@ -96,8 +96,8 @@ def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Pat
             for node in range(2)
         ]
         checkpoint = runs / "small" / "checkpoints" / f"step_{SAVED:08d}"
-        ended = lambda: any(node.poll() is not None for node in nodes)  # noqa: E731
-        wait_until(lambda: checkpoint.exists() or ended(), "first checkpoint")
+        any_ended = lambda: any(node.poll() is not None for node in nodes)  # noqa: E731
+        wait_until(lambda: checkpoint.exists() or any_ended(), "first checkpoint")
         ranks = [rank_process(node, local_rank=0) for node in nodes]
         ranks[1].kill()
         deadline = time.monotonic() + SECONDS_TO_NOTICE_A_DEATH
@@ -105,7 +105,7 @@ def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Pat
             assert node.wait(deadline - time.monotonic()) != 0
         assert_gone(ranks, deadline - time.monotonic())
     errors = "".join((tmp_path / f"node{node}" / "stderr").read_text() for node in range(2))
-    assert_one_obituary(errors, 1, ranks[1].pid)
+    assert_one_line_reports_the_lost_rank(errors, 1, ranks[1].pid)
 
     stop_under_slurm(tmp_path, arguments)
     (stopped,) = re.findall(
@@ -124,7 +124,7 @@ def test_two_nodes_lose_a_rank_and_go_on_under_slurm(config: Path, tmp_path: Pat
 
 
 def stop_under_slurm(folder: Path, arguments: list[str]) -> None:
-    """As SLURM does before the time is up: the signal of the script, to all processes of a step."""
+    """Send the signal that SLURM sends before the time limit to all processes of the job step."""
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+$", script, re.MULTILINE)
     with slurm_job(folder, arguments) as job:
@@ -154,7 +154,7 @@ def assert_clean_end(folder: Path, job: subprocess.Popen[bytes]) -> None:
 def slurm_job(
     folder: Path, arguments: list[str]
 ) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    """A job on two nodes of a SLURM that consists of two stand-ins."""
+    """Run launch/slurm.sbatch on two nodes, with stand-ins for srun and scontrol."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin" / name).write_text(text)
@@ -172,7 +172,7 @@ def slurm_job(
     return started(folder / "slurm", command, environment)
 
 
-def test_slurm_script_without_gpus_says_so(tmp_path: Path) -> None:
+def test_slurm_script_without_gpus_is_an_error(tmp_path: Path) -> None:
     environment = {"PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
     with started(tmp_path, ["bash", str(ROOT / "launch" / "slurm.sbatch")], environment) as job:
         assert job.wait(30) == 2
@@ -180,8 +180,8 @@ def test_slurm_script_without_gpus_says_so(tmp_path: Path) -> None:
     assert line.startswith("error: no GPUs in this job")
 
 
-def test_example_of_deepspeed_env_is_one_the_launcher_can_read() -> None:
-    # It splits every line at "=": a comment or an empty line would stop it, or be exported.
+def test_launcher_can_read_the_deepspeed_env_example() -> None:
+    # The launcher splits every line at "=", so comments and empty lines are not allowed.
     lines = (ROOT / "launch" / "deepspeed_env.example").read_text().splitlines()
     assert {line.partition("=")[0] for line in lines} >= {"OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME"}
     assert all(line.partition("=")[0].isidentifier() and line.partition("=")[2] for line in lines)

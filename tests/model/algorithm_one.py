@@ -1,8 +1,8 @@
-"""The paper's Algorithm 1, literal and slow: what the grouped model is compared with.
+"""A literal, slow implementation of the paper's Algorithm 1: the reference for the grouped model.
 
-Boolean masks per modality, one softmax over an explicit [t, t] mask per head, no grouping, no
-packing tricks, no megatron. It reads the weights of the model under test, so that gradients of both
-land on the same parameters.
+It uses boolean masks per modality and one softmax over an explicit [t, t] mask per head, without
+grouping, packing tricks or megatron. It reads the weights of the model under test, so the gradients
+of both accumulate in the same parameters.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tests.model.small_models import Tokens
 
 
 class AlgorithmOne:
-    """Forward passes in sequence order with another model's weights."""
+    """Algorithm 1 in sequence order, with the weights of the model under test."""
 
     def __init__(self, model: MixtureOfTransformers) -> None:
         self.config: ModelConfig = model.config
         self.weights = dict(model.named_parameters())
 
     def logits(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream after the last layer [t, h], logits [t, V]), both in sequence order."""
+        """Return (stream after the last layer [t, h], logits [t, V]), both in sequence order."""
         ids = torch.from_numpy(tokens.token_ids).flatten()
         embedding = self.weights["embedding.lookup.weight"]
         x = embedding[ids]
@@ -38,7 +38,7 @@ class AlgorithmOne:
         return x, normed @ head.T
 
     def loss(self, tokens: Tokens) -> torch.Tensor:
-        """Weighted sum over labels of cross entropy + coefficient * log(Z)^2, in fp32."""
+        """Return the weighted sum over labels of cross entropy + coefficient * log(Z)^2 (fp32)."""
         logits = self.logits(tokens)[1].float()
         labels = next_tokens(tokens)
         total = torch.zeros(())
@@ -119,7 +119,7 @@ class AlgorithmOne:
         rows: torch.Tensor,
         function: Callable[[torch.Tensor, int], torch.Tensor],
     ) -> torch.Tensor:
-        """X_m = x[I_m], function of each, scattered back to sequence order."""
+        """Apply ``function`` to each X_m = x[I_m] and scatter the results to sequence order."""
         merged = None
         for modality, tower in enumerate(self.config.towers_of_modalities):
             mask = tokens.modalities == modality
@@ -132,7 +132,7 @@ class AlgorithmOne:
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
-    """Turn the complex numbers x[i] + j x[i + d / 2] by position * base^(-2 i / d)."""
+    """Rotate the complex numbers x[i] + j x[i + d / 2] by position * base^(-2 i / d) radians."""
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = positions[:, None] * frequencies
@@ -143,7 +143,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tenso
 
 
 def positions_of(tokens: Tokens) -> torch.Tensor:
-    """[t] position of every token in its document."""
+    """Return the position [t] of every token in its document."""
     seen: dict[int, int] = {}
     positions = []
     for document in tokens.documents.tolist():
@@ -153,7 +153,7 @@ def positions_of(tokens: Tokens) -> torch.Tensor:
 
 
 def next_tokens(tokens: Tokens) -> torch.Tensor:
-    """[t] the next token of the same document, or NO_LABEL."""
+    """Return, for every token [t], the next token of its document, or NO_LABEL."""
     ids, documents = tokens.token_ids.flatten().tolist(), tokens.documents.tolist()
     labels = [
         ids[i + 1] if i + 1 < len(ids) and documents[i + 1] == documents[i] else NO_LABEL

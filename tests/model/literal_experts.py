@@ -1,7 +1,7 @@
-"""Mixtures of experts, literal and slow: what routers and grouped matmuls are compared with.
+"""Literal, slow mixtures of experts: the reference for routers and grouped matmuls.
 
-Loops over experts and tokens on one process, straight from the formulas. Letters: n tokens and rows
-of padding, E experts, h hidden size, f feed-forward width.
+They loop over experts and tokens in one process, straight from the formulas. Letters: n rows of the
+pool (tokens and padding), E experts, h hidden size, f feed-forward width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mot_megatron.config import ExpertsConfig
 
 @dataclass
 class LiteralExperts:
-    """Weights, whose gradients are compared."""
+    """Weights of a mixture of experts, whose gradients the tests compare."""
 
     router: torch.Tensor
     """[E, h]."""
@@ -31,7 +31,7 @@ class LiteralExperts:
 
     @classmethod
     def random(cls, seed: int, num_experts: int, hidden: int, ffn: int) -> LiteralExperts:
-        """Weights that need gradients."""
+        """Draw random weights that require gradients."""
         generator = torch.Generator().manual_seed(seed)
 
         def weight(*shape: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ class LiteralExperts:
         )
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """By the name that the same weight has in an ``ExpertFeedForward``, experts one by one."""
+        """Return gradients by the names used in ``ExpertFeedForward``, one entry per expert."""
         named = {
             "router.weight": self.router,
             "router.causal.hidden": self.causal_hidden,
@@ -60,19 +60,19 @@ class LiteralExperts:
         }
 
     def expert(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """[h] -> [h]: W_down (silu(W_gate x) * (W_up x))."""
+        """Apply one expert, [h] -> [h]: W_down (silu(W_gate x) * (W_up x))."""
         gate, up = (self.gate_up[number] @ x).chunk(2)
         return self.down[number] @ (gate * torch.sigmoid(gate) * up)
 
 
 @dataclass
 class Outcome:
-    """Of one pool."""
+    """What a mixture computes for one pool."""
 
     outputs: torch.Tensor
     """[n, h]."""
     chosen: list[list[int]]
-    """Rows by expert, ascending."""
+    """The rows that each expert takes, ascending."""
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over tokens, without coefficients."""
 
@@ -80,7 +80,10 @@ class Outcome:
 def expert_choice(
     weights: LiteralExperts, settings: ExpertsConfig, x: torch.Tensor, filled: list[bool]
 ) -> Outcome:
-    """S = softmax(X W_g), k = n c / E, (G, I) = TopK(S^T, k); out[l] = sum of G * expert(x_l)."""
+    """Route by expert choice: S = gate(X W_g), k = n c / E, (G, I) = TopK(S^T, k).
+
+    The output of token l is the sum of G * expert(x_l) over the experts that took it.
+    """
     tokens = [row for row, used in enumerate(filled) if used]
     num_experts = settings.num_moe_experts
     k = math.ceil(round(len(tokens) * (settings.capacity_factor or 1.0) / num_experts, 9))
@@ -101,14 +104,17 @@ def expert_choice(
 def top_k(
     weights: LiteralExperts, settings: ExpertsConfig, x: torch.Tensor, filled: list[bool]
 ) -> Outcome:
-    """Every token's k best experts; each keeps at most its capacity, of the largest weights."""
+    """Route by top-k: every token takes its k highest-scoring experts.
+
+    An expert at capacity keeps the tokens with the largest weights.
+    """
     tokens = [row for row, used in enumerate(filled) if used]
     num_experts, k = settings.num_moe_experts, settings.topk or 1
     best: dict[int, dict[int, torch.Tensor]] = {}
     for row in tokens:
         scores = _gate(settings, weights.router @ x[row])
         experts = sorted(range(num_experts), key=lambda e: -scores[e].item())[:k]
-        # Of several sigmoids megatron makes shares.
+        # With several sigmoid gates, megatron normalizes a token's weights to sum to 1.
         shares = settings.gate == "sigmoid" and k > 1
         divisor = sum(scores[e] for e in experts) if shares else 1.0
         best[row] = {e: scores[e] / divisor for e in experts}
@@ -139,7 +145,7 @@ def _stacked(outputs: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 
 def _z_loss(weights: LiteralExperts, x: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-    """The sum of (log sum exp z)^2."""
+    """Return the sum over tokens of (log sum exp z)^2."""
     squares = [torch.logsumexp(weights.router @ x[row], 0) ** 2 for row in tokens]
     return torch.stack([*squares, torch.zeros(())]).sum()
 
@@ -147,7 +153,7 @@ def _z_loss(weights: LiteralExperts, x: torch.Tensor, tokens: list[int]) -> torc
 def _balancing_loss(
     weights: LiteralExperts, x: torch.Tensor, tokens: list[int], counts: list[int], k: int
 ) -> torch.Tensor:
-    """N times E sum_e f_e P_e, f_e the fraction of choices and P_e the mean softmax of e."""
+    """Return N E sum_e f_e P_e: f_e is e's fraction of the choices, P_e its mean softmax."""
     total = torch.zeros(())
     for expert, count in enumerate(counts):
         for row in tokens:
@@ -159,7 +165,7 @@ def _balancing_loss(
 def _causal_loss(
     weights: LiteralExperts, x: torch.Tensor, tokens: list[int], chosen: list[list[int]]
 ) -> torch.Tensor:
-    """Sum over tokens of the mean over experts of the binary cross entropy."""
+    """Return the sum over tokens of the mean over experts of the binary cross entropy."""
     total = torch.zeros(())
     for row in tokens:
         inner = weights.causal_hidden @ x[row].detach()

@@ -1,4 +1,4 @@
-"""Small configurations, packed token batches and comparisons that the tests of the model share."""
+"""Small configurations, packed token batches and comparisons shared by the model tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import build_single_process_groups
 
 VOCABULARY_RANGES = {"text": (0, 40), "image": (40, 100), "speech": (100, 128)}
-"""First id and end of every modality's range."""
+"""First token id of every modality, and the id after its last."""
 
 SMALL = """
 [run]
@@ -41,20 +41,23 @@ precision = "fp32"
 
 
 def small_config(towers: Mapping[str, str], *overrides: str) -> Config:
-    """A two-layer model; ``towers`` maps modality to tower, overrides are ``section.key=value``."""
+    """Return a two-layer configuration.
+
+    ``towers`` maps modality to tower; overrides are ``section.key=value``.
+    """
     modalities = "".join(f'{name} = {{ tower = "{tower}" }}\n' for name, tower in towers.items())
     return parse_config(SMALL + modalities, "small", list(overrides))
 
 
 def single_rank_model(config: Config, dtype: torch.dtype = torch.float32) -> MixtureOfTransformers:
-    """The model in a world of one, with norm weights that are not all ones."""
+    """Build the model on a single rank, with norm weights that are not all ones."""
     model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")), dtype)
     vary_norm_weights(model)
     return model
 
 
 def vary_norm_weights(model: torch.nn.Module) -> None:
-    """Add noise to every vector: at one, two swapped norms would look the same."""
+    """Add noise to every norm weight; if all were one, swapped norms would go unnoticed."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -65,7 +68,7 @@ def vary_norm_weights(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A packed batch in sequence order, as the data path would hand it to grouping."""
+    """A packed batch in sequence order, as the data pipeline passes it to grouping."""
 
     token_ids: np.ndarray
     """[b, s] int64."""
@@ -76,17 +79,17 @@ class Tokens:
 
     @property
     def modalities(self) -> torch.Tensor:
-        """[t] modality index of every token, sequence order."""
+        """Modality index of every token [t], in sequence order."""
         return torch.from_numpy(self.modality_of_id[self.token_ids].astype(np.int64)).flatten()
 
     @property
     def documents(self) -> torch.Tensor:
-        """[t] a number that differs between any two documents of the batch."""
+        """Document number of every token [t], unique over the sequences of the batch."""
         rows = np.arange(self.token_ids.shape[0])[:, None] * self.token_ids.shape[1]
         return torch.from_numpy(self.document_ids.astype(np.int64) + rows).flatten()
 
     def micro_batch(self, config: Config) -> MicroBatch:
-        """Grouped for ``config``'s towers, padded for its sequence parallelism."""
+        """Group the tokens by ``config``'s towers, padded for its sequence parallelism."""
         parallel = config.parallel
         return build_micro_batch(
             self.token_ids,
@@ -101,7 +104,7 @@ class Tokens:
 
 
 def modality_of_id(names: Sequence[str]) -> np.ndarray:
-    """Lookup of the modality index for the modalities of a configuration, in its order."""
+    """Return the modality index of every token id; ``names`` are in configuration order."""
     lookup = np.zeros(VOCABULARY_RANGES["speech"][1], dtype=np.int8)
     for index, name in enumerate(names):
         first, end = VOCABULARY_RANGES[name]
@@ -112,12 +115,12 @@ def modality_of_id(names: Sequence[str]) -> np.ndarray:
 def random_tokens(
     seed: int, names: Sequence[str], mix: Sequence[float], shape: tuple[int, int] = (2, 24)
 ) -> Tokens:
-    """Runs of random modalities in random documents.
+    """Draw random documents of short runs of random modalities.
 
     Args:
-        seed: Of everything.
+        seed: Seed of all random numbers.
         names: Modalities of the configuration.
-        mix: Probability of each; 0 leaves the modality absent.
+        mix: Relative frequency of each modality; with 0 it is absent.
         shape: [b, s].
     """
     random = np.random.default_rng(seed)
@@ -131,7 +134,7 @@ def random_tokens(
 
 
 def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient by name; the model is left without any."""
+    """Return every parameter's gradient by name, and clear the gradients of the model."""
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} got no gradient"
@@ -162,14 +165,14 @@ def assert_all_close(
 def assert_all_equal(
     actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> None:
-    """Same names, and every tensor equal bit for bit."""
+    """Assert equal names and bitwise equal tensors."""
     assert actual.keys() == expected.keys()
     different = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
     assert not different
 
 
 def cut(whole: torch.Tensor, sharding: ParameterSharding, rank: int, size: int) -> torch.Tensor:
-    """What tensor rank ``rank`` of ``size`` holds of a whole parameter or its gradient."""
+    """Return tensor-parallel rank ``rank``'s shard of a whole parameter or gradient."""
     if sharding.shard_dim is None:
         return whole
     part = whole.reshape(sharding.global_shape).chunk(size, sharding.shard_dim)[rank]

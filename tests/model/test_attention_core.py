@@ -1,4 +1,4 @@
-"""Attention within documents against one masked attention over the whole micro-batch."""
+"""Attention within documents equals one masked attention over the whole micro-batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY_VALUE_HEADS = pytest.mark.parametrize("key_value_heads", [4, 2, 1])
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """(document ids [2, 32], mask [64, 64]); both sequences hold a document 0."""
+    """Return (document ids [2, 32], mask [64, 64]); both sequences contain a document 0."""
     tokens = random_tokens(0, NAMES, (1, 1, 1), shape=(2, 32))
     ids = torch.from_numpy(tokens.document_ids)
     assert len(tokens.documents.unique()) > 4
@@ -42,7 +42,7 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 @KEY_VALUE_HEADS
-def test_document_attention_forward_and_backward(key_value_heads: int) -> None:
+def test_document_attention_equals_masked_attention(key_value_heads: int) -> None:
     document_ids, mask = batch()
     core = DocumentAttention(document_ids)
     results = []
@@ -60,7 +60,7 @@ def test_document_attention_forward_and_backward(key_value_heads: int) -> None:
 def test_flex_attention_equals_document_attention(
     key_value_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without it torch compiles its reference implementation, which the tests switch off.
+    # Otherwise torch compiles its reference implementation, and the tests disable compilation.
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     document_ids, _ = batch()
     qkv = random_qkv(key_value_heads, torch.float32)

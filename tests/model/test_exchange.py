@@ -1,4 +1,4 @@
-"""The exchange around attention against plain indexing, and every collective that a step sends."""
+"""The exchange around attention equals plain indexing; a step runs no other collectives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAD_SIZE = 4
 
 @settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(2, 8))
-def test_heads_are_split_with_the_key_value_heads_that_they_share(
+def test_query_heads_stay_with_their_key_value_heads(
     heads_per_rank: int, num_groups: int, num_ranks: int
 ) -> None:
     num_heads = heads_per_rank * num_ranks
@@ -41,20 +41,20 @@ def test_heads_are_split_with_the_key_value_heads_that_they_share(
     assert taken == list(range(num_heads))
     for queries, keys in zip(slices.queries, slices.keys, strict=True):
         local_groups = range(num_groups)[keys]
-        # What attention on this rank takes for the query's key-value head, seen from the whole.
+        # Each query head must find its own key-value head, by the grouping of the whole model.
         per_group = heads_per_rank // len(local_groups)
         for place, head in enumerate(range(num_heads)[queries]):
             assert local_groups[place // per_group] == head // (num_heads // num_groups)
 
 
-def test_whole_heads_are_not_split() -> None:
+def test_head_slices_of_the_sequence_exchange_are_whole() -> None:
     assert HeadSlices.whole(4, 2, 3) == HeadSlices((slice(0, 4),) * 3, (slice(0, 2),) * 3)
     assert not HeadSlices.whole(4, 2, 3).are_split
 
 
 @dataclass(frozen=True)
 class Case:
-    """Heads, a placement and which modalities the batch has."""
+    """Head counts, a placement and the modalities of the batch."""
 
     exchange: str
     heads: int
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def num_positions(self) -> int:
-        """Of the group: two sequences per rank."""
+        """Positions of the modality group: two sequences of 10 per rank."""
         return 2 * self.placement.num_ranks * 10
 
     @property
@@ -105,14 +105,14 @@ CASES = {
     2: [
         Case("sequence", 4, 2, TEXT_AND_IMAGE),
         Case("sequence", 3, 3, TWO_AND_ONE, slot_multiple=4),
-        Case("sequence", 4, 1, TEXT_AND_IMAGE, (1, 0, 1)),  # the second rank has no row
+        Case("sequence", 4, 1, TEXT_AND_IMAGE, (1, 0, 1)),  # no rows on the second rank
         Case("heads", 4, 4, TEXT_AND_IMAGE, slot_multiple=2),
         Case("heads", 4, 1, TWO_AND_ONE),
-        Case("heads", 6, 2, TEXT_AND_IMAGE, (0, 1, 0)),  # the first has none
+        Case("heads", 6, 2, TEXT_AND_IMAGE, (0, 1, 0)),  # no rows on the first rank
     ],
     3: [
         Case("sequence", 4, 2, SPLIT, slot_multiple=2),
-        Case("sequence", 2, 1, CROSSED, (1, 0, 0)),  # the third has none
+        Case("sequence", 2, 1, CROSSED, (1, 0, 0)),  # no rows on the third rank
         Case("heads", 6, 3, SPLIT),
         Case("heads", 3, 1, CROSSED, slot_multiple=4),
         Case("heads", 6, 6, CROSSED, (0, 0, 1)),
@@ -134,8 +134,8 @@ class Reference:
         size, ranks = case.num_positions, range(case.placement.num_ranks)
         self.inputs = [rows(size, heads) for heads in (case.heads, case.groups, case.groups)]
         self.chosen = (self.slices.queries, self.slices.keys, self.slices.keys)
-        # What attention returns and the gradients of its inputs, of every rank, for all positions
-        # and heads; a rank has the part that it attends for.
+        # The output of attention, and every rank's gradients of the inputs of attention, for all
+        # positions and heads; a rank uses the part for which it computes attention.
         self.outputs = rows(size, case.heads)
         self.input_gradients = [
             [rows(size, whole.shape[1]) for whole in self.inputs] for _ in ranks
@@ -146,7 +146,7 @@ class Reference:
         return whole[self.case.attended(rank), chosen[rank]]
 
     def summed_gradient(self, part: int) -> torch.Tensor:
-        """What all ranks' gradients of q, k or v give to every position."""
+        """Return the gradient of q, k or v at every position, summed over the ranks."""
         total = torch.zeros_like(self.inputs[part])
         for rank, gradients in enumerate(self.input_gradients):
             place = self.case.attended(rank), self.chosen[part][rank]
@@ -157,7 +157,7 @@ class Reference:
 def tower_slices(
     whole: torch.Tensor, batch: MicroBatch, towers: Sequence[int], padding: float
 ) -> list[torch.Tensor]:
-    """Rows of positions [t, ...] as the rank's stream holds them, ``padding`` in other slots."""
+    """Return values of positions [t, ...] in the rank's grouped order, ``padding`` elsewhere."""
     stream = whole[batch.group_index]
     stream[batch.padding_slots] = padding
     by_tower = stream.split(batch.tower_slots)
@@ -165,7 +165,7 @@ def tower_slices(
 
 
 def strided(values: torch.Tensor) -> torch.Tensor:
-    """The same values with heads outermost in memory, and gaps between them."""
+    """Return the same values, stored with heads outermost and with gaps between them."""
     moved = torch.full((*values.transpose(0, 1).shape[:2], 2 * HEAD_SIZE), torch.nan).double()
     view = moved.transpose(0, 1)[..., :HEAD_SIZE]
     view.copy_(values)
@@ -174,7 +174,7 @@ def strided(values: torch.Tensor) -> torch.Tensor:
 
 
 def compare_with_indexing(number: int, world_size: int) -> None:
-    """One case forward and backward on this rank; the group is the world."""
+    """Run one case forward and backward on this rank; the modality group is the world."""
     case, rank = CASES[world_size][number], dist.get_rank()
     batch, towers = case.micro_batch(rank), case.placement.towers(rank)
     group = dist.group.WORLD
@@ -182,7 +182,7 @@ def compare_with_indexing(number: int, world_size: int) -> None:
     exchange = ModalityExchange.of(case.head_slices, towers, batch, group)
     reference = Reference(case)
 
-    # Padding holds what it may after a projection: anything. None of it must arrive.
+    # After a projection, padding may contain anything; none of it may be sent.
     leaves = [
         [strided(part).requires_grad_() for part in tower_slices(whole, batch, towers, torch.nan)]
         for whole in reference.inputs
@@ -212,16 +212,16 @@ def compare_with_indexing(number: int, world_size: int) -> None:
     expected = reference.attended(reference.row_gradients, queries, rank)
     assert output.grad is not None
     assert torch.equal(output.grad, expected)
-    assert_expanded_gradients_travel(case, exchange, leaves, output)
+    check_expanded_and_missing_gradients(case, exchange, leaves, output)
 
 
-def assert_expanded_gradients_travel(
+def check_expanded_and_missing_gradients(
     case: Case,
     exchange: ModalityExchange,
     leaves: list[list[torch.Tensor]],
     output: torch.Tensor,
 ) -> None:
-    """The gradient of a sum has strides of zero, and one that nothing used is not there."""
+    """Send gradients with stride zero (of a sum) and a missing gradient (of an unused output)."""
     for slices in (*leaves, [output]):
         for leaf in slices:
             leaf.grad = None
@@ -240,7 +240,7 @@ def assert_expanded_gradients_travel(
 
 
 def compare_all_with_indexing(world_size: int) -> list[int]:
-    """Tokens on this rank in every case, which all agreed with the reference."""
+    """Compare all cases with the reference; return this rank's number of tokens in each."""
     for number in range(len(CASES[world_size])):
         compare_with_indexing(number, world_size)
     rank = dist.get_rank()
@@ -248,7 +248,7 @@ def compare_all_with_indexing(world_size: int) -> list[int]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_equals_indexing_of_the_whole(world_size: int) -> None:
+def test_exchange_equals_indexing_of_the_whole_batch(world_size: int) -> None:
     tokens = run_ranks(compare_all_with_indexing, world_size, world_size)
     for case, counts in zip(CASES[world_size], zip(*tokens, strict=True), strict=True):
         assert sum(counts) == case.num_positions
@@ -257,7 +257,7 @@ def test_equals_indexing_of_the_whole(world_size: int) -> None:
 
 @dataclass(frozen=True)
 class Sent:
-    """A collective of more than one rank."""
+    """A collective over more than one rank."""
 
     name: str
     ranks: int
@@ -266,7 +266,7 @@ class Sent:
 
 
 class Collectives(TorchDispatchMode):
-    """Records every collective of this thread, in order."""
+    """Record every collective of this thread, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class Collectives(TorchDispatchMode):
         groups = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
         size = dist.ProcessGroup.unbox(groups[0]).size()
         name = func._schema.name.removeprefix("c10d::")
-        if size == 1:  # megatron's loss reduces over its tensor-parallel group whatever its size
+        if size == 1:  # megatron's loss reduces over its tensor-parallel group at any size
             return
         if name == "alltoall_base_":
             self.sent.append(Sent(name, size, args[1].nbytes, args[0].nbytes))
@@ -297,7 +297,7 @@ MODES = [
 
 
 def record_step(mode: tuple[str, int, str], groups: Any) -> dict[str, Any]:
-    """The collectives of a forward and of a backward, and the counts of the batch."""
+    """Return the collectives of forward and backward, and the row counts of the batch."""
     exchange, num_groups, recompute = mode
     config = small_config(
         {"text": "text", "image": "image", "speech": "text"},
@@ -335,18 +335,18 @@ def record_steps() -> list[dict[str, Any]]:
     return [record_step(mode, groups) for mode in MODES]
 
 
-def test_a_layer_sends_two_all_to_alls_each_way_and_nothing_else() -> None:
-    d, layers, fp32 = 8, 2, 4  # of the small model: 32 / 4 heads, two layers
+def test_a_layer_runs_two_all_to_alls_forward_and_two_backward() -> None:
+    d, layers, fp32 = 8, 2, 4  # the small model: head size 32 / 4, two layers, 4 bytes
     by_rank = run_ranks(record_steps, 2)
     for (exchange, groups, recompute), *recorded in zip(MODES, *by_rank, strict=True):
         for step in recorded:
             if exchange == "sequence":
                 sent_rows, heads, key_values = step["rows"], 4, groups
                 assert step["attended"] == 24
-            else:  # every row to both ranks, half of the heads each, one key-value head at least
+            else:  # every row goes to both ranks: half of the heads, at least one key-value head
                 sent_rows, heads, key_values = 2 * step["rows"], 2, max(groups // 2, 1)
                 assert step["attended"] == 48
-            qkv = (heads + 2 * key_values) * d * fp32  # bytes of a row
+            qkv = (heads + 2 * key_values) * d * fp32  # bytes per row
             output = heads * d * fp32
             here, there = sent_rows, step["attended"]
 
@@ -356,14 +356,14 @@ def test_a_layer_sends_two_all_to_alls_each_way_and_nothing_else() -> None:
             layer = [all_to_all(here, there, qkv), all_to_all(there, here, output)]
             layer_backward = [all_to_all(here, there, output), all_to_all(there, here, qkv)]
             assert step["forward"] == layer * layers
-            # A whole layer computed again exchanges again, right before its own backward; the
-            # attention core alone does not.
+            # Full recomputation repeats a layer's exchange right before its backward; selective
+            # recomputation, of the attention core only, does not.
             again = layer if recompute == "full" else []
             assert step["backward"] == (again + layer_backward) * layers
         first, second = recorded
         assert first["rows"] + second["rows"] == 48
         for phase in ("forward", "backward"):
-            # Both are in the same collective at the same time: what one sends another receives.
+            # The ranks run the same collectives in the same order, so sent equals received.
             for together in zip(first[phase], second[phase], strict=True):
                 assert sum(s.sent_bytes for s in together) == sum(
                     s.received_bytes for s in together

@@ -1,4 +1,4 @@
-"""Mixtures of experts against the literal formulas, on one rank and over several."""
+"""Mixtures of experts equal the literal formulas, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 HIDDEN, FFN = 16, 24
 TOKEN_WEIGHT = 0.37
-"""Of auxiliary losses; any number but one."""
+"""Weight per token of auxiliary losses; any number except one."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A mixture and its pool."""
+    """A mixture of experts and its pool."""
 
     settings: dict[str, object]
     num_rows: int = 21
     unfilled: tuple[int, ...] = ()
-    """Rows without a token."""
+    """Rows that are padding."""
     seed: int = 0
 
     @property
@@ -71,7 +71,7 @@ class Case:
         return LiteralExperts.random(self.seed, self.experts.num_moe_experts, HIDDEN, FFN)
 
     def pool(self, number: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Rows and their outputs' cotangents, [n, h], and which hold tokens."""
+        """Return rows [n, h], the gradients of their outputs [n, h], and which rows are tokens."""
         generator = torch.Generator().manual_seed(100 + self.seed + 10 * number)
         rows = [torch.randn(self.num_rows, HIDDEN, generator=generator) for _ in range(2)]
         return rows[0], rows[1], [row not in self.unfilled for row in range(self.num_rows)]
@@ -138,7 +138,7 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def build(
     case: Case, groups: ProcessGroups, sequence_parallel: bool, dtype: torch.dtype = torch.float32
 ) -> ExpertFeedForward:
-    """The mixture with the literal's weights, this rank's part of them."""
+    """Build this rank's part of the mixture, with the weights of the literal implementation."""
     mode = RoutingMode((TOKEN_WEIGHT,))
     linears = ParallelLinears(groups, sequence_parallel, dtype)
     module = ExpertFeedForward(case.config().model, linears, 0, mode)
@@ -161,7 +161,7 @@ def build(
 
 
 def named_gradients(module: ExpertFeedForward) -> dict[str, torch.Tensor]:
-    """Experts one by one."""
+    """Return gradients by name, one entry per expert."""
     found = {}
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
@@ -178,7 +178,7 @@ def literal_outcome(
 
 
 def literal_objective(case: Case, outcome: Outcome, cotangent: torch.Tensor) -> torch.Tensor:
-    """What backward of the mixture is backward of."""
+    """Return the scalar whose gradients the mixture's backward computes."""
     settings = case.experts
     coefficients = {
         "aux_loss": settings.aux_loss_coefficient,
@@ -191,12 +191,12 @@ def literal_objective(case: Case, outcome: Outcome, cotangent: torch.Tensor) -> 
 
 @dataclass
 class Expected:
-    """Of all pools of a layout, from the literal implementation."""
+    """Results of the literal implementation for all pools of a layout."""
 
     outputs: list[torch.Tensor]
     input_gradients: list[torch.Tensor]
     router_gradients: list[dict[str, torch.Tensor]]
-    """Routers see one pool each; the engine sums over the pools."""
+    """One entry per pool, because the engine sums router gradients over pools only later."""
     expert_gradients: dict[str, torch.Tensor]
     """Sums over the pools."""
     statistics: list[torch.Tensor]
@@ -209,7 +209,7 @@ def expected_of(case: Case, num_pools: int) -> Expected:
         x, cotangent, filled = case.pool(number)
         x.requires_grad_()
         outcome = literal_outcome(case, weights, x, filled)
-        # Without tokens nothing depends on the rows.
+        # Without tokens the objective does not depend on the rows; the term makes a zero gradient.
         (literal_objective(case, outcome, cotangent) + 0 * x.sum()).backward()
         expected.outputs.append(outcome.outputs.detach())
         assert x.grad is not None
@@ -230,7 +230,10 @@ def expected_of(case: Case, num_pools: int) -> Expected:
 def literal_statistics(
     case: Case, weights: LiteralExperts, outcome: Outcome, x: torch.Tensor, filled: list[bool]
 ) -> torch.Tensor:
-    """In the order of RoutingStatistics.NAMES, without the causal router's; counts behind."""
+    """Return statistics in the order of RoutingStatistics.NAMES, then the counts per expert.
+
+    The statistics of the causal router are left out.
+    """
     tokens = [row for row, used in enumerate(filled) if used]
     taken = {row for rows in outcome.chosen for row in rows}
     entropy = 0.0
@@ -265,11 +268,11 @@ class OfRank:
 
 
 def on_this_rank(case: Case, groups: ProcessGroups, sequence_parallel: bool) -> OfRank:
-    """Data-parallel ranks have a pool each, of which tensor-parallel ranks have equal runs."""
+    """Run this rank's part: one pool per data-parallel rank, in equal chunks per tensor rank."""
     module = build(case, groups, sequence_parallel)
     x, cotangent, filled = case.pool(groups.data_rank)
     parts, own = (groups.tensor_size, groups.tensor_rank) if sequence_parallel else (1, 0)
-    # Memory that is not contiguous, forward and backward.
+    # Inputs and gradients are not contiguous.
     x, cotangent = (rows.T.contiguous().T.chunk(parts)[own] for rows in (x, cotangent))
     x = x.detach().requires_grad_()
     pool = RoutingPool(torch.tensor(filled, dtype=torch.bool).chunk(parts)[own], sum(filled))
@@ -282,7 +285,7 @@ def on_this_rank(case: Case, groups: ProcessGroups, sequence_parallel: bool) -> 
 
 
 def check(case: Case, of_ranks: list[OfRank], tensor: int) -> None:
-    """Compare ranks, tensor parallelism fastest, of which those of all pools share the experts."""
+    """Compare all ranks, tensor rank fastest; the experts are split over the pools."""
     num_pools = len(of_ranks) // tensor
     expected = expected_of(case, num_pools)
     share = case.experts.num_moe_experts // num_pools
@@ -314,7 +317,7 @@ def check(case: Case, of_ranks: list[OfRank], tensor: int) -> None:
 
 
 @every_case
-def test_one_rank_equals_the_literal_formula(case: Case) -> None:
+def test_one_rank_equals_the_literal_formulas(case: Case) -> None:
     groups = build_single_process_groups(CPU)
     check(case, [on_this_rank(case, groups, sequence_parallel=False)], tensor=1)
 
@@ -329,7 +332,9 @@ def divisible(tensor: int) -> list[Case]:
 
 
 @pytest.mark.parametrize(("tensor", "expert"), [(1, 2), (2, 1), (2, 2), (1, 4)])
-def test_expert_and_tensor_ranks_equal_the_literal_formula(tensor: int, expert: int) -> None:
+def test_expert_and_tensor_parallel_ranks_equal_the_literal_formulas(
+    tensor: int, expert: int
+) -> None:
     of_ranks = run_ranks(all_cases, tensor * expert, tensor, expert)
     for case, *outcomes in zip(divisible(tensor), *of_ranks, strict=True):
         check(case, outcomes, tensor)
@@ -338,8 +343,8 @@ def test_expert_and_tensor_ranks_equal_the_literal_formula(tensor: int, expert: 
 THREE_TOWERS = {"text": "text", "image": "image", "speech": "speech"}
 
 
-def test_one_expert_behind_a_softmax_is_the_plain_tower() -> None:
-    """Its gate is one and it takes every token: the hybrid is then the Mixture-of-Transformers."""
+def test_one_expert_with_a_softmax_gate_equals_a_plain_tower() -> None:
+    """The gate is one and the expert takes every token, so the model equals one without experts."""
     tokens = random_tokens(3, list(THREE_TOWERS), (1, 1, 1))
     plain_config = small_config(THREE_TOWERS)
     plain = single_rank_model(plain_config)
@@ -372,8 +377,8 @@ def test_one_expert_behind_a_softmax_is_the_plain_tower() -> None:
 
 
 @pytest.mark.parametrize("c", [1.0, 2.5, 4.0])
-def test_equal_experts_behind_sigmoids_scale_the_plain_network(c: float) -> None:
-    """Four copies: (sum of the sigmoids of the experts that took the token) * ffn(x)."""
+def test_equal_experts_with_sigmoid_gates_scale_a_plain_network(c: float) -> None:
+    """Four equal experts give (sum of the gates of the experts that took the token) * ffn(x)."""
     case = Case(choice(capacity_factor=c), num_rows=24, seed=41)
     groups = build_single_process_groups(CPU)
     linears = ParallelLinears(groups, sequence_parallel=False, dtype=torch.float32)
@@ -388,7 +393,7 @@ def test_equal_experts_behind_sigmoids_scale_the_plain_network(c: float) -> None
     x, _, _ = case.pool()
     sigmoids = torch.sigmoid(x @ literal.router.T)
     share = int(c * 24 / 4)
-    # The share-th largest of every expert.
+    # The threshold of an expert is its share-th largest gate.
     taken = sigmoids >= sigmoids.sort(0, descending=True).values[share - 1]
     assert taken.sum(0).tolist() == [share] * 4
     pool = RoutingPool(torch.ones(24, dtype=torch.bool), 24)
@@ -400,7 +405,7 @@ def test_equal_experts_behind_sigmoids_scale_the_plain_network(c: float) -> None
 
 
 @pytest.mark.parametrize("routing", ["expert_choice", "topk"])
-def test_tokens_of_other_towers_never_enter(routing: str) -> None:
+def test_experts_of_a_tower_ignore_tokens_of_other_towers(routing: str) -> None:
     settings = f'{{ num_moe_experts = 4, routing = "{routing}", capacity_factor = 0.5 }}'
     config = small_config(THREE_TOWERS, f"model.towers.image.experts={settings}")
     model = single_rank_model(config)
@@ -418,8 +423,8 @@ def test_tokens_of_other_towers_never_enter(routing: str) -> None:
     assert counts[0] == 2 * batch.tower_filled[1] < 2 * sum(batch.tower_filled)
 
 
-def test_what_stands_behind_the_documents_never_enters() -> None:
-    """Padding of sequences, of whatever modality, changes no document's hidden states."""
+def test_sequence_padding_does_not_change_hidden_states() -> None:
+    """The modality of padding tokens does not change any document's hidden states."""
     settings = "{ num_moe_experts = 4, causal_router = true }"
     names = list(THREE_TOWERS)
     config = small_config(

@@ -1,4 +1,4 @@
-"""Closed-form parameters and operations against built models and torch's own counter."""
+"""Closed-form parameter and FLOP counts equal those of built models and of torch's counter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def elements(model: MixtureOfTransformers, tower: int) -> int:
         "model.norm_placement=pre",
     ],
 )
-def test_parameters_of_a_built_model(override: str) -> None:
+def test_parameter_counts_equal_a_built_model(override: str) -> None:
     for towers in (THREE_TOWERS, dict.fromkeys(THREE_TOWERS, "all")):
         config = small_config(towers, override)
         model, count = single_rank_model(config), count_parameters(config.model)
@@ -45,7 +45,7 @@ def test_parameters_of_a_built_model(override: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["37m-dense", "37m-mot-3"])
-def test_parameters_of_a_built_paper_model(name: str) -> None:
+def test_parameter_counts_equal_a_built_paper_model(name: str) -> None:
     config = load_config(PAPER / f"{name}.toml")
     model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")))
     assert count_parameters(config.model).total == sum(p.numel() for p in model.parameters())
@@ -54,8 +54,8 @@ def test_parameters_of_a_built_paper_model(name: str) -> None:
 EXPERTS = "num_moe_experts=4,capacity_factor=1.25,causal_router=true"
 
 
-def test_parameters_of_towers_with_experts() -> None:
-    """The towers differ, and causal routers stand apart."""
+def test_parameter_counts_of_towers_with_experts() -> None:
+    """Towers differ in size, and causal routers are counted separately."""
     config = small_config(
         THREE_TOWERS,
         f"model.towers.image.experts={{{EXPERTS}}}",
@@ -71,7 +71,7 @@ def test_parameters_of_towers_with_experts() -> None:
     assert count.total == count.stored - count.causal_routers
 
 
-def test_a_single_tower_that_shares_its_experts() -> None:
+def test_parameter_counts_of_shared_experts_in_a_single_tower() -> None:
     towers = dict.fromkeys(THREE_TOWERS, "all")
     overrides = f"model.towers.all.experts={{{EXPERTS}}}", "model.untied.feed_forward=false"
     config = small_config(towers, *overrides)
@@ -80,11 +80,11 @@ def test_a_single_tower_that_shares_its_experts() -> None:
     assert count.shared == elements(model, SHARED) - count.causal_routers
 
 
-def test_active_operations_compare_arms() -> None:
-    """With one expert per token a mixture costs its router more than a plain network."""
+def test_active_flops_per_token_with_and_without_experts() -> None:
+    """With c experts per token, a mixture costs c plain networks plus its router."""
     towers = {"text": "text", "image": "image"}
     plain = active_flops_per_token(small_config(towers).model)
-    # Two operations in two layers: projections of 4 * 32 * 32, a network of 3 * 32 * 40.
+    # Two operations per weight, two layers: 4 * 32 * 32 in projections, 3 * 32 * 40 in the FFN.
     assert plain == (2 * 2 * (4 * 32**2 + 3 * 32 * 40),) * 2
     model = small_config(towers, f"model.towers.image.experts={{{EXPERTS}}}").model
     text, image = active_flops_per_token(model)
@@ -94,7 +94,7 @@ def test_active_operations_compare_arms() -> None:
 
 
 def plain_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Every query on every key by plain products, which torch's counter sees on a CPU."""
+    """Attend from every query to every key by plain matmuls, which torch counts on a CPU."""
     del layer
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k).softmax(dim=-1)
@@ -102,7 +102,7 @@ def plain_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 
 def grouped_mm_flops(a: list[int], b: list[int], *_: object, **__: object) -> int:
-    """Of experts on their rows, [r, p] x [e, p, q] or, for weights, [p, r] x [r, q]: 2 r p q."""
+    """Count a grouped matmul, [r, p] x [e, p, q], or [p, r] x [r, q] for weights: 2 r p q."""
     return 2 * a[0] * a[1] * b[-1]
 
 
@@ -111,12 +111,12 @@ def grouped_mm_flops(a: list[int], b: list[int], *_: object, **__: object) -> in
     [
         "model.num_query_groups=2",
         "model.norm_placement=pre",
-        # 24 tokens of images and c = 1.5: each of two experts takes 18.
+        # 24 image tokens and c = 1.5: each of two experts takes 18.
         "model.towers.image.experts={num_moe_experts=2,capacity_factor=1.5}",
         "model.towers.text.experts={num_moe_experts=4,routing='topk',topk=2}",
     ],
 )
-def test_operations_equal_torchs_count(override: str) -> None:
+def test_step_flops_equal_torchs_counter(override: str) -> None:
     config = small_config(THREE_TOWERS, override)
     tokens = random_tokens(3, list(THREE_TOWERS), (1, 1, 1), shape=(2, 40))
     model, batch = single_rank_model(config), tokens.micro_batch(config)
@@ -126,7 +126,7 @@ def test_operations_equal_torchs_count(override: str) -> None:
     assert step_flops(config.model, batch.tower_tokens, 80 * 80).total == counter.get_total_flops()
 
 
-def test_attended_pairs_of_documents() -> None:
+def test_attended_pairs_are_counted_within_documents() -> None:
     config = small_config(THREE_TOWERS)
     tokens = random_tokens(4, list(THREE_TOWERS), (1, 1, 1))
     lengths = torch.unique_consecutive(tokens.documents, return_counts=True)[1].tolist()
@@ -134,7 +134,7 @@ def test_attended_pairs_of_documents() -> None:
     assert tokens.micro_batch(config).attended_pairs == expected
 
 
-def test_towers_pay_for_their_own_tokens() -> None:
+def test_tower_flops_scale_with_the_towers_tokens() -> None:
     model = load_config(PAPER / "7b-mot-2.toml").model
     count = step_flops(model, (3, 1), 0)
     assert count.towers[0] == 3 * count.towers[1]

@@ -11,7 +11,7 @@ from mot_megatron.model.grouping import Grouping, rank_major
 
 
 def grouping_of(towers: list[int], num_towers: int, multiple: int) -> Grouping:
-    """Of tokens that belong to ``towers``, slots rounded up to ``multiple``."""
+    """Group tokens with these tower indices; slots are rounded up to ``multiple``."""
     of_tokens = torch.tensor(towers, dtype=torch.int64)
     indices = tuple(torch.nonzero(of_tokens == k).flatten() for k in range(num_towers))
     return Grouping(indices, tuple(-(-len(index) // multiple) * multiple for index in indices))
@@ -22,7 +22,7 @@ assignments = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(assignments, st.integers(1, 3))
-def test_there_and_back_is_the_identity(towers: list[int], multiple: int) -> None:
+def test_grouping_and_ungrouping_is_the_identity(towers: list[int], multiple: int) -> None:
     grouping = grouping_of(towers, 3, multiple)
     rows = torch.randn(len(towers), 2, 3)
     slices = grouping.to_towers(rows)
@@ -37,7 +37,7 @@ def test_there_and_back_is_the_identity(towers: list[int], multiple: int) -> Non
 @pytest.mark.parametrize(
     ("towers", "num_towers"), [([0, 1, 1, 0, 2, 1], 3), ([1, 1, 1], 3), ([0, 0, 0], 1)]
 )
-def test_gradients_are_those_of_finite_differences(
+def test_gradients_equal_finite_differences(
     towers: list[int], num_towers: int, multiple: int
 ) -> None:
     grouping = grouping_of(towers, num_towers, multiple)
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_finite_differences(
 def test_gradient_of_padding_is_zero() -> None:
     grouping = grouping_of([0, 1, 0, 0], 2, 4)
     slices = [torch.randn(4, 2, requires_grad=True) for _ in range(2)]
-    # The gradient that arrives is not contiguous.
+    # The incoming gradient is not contiguous.
     grouping.to_sequence(slices).backward(torch.ones(2, 4).T)
     assert [part.grad.sum(dim=1).tolist() for part in slices if part.grad is not None] == [
         [2, 2, 2, 0],
@@ -60,7 +60,7 @@ def test_gradient_of_padding_is_zero() -> None:
     ]
 
 
-def test_rank_major_is_what_a_gather_of_local_streams_gives() -> None:
+def test_rank_major_equals_a_gather_of_local_streams() -> None:
     slots = (4, 0, 6)
     values = torch.arange(10)
     # Rank 0 holds slots 0, 1 of tower 0 and 4, 5, 6 of tower 2; rank 1 the rest.
@@ -70,7 +70,7 @@ def test_rank_major_is_what_a_gather_of_local_streams_gives() -> None:
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4))
-def test_rank_major_cuts_every_tower_evenly(parts: list[int], num_ranks: int) -> None:
+def test_rank_major_splits_every_tower_evenly(parts: list[int], num_ranks: int) -> None:
     hypothesis.assume(any(parts))
     slots = tuple(part * num_ranks for part in parts)
     values = torch.arange(sum(slots))

@@ -1,4 +1,4 @@
-"""The inventory names exactly the parameters that the built model has, on every kind of rank."""
+"""The inventory lists exactly the parameters of the built model, on every rank of many layouts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
         (4, [*EXPERTS, EP2, "parallel.modality_parallel_size=2"]),
     ],
 )
-def test_inventory_is_the_built_models(world_size: int, overrides: list[str]) -> None:
+def test_inventory_equals_the_parameters_of_the_built_model(
+    world_size: int, overrides: list[str]
+) -> None:
     config = small_config(THREE, *overrides)
     seen = set()
     for rank in range(world_size):

@@ -1,4 +1,4 @@
-"""The grouped model against a literal Algorithm 1: hidden states, logits, loss, every gradient."""
+"""The grouped model equals a literal Algorithm 1: hidden states, logits, loss, all gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def grouped(rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
 def model_results(
     model: MixtureOfTransformers, batch: MicroBatch, cotangent: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Hidden states, logits and the gradients of (logits * cotangent).sum(), by name."""
+    """Return hidden states, logits and the gradients of (logits * cotangent).sum(), by name."""
     hidden = torch.cat(model.hidden_states(batch))
     logits = model.logits(batch)
     logits.backward(cotangent)
@@ -52,7 +52,7 @@ def reference_results(
 ) -> dict[str, torch.Tensor]:
     hidden, logits = (grouped(rows, batch) for rows in AlgorithmOne(model).logits(tokens))
     logits.backward(cotangent)
-    # A weight that no token used has no gradient here and a zero one in the model.
+    # A weight that no token uses has no gradient here, but a zero gradient in the model.
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -81,7 +81,7 @@ def test_equals_algorithm_one_in_fp64(
 
 
 @pytest.mark.parametrize("flag", UntiedConfig.model_fields)
-def test_equals_algorithm_one_with_a_component_shared(flag: str) -> None:
+def test_equals_algorithm_one_with_a_shared_component(flag: str) -> None:
     config = small_config(THREE_TOWERS, f"model.untied.{flag}=false")
     untied = small_config(THREE_TOWERS)
     assert len(list(single_rank_model(config).parameters())) < len(
@@ -133,7 +133,7 @@ def test_loss_sums_per_modality_are_plain_cross_entropy() -> None:
     assert not sums.requires_grad
 
 
-def test_documents_do_not_see_each_other() -> None:
+def test_documents_do_not_attend_to_each_other() -> None:
     config = small_config(THREE_TOWERS)
     packed = random_tokens(6, list(THREE_TOWERS), (1, 1, 1), shape=(2, 40))
     model = single_rank_model(config, torch.float64)
@@ -155,7 +155,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_gradient_that_is_not_contiguous(recompute: str) -> None:
+def test_non_contiguous_gradients(recompute: str) -> None:
     config = small_config(THREE_TOWERS, f"training.recompute={recompute}")
     tokens = random_tokens(7, list(THREE_TOWERS), (1, 1, 1))
     model, batch = single_rank_model(config, torch.float64), tokens.micro_batch(config)
@@ -167,7 +167,7 @@ def test_gradient_that_is_not_contiguous(recompute: str) -> None:
     ]
     for given in (cotangents, [part.contiguous() for part in cotangents]):
         torch.autograd.backward(model.hidden_states(batch), given)
-        # The head and the final norm lie behind the hidden states.
+        # The head and the final norm come after the hidden states and have no gradient.
         touched = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
         results.append(touched)

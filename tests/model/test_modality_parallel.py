@@ -1,4 +1,4 @@
-"""Towers on different ranks give the losses and gradients of one process that holds them all."""
+"""Modality parallelism: losses and gradients equal those of one process with all towers."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ GROUPED_QUERIES = "model.num_query_groups=2"
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a placement and batches in which modalities may be absent."""
+    """A model, a placement and batches, some of which lack a modality."""
 
     towers: dict[str, str]
     ranks: int
     overrides: tuple[str, ...] = ()
     shares: tuple[tuple[float, ...], ...] | None = None
-    """None: balanced for equal towers."""
+    """Share of each tower per rank; None: balanced for equal towers."""
     tensor: int = 1
     sequences: int | None = None
-    """Of the group; None: one per rank."""
+    """Sequences of the modality group; None: one per rank."""
     mixes: tuple[tuple[float, ...], ...] = ((3, 2, 1), (1, 0, 4), (0, 1, 0))
 
     @property
@@ -65,7 +65,7 @@ class Case:
         return balanced_placement([1.0] * len(set(self.towers.values())), self.ranks)
 
     def tokens(self, step: int) -> Tokens:
-        """The group's sequences."""
+        """Return the sequences of the modality group."""
         shape = (self.sequences or self.ranks, 24)
         return random_tokens(step, list(self.towers), self.mixes[step], shape)
 
@@ -74,7 +74,7 @@ def micro_batch(case: Case, tokens: Tokens, modality_rank: int) -> MicroBatch:
     config = case.config
     parallel = config.parallel
     filled = np.full(len(tokens.token_ids), 24)
-    filled[-1] = 20  # what no document fills is attended to, but counted nowhere
+    filled[-1] = 20  # padding takes part in attention, but in no count
     documents = tokens.document_ids.copy()
     documents[-1, 20:] = documents.max() + 1
     return build_micro_batch(
@@ -92,7 +92,7 @@ def micro_batch(case: Case, tokens: Tokens, modality_rank: int) -> MicroBatch:
 
 
 def run_case(case: Case) -> list[dict[str, Any]]:
-    """Per batch: this rank's loss sums and, summed over their holders, its gradients."""
+    """Return per batch the loss sums and gradients, summed over the ranks that hold them."""
     groups = build_process_groups(case.tensor, CPU, placement=case.placement)
     model = MixtureOfTransformers(case.config, groups, torch.float64)
     vary_norm_weights(model)
@@ -125,7 +125,7 @@ def run_case(case: Case) -> list[dict[str, Any]]:
 
 
 def reference(case: Case) -> list[dict[str, Any]]:
-    """One process on the same sequences."""
+    """Return the same results from one process that holds all towers."""
     alone = Case(case.towers, 1, tuple(o for o in case.overrides if "parallel" not in o))
     model = single_rank_model(alone.config, torch.float64)
     outcomes = []
@@ -187,7 +187,7 @@ def test_equals_one_process(case: Case) -> None:
     for outcomes in run_ranks(run_case, case.ranks * case.tensor, case, timeout=120):
         for mine, whole in zip(outcomes, expected, strict=True):
             assert mine["counts"] == whole["counts"]
-            # The losses are computed and summed in fp32, in the order in which ranks hold tokens.
+            # Losses are computed in fp32 and summed in an order that depends on the layout.
             torch.testing.assert_close(mine["totals"], whole["totals"], rtol=1e-6, atol=1e-6)
             parts = {}
             for name, sharding in mine["shardings"].items():

@@ -1,4 +1,4 @@
-"""Cross entropy, log-partition and z-loss against torch's own, whole and split over two ranks."""
+"""Cross entropy, log-partition and z-loss equal torch's, on one rank and split over two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_gradient(
     z_coefficient: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     leaf = logits.clone().requires_grad_()
-    # The loss overwrites its input, which autograd forbids of a leaf.
+    # The loss overwrites its input, which autograd forbids for a leaf.
     cross_entropy, log_z = token_losses(leaf * 1.0, labels, group, rank)
     labeled = labels != NO_LABEL
     total = torch.where(labeled, cross_entropy + z_coefficient * log_z.square(), 0.0)
@@ -52,7 +52,7 @@ def plain(z_coefficient: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return cross_entropy.detach()[labeled], log_z.detach(), leaf.grad
 
 
-def test_whole_vocabulary() -> None:
+def test_losses_equal_torchs_on_one_rank() -> None:
     groups = build_single_process_groups(torch.device("cpu"))
     for z_coefficient in (0.0, 0.01):
         actual = with_gradient(*example(), groups.tensor, 0, z_coefficient)
@@ -68,7 +68,7 @@ def split_vocabulary(z_coefficient: float) -> tuple[torch.Tensor, torch.Tensor, 
     return with_gradient(part, labels, dist.group.WORLD, rank, z_coefficient)
 
 
-def test_vocabulary_split_over_two_ranks() -> None:
+def test_losses_equal_torchs_with_the_vocabulary_split_over_two_ranks() -> None:
     results = run_ranks(split_vocabulary, 2, 0.01)
     cross_entropy, log_z, gradient = plain(0.01)
     for rank, (of_cross_entropy, of_log_z, of_gradient) in enumerate(results):
@@ -78,7 +78,7 @@ def test_vocabulary_split_over_two_ranks() -> None:
         torch.testing.assert_close(of_gradient, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_logits_give_a_bf16_gradient_of_an_fp32_loss() -> None:
+def test_bf16_logits_give_fp32_losses_and_a_bf16_gradient() -> None:
     groups = build_single_process_groups(torch.device("cpu"))
     logits, labels = example()
     leaf = logits.bfloat16().requires_grad_()
@@ -92,7 +92,7 @@ def test_bf16_logits_give_a_bf16_gradient_of_an_fp32_loss() -> None:
     assert leaf.grad.dtype == torch.bfloat16
 
 
-def test_sums_weigh_labels_by_their_modality() -> None:
+def test_loss_is_weighted_by_the_modality_of_the_label() -> None:
     cross_entropy = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
     z_loss = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5])
     labels = torch.tensor([7, NO_LABEL, 8, 9, NO_LABEL])
@@ -107,7 +107,7 @@ def test_sums_weigh_labels_by_their_modality() -> None:
     assert cross_entropy.grad.tolist() == [2.0, 0.0, 0.5, 0.5, 0.0]
 
 
-def test_no_labels_at_all_give_zero_and_a_zero_gradient() -> None:
+def test_no_labels_give_a_zero_loss_and_a_zero_gradient() -> None:
     cross_entropy = torch.tensor([1.0, 2.0, 3.0])
     total, sums = sum_losses(
         cross_entropy.requires_grad_(),
@@ -123,7 +123,7 @@ def test_no_labels_at_all_give_zero_and_a_zero_gradient() -> None:
     assert not cross_entropy.grad.any()
 
 
-def test_loss_weights_are_not_rounded_with_the_weights() -> None:
+def test_loss_weights_stay_fp32_in_a_bf16_model() -> None:
     towers = {name: name for name in ("text", "image", "speech")}
     config = small_config(towers, "model.modalities.image.loss_weight=0.3")
     model = single_rank_model(config, torch.bfloat16).to(torch.bfloat16)

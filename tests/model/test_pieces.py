@@ -1,4 +1,4 @@
-"""Pieces of the pipeline: each layer once, in order, round the stages."""
+"""Pieces of the pipeline: each layer once, in order, assigned to the stages round-robin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.model.small_models import small_config
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    """Any stages, with one piece or several, of equal sizes or of listed ones."""
+    """Draw a number of stages, pieces per stage, and equal or listed piece sizes."""
     stages, per_stage = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     if stages == 1:
         per_stage = 1
@@ -36,7 +36,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 @settings(deadline=None)
 @given(configs())
-def test_pieces_are_the_layers_in_order(config: Config) -> None:
+def test_pieces_cover_the_layers_in_order(config: Config) -> None:
     parallel, pieces = config.parallel, all_pieces(config)
     layers = [layer for piece in pieces for layer in piece.layers]
     assert layers == list(range(config.model.num_layers))
@@ -52,7 +52,7 @@ def test_pieces_are_the_layers_in_order(config: Config) -> None:
 
 @settings(deadline=None)
 @given(configs())
-def test_the_model_goes_round_the_stages(config: Config) -> None:
+def test_pieces_are_assigned_to_stages_round_robin(config: Config) -> None:
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     by_stage = [pieces_of_stage(config, stage) for stage in range(stages)]
@@ -99,7 +99,7 @@ def test_the_model_goes_round_the_stages(config: Config) -> None:
         ),
     ],
 )
-def test_pieces_worked_by_hand(overrides: list[str], expected: list[list[Piece]]) -> None:
+def test_hand_computed_pieces(overrides: list[str], expected: list[list[Piece]]) -> None:
     config = small_config(
         {"text": "text"}, "model.num_layers=8", *(f"parallel.{override}" for override in overrides)
     )

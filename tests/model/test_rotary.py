@@ -1,4 +1,4 @@
-"""Rotary embedding against complex multiplication, and the property it exists for."""
+"""Rotary embedding equals complex multiplication and encodes relative positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_equals_complex_rotation() -> None:
     torch.testing.assert_close(angles(positions).rotate(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_products_depend_on_the_distance_only() -> None:
+def test_query_key_products_depend_only_on_the_distance() -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=generator)
     products = [
@@ -31,7 +31,7 @@ def test_products_depend_on_the_distance_only() -> None:
         torch.testing.assert_close(product, products[0], rtol=1e-9, atol=1e-9)
 
 
-def test_position_zero_is_the_identity() -> None:
+def test_rotation_at_position_zero_is_the_identity() -> None:
     x = torch.randn(2, 4, 16, dtype=torch.float64)
     assert torch.equal(angles(torch.tensor([0, 0])).rotate(x), x)
 
@@ -42,5 +42,5 @@ def test_angles_are_computed_in_fp32(dtype: torch.dtype) -> None:
     exact = angles(positions)
     rounded = angles(positions, dtype)
     assert rounded.cosine.dtype == dtype
-    # fp32 holds 4095 radians to 2.4e-4; bf16's own rounding of a cosine is at most 2^-9.
+    # fp32 resolves 4095 radians to 2.4e-4; rounding a cosine to bf16 adds at most 2^-9.
     torch.testing.assert_close(rounded.cosine.double(), exact.cosine, rtol=0, atol=2**-8)

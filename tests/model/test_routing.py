@@ -1,4 +1,4 @@
-"""What routers promise: exact shares, nothing for padding, causality where it is asked for."""
+"""Routers: equal shares per expert, no effect of padding, and causality in causal mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HIDDEN = 8
 
 
 def router_of(seed: int = 0, **config: object) -> Router:
-    """With random weights, for a tower without further ranks."""
+    """Build a router with random weights for a tower on a single rank."""
     settings = ExpertsConfig.model_validate({"num_moe_experts": 4, **config})
     router = router_class(settings)(settings, HIDDEN, 0, RoutingMode((1.0,)), None)
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +62,7 @@ def test_every_expert_takes_the_same_number_of_tokens(
     c = min(c, num_experts)
     router = router_of(seed, num_moe_experts=num_experts, capacity_factor=c, gate=gate)
     routing = router(rows_of(seed, len(pool.filled)), pool)
-    # c n / E, up to the next whole token where that is none.
+    # c n / E, rounded up to whole tokens.
     share = math.ceil(c * pool.num_tokens / num_experts)
     assert routing.assigned.sum(0).tolist() == [share] * num_experts
     assert not routing.assigned[~pool.filled].any()
@@ -75,14 +75,14 @@ def test_every_expert_takes_the_same_number_of_tokens(
 
 @pytest.mark.parametrize("num_tokens", [300, 3000])
 @pytest.mark.parametrize("num_experts", [3, 7, 10])
-def test_a_share_is_not_rounded_up_for_a_rounding_error(num_tokens: int, num_experts: int) -> None:
+def test_floating_point_error_does_not_round_a_share_up(num_tokens: int, num_experts: int) -> None:
     # 0.1 * 300 / 10 is above 3 in floating point.
     router = router_of(num_moe_experts=num_experts, capacity_factor=num_experts / 10)
     counts = router(rows_of(0, num_tokens), full_pool(num_tokens)).assigned.sum(0)
     assert counts.tolist() == [num_tokens // 10] * num_experts
 
 
-def test_saturated_gates_still_tell_tokens_apart() -> None:
+def test_experts_rank_tokens_correctly_if_gates_saturate() -> None:
     router = router_of(num_moe_experts=1, capacity_factor=0.5)
     with torch.no_grad():
         router.weight.fill_(1.0)
@@ -106,7 +106,7 @@ def test_saturated_gates_still_tell_tokens_apart() -> None:
     ],
     ids=lambda config: config.get("routing", config.get("gate", "expert_choice")),
 )
-def test_what_padding_holds_changes_nothing(config: dict[str, object]) -> None:
+def test_contents_of_padding_do_not_change_routing(config: dict[str, object]) -> None:
     filled = torch.tensor([True] * 6 + [False] * 3 + [True] * 5 + [False])
     pool = RoutingPool(filled, 11)
     found = []
@@ -127,7 +127,7 @@ def test_what_padding_holds_changes_nothing(config: dict[str, object]) -> None:
             torch.testing.assert_close(value, same, rtol=0, atol=0)
 
 
-def test_top_k_drops_the_smallest_weights_of_the_pool() -> None:
+def test_top_k_at_capacity_drops_the_smallest_weights() -> None:
     config = {"routing": "topk", "topk": 2, "gate": "softmax"}
     x, pool = rows_of(6, 40), full_pool(40)
     everything = router_of(5, **config)(x, pool)
@@ -139,30 +139,30 @@ def test_top_k_drops_the_smallest_weights_of_the_pool() -> None:
         threshold = largest[-1].clamp_min(torch.finfo().tiny)
         assert torch.equal(kept.assigned[:, expert], wanted >= threshold)
         assert torch.equal(kept.weights[:, expert], wanted * (wanted >= threshold))
-    assert everything.assigned.sum(0).max() > 15  # something was dropped
+    assert everything.assigned.sum(0).max() > 15  # the capacity dropped some tokens
 
 
 @pytest.mark.parametrize(
     "config", [{"causal_router": True}, {"routing": "topk", "capacity_factor": 0.5}], ids=str
 )
-def test_causal_mode_does_not_look_ahead(config: dict[str, object]) -> None:
+def test_causal_mode_does_not_depend_on_later_tokens(config: dict[str, object]) -> None:
     router, x, pool = router_of(7, **config), rows_of(8, 20), full_pool(20)
     trained = router(x, pool)
     changed = x.clone()
     changed[12:] = rows_of(9, 8) * 5
-    # As trained, a later token takes an earlier one's place.
+    # In training mode, a later token can displace an earlier one.
     assert not torch.equal(router(changed, pool).assigned[:12], trained.assigned[:12])
     router.mode.causal = True
     first, other = router(x, pool), router(changed, pool)
     torch.testing.assert_close(first.weights[:12], other.weights[:12], rtol=0, atol=1e-6)
     assert torch.equal(first.assigned[:12], other.assigned[:12])
-    for row in range(3):  # nor at the others at all
+    for row in range(3):  # a token is routed the same on its own
         alone = router(x[row : row + 1], full_pool(1))
         assert torch.equal(alone.assigned[0], first.assigned[row])
         torch.testing.assert_close(alone.weights[0], first.weights[row], rtol=0, atol=1e-6)
 
 
-def test_what_experts_take_is_counted_while_somebody_counts() -> None:
+def test_expert_use_is_counted_only_while_enabled() -> None:
     router = router_of(7, causal_router=True)
     pool = RoutingPool(torch.tensor([True] * 9 + [False] * 3), 9)
     router(rows_of(8, 12), pool)
@@ -178,7 +178,7 @@ def test_what_experts_take_is_counted_while_somebody_counts() -> None:
     assert use[0].tokens == 18
 
 
-def test_causal_router_takes_what_is_likelier_than_not() -> None:
+def test_causal_router_takes_tokens_with_probability_above_one_half() -> None:
     router, x = router_of(10, causal_router=True), rows_of(11, 30)
     filled = torch.arange(30) % 7 != 0
     pool = RoutingPool(filled, int(filled.sum()))
@@ -198,7 +198,7 @@ def test_causal_router_takes_what_is_likelier_than_not() -> None:
     assert routing.chosen is None
 
 
-def test_causal_router_learns_the_choices_and_changes_nothing_else() -> None:
+def test_causal_router_learns_the_choices_without_changing_other_gradients() -> None:
     with_router, without = router_of(12, causal_router=True), router_of(12)
     without.load_state_dict({"weight": with_router.weight.detach()})
     assert isinstance(with_router, ExpertChoiceRouter)
@@ -225,7 +225,7 @@ def test_causal_router_learns_the_choices_and_changes_nothing_else() -> None:
         optimizer.step()
         with_router.zero_grad()
         without.zero_grad()
-    # Knowing how often experts choose, a quarter of the tokens each, gives 0.562 nats and 0.75.
+    # Predicting the base rate alone, a quarter of the tokens per expert, gives 0.562 nats and 0.75.
     assert losses[0] > 0.562
     assert sum(losses[-20:]) / 20 < 0.45
     assert agreed[0] < 0.75

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks, with and without sequence parallelism, against one rank."""
+"""Two tensor-parallel ranks, with and without sequence parallelism, equal one rank."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVERYTHING_SHARED = [
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a batch; ``mix`` and ``shape`` as in random_tokens."""
+    """A model and a batch; ``mix`` and ``shape`` are arguments of random_tokens."""
 
     overrides: tuple[str, ...] = ()
     mix: tuple[int, ...] = (1, 1, 1)
@@ -74,7 +74,7 @@ Results = dict[str, torch.Tensor]
 
 
 def results(model: MixtureOfTransformers, config: Config, case: Case) -> tuple[Results, Results]:
-    """(losses, gradients) of the mean over labels."""
+    """Return (losses, gradients) of the mean loss over labels."""
     batch = case.tokens().micro_batch(config)
     loss, sums = model(batch)
     loss = loss / max(1, sum(batch.modality_labels))
@@ -85,7 +85,7 @@ def results(model: MixtureOfTransformers, config: Config, case: Case) -> tuple[R
 def non_contiguous_results(
     model: MixtureOfTransformers, config: Config, case: Case
 ) -> tuple[Results, Results]:
-    """Gradients of the layers for a cotangent of the stream whose memory is transposed."""
+    """Return the layers' gradients for a stream gradient that is not contiguous."""
     batch = case.tokens().micro_batch(config)
     stream = model.hidden_states(batch)
     generator = torch.Generator().manual_seed(5)
@@ -109,7 +109,7 @@ def tensor_parallel_groups() -> ProcessGroups:
 def on_this_rank(
     compute: Compute, cases: list[Case], layout: tuple[str, ...]
 ) -> list[tuple[Results, Results, Results]]:
-    """(losses, gradients, initial weights) of every case."""
+    """Return (losses, gradients, initial weights) of every case."""
     of_cases = []
     for case in cases:
         config = case.config(*layout)
@@ -135,7 +135,7 @@ def test_losses_and_gradients_equal_one_rank(layout: tuple[str, ...]) -> None:
             assert_all_close(actual_gradients, parts, 1e-5)
 
 
-def test_gradient_that_is_not_contiguous() -> None:
+def test_non_contiguous_gradients() -> None:
     case = Case(shape=(1, 26))
     config = case.config()
     model = single_rank_model(config)
@@ -147,7 +147,7 @@ def test_gradient_that_is_not_contiguous() -> None:
         assert_all_close(actual, parts, 1e-5)
 
 
-def test_every_rank_starts_from_its_part_of_the_same_model() -> None:
+def test_initial_weights_are_shards_of_the_same_model() -> None:
     case = Case(("model.num_query_groups=2",))
     expected = MixtureOfTransformers(case.config(), single_rank_model(case.config()).groups)
     of_ranks = run_ranks(on_this_rank, 2, results, [case], LAYOUTS["TP 2"])

@@ -1,4 +1,4 @@
-"""What untying means: one tower is dense, equal towers are dense, towers stay apart."""
+"""Untying: one tower or equal towers give the dense model; towers meet only in attention."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_three_modalities_in_one_tower_equal_one_modality_bitwise() -> None:
 
 
 def dense_logits(model: MixtureOfTransformers, tokens: Tokens) -> torch.Tensor:
-    """An ordinary dense transformer on ordinary torch functions, in sequence order."""
+    """Run an ordinary dense transformer built from plain torch functions, in sequence order."""
     weights, config = dict(model.named_parameters()), model.config
     h, d, heads = config.hidden_size, config.head_dim, config.num_attention_heads
     positions = positions_of(tokens)[:, None].float()
@@ -109,7 +109,7 @@ def test_one_tower_equals_an_ordinary_dense_transformer_bitwise() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_towers_of_equal_weights_equal_dense(seed: int) -> None:
+def test_towers_with_equal_weights_equal_dense(seed: int) -> None:
     tokens = random_tokens(seed, NAMES, (1, 2, 1))
     config, dense_config = small_config(THREE_TOWERS), small_config(ONE_TOWER)
     model, dense = single_rank_model(config), single_rank_model(dense_config)
@@ -132,7 +132,7 @@ def _as_tower_0(name: str) -> str:
 
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[Tokens, list[set[int]]]:
-    """One packed sequence and the modalities that each of its documents contains."""
+    """Draw one packed sequence and the set of modalities of each of its documents."""
     of_documents = draw(
         st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=6)
     )
@@ -148,7 +148,9 @@ def documents(draw: st.DrawFn) -> tuple[Tokens, list[set[int]]]:
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(documents())
-def test_documents_of_one_tower_touch_no_other_tower(case: tuple[Tokens, list[set[int]]]) -> None:
+def test_single_tower_documents_give_no_gradient_to_other_towers(
+    case: tuple[Tokens, list[set[int]]],
+) -> None:
     tokens, contents = case
     config = small_config(THREE_TOWERS)
     model, batch = single_rank_model(config), tokens.micro_batch(config)
@@ -164,18 +166,18 @@ def test_documents_of_one_tower_touch_no_other_tower(case: tuple[Tokens, list[se
             if owner not in (tower, SHARED) or not of_tower:
                 assert not touched, f"{name} is touched by tower {tower}"
             elif "attention.q_norm" not in name and "attention.k_norm" not in name:
-                # A document of one token has no use for queries and keys.
+                # In a document of one token, attention does not depend on queries and keys.
                 assert touched, f"{name} is untouched by tower {tower}"
         model.zero_grad(set_to_none=True)
 
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(documents(), st.integers(0, 2))
-def test_outside_attention_a_token_touches_only_its_tower(
+def test_outside_attention_a_token_gives_gradients_only_to_its_tower(
     case: tuple[Tokens, list[set[int]]], tower: int
 ) -> None:
     tokens = case[0]
-    # In the only layer, keys and values are all that other towers give to a token.
+    # With a single layer, other towers affect a token only through their keys and values.
     config = small_config(THREE_TOWERS, "model.num_layers=1")
     model, batch = single_rank_model(config), tokens.micro_batch(config)
     rows = tokens.modalities[batch.group_index] == tower
@@ -191,7 +193,7 @@ def test_outside_attention_a_token_touches_only_its_tower(
         assert not gradient.any(), f"{name} is touched by tower {tower}"
 
 
-def test_a_token_reaches_keys_and_values_of_other_towers() -> None:
+def test_tokens_give_gradients_to_keys_and_values_of_other_towers() -> None:
     config = small_config(THREE_TOWERS, "model.num_layers=1")
     ids = np.array([[0, 40, 41]])  # text, image, image: one document
     tokens = Tokens(ids, np.zeros((1, 3), dtype=np.int32), modality_of_id(NAMES))
@@ -206,7 +208,7 @@ def test_a_token_reaches_keys_and_values_of_other_towers() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_nothing(recompute: str) -> None:
+def test_recomputation_gives_bitwise_equal_results(recompute: str) -> None:
     tokens, results = random_tokens(9, NAMES, (1, 1, 0)), []
     for setting in ("none", recompute):
         config = small_config(THREE_TOWERS, f"training.recompute={setting}")
@@ -214,19 +216,19 @@ def test_recomputed_activations_change_nothing(recompute: str) -> None:
     assert_all_equal(*results)
 
 
-def test_every_parameter_names_its_tower() -> None:
+def test_every_parameter_is_tagged_with_its_tower() -> None:
     config = small_config(THREE_TOWERS, "model.untied.qkv=false")
     counts = {SHARED: 0, 0: 0, 1: 0, 2: 0}
     for name, parameter in single_rank_model(config).named_parameters():
         tower = parameter.tower  # type: ignore[attr-defined]
         counts[tower] += 1
         assert (f".towers.{tower}." in f".{name}") == (tower != SHARED)
-    # Shared: embedding, head and 2 QKV. A tower: 2 layers of 2 QK-norms, output projection, 2 of
-    # SwiGLU and 2 norms, and a final norm.
+    # Shared: embedding, head and 2 QKV. Per tower: a final norm and 2 layers, each with 2 QK-norms,
+    # an output projection, 2 SwiGLU matrices and 2 norms.
     assert counts == {SHARED: 4, 0: 15, 1: 15, 2: 15}
 
 
-def test_weights_depend_on_the_seed_and_the_name_only() -> None:
+def test_initial_weights_depend_only_on_seed_and_name() -> None:
     three, two = small_config(THREE_TOWERS), small_config({"text": "a", "image": "b"})
     of_three, of_two = (dict(single_rank_model(c).named_parameters()) for c in (three, two))
     assert of_two.keys() < of_three.keys()
@@ -237,5 +239,5 @@ def test_weights_depend_on_the_seed_and_the_name_only() -> None:
     for a, b in pairwise(matrices.values()):
         assert a.shape != b.shape or not torch.equal(a, b)
     for value in matrices.values():
-        # The standard error of 32 x 32 samples' standard deviation is 2.2%.
+        # The sample standard deviation of 32 x 32 values has a standard error of 2.2%.
         assert value.std().item() == pytest.approx(0.2, rel=0.1)
