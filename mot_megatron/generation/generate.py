@@ -1,9 +1,9 @@
-"""Continues a prompt into any modality, token by token, with a key-value cache.
+"""Continue a prompt in any modality, token by token, with a key-value cache.
 
-The same function serves the command line and the samples that training shows. A token runs
-through its own modality's tower only, as in training: a step of n samples is a micro-batch of n
-sequences of one token. Experts that chose among later tokens in training cannot do so here: causal
-routers choose for them, and no expert drops tokens.
+The command line and the samples during training use the same function. As in training, a token uses
+only its modality's tower: a step of n samples is a micro-batch of n sequences of one token. Expert
+choice, which sees later tokens in training, is replaced by causal routers, and no expert drops
+tokens.
 
 Letters: n samples, p prompt tokens, s new tokens, V vocabulary rows.
 """
@@ -36,7 +36,7 @@ from mot_megatron.parallel.groups import ProcessGroups
 
 
 class Decoder:
-    """Feeds tokens to a model and returns the logits of what follows."""
+    """Feeds tokens to a model and returns the logits of the next token."""
 
     def __init__(
         self,
@@ -50,16 +50,15 @@ class Decoder:
         self.cache = KeyValueCache(num_samples, capacity)
 
     def feed(self, token_ids: np.ndarray) -> torch.Tensor:
-        """Take [1, p] ids of the prompt at first, then [n, 1] ids each time.
+        """Process tokens: first the prompt, [1, p] ids, then [n, 1] ids per call.
 
-        Collectives: those of the model's forward pass, then an all-gather over tensor
-        parallelism.
+        Collectives: those of the forward pass, then an all-gather over the tensor-parallel group.
 
         Returns:
             Logits [1 or n, V] after the last token, equal on all tensor-parallel ranks.
 
         Raises:
-            ConfigError: The model cannot route tokens without later ones.
+            ConfigError: The routing needs later tokens, and there is no causal router.
         """
         model = self.model
         micro_batch = build_micro_batch(
@@ -72,7 +71,7 @@ class Decoder:
         )
         positions = micro_batch.positions + self.cache.length
         micro_batch = dataclasses.replace(micro_batch, positions=positions)
-        # Called, not model.sequence_logits: ZeRO-3 gathers weights during a module's call only.
+        # Call the module, not model.sequence_logits: ZeRO-3 gathers weights only in module calls.
         with model.routed_causally():
             (logits,) = model(micro_batch.to(model.groups.device), self.cache)
         self.cache.advance(token_ids.shape[1])
@@ -89,27 +88,27 @@ def generate(
     settings: SamplingSettings,
     seq_length: int,
 ) -> list[np.ndarray]:
-    """Fill the segment that ``prompt`` has opened, once per sample.
+    """Generate the segment that ``prompt`` has opened, once per sample.
 
-    Every rank of the model's groups calls this with equal arguments and returns the same. Ids
-    come from the data-parallel rank 0, since ranks that stopped at different tokens would wait
-    for each other under ZeRO-3.
+    Every rank of the model's groups calls this with equal arguments and gets the same result. Ids
+    are broadcast from data-parallel rank 0: with ZeRO-3, ranks that stopped at different tokens
+    would wait for each other.
 
     Args:
         model: The bare module, not DeepSpeed's engine.
-        modality_of_id: [vocab_size] of the corpus; rows of the vocabulary behind it are padding.
+        modality_of_id: [vocab_size] of the corpus; later vocabulary rows are padding.
         prompt: [p] ids.
-        rules: Of the modality to generate.
-        settings: How to sample, and how many.
-        seq_length: Tokens of prompt and continuation at most.
+        rules: Rules of the modality to generate.
+        settings: Sampling settings, with the number of samples.
+        seq_length: Maximum number of tokens of prompt and continuation.
 
     Returns:
-        Ids of each sample, without the prompt and without the token that ends the segment. At
-        least one, unless the prompt's own last item is complete already.
+        Ids of each sample, without the prompt and without the token that ends the segment. There is
+        at least one id, unless the last item of the prompt is already complete.
 
     Raises:
         DataError: The prompt is empty, or leaves too little room.
-        ConfigError: The model cannot route tokens without later ones.
+        ConfigError: The routing needs later tokens, and there is no causal router.
         TrainingError: The model's logits are not finite.
     """
     begun = len(rules.open_item(prompt))
@@ -135,7 +134,7 @@ def generate(
         lengths[ended] = np.minimum(lengths[ended], step)
         if step + 1 == num_tokens or (lengths <= step).all():
             break
-        # Samples that have ended go on unheard: dropping rows would cost a copy of the cache.
+        # Keep computing samples that have ended: dropping rows would copy the cache.
         logits = decoder.feed(chosen[:, step, None])
     return [ids[:length] for ids, length in zip(chosen, lengths, strict=True)]
 
@@ -147,7 +146,7 @@ def _room(
     settings: SamplingSettings,
     seq_length: int,
 ) -> int:
-    """How many tokens to generate at most."""
+    """Return the maximum number of tokens to generate."""
     if not prompt.size:
         raise DataError("the prompt is empty, expected at least one token")
     fixed = rules.num_tokens
@@ -164,7 +163,7 @@ def _room(
 
 
 class _Chooser:
-    """Chooses each sample's next token, the same on all ranks."""
+    """Chooses the next token of each sample, equally on all ranks."""
 
     def __init__(
         self,
@@ -177,14 +176,14 @@ class _Chooser:
         self.groups = groups
         self.content = torch.from_numpy(rules.content).to(groups.device)
         ends = torch.from_numpy(rules.ends).to(groups.device)
-        # An item of fixed length ends by its length, any other not before its first token.
+        # An item of fixed length needs no end token; other items have at least one token.
         self.with_ends = (
             torch.cat((self.content, ends)) if rules.num_tokens is None else self.content
         )
         self.uniforms = draw_uniforms(settings.seed, settings.num_samples, num_tokens)
 
     def __call__(self, logits: torch.Tensor, step: int, may_end: bool) -> np.ndarray:
-        """[n, V] -> ids [n]; a broadcast over data parallelism."""
+        """Choose ids [n] from logits [n, V]; one broadcast over the data-parallel group."""
         legal = self.with_ends if may_end else self.content
         ids = choose_tokens(logits, legal, self.settings, self.uniforms[:, step])
         if self.groups.data_size > 1:
@@ -195,38 +194,38 @@ class _Chooser:
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of media, as ids and as what they stand for."""
+    """A generated text, picture or sound, as ids and decoded."""
 
     codec: Codec
     token_ids: np.ndarray
 
     @cached_property
     def media(self) -> Any:
-        """What the codec decodes to: a string, pixels uint8 [h, w, 3] or sound float32 [n]."""
+        """Decoded value: a string, pixels uint8 [h, w, 3] or sound float32 [n]."""
         return self.codec.decode(self.token_ids)
 
     def write(self, path: Path) -> None:
-        """Write it as a file with the codec's suffix."""
+        """Write a file with the codec's suffix."""
         self.codec.write(self.token_ids, path)
 
 
 @dataclass(frozen=True)
 class HeldOutSample:
-    """What the model makes of a document it has not seen."""
+    """A segment generated for a held-out document, with the true segment."""
 
     prompt: str
-    """The text of the document's other segments; empty if they have none."""
+    """Text of the other segments of the document; empty if there is none."""
     truth: Item
     generated: Item
 
 
 class Generator:
-    """A model together with the corpus that says what its ids mean.
+    """A model together with the codecs of its corpus.
 
-    Codecs are loaded once, here; a modality without one is never generated.
+    Modalities without a codec are never generated.
 
     Raises:
-        ConfigError: The model cannot route tokens without later ones.
+        ConfigError: The routing needs later tokens, and there is no causal router.
         DataError: A codebook cannot be read.
     """
 
@@ -243,19 +242,23 @@ class Generator:
 
     @cached_property
     def prompts(self) -> PromptWriter:
-        """Encodes users' prompts.
+        """Encoder of user prompts.
 
         Raises:
-            DataError: None of the corpus's modalities is text.
+            DataError: The corpus has no text modality.
         """
         return PromptWriter.of(self.corpus.directory, self.codecs.values(), self.corpus.description)
 
     def rules(self, name: str) -> SegmentRules:
-        """Rules of the modality called ``name``.
+        """Return the rules of the modality called ``name``.
 
         Raises:
-            DataError: There is none that could be decoded.
+            DataError: There is no such modality, or it has no codec.
         """
+        if not self.codecs:
+            raise DataError(
+                f"{self.corpus.directory}: no modality has a codec, so nothing can be generated"
+            )
         if name not in self.codecs:
             raise DataError(f"modality {name!r}, expected one of: {', '.join(self.codecs)}")
         return SegmentRules.of(self.corpus.description, self.codecs[name].modality)
@@ -263,12 +266,13 @@ class Generator:
     def continue_text(
         self, text: str, into: str, settings: SamplingSettings, language: str | None = None
     ) -> list[Item]:
-        """Continue a user's prompt into the modality called ``into``.
+        """Continue a user's prompt in the modality called ``into``.
 
-        An item that the prompt has begun is returned with its beginning.
+        If the prompt ends within an item, the result includes the beginning of the item.
 
         Raises:
-            DataError: Unknown modality or language, a prompt too long, or a corpus without text.
+            DataError: The modality or language is unknown, the prompt is too long, or the corpus
+                has no text.
             TrainingError: The model's logits are not finite.
         """
         rules = self.rules(into)
@@ -280,13 +284,13 @@ class Generator:
     def continue_held_out(
         self, split: str, into: str, settings: SamplingSettings, num_documents: int
     ) -> list[HeldOutSample]:
-        """Generate the ``into`` segment of the split's first documents that have one.
+        """Generate the ``into`` segment of the first documents of a split that have one.
 
-        Prompts are all other segments of each document; one sample each, whatever
-        ``settings.num_samples`` is. Every rank calls this, as ``generate``.
+        The prompt consists of all other segments of the document. There is one sample per document,
+        regardless of ``settings.num_samples``. Every rank calls this, as ``generate``.
 
         Raises:
-            DataError: Unknown split or modality.
+            DataError: The split or modality is unknown.
             TrainingError: The model's logits are not finite.
         """
         rules = self.rules(into)

@@ -1,9 +1,9 @@
-"""Keys and values of the tokens so far, so that each new token costs one row instead of all.
+"""A key-value cache, with which each new token costs one row of attention instead of all.
 
-It takes the place of the attention core: the model itself does not know that it is generating.
-Rows are samples of one prompt, which is computed once and copied to all of them.
+It replaces the attention core, so the model needs no code for generation. All samples continue one
+prompt, which is computed once and copied to all of them.
 
-Letters: n samples, p prompt tokens, c tokens that fit, d head size.
+Letters: n samples, p prompt tokens, c capacity in tokens, d head size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mot_megatron.model.attention_core import causal_attention
 
 
 class KeyValueCache:
-    """An attention core that first takes the p rows of a prompt, then n rows, one per sample.
+    """An attention core for the p rows of a prompt, then for n rows per call, one per sample.
 
-    After each pass through all layers, ``advance`` makes its tokens part of the past.
+    After each pass through all layers, ``advance`` adds its tokens to the past.
     """
 
     def __init__(self, num_samples: int, capacity: int) -> None:
@@ -29,7 +29,17 @@ class KeyValueCache:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """[p or n, heads, d], heads being this tensor-parallel rank's -> the same shape."""
+        """Attend to all tokens so far.
+
+        Args:
+            layer: Index of the layer.
+            q: [p or n, heads of this tensor-parallel rank, d].
+            k: [p or n, key-value heads, d].
+            v: Same shape as ``k``.
+
+        Returns:
+            Same shape as ``q``.
+        """
         if layer not in self._layers:
             shape = (self.num_samples, k.shape[1], self.capacity, k.shape[2])
             self._layers[layer] = (k.new_empty(shape), v.new_empty(shape))
@@ -50,5 +60,5 @@ class KeyValueCache:
         return output[:, :, 0]
 
     def advance(self, num_tokens: int) -> None:
-        """Count the tokens per sample of the pass that has just ended."""
+        """Add the tokens of the finished pass, ``num_tokens`` per sample, to the past."""
         self.length += num_tokens

@@ -1,7 +1,7 @@
-"""Chooses the next token among the legal ones: temperature, top-k, top-p.
+"""Sample the next token among the legal ones, with temperature, top-k and top-p.
 
-Chance comes in as numbers drawn beforehand on the CPU, one row per sample, so that every rank
-chooses alike and a sample does not depend on how many others are drawn beside it.
+Random numbers are drawn in advance on the CPU, one row per sample, so that all ranks make the same
+choice and a sample does not depend on the number of other samples.
 
 Letters: n samples, V vocabulary rows, l legal ids.
 """
@@ -25,15 +25,15 @@ class SamplingSettings:
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divisor of the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Draw among this many likeliest tokens; None: all."""
+    """Sample among this many most likely tokens; None for all."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that hold this much probability."""
+    """Sample among the fewest most likely tokens whose probabilities sum to this."""
     seed: int = 0
     num_samples: int = 1
     max_tokens: int = 256
-    """Tokens at most where a modality's items vary in length; a fixed length is kept as it is."""
+    """Maximum length of an item of a modality whose items vary in length."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -49,15 +49,15 @@ class SamplingSettings:
 
 
 def draw_uniforms(seed: int, num_samples: int, num_tokens: int) -> torch.Tensor:
-    """Numbers in [0, 1), [num_samples, num_tokens] float64; row i depends on ``seed`` and i only.
+    """Return random numbers in [0, 1), [num_samples, num_tokens] float64.
 
-    A longer row begins with the shorter one.
+    Row i depends only on ``seed`` and i, and a longer row begins with the shorter one.
     """
     rows = []
     for sample in range(num_samples):
         digest = hashlib.sha256(f"{seed}/{sample}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        # One call per number: torch fills a long tensor in another order than a short one.
+        # One call per number, because torch fills long tensors in another order than short ones.
         numbers = [
             torch.rand((), generator=generator, dtype=torch.float64) for _ in range(num_tokens)
         ]
@@ -71,33 +71,33 @@ def choose_tokens(
     settings: SamplingSettings,
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
-    """One legal token per sample.
+    """Choose one legal token per sample.
 
     Args:
         logits: [n, V] on any device and in any precision.
-        legal_ids: [l] int64 ids on the same device; no other id is ever chosen.
-        settings: Temperature, top-k and top-p; top-p counts what top-k and the temperature leave.
+        legal_ids: [l] int64 ids on the same device; no other id is chosen.
+        settings: Temperature, top-k and top-p; top-p applies after top-k and temperature.
         uniforms: [n] float64 on the CPU in [0, 1), unused at temperature 0.
 
     Returns:
-        [n] int64 ids on the CPU; of equal logits the lowest id comes first.
+        [n] int64 ids on the CPU; of equal logits, the lowest id comes first.
 
     Raises:
-        TrainingError: A logit is not finite, as after training has diverged.
+        TrainingError: A logit is not finite, for example because training has diverged.
     """
     scores = logits.index_select(-1, legal_ids).double().cpu()
     if not torch.isfinite(scores).all():
         raise TrainingError(
-            "the model's logits are not finite: its weights hold NaN, infinite or huge values"
+            "the model's logits are not finite: its weights contain NaN, infinite or huge values"
         )
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     picks = torch.zeros(scores.shape[0], 1, dtype=torch.int64)
     if settings.temperature > 0:
         ranked = ranked[:, : settings.top_k]
-        # The difference first: a tiny temperature must not turn finite logits infinite.
+        # Subtract first, so that a tiny temperature cannot make finite logits infinite.
         scaled = (ranked - ranked[:, :1]) / settings.temperature
         cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-        # A token is kept if those before it do not hold top_p yet: the first always is.
+        # Keep a token if the probabilities before it sum to less than top_p; the first always is.
         last = (cumulative[:, :-1] < settings.top_p).sum(dim=-1, keepdim=True)
         target = uniforms[:, None] * cumulative.gather(-1, last)
         picks = torch.minimum((cumulative <= target).sum(dim=-1, keepdim=True), last)

@@ -1,7 +1,7 @@
-"""What may stand where in a document: how a segment of a modality is opened, filled and ended.
+"""The grammar of documents: how a segment of a modality is opened, filled and ended.
 
-Everything is read from the corpus's description and the codecs, so that a modality nobody has
-thought of is prompted and generated like the others.
+It is derived from the description of the corpus and the codecs, so new modalities need no code
+here.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from mot_megatron.data.corpus import CorpusDescription, Modality
 from mot_megatron.errors import DataError
 
 BEGIN_DOCUMENT = "<bos>"
-"""Special token that a document begins with, in a corpus that has it."""
+"""Special token at the start of a document, if the corpus has it."""
 END_DOCUMENT = "<eos>"
-"""Special token that a document ends with, in a corpus that has it."""
+"""Special token at the end of a document, if the corpus has it."""
 DEFAULT_LANGUAGE = "en"
 
 
 @dataclass(frozen=True)
 class SegmentRules:
-    """Which ids a segment of one modality consists of."""
+    """The ids that may occur in a segment of one modality."""
 
     modality: Modality
     content: np.ndarray
-    """int64 ids that fill the segment: the modality's range without tokens that delimit."""
+    """Ids of the content, int64: the modality's range without delimiters."""
     ends: np.ndarray
-    """int64 ids that end the segment: its end token; without one, whatever begins something else
-    or ends the document."""
+    """Ids that end the segment, int64: its end token, or without one, all tokens that begin
+    something else or end the document."""
     num_tokens: int | None
-    """Ids of content that every item has; None where that varies."""
+    """Number of content ids of an item; None if it varies."""
 
     @classmethod
     def of(cls, description: CorpusDescription, modality: Modality) -> SegmentRules:
-        """The rules for ``modality`` of a corpus."""
+        """Return the rules for ``modality`` of a corpus."""
         delimiters = _delimiters(description)
         ids = np.arange(modality.first_id, modality.end_id)
         if modality.end_token is not None:
@@ -57,12 +57,12 @@ class SegmentRules:
         )
 
     def open_item(self, prompt: np.ndarray) -> np.ndarray:
-        """The content at the end of ``prompt``: an item begun, empty if none is."""
+        """Return the content at the end of ``prompt``, which is an unfinished item, or empty."""
         other = np.flatnonzero(~np.isin(prompt, self.content))
         return prompt[other[-1] + 1 :] if other.size else prompt
 
     def opened(self, prompt: np.ndarray) -> np.ndarray:
-        """``prompt`` with the token that begins a segment, unless one is open at its end."""
+        """Append the token that begins a segment, unless ``prompt`` ends within a segment."""
         begin = self.modality.begin_token
         if begin is None or self.open_item(prompt).size or (prompt.size and prompt[-1] == begin):
             return prompt
@@ -83,7 +83,7 @@ def _array(ids: Iterable[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PromptWriter:
-    """Turns what a user writes into the ids of a document's beginning."""
+    """Encodes a user's text as the start of a document."""
 
     description: CorpusDescription
     codec: TextCodec
@@ -92,7 +92,7 @@ class PromptWriter:
     def of(
         cls, directory: Path, codecs: Iterable[Codec], description: CorpusDescription
     ) -> PromptWriter:
-        """The writer for the corpus in ``directory``.
+        """Return the writer for the corpus in ``directory``.
 
         Raises:
             DataError: None of ``codecs`` is for text.
@@ -100,17 +100,20 @@ class PromptWriter:
         for codec in codecs:
             if isinstance(codec, TextCodec):
                 return cls(description, codec)
-        raise DataError(f"{directory}: no modality has codec 'bpe', which prompts are encoded with")
+        raise DataError(f"{directory}: no modality has codec 'bpe', which encodes prompts")
 
     def encode(self, text: str, language: str | None = None) -> np.ndarray:
-        """Ids [p] of ``text`` behind the token of a document's begin and that of its language.
+        """Encode ``text`` after the tokens for the start of a document and for the language.
 
-        Each is left out where the corpus has none, and where ``text`` itself begins with a
-        special token, which then stands for what is wanted.
+        Either token is omitted if the corpus does not have it, or if ``text`` itself begins with a
+        special token.
 
         Args:
-            text: Special tokens may stand in it.
-            language: None for English, in a corpus that tells languages apart.
+            text: Text, which may contain special tokens.
+            language: Language of the text; None for English, if the corpus has languages.
+
+        Returns:
+            Ids, [p] int64.
 
         Raises:
             DataError: The corpus has no such language.
@@ -137,7 +140,7 @@ class PromptWriter:
 
 
 def _tags(description: CorpusDescription) -> set[int]:
-    """Special tokens that begin a segment of a modality without a begin token."""
+    """Return the special tokens that may begin a segment of a modality without a begin token."""
     tokens = set(description.special_tokens.values()) - {description.pad_token}
     tokens -= {description.special_tokens.get(name) for name in (BEGIN_DOCUMENT, END_DOCUMENT)}
     for modality in description.modalities:
@@ -147,20 +150,20 @@ def _tags(description: CorpusDescription) -> set[int]:
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A document whose segment of one modality is to be generated from its other segments."""
+    """A prompt to generate one segment of a held-out document from its other segments."""
 
     prompt: np.ndarray
-    """[p] ids: the other segments, then what opens the segment."""
+    """[p] ids: the other segments, then the tokens that open the segment."""
     truth: np.ndarray
-    """Ids of the content that the document has there."""
+    """Ids of the true content of the segment."""
 
 
 def held_out_prompt(
     description: CorpusDescription, rules: SegmentRules, document: np.ndarray
 ) -> HeldOutPrompt | None:
-    """Move a document's first segment of ``rules.modality`` to its end and open it there.
+    """Move the first segment of ``rules.modality`` to the end of a document and open it there.
 
-    None if the document has no such segment, or nothing else.
+    Return None if the document has no such segment, or nothing else.
     """
     document = document.astype(np.int64)
     inside = np.isin(document, rules.content)

@@ -1,19 +1,19 @@
-"""Activations in closed form: the bytes that autograd keeps for backward, at their most.
+"""Activation memory in closed form: the peak of the bytes that autograd saves for backward.
 
-Counted is what each operation saves: linear layers their input, RMSNorm its input (and on a CPU,
-which has no fused kernel, the normalized rows, both in fp32), SwiGLU its two halves and silu's
-result, attention q, k, v, its output and the softmax's divisors, the loss the softmax. Tensors
-that live within an operation, and buffers of collectives and messages, come on top.
+This counts what each operation saves: a linear layer its input; RMSNorm its input (and on a CPU,
+which has no fused kernel, the normalized rows, both in fp32); SwiGLU its two halves and the result
+of silu; attention q, k, v, its output and the divisors of the softmax; the loss its softmax.
+Temporary tensors within an operation, and buffers for communication, are not counted.
 
-Of a mixture of experts it is what balanced experts keep: every tower's token runs through the mean
-number of them. Expert choice balances the experts of a micro-batch exactly; where expert
-parallelism brings a rank other ranks' tokens, those are taken to be as many as its own; top-k
-without a capacity promises nothing, and in the worst case one rank's experts get all tokens.
+For experts, the load is assumed to be balanced: each token of a tower uses the mean number of
+experts. Expert choice balances each micro-batch exactly. With expert parallelism, the tokens that
+arrive from other ranks are assumed to be as many as the rank's own. Top-k without a capacity
+guarantees nothing; in the worst case, the experts of one rank get all tokens.
 
-Letters: g rows of the stream, a attended positions, both of one micro-batch on one rank; h hidden
-size, d head size, f feed-forward width, H query heads and G key-value heads that a tensor-parallel
-rank projects (H', G' those that it attends with), V vocabulary rows, all but h and d divided by the
-tensor-parallel size.
+Letters: g rows of the residual stream and a attended positions of one micro-batch on one rank; h
+hidden size, d head size, f feed-forward width, H query heads and G key-value heads that a
+tensor-parallel rank projects (H', G' those with which it attends), V vocabulary rows. All except h
+and d are divided by the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Rows:
-    """How much of a micro-batch a rank works on."""
+    """The part of a micro-batch that a rank processes."""
 
     towers: tuple[int, ...]
-    """Slots of every tower, none of those that it does not hold, before sequence parallelism cuts
-    them."""
+    """Slots of each tower, before sequence parallelism divides them; 0 for towers that the rank
+    does not hold."""
     attended: int
-    """a: positions of the sequences that it attends for."""
+    """a: positions for which the rank computes attention."""
 
     @property
     def stream(self) -> int:
-        """g: slots of all towers that it holds."""
+        """g: slots of all towers."""
         return sum(self.towers)
 
 
@@ -53,44 +53,45 @@ def activation_bytes(
     micro_batches: int,
     device: Device = "cuda",
 ) -> int:
-    """The most that is kept at one time on a rank of a pipeline stage.
+    """Return the peak of saved bytes on a rank.
 
-    Without a pipeline one micro-batch is kept at a time. With one, as many as the schedule has
-    begun and not ended.
+    Without pipeline parallelism, the activations of one micro-batch are saved at a time. With it,
+    those of all micro-batches that the schedule has begun and not finished.
 
     Args:
-        config: Resolved.
-        stage: The rank's.
-        rows: Of every micro-batch; of the largest, where they differ.
-        micro_batches: Per optimizer step.
-        device: Where the model would run; its kernels keep different things.
+        config: Resolved configuration.
+        stage: Pipeline stage of the rank.
+        rows: Size of each micro-batch, or of the largest.
+        micro_batches: Micro-batches per optimizer step.
+        device: Device of the model, whose kernels save different tensors.
     """
     sizes = _Sizes.of(config, rows, device)
     pieces = pieces_of_stage(config, stage)
     stages = config.parallel.pipeline_model_parallel_size
     events = _schedule(stage, stages, len(pieces), micro_batches)
-    kept = [_piece_bytes(config, piece, sizes) for piece in pieces]
-    return _peak(events, kept)
+    saved = [_piece_bytes(config, piece, sizes) for piece in pieces]
+    return _peak(events, saved)
 
 
 @dataclass(frozen=True)
 class _PieceBytes:
-    """What a micro-batch's pass through a piece keeps."""
+    """Bytes saved by the pass of a micro-batch through a piece."""
 
     until_backward: int
+    """All bytes that are saved until the backward pass."""
     head: int
-    """The part of it that the head and the loss keep, which is gone when layers run backward."""
-    again: int
-    """What one layer keeps on top while backward computes it again."""
+    """The part saved by head and loss, which is freed before the layers run backward."""
+    recomputed: int
+    """Additional bytes that one layer saves while the backward pass recomputes it."""
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The letters, and the bytes of an element."""
+    """The values of the letters, and the bytes per element."""
 
     g: int
     s: int
-    """Rows of the stream between the linear layers: g / tp under sequence parallelism."""
+    """Rows of the stream between the linear layers: g / TP with sequence parallelism."""
     a: int
     h: int
     d: int
@@ -102,14 +103,14 @@ class _Sizes:
     element: int
     tensor_parallel: bool
     exchanged: bool
-    """Whether q, k and v arrive in one buffer, of which v stays a part."""
+    """Whether q, k and v arrive in one buffer, of which v remains a view."""
     in_place: bool
-    """Whether v stays a part of the projection's result: with one tower nothing is reordered."""
+    """Whether v remains a view of the projection's result, since one tower needs no reordering."""
     fused_norm: bool
     feed_forward_inputs: int
-    """Bytes that the towers' networks keep of what they are given, in a layer."""
+    """Bytes per layer that the feed-forward networks save of their inputs."""
     feed_forward: int
-    """Bytes that they keep besides."""
+    """Other bytes per layer that they save."""
 
     @classmethod
     def of(cls, config: Config, rows: Rows, device: Device) -> _Sizes:
@@ -147,95 +148,96 @@ def _element(config: Config) -> int:
 
 
 def _cut(config: Config, slots: int) -> int:
-    """Rows of the stream between the linear layers: sequence parallelism cuts them."""
+    """Return the rows between the linear layers, which sequence parallelism divides."""
     parallel = config.parallel
     return slots // parallel.tensor_model_parallel_size if parallel.sequence_parallel else slots
 
 
 def _feed_forward(config: Config, experts: ExpertsConfig | None, slots: int) -> tuple[int, int]:
-    """What a tower's network keeps of its input, and besides, for so many slots."""
+    """Return the bytes that a tower's network saves of its input, and other bytes it saves."""
     e, h, s = _element(config), config.model.hidden_size, _cut(config, slots)
     f = config.model.feed_forward_size // config.parallel.tensor_model_parallel_size
-    swiglu = 4 * f * e  # of a row: gate and up, silu(gate), their product
+    swiglu = 4 * f * e  # per row: gate and up, silu(gate), their product
     if experts is None:
         return s * h * e, slots * swiglu
-    # The router reads the input in fp32 and keeps, of a row and an expert, the gate and whether
-    # it is open; the causal one reads it as it is.
+    # The router reads the input in fp32 and saves, per row and expert, the gate and whether it is
+    # open. The causal router reads the input in its own precision.
     inputs = s * h * FP32
     router = s * experts.num_moe_experts * (FP32 + 1)
     if experts.causal_router:
         inputs += s * h * e if e != FP32 else 0
         router += s * (h * e + 3 * experts.num_moe_experts * FP32)
     routed = math.ceil(experts.experts_per_token * slots)
-    # Of a routed row its input, its output before it is weighted, the weight and its place.
+    # Per routed row: its input, its output before weighting, the weight and its position.
     return inputs, router + routed * (swiglu + 2 * h * e + FP32 + INT64)
 
 
 def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
     recompute, layers = config.training.recompute, len(piece.layers)
-    whole = _layer(config, z, core_kept=True)
-    angles = 2 * z.a * z.d * z.element  # of the rotary embedding, which all layers share
+    whole = _layer(config, z, core_saved=True)
+    angles = 2 * z.a * z.d * z.element  # of the rotary embedding, shared by all layers
     if recompute == "full":
         layer = z.s * z.h * z.element
         again = whole - layer + angles
     elif recompute == "selective":
-        layer = _layer(config, z, core_kept=False)
+        layer = _layer(config, z, core_saved=False)
         core = z.a * (2 * z.attended_heads + z.attended_groups) * z.d * z.element + angles
-        # By then the layer's feed-forward network has run backward.
+        # The feed-forward network of the layer has run backward by then.
         again = max(0, core - z.feed_forward)
     else:
         layer, again = whole, 0
     head = _head(z) if piece.last else 0
-    kept = layers * layer + head
+    saved = layers * layer + head
     if recompute == "none":
-        kept += angles
+        saved += angles
     if piece.first:
-        kept += z.g * (INT64 + int(z.tensor_parallel))  # token ids; which are other ranks'
-    return _PieceBytes(kept, head, again)
+        # Token ids, and with tensor parallelism a mask of other ranks' ids.
+        saved += z.g * (INT64 + int(z.tensor_parallel))
+    return _PieceBytes(saved, head, again)
 
 
-def _layer(config: Config, z: _Sizes, core_kept: bool) -> int:
-    """One layer; without ``core_kept`` attention keeps its inputs alone."""
+def _layer(config: Config, z: _Sizes, core_saved: bool) -> int:
+    """Return the bytes of one layer; without ``core_saved``, attention saves only its inputs."""
     e, stream = z.element, z.s * z.h
     norms = 2 * _norm(z, stream, z.s)
-    # Post-norm: the two linear layers keep the stream; pre-norm: they keep the norms' results.
+    # The two linear layers save the stream (post-norm) or the results of the norms (pre-norm).
     linear_inputs = stream * e + z.feed_forward_inputs
     projection = z.g * z.heads * z.d * e
-    attention = _qkv(z, config.model.qk_norm, core_kept) + _core(z, core_kept)
+    attention = _qkv(z, config.model.qk_norm, core_saved) + _core(z, core_saved)
     return norms + linear_inputs + projection + z.feed_forward + attention
 
 
-def _qkv(z: _Sizes, normed: bool, core_kept: bool) -> int:
-    """The projection's result, norms of queries and keys, and what of them attention keeps."""
+def _qkv(z: _Sizes, normed: bool, core_saved: bool) -> int:
+    """Return the bytes of the projection's result and of the norms of queries and keys."""
     result = z.g * (z.heads + 2 * z.groups) * z.d * z.element
     rows = z.g * (z.heads + z.groups)
-    # The norms' input is a part of the result, unless a kernel has widened it.
+    # The input of the norms is a view of the result, unless a kernel converts it to fp32.
     is_recorded = z.in_place or (normed and (z.fused_norm or z.element == FP32))
     total = result if is_recorded else 0
     if normed:
         total += _norm(z, rows * z.d, rows)
         if z.fused_norm or z.element == FP32:
             total -= rows * z.d * z.element
-    if z.in_place and not core_kept:
-        # What attention is computed again from: the norms' results, or queries that were copied
-        # together out of groups.
+    if z.in_place and not core_saved:
+        # Attention is recomputed from the results of the norms, or from queries that were copied
+        # out of their groups.
         copied = z.g * z.heads if 1 < z.groups < z.heads else 0
         total += (rows if normed else copied) * z.d * z.element
     return total
 
 
 def _norm(z: _Sizes, elements: int, rows: int) -> int:
-    """An RMSNorm, its input included."""
+    """Return the bytes of an RMSNorm, including its input."""
     if z.fused_norm:
         return elements * z.element + rows * FP32
     return 2 * elements * FP32 + rows * FP32
 
 
-def _core(z: _Sizes, kept: bool) -> int:
-    """Attention without what it shares with the projections."""
+def _core(z: _Sizes, saved: bool) -> int:
+    """Return the bytes of attention, except tensors that it shares with the projections."""
     arrived = z.attended_heads + 2 * z.attended_groups
     rotated = z.attended_heads + z.attended_groups
-    if not kept:
+    if not saved:
         return 0 if z.in_place else z.a * arrived * z.d * z.element
     values = 0 if z.in_place else arrived if z.exchanged else z.attended_groups
     elements = z.a * (rotated + values + z.attended_heads) * z.d
@@ -243,13 +245,13 @@ def _core(z: _Sizes, kept: bool) -> int:
 
 
 def _head(z: _Sizes) -> int:
-    """Final norm, projection to the vocabulary and loss."""
+    """Return the bytes of the final norm, the projection to the vocabulary and the loss."""
     per_row = z.vocabulary * FP32 + INT64 + 2 * FP32 + 1  # softmax, targets, log Z, weights, mask
     return _norm(z, z.s * z.h, z.s) + z.s * z.h * z.element + z.g * per_row
 
 
 def _schedule(stage: int, stages: int, pieces: int, micro_batches: int) -> list[tuple[int, bool]]:
-    """The order of (piece, forward?) on a stage: 1F1B, or megatron's interleaving of it."""
+    """Return the order of (piece, is forward) on a stage, for 1F1B or the interleaved schedule."""
     total = micro_batches * pieces
     ahead = stages - stage - 1
     if pieces > 1:
@@ -257,7 +259,7 @@ def _schedule(stage: int, stages: int, pieces: int, micro_batches: int) -> list[
     ahead = min(ahead, total)
 
     def piece(index: int) -> int:
-        """A round takes one micro-batch per stage through all pieces."""
+        """Return the piece; a round takes one micro-batch per stage through all pieces."""
         return index // stages % pieces if pieces > 1 else 0
 
     events = [(piece(index), True) for index in range(ahead)]
@@ -268,14 +270,14 @@ def _schedule(stage: int, stages: int, pieces: int, micro_batches: int) -> list[
     return events
 
 
-def _peak(events: Sequence[tuple[int, bool]], kept: Sequence[_PieceBytes]) -> int:
+def _peak(events: Sequence[tuple[int, bool]], saved: Sequence[_PieceBytes]) -> int:
     now = peak = 0
     for piece, is_forward in events:
-        bytes_ = kept[piece]
+        bytes_ = saved[piece]
         if is_forward:
             now += bytes_.until_backward
             peak = max(peak, now)
         else:
-            peak = max(peak, now - bytes_.head + bytes_.again)
+            peak = max(peak, now - bytes_.head + bytes_.recomputed)
             now -= bytes_.until_backward
     return peak

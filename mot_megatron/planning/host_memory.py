@@ -24,9 +24,9 @@ from mot_megatron.model.inventory import HeldParameter
 
 _FP32 = 4
 _RESUMED = 3 * _FP32
-"""Of an element: the weight and both moments."""
+"""Bytes per element when resuming: the weight and both moments."""
 _BUILT_IN_PRECISION = ("linear.weight", "lookup.weight")
-"""How the names of parameters end that megatron's parallel layers make."""
+"""Suffixes of the names of parameters of megatron's parallel layers."""
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def plan(
     ranks = list(_different_ranks(config, mesh, placement))
     states = {rank: state_bytes(config, mesh, placement, rank) for rank in ranks}
     rows = {rank: _rows(config, mesh, placement, tower_tokens, rank) for rank in ranks}
-    kept = {
+    saved = {
         (rank, mode): _activations(config, mesh, rank, rows[rank], mode, device)
         for rank in ranks
         for mode in RECOMPUTE
@@ -188,15 +188,15 @@ def plan(
         host_bytes(config, held_by_rank(config, mesh, placement, rank), states[rank].host)
         for rank in ranks
     ]
-    fullest = max(ranks, key=lambda rank: states[rank].device + kept[rank, "none"])
+    fullest = max(ranks, key=lambda rank: states[rank].device + saved[rank, "none"])
     return Plan(
         config=config,
         mesh=mesh,
         placement=placement,
         state=states[fullest],
-        activations={mode: kept[fullest, mode] for mode in RECOMPUTE},
+        activations={mode: saved[fullest, mode] for mode in RECOMPUTE},
         needed={
-            mode: max(states[rank].device + kept[rank, mode] for rank in ranks)
+            mode: max(states[rank].device + saved[rank, mode] for rank in ranks)
             for mode in RECOMPUTE
         },
         host=HostBytes(max(h.start for h in hosts), max(h.resume for h in hosts)),

@@ -1,13 +1,13 @@
 """Model state in closed form: the bytes of weights, gradients and optimizer on a rank.
 
-DeepSpeed lays a rank's parameters out group by group (those that the same ranks own, matrices apart
-from vectors; under expert parallelism fewer ranks own an expert than its tower), each in a flat
-buffer that it pads so that the owners get equal pieces at even offsets. ZeRO-3 pads every parameter
-by itself. With that, the numbers are those of the tensors.
+DeepSpeed stores a rank's parameters in one flat buffer per group. A group has the parameters with
+the same owners; matrices and vectors are in separate groups, and with expert parallelism an expert
+has fewer owners than its tower. Each buffer is padded so that the owners get equal pieces at even
+offsets. ZeRO-3 pads each parameter instead. With this padding, the numbers are exact.
 
-Buffers of collectives are not model state: besides, a rank needs one for gradients of up to the
-size of its weights and at most 200 M elements, and ZeRO-3 the gathered weights of a layer. Nor are
-DeepSpeed's copies in host memory on the way to an offloaded optimizer.
+Communication buffers are not counted: a rank needs one for gradients, of the size of its weights
+but at most 200 M elements, and with ZeRO-3 the gathered weights of a layer. DeepSpeed's host copies
+for an offloaded optimizer are not counted either.
 """
 
 from __future__ import annotations
@@ -26,50 +26,50 @@ from mot_megatron.planning.activations import Rows
 
 FP32 = 4
 _COPIES = 3
-"""The optimizer's fp32 weight, exp_avg and exp_avg_sq."""
+"""fp32 tensors of the optimizer: weight, exp_avg and exp_avg_sq."""
 _EVEN = 2
-"""DeepSpeed's pieces of a buffer begin at multiples of this many elements."""
+"""The pieces of a buffer start at multiples of this many elements."""
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of one rank, between backward and step, with at least two micro-batches per step."""
+    """Bytes of one rank between backward and step, with two or more micro-batches per step."""
 
     weights: int
-    """What forward reads."""
+    """Weights that the forward pass reads."""
     gradients: int
     optimizer: int
-    """fp32 weights, unless forward reads the same, and both moments."""
+    """Both moments, and fp32 weights unless the forward pass reads the same tensors."""
     host: int = field(default=0, compare=False)
-    """How much of these lies in host memory, where the optimizer is offloaded."""
+    """The part that is in host memory because the optimizer is offloaded."""
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Bytes of all three together."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def device(self) -> int:
-        """What of them lies in the device's memory."""
+        """The part that is in device memory."""
         return self.total - self.host
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank's bytes."""
+    """Memory of one rank."""
 
     stage: int
     towers: tuple[str, ...]
-    """Held by the rank, by name."""
+    """Names of the towers that the rank holds."""
     state: StateBytes
     activations: int
-    """The most that autograd keeps at one time."""
+    """Peak of the bytes that autograd saves."""
     rows: Rows
-    """Of the micro-batch that needs most."""
+    """Rows of the micro-batch that needs most."""
 
 
 def mesh_of(config: Config, world_size: int) -> Mesh:
-    """The axes of a configuration on so many ranks, which they divide."""
+    """Return the mesh of a configuration; its axes must divide ``world_size``."""
     parallel = config.parallel
     return Mesh(
         world_size,
@@ -80,13 +80,13 @@ def mesh_of(config: Config, world_size: int) -> Mesh:
 
 
 def state_bytes(config: Config, mesh: Mesh, placement: Placement | None, rank: int) -> StateBytes:
-    """Model state of a rank.
+    """Return the model state of a rank.
 
     Args:
-        config: Resolved.
-        mesh: Of the world.
-        placement: None without modality parallelism.
-        rank: In the world.
+        config: Resolved configuration.
+        mesh: Mesh of the world.
+        placement: Placement of the towers; None without modality parallelism.
+        rank: Global rank.
     """
     held = held_by_rank(config, mesh, placement, rank)
     weight = 2 if config.training.precision == "bf16" else FP32
@@ -103,7 +103,7 @@ def state_bytes(config: Config, mesh: Mesh, placement: Placement | None, rank: i
 def held_by_rank(
     config: Config, mesh: Mesh, placement: Placement | None, rank: int
 ) -> list[HeldParameter]:
-    """The parameters of a rank of the world."""
+    """Return the parameters of a global rank."""
     towers: Sequence[int] = range(config.model.num_towers)
     if placement is not None:
         towers = placement.towers(mesh.modality_rank(rank))
@@ -112,17 +112,17 @@ def held_by_rank(
 
 @dataclass(frozen=True)
 class _Buffer:
-    """Parameters of one group of the optimizer, on one rank."""
+    """The parameters of one optimizer group on one rank."""
 
     sizes: tuple[int, ...]
-    """Elements of every parameter, in the buffer's order."""
+    """Elements of each parameter, in the order of the buffer."""
     owners: int
     owner: int
-    """The rank's place among them."""
+    """Index of the rank among the owners."""
 
     @property
     def piece(self) -> int:
-        """Elements of this rank's piece; all owners' are equal."""
+        """Elements per owner."""
         return -(-sum(self.sizes) // (_EVEN * self.owners)) * _EVEN
 
     @property
@@ -132,9 +132,9 @@ class _Buffer:
 
     @property
     def touched(self) -> int:
-        """Elements of the parameters that lie in this rank's piece, be it in part, and padding.
+        """Elements of all parameters that overlap this rank's piece, and padding.
 
-        Where fp32 gradients are summed one by one, those stay whole.
+        In fp32, ZeRO-2 sums gradients per parameter, so these remain whole.
         """
         begin, end = self.piece * self.owner, self.piece * (self.owner + 1)
         stops = list(accumulate(self.sizes))
@@ -166,7 +166,7 @@ def _buffers(
     return [
         _Buffer(
             tuple(of_group),
-            # Every so many-th of the holders has the same experts.
+            # With expert parallelism, only every stride-th holder has the same experts.
             owners=mesh.data // mesh.modality * len(holders) // stride,
             owner=(group * len(holders) + holders.index(place)) // stride,
         )
@@ -175,7 +175,7 @@ def _buffers(
 
 
 def _flat(config: Config, buffers: Sequence[_Buffer], weight: int) -> StateBytes:
-    """ZeRO 1, which sums whole gradients over micro-batches, and 2, which sums its pieces'."""
+    """Return the state with ZeRO-1, which accumulates whole gradients, or ZeRO-2, its pieces."""
     pieces = sum(buffer.piece for buffer in buffers)
     offloaded = config.parallel.offload != "none"
     gradients = _gradients_of_flat(config, buffers, weight == FP32)
@@ -184,7 +184,7 @@ def _flat(config: Config, buffers: Sequence[_Buffer], weight: int) -> StateBytes
 
 
 def _gradients_of_flat(config: Config, buffers: Sequence[_Buffer], in_fp32: bool) -> int:
-    """Elements on the device."""
+    """Return the gradient elements on the device."""
     offloaded = config.parallel.offload != "none"
     pieces = sum(buffer.piece for buffer in buffers)
     whole = sum(sum(buffer.sizes) for buffer in buffers)
@@ -194,14 +194,14 @@ def _gradients_of_flat(config: Config, buffers: Sequence[_Buffer], in_fp32: bool
         return pieces
     if in_fp32:
         return whole
-    # One flat buffer has all; where it is offloaded, pieces are cut out of many before the step.
+    # They are in one flat buffer; with offload, pieces are copied out of it before the step.
     return whole + pieces if offloaded else sum(buffer.padded for buffer in buffers)
 
 
 def _scattered(
     config: Config, held: Sequence[HeldParameter], owners: int, weight: int
 ) -> StateBytes:
-    """ZeRO 3, which besides its pieces keeps whole vectors, once they have been gathered."""
+    """Return the state with ZeRO-3, which also keeps vectors whole once they are gathered."""
     pieces = sum(-(-parameter.size // owners) for parameter in held)
     vectors = sum(parameter.size for parameter in held if len(parameter.shape) == 1)
     weights = weight * (pieces + vectors)
@@ -211,9 +211,9 @@ def _scattered(
 
 
 def _with_optimizer(weights: int, gradients: int, pieces: int, host_gradients: int) -> StateBytes:
-    """All of a rank: bytes of its weights, elements of the rest.
+    """Return the state from bytes of weights and elements of the rest.
 
-    An offloaded optimizer has gradients in host memory besides those on the device.
+    An offloaded optimizer has gradients in host memory in addition to those on the device.
     """
     optimizer = _COPIES * FP32 * pieces
     host = optimizer + FP32 * host_gradients if host_gradients else 0

@@ -1,4 +1,4 @@
-"""What modality parallelism puts on each rank of a group, as a table for people."""
+"""A table of what each rank of a modality group holds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _HEADER = (
 def placement_table(
     config: Config, mesh: Mesh, placement: Placement, tower_flops: Sequence[float]
 ) -> str:
-    """A line per rank of a modality group, at most 120 columns wide.
+    """Return a table with a line per rank of a modality group, at most 120 columns wide.
 
     Args:
-        config: Resolved.
-        mesh: Of the world.
-        placement: Of the group.
-        tower_flops: FLOPs of every tower's tokens; only their proportions count.
+        config: Resolved configuration.
+        mesh: Mesh of the world.
+        placement: Placement of the towers.
+        tower_flops: FLOPs of each tower's tokens; only their proportions count.
     """
     loads = placement.loads(tower_flops)
     total = sum(loads) or 1.0
@@ -52,7 +52,7 @@ def placement_table(
 def _fullest_stage(
     config: Config, mesh: Mesh, placement: Placement, modality_rank: int
 ) -> tuple[int, StateBytes]:
-    """Parameters on the rank, and bytes, of the stage that holds most."""
+    """Return the parameters and bytes of a modality rank on the pipeline stage with most bytes."""
     stages = []
     for stage in range(mesh.pipeline):
         rank = (stage * mesh.data + modality_rank) * mesh.tensor

@@ -1,4 +1,4 @@
-"""Where towers lie, from the tokens that they have: for training and for whoever plans it."""
+"""Choose the placement of towers from their numbers of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mot_megatron.rules import check_expert_holders
 
 
 def tokens_of_towers(model: ModelConfig, tokens_per_modality: Mapping[str, int]) -> tuple[int, ...]:
-    """Tokens of every tower, K of them, from those of every modality of the model."""
+    """Return the tokens of each tower, K of them, from the tokens of each modality."""
     tokens = [0] * model.num_towers
     for modality, tower in zip(model.modalities, model.towers_of_modalities, strict=True):
         tokens[tower] += tokens_per_modality[modality]
@@ -19,9 +19,9 @@ def tokens_of_towers(model: ModelConfig, tokens_per_modality: Mapping[str, int])
 
 
 def flops_of_towers(model: ModelConfig, tower_tokens: Sequence[int]) -> tuple[float, ...]:
-    """FLOPs of every tower's tokens, K of them: projections, networks and head.
+    """Return the FLOPs of each tower's tokens, K of them: projections, networks and head.
 
-    Attention is left out: where it runs depends on sequences and heads, not on towers.
+    Attention is excluded, because its distribution over ranks does not depend on towers.
     """
     flops = step_flops(model, tower_tokens, attended_pairs=0)
     per_token = flops.head / max(sum(tower_tokens), 1)
@@ -31,11 +31,12 @@ def flops_of_towers(model: ModelConfig, tower_tokens: Sequence[int]) -> tuple[fl
 
 
 def place_towers(config: Config, tower_tokens: Sequence[int]) -> Placement | None:
-    """The placement of a resolved configuration; None without modality parallelism.
+    """Return the placement of a resolved configuration; None without modality parallelism.
 
     Args:
-        config: Its placement is taken as it is; "auto" balances the FLOPs of the tokens.
-        tower_tokens: Of the training split, K of them; only their proportions count.
+        config: Configuration with a placement, or "auto" to balance the FLOPs of the tokens.
+        tower_tokens: Tokens of each tower in the training split, K of them; only their proportions
+            count.
     """
     parallel, model = config.parallel, config.model
     if parallel.modality_parallel_size == 1:
@@ -52,13 +53,13 @@ def place_towers(config: Config, tower_tokens: Sequence[int]) -> Placement | Non
 
 
 def check_experts_placed(config: Config, placement: Placement | None, world_size: int) -> None:
-    """Refuse a placement whose holders of a tower cannot share its experts equally.
+    """Check that the holders of each tower can share its experts equally.
 
     Raises:
-        ConfigError: see ``check_expert_holders``.
+        ConfigError: See ``check_expert_holders``.
     """
     if placement is None:
-        return  # all data-parallel ranks hold all towers, as ``check_world_size`` has seen
+        return  # all data-parallel ranks hold all towers; check_world_size has checked them
     parallel = config.parallel
     copies = world_size // (
         parallel.tensor_model_parallel_size

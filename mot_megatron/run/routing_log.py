@@ -1,7 +1,7 @@
-"""What the routers of a run do, per tower and layer: points and heat maps for TensorBoard.
+"""Statistics of the routers of a run, per tower and layer, as scalars and heat maps.
 
-Routers sum up on their devices; the sums of all ranks meet once per report. Every token's row lies
-on one rank, so that they add up to the global batch's, wherever routers and experts are copied to.
+Routers accumulate sums on their devices, which are all-reduced once per report. Each token is on
+exactly one rank, so the totals are those of the global batch in any layout.
 
 Letters: X towers with experts, L layers, E experts of a tower (the most that any has, in tables).
 """
@@ -21,7 +21,7 @@ _NAMES = RoutingStatistics.NAMES
 
 
 class RoutingLog:
-    """Collects the statistics of a model's routers; every rank has one and calls it alike."""
+    """Collects the statistics of a model's routers; every rank makes the same calls."""
 
     def __init__(self, model: MixtureOfTransformers) -> None:
         config = model.config
@@ -40,10 +40,10 @@ class RoutingLog:
         self._undrawn = torch.zeros(shape, dtype=torch.float64)
 
     def report(self, log: TensorBoardLog | None, step: int) -> None:
-        """Write what routers did since the last report; one all-reduce over the world.
+        """Write the statistics since the last report; one all-reduce over the world.
 
         Args:
-            log: Where to; None on the ranks that write nothing.
+            log: Where to write; None on all ranks but one.
             step: Steps done.
         """
         self._gather()
@@ -56,10 +56,10 @@ class RoutingLog:
         self._unreported.zero_()
 
     def draw(self, log: TensorBoardLog | None, step: int) -> None:
-        """Draw what experts took since the last drawing; one all-reduce over the world.
+        """Draw the load of the experts since the last drawing; one all-reduce over the world.
 
         Args:
-            log: Where to; None on the ranks that write nothing.
+            log: Where to write; None on all ranks but one.
             step: Steps done.
         """
         self._gather()
@@ -79,7 +79,7 @@ class RoutingLog:
         self._undrawn.zero_()
 
     def _gather(self) -> None:
-        """Take the sums of all ranks' routers to the host; waits for the device."""
+        """All-reduce the sums of the routers and copy them to the host."""
         table = self._unreported.new_zeros(self._unreported.shape, device=self._device)
         for tower, layer, router in self._routers:
             sums = router.statistics.take(self._device)
@@ -91,14 +91,14 @@ class RoutingLog:
 
 
 def layer_scalars(experts: ExpertsConfig, sums: torch.Tensor) -> dict[str, float]:
-    """Means over the tokens of one tower and layer, of what its routing knows.
+    """Return means over the tokens of one tower and layer, by name.
 
     Args:
-        experts: The tower's.
+        experts: Experts of the tower.
         sums: [7 + E or more], as in ``RoutingStatistics``, of all ranks.
 
     Returns:
-        By name; nothing where there was no token.
+        Scalars by name; none if there was no token.
     """
     number = experts.num_moe_experts
     tokens, *means = sums.tolist()
@@ -140,20 +140,20 @@ def expert_charts(model: ModelConfig) -> Charts:
 
 
 def layer_tag(tower: str, layer: int) -> str:
-    """What tags of a tower's layer begin with."""
+    """Return the prefix of the tags of a tower's layer."""
     return f"routing/{tower}/layer_{layer:02}"
 
 
 def _towers_with_experts(model: ModelConfig) -> list[tuple[int, str, ExpertsConfig]]:
-    """Index, name and experts of each."""
+    """Return index, name and experts of each tower with experts."""
     pairs = zip(model.tower_names, model.experts_of_towers, strict=True)
     return [(tower, name, experts) for tower, (name, experts) in enumerate(pairs) if experts]
 
 
 def _scalar_names(experts: ExpertsConfig) -> list[str]:
-    """What there is to know of a tower's routing, besides the tokens of every expert."""
+    """Return the names of the scalars of a tower's routing, except the loads of its experts."""
     there = {
-        # Experts that look among later tokens leave some to none.
+        # With these routings, some tokens may have no expert.
         "untaken_percent": experts.sees_the_future,
         "entropy_nats": True,
         "aux_loss": experts.aux_loss_coefficient > 0,
