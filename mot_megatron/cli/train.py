@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _REPORTER_SECONDS = 5.0
 """How long another rank waits for rank 0 to report the same error and the launcher to end it."""
+_CONNECTION_REPORTER_SECONDS = 30.0
+"""The same for errors of the connection, which rank 0 reports after its imports."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _train_watched(config, launch, stop)
 
 
-def _report_on_rank(error: UserError, launch: Launch, stop: StopRequest) -> int:
+def _report_on_rank(
+    error: UserError, launch: Launch, stop: StopRequest, seconds: float = _REPORTER_SECONDS
+) -> int:
     """Report an error that other ranks probably have too: once, if a launcher ends them."""
     if launch.rank > 0:
-        deadline = time.monotonic() + _REPORTER_SECONDS
+        deadline = time.monotonic() + (seconds if launch.launchers else 0)
         while time.monotonic() < deadline and not stop.requested:
             time.sleep(0.1)
         if stop.requested:
@@ -99,7 +103,7 @@ def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
         with Watchdog(world, progress_report):
             run(config, world, progress_report, stop)
     except UserError as error:
-        return _report_on_rank(error, launch, stop)
+        return _report_on_rank(error, launch, stop, _CONNECTION_REPORTER_SECONDS)
     return 0
 
 

@@ -109,6 +109,8 @@ class Curve:
     """[n] int64, ascending: steps completed."""
     bits: np.ndarray
     """[n] float64, bits per token."""
+    averaged: bool = False
+    """Whether a point is a mean over the steps since the previous point, as training losses are."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,14 @@ class RunCurves:
         return self.steps[-1] + interval >= self.identity.train_steps
 
     @property
+    def report_interval(self) -> int:
+        """Steps between two points of the training loss; 0 without two points."""
+        curves = (curve for (split, _), curve in self.curves.items() if split == "train")
+        return max(
+            (int(np.median(np.diff(c.steps))) for c in curves if len(c.steps) > 1), default=0
+        )
+
+    @property
     def without_honest_loss(self) -> bool:
         """Whether routing sees later tokens and no loss with causal routing was logged."""
         known = any(split == "held_out_causal" for split, _ in self.curves)
@@ -154,11 +164,21 @@ class RunCurves:
         return self.curves.get((split, modality))
 
     def along(self, curve: Curve, axis: Axis) -> np.ndarray:
-        """Return the positions on ``axis`` of the points of a curve of this run, [n] float64."""
+        """Return the positions on ``axis`` of the points of a curve of this run, [n] float64.
+
+        A point that is a mean over several steps is in the middle of them. At their end, it would
+        be a trailing mean, which biases slopes by an amount that grows with the logging interval.
+        """
         if axis == "steps":
-            return curve.steps.astype(np.float64)
-        values = self.flops if axis == "flops" else self.seconds
-        return values[np.searchsorted(self.steps, curve.steps)]
+            values = curve.steps.astype(np.float64)
+        else:
+            values = self.flops if axis == "flops" else self.seconds
+            values = values[np.searchsorted(self.steps, curve.steps)]
+        if not curve.averaged:
+            return values
+        # The mean of the last n of some steps, evenly spaced, is (n - 1) / 2 steps before the last.
+        n = np.diff(curve.steps, prepend=0)
+        return values - np.diff(values, prepend=0.0) * (n - 1) / (2 * n)
 
 
 def read_run(directory: Path) -> RunCurves:
@@ -338,6 +358,12 @@ def warnings(runs: Sequence[RunCurves]) -> list[str]:
             f"experts choose among the tokens of {' or '.join(map(str, pools))} sequences,"
             " depending on the run, which affects the losses"
         )
+    intervals = sorted({run.report_interval for run in runs})
+    if len(intervals) > 1:
+        lines.append(
+            f"training losses are means over {' or '.join(map(str, intervals))} steps, depending on"
+            " the run, which smooths them differently"
+        )
     first, *others = runs
     for key, field in _WARN_IF_DIFFERENT.items():
         ours = getattr(first.identity, field)
@@ -446,15 +472,20 @@ def _assemble(
     return RunCurves(
         source=source,
         identity=identity,
-        curves={key: _curve(points) for key, points in losses.items() if points},
+        curves={
+            key: _curve(points, averaged=key[0] == "train")
+            for key, points in losses.items()
+            if points
+        },
         steps=np.array(steps, dtype=np.int64),
         **{name: np.array([points[step] for step in steps]) for name, points in progress.items()},
     )
 
 
-def _curve(points: Points) -> Curve:
+def _curve(points: Points, averaged: bool) -> Curve:
     steps = sorted(points)
-    return Curve(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps]))
+    bits = np.array([points[step] for step in steps])
+    return Curve(np.array(steps, dtype=np.int64), bits, averaged)
 
 
 def _number(cell: str) -> float:

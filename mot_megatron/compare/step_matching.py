@@ -339,7 +339,7 @@ class _Arm:
                 f" least {LEAST_POINTS}; evaluation.interval_steps and logging.interval_steps"
                 " determine the number of points"
             )
-        points = [Curve(common, row) for row in bits]
+        points = [Curve(common, row, curves[0].averaged) for row in bits]
         along: dict[Axis, np.ndarray] = {
             axis: np.stack([run.along(own, axis) for run, own in zip(runs, points, strict=True)])
             for axis in AXES

@@ -183,8 +183,9 @@ def test_an_unfinished_run_is_reported(
     lines = capsys.readouterr().out.splitlines()
     warnings = lines[lines.index("warnings:") + 1 :]
     assert warnings[0].startswith(f"{running}: stops at step 1,500 of 9,000; ")
-    assert len(warnings) == 2
-    assert warnings[1].startswith(f"{running}: training.train_steps = 9,000, but ")
+    assert len(warnings) == 3
+    assert warnings[1].startswith("training losses are means over 10 or 50 steps")
+    assert warnings[2].startswith(f"{running}: training.train_steps = 9,000, but ")
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -65,7 +65,7 @@ def save_ended_run(
         causal: Whether to add a causally routed held-out loss, two bits above the other.
     """
     points = {
-        f"loss_{split}/{name}": points_of(loss, number)
+        f"loss_{split}/{name}": points_of(loss, number, averaged=split == "train")
         for name, loss in losses.items()
         for split, number in (("train", 150), ("held_out", 30))
     }

@@ -166,7 +166,20 @@ def write_description(directory: Path, text_size: int = 100, digest: str = "0") 
     (directory / "corpus.toml").write_text(text)
 
 
-def points_of(loss: Loss, points: int, last: int = LAST_STEP) -> dict[int, float]:
-    """Return the points of a curve, as ``write_run`` takes them for a tag."""
+def points_of(
+    loss: Loss, points: int, last: int = LAST_STEP, averaged: bool = False
+) -> dict[int, float]:
+    """Return the points of a curve, as ``write_run`` takes them for a tag.
+
+    Args:
+        loss: Of a step.
+        points: How many.
+        last: Last step.
+        averaged: Whether points are means over the steps since the previous one.
+    """
     steps = log_steps(points, last)
-    return dict(zip(steps.tolist(), loss(steps).tolist(), strict=True))
+    starts = np.concatenate(([0], steps[:-1]))
+    bits = [
+        loss(np.arange(start, step) + 1.0).mean() for start, step in zip(starts, steps, strict=True)
+    ]
+    return dict(zip(steps.tolist(), bits if averaged else loss(steps).tolist(), strict=True))

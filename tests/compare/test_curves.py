@@ -371,9 +371,11 @@ def test_warnings() -> None:
         "experts choose among the tokens of 2 or 8 sequences, depending on the run, which affects"
         " the losses"
     ]
-    assert warnings([whole, short]) == [
-        "short: stops at step 900 of 1,500; it may still reach losses that count as not reached"
-    ]
+    stops = "short: stops at step 900 of 1,500; it may still reach losses that count as not reached"
+    smoothing = (
+        "training losses are means over 3 or 5 steps, depending on the run, which smooths them"
+    )
+    assert warnings([whole, short]) == [stops, f"{smoothing} differently"]
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_arm(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mot_megatron.compare.curves import Axis, Curve, RunCurves, Split
+from mot_megatron.compare.curves import Axis, Curve, RunCurves, Split, read_run
 from mot_megatron.compare.step_matching import (
     Falling,
     Match,
@@ -20,7 +21,14 @@ from mot_megatron.compare.step_matching import (
     steps_to_match,
 )
 from mot_megatron.errors import DataError
-from tests.compare.synthetic_runs import curves, losses, power_law, seeing_the_future
+from tests.compare.synthetic_runs import (
+    curves,
+    losses,
+    points_of,
+    power_law,
+    seeing_the_future,
+    write_run,
+)
 
 
 def match(
@@ -344,3 +352,25 @@ def test_curves_that_cannot_be_matched(candidates: list[RunCurves], words: list[
     with pytest.raises(DataError) as raised:
         match_arms([curves(power_law, name="a")], candidates, name="candidate")
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_the_logging_interval_does_not_bias_slopes(tmp_path: Path, slope: float) -> None:
+    runs = {}
+    for name, points, loss in (
+        ("baseline", 75, power_law),  # every 20 of 1,500 steps
+        ("candidate", 15, losses(slope)),  # every 100
+    ):
+        tags = {
+            "loss_train/text": points_of(loss, points, averaged=True),
+            "loss_held_out/text": points_of(loss, points),
+        }
+        runs[name] = read_run(write_run(tmp_path, name, tags))
+    for baseline, candidate, expected in (
+        (runs["baseline"], runs["candidate"], slope),
+        (runs["candidate"], runs["baseline"], 1 / slope),
+    ):
+        found = match_arms([baseline], [candidate], name="candidate")
+        slopes = [one.slope for one in found if (one.split, one.axis) == ("train", "steps")]
+        # Few points, and a mean of a curve is not the curve at the mean: under 1%.
+        assert slopes == [pytest.approx(expected, rel=0.01)]
