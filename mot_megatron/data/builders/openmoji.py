@@ -98,8 +98,8 @@ def _code_points(stem: str) -> tuple[str, ...]:
 def _base_name(english: str) -> str:
     """Return the name shared by all skin-tone variants.
 
-    If an emoji shows two people with separate tones, the package adds their names to the emoji's
-    name, as in kiss_person_person.
+    If two people have separate tones, the package's name also mentions them, as in
+    kiss_person_person.
     """
     return _TONE.sub("", english).strip(":").removesuffix("_person_person")
 
@@ -161,8 +161,8 @@ def build_openmoji(
     """Build the emoji corpus.
 
     Args:
-        directory: Output directory, which must be new or empty. It is filled only once the corpus
-            is complete.
+        directory: Output directory, which must be new or empty. The corpus appears there only once
+            it is complete.
         seed: Random seed. The same seed gives the same bytes for any number of workers.
         workers: Number of processes that render pictures and synthesize speech.
         limit: Approximate number of emoji to use, evenly spaced, for a quick trial. None uses all.

@@ -176,8 +176,8 @@ def build_stamps(
 
     Args:
         deb: The downloaded package.
-        directory: Output directory, which must be new or empty. It is filled only once the corpus
-            is complete.
+        directory: Output directory, which must be new or empty. The corpus appears there only once
+            it is complete.
         seed: Random seed. The same seed gives the same bytes for any number of workers.
         workers: Number of processes that render pictures and decode recordings.
         limit: Approximate number of stamps to use, evenly spaced, for a quick trial. None uses all.
