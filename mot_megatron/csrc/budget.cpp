@@ -1,11 +1,14 @@
-// Packing under budgets: a bin is a micro-batch, some sequences that each hold up to capacity tokens
-// and together hold up to a budget of tokens of every tower. The budgets add up to all positions, so
-// a full bin meets every budget exactly. Letters: K towers, W documents in the window.
+// Packing under token budgets. A bin is a micro-batch: several sequences of at most `capacity`
+// tokens each that together contain at most a given budget of tokens of each tower. The budgets sum
+// to the number of positions, so a full bin meets every budget exactly.
 //
-// Sequence after sequence is filled with the next documents, then with the document or pair of the
-// window that comes nearest to what finishing the sequence takes if all towers are to run out
-// together; at last, documents of the bin are swapped for longer ones that fit. The next documents
-// come first, always, so what suits no bin is not kept for the end of the epoch.
+// Each sequence is filled first with the next documents in order. It is completed with the document
+// or pair from the window whose token counts come closest to what the sequence still needs for all
+// towers to run out at the same time. At the end, documents of the bin are swapped for longer ones
+// that fit. Each bin starts with the next documents in order, so documents that fit poorly do not
+// accumulate until the end of the epoch.
+//
+// Letters: K towers, W documents in the window.
 
 #include "budget.h"
 
@@ -25,20 +28,21 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 constexpr int64_t kNone = -1;
-// Measured on corpora of 30 to 400 tokens per document and 2048 per bin: a window of 1024 pads a
-// tenth less and takes twice as long; more than 6 pairs pad no less, because a choice that is too
-// good for one bin leaves the others worse.
+// Measured on corpora with 30 to 400 tokens per document and 2048 per bin: a window of 1024 reduces
+// padding by a tenth but takes twice as long. More than 6 pairs do not reduce padding, because an
+// overly good fit in one bin leaves worse documents for the others.
 constexpr int64_t kWindow = 640;
 constexpr int64_t kPairs = 6;
-constexpr int64_t kStep = 7;  // between first documents of pairs; prime to kWindow
-// An unfilled position costs as much as this many tokens of the wrong tower, which the sequences
-// that follow can still make up for.
+constexpr int64_t kStep = 7;  // slots between the first documents of pairs; coprime to kWindow
+// Cost of an unfilled position, in tokens of the wrong tower. It is high because later sequences of
+// the bin can still correct the mix of towers.
 constexpr int32_t kWeightOfRoom = 8;
-// No document: added to a cost, it stays the larger one and does not overflow.
+// Cost of an empty or unsuitable slot. After adding any valid cost it is still the larger one, and
+// it does not overflow.
 constexpr int32_t kNever = 1 << 30;
-// Costs stay below (kWeightOfRoom + 3) * positions < kNever.
+// Ensures that costs stay below (kWeightOfRoom + 3) * positions < kNever.
 constexpr int64_t kMostPositions = 1 << 25;
-// Not a multiple of a page, or the columns would evict each other from the first-level cache.
+// Not a multiple of the page size, or the columns would evict each other from the L1 cache.
 constexpr int64_t kStride = kWindow + 16;
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -47,11 +51,11 @@ constexpr int64_t kStride = kWindow + 16;
 #define FOR_EVERY_VECTOR_WIDTH
 #endif
 
-// What a document should and must not take.
+// The ideal token counts of a document to add, and their upper limits.
 struct Wanted {
-  std::vector<int32_t> target;  // K: tokens per tower
-  std::vector<int32_t> limits;  // K: no more than these
-  int32_t room;                 // no more in total
+  std::vector<int32_t> target;  // [K] ideal tokens per tower
+  std::vector<int32_t> limits;  // [K] maximum tokens per tower
+  int32_t room;                 // maximum tokens in total
 };
 
 struct Found {
@@ -59,7 +63,7 @@ struct Found {
   int32_t cost = kNever;
 };
 
-// The slot whose document fits and comes nearest to what is wanted; the first of equals.
+// Returns the slot with the lowest cost among the documents that fit; the first one on ties.
 // lengths: [W]; columns: [K, kStride] tokens per tower; costs: [W], overwritten.
 FOR_EVERY_VECTOR_WIDTH
 Found nearest(const int32_t* __restrict lengths, const int32_t* __restrict columns,
@@ -85,7 +89,7 @@ Found nearest(const int32_t* __restrict lengths, const int32_t* __restrict colum
   return {std::find(costs, costs + kWindow, best) - costs, best};
 }
 
-// Tokens per tower of all documents, [documents, K].
+// Token counts per tower of all documents, [documents, K].
 struct Documents {
   const int32_t* counts;
   int64_t size;
@@ -99,7 +103,7 @@ struct Documents {
   }
 };
 
-// The next W documents that no bin holds, in slots; a slot refills itself when its document goes.
+// The next W documents not yet in a bin, each in a slot. Removing a document refills its slot.
 class Window {
  public:
   explicit Window(const Documents& documents)
@@ -112,7 +116,7 @@ class Window {
     for (int64_t slot = 0; slot < kWindow; ++slot) refill(slot);
   }
 
-  // Slot of the first document left, or kNone.
+  // Returns the slot of the first remaining document, or kNone.
   int64_t first() {
     while (first_ < next_ && slot_of_[first_] == kNone) ++first_;
     return first_ < next_ ? slot_of_[first_] : kNone;
@@ -130,7 +134,7 @@ class Window {
     return true;
   }
 
-  // The best document, not counting that of one slot.
+  // Returns the best document, ignoring the slot `without` if given.
   Found find(const Wanted& wanted, int64_t without = kNone) {
     const int32_t kept = without == kNone ? 0 : lengths_[without];
     if (without != kNone) lengths_[without] = kNever;
@@ -146,7 +150,7 @@ class Window {
     refill(slot);
   }
 
-  // Removes the slot's document and puts one back that was removed before.
+  // Replaces the slot's document with one that was removed earlier.
   void replace(int64_t slot, int64_t document) {
     slot_of_[held_[slot]] = kNone;
     put(slot, document);
@@ -173,10 +177,10 @@ class Window {
   }
 
   const Documents& documents_;
-  int64_t first_ = 0;  // no document before it is left
-  int64_t next_ = 0;   // the first that was never in the window
+  int64_t first_ = 0;  // lower bound on the remaining documents
+  int64_t next_ = 0;   // first document that has not been in the window yet
   std::vector<int32_t> slot_of_;
-  std::vector<int64_t> held_;  // the document of each slot
+  std::vector<int64_t> held_;  // document in each slot
   std::vector<int32_t> lengths_;
   std::vector<int32_t> columns_;
   std::vector<int32_t> costs_;
@@ -218,7 +222,7 @@ class Packer {
   }
 
   std::vector<int64_t> order;
-  std::vector<int64_t> offsets{0};  // of the sequences, bin after bin
+  std::vector<int64_t> offsets{0};  // sequence boundaries in order, over all bins
 
  private:
   void fill_bin() {
@@ -227,7 +231,8 @@ class Packer {
     rooms_.assign(shape_.sequences, shape_.capacity);
     bin_.assign(shape_.sequences, {});
     for (int64_t sequence = 0; sequence < shape_.sequences; ++sequence) {
-      // Room for 2.5 mean documents leaves room for at least 1.5 after the next: a typical pair.
+      // Stop when there is room for fewer than 2.5 documents of mean length: adding another one
+      // could leave too little room for a typical pair.
       while (2 * rooms_[sequence] * documents_.size >= 5 * tokens_ || bin_[0].empty()) {
         const int64_t slot = window_.first();
         if (slot == kNone || !window_.fits(slot, left_, rooms_[sequence])) break;
@@ -256,7 +261,8 @@ class Packer {
     }
   }
 
-  // What finishing a sequence takes if what remains for the others is to be in proportion.
+  // Returns what the sequence still needs so that the budgets left for the other sequences keep
+  // the proportions of the bin's budgets.
   Wanted finish(int64_t sequence) const {
     Wanted wanted{left_, left_, rooms_[sequence]};
     const int64_t others = unfilled_ - rooms_[sequence];
@@ -266,7 +272,7 @@ class Packer {
     return wanted;
   }
 
-  // Puts the best document or pair into a sequence; false where none fits.
+  // Adds the best document or pair to the sequence. Returns false if none fits.
   bool complete(int64_t sequence) {
     if (rooms_[sequence] < shortest_) return false;
     const Wanted wanted = finish(sequence);
@@ -298,13 +304,13 @@ class Packer {
     return wanted;
   }
 
-  // Swaps the document of the bin for which the window has the longest substitute; false where no
-  // substitute is longer.
+  // Swaps one document of the bin for a longer one from the window, choosing the swap that gains
+  // the most tokens. Returns false if no swap gains any.
   bool swap_once() {
     int64_t best_sequence = kNone, best_index = kNone, best_slot = kNone;
     int32_t best_gain = 0;
     for (int64_t sequence = 0; sequence < shape_.sequences; ++sequence) {
-      if (rooms_[sequence] <= best_gain) continue;  // nor can a swap gain more than the room
+      if (rooms_[sequence] <= best_gain) continue;  // a swap cannot gain more than the room left
       for (size_t index = 0; index < bin_[sequence].size(); ++index) {
         const int64_t document = bin_[sequence][index];
         const int32_t length = documents_.length(document);
@@ -312,7 +318,7 @@ class Packer {
         for (int64_t tower = 0; tower < documents_.towers; ++tower) {
           wanted.target[tower] += documents_[document][tower];
         }
-        // With the limits as the target, the nearest document is the longest.
+        // With the limits as the target, the lowest-cost document is the longest.
         wanted.limits = wanted.target;
         const int64_t slot = window_.find(wanted).slot;
         if (slot == kNone || window_.length(slot) - length <= best_gain) continue;
@@ -336,10 +342,10 @@ class Packer {
   int64_t tokens_ = 0;
   int32_t shortest_ = kNever;
   int64_t cursor_ = 0;
-  std::vector<std::vector<int64_t>> bin_;  // documents per sequence
-  std::vector<int32_t> rooms_;             // positions left per sequence
-  std::vector<int32_t> left_;              // of the budgets
-  int64_t unfilled_ = 0;                   // sum of rooms_, and of left_
+  std::vector<std::vector<int64_t>> bin_;  // documents of each sequence
+  std::vector<int32_t> rooms_;             // unfilled positions of each sequence
+  std::vector<int32_t> left_;              // remaining budget of each tower
+  int64_t unfilled_ = 0;                   // sum of rooms_, which equals the sum of left_
 };
 
 py::tuple pack_budget(const Array<int32_t>& counts, const std::vector<int32_t>& budgets,

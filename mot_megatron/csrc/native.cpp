@@ -1,7 +1,7 @@
-// The two loops of the data path that Python is too slow for: packing documents into sequences and
-// sorting a micro-batch's tokens by tower. Plain functions over NumPy arrays, without the GIL;
-// tests hold each equal to a NumPy reference. User errors are found by the Python callers: what is
-// thrown here guards memory.
+// The two loops of the data path that are too slow in Python: packing documents into sequences and
+// sorting a micro-batch's tokens by tower. The functions take and return NumPy arrays and release
+// the GIL; tests compare each with a NumPy reference. The Python callers check for user errors, so
+// the exceptions thrown here only guard against invalid memory accesses.
 
 #include <algorithm>
 #include <cstdint>
@@ -26,8 +26,8 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 constexpr int64_t kNoLabel = -100;  // model/micro_batch.py: NO_LABEL
 constexpr int64_t kNone = -1;
 
-// A set of integers below a bound that finds the member nearest to x by walking up and down a tree
-// of 64-way bitmaps: three levels reach 262,144.
+// A set of integers below a bound with fast search for the nearest member. It is a tree of bitmaps
+// with 64 children per node, so three levels cover 262,144 integers.
 class IntegerSet {
  public:
   explicit IntegerSet(int64_t bound) {
@@ -53,7 +53,7 @@ class IntegerSet {
     }
   }
 
-  // The smallest member >= value, or kNone.
+  // Returns the smallest member >= value, or kNone.
   int64_t at_least(int64_t value) const {
     for (size_t depth = 0; depth < levels_.size(); ++depth) {
       const int64_t word = value >> 6;
@@ -69,7 +69,7 @@ class IntegerSet {
     return kNone;
   }
 
-  // The largest member <= value, or kNone.
+  // Returns the largest member <= value, or kNone.
   int64_t at_most(int64_t value) const {
     for (size_t depth = 0; depth < levels_.size() && value >= 0; ++depth) {
       const int64_t word = value >> 6;
@@ -88,7 +88,7 @@ class IntegerSet {
   std::vector<std::vector<uint64_t>> levels_;
 };
 
-// The documents that no bin holds yet: the first of them, and the first of any length.
+// The documents not yet in a bin, with access to the first one overall and of each length.
 class Documents {
  public:
   Documents(const int64_t* lengths, int64_t count, int64_t capacity)
@@ -111,13 +111,13 @@ class Documents {
     for (int64_t i = 0; i < count; ++i) by_length_[cursor[lengths[i]]++] = i;
   }
 
-  // Length of the first document left, or kNone.
+  // Returns the length of the first remaining document, or kNone.
   int64_t first_length() {
     while (first_ < count_ && used_[first_]) ++first_;
     return first_ < count_ ? lengths_[first_] : kNone;
   }
 
-  // Removes the first document of this length, which must be there.
+  // Removes and returns the first document of this length. At least one must remain.
   int64_t take(int64_t length) {
     const int64_t document = by_length_[heads_[length]++];
     used_[document] = 1;
@@ -125,12 +125,13 @@ class Documents {
     return document;
   }
 
-  // The two lengths whose sum comes nearest to room without exceeding it, the most equal ones of
-  // several such pairs; {longest that fits, 0} where one alone comes nearest, {0, 0} where none
-  // fits.
+  // Returns the pair {longer, shorter} of available lengths with the largest sum that does not
+  // exceed room, preferring the most equal lengths on ties. Returns {longest, 0} if one document
+  // alone is best, and {0, 0} if none fits.
   std::pair<int64_t, int64_t> best_pair(int64_t room) const {
     std::pair<int64_t, int64_t> best{0, 0};
-    // A pair below half the room is at its best with the longest such length as its longer one.
+    // Among pairs with both lengths at most half the room, the best one contains the longest such
+    // length. The search can therefore start there.
     int64_t longer = lengths_left_.at_most(room / 2);
     if (longer == kNone) longer = lengths_left_.at_least(room / 2);
     while (longer != kNone && longer <= room && best.first + best.second < room) {
@@ -150,7 +151,7 @@ class Documents {
   int64_t count_;
   int64_t first_ = 0;
   std::vector<char> used_;
-  std::vector<int64_t> heads_;  // per length: index into by_length_ of its first document left
+  std::vector<int64_t> heads_;  // per length: index in by_length_ of the first remaining document
   std::vector<int64_t> ends_;
   std::vector<int64_t> by_length_;
   IntegerSet lengths_left_;
@@ -161,10 +162,11 @@ struct Bins {
   std::vector<int64_t> offsets{0};
 };
 
-// Fills one bin after the other: with the first documents left while there is room for more than
-// about two, then with the pairs that come nearest to filling the rest exactly. The first part keeps
-// the bins as mixed as the order that the documents come in, where sorting by length would put
-// equals together. Best fit left 4% of bins of 512 empty at a median length of 130; this leaves 0.2%.
+// Fills the bins one after another: first with the next documents in order while there is room for
+// more than about two, then with the pairs that come closest to filling the rest. The first step
+// keeps bins as mixed as the document order, whereas sorting by length would group documents of
+// equal length. With bins of 512 positions and a median length of 130, best fit left 4% of the
+// positions empty; this leaves 0.2%.
 Bins fill_bins(const int64_t* lengths, int64_t count, int64_t capacity) {
   Documents documents(lengths, count, capacity);
   Bins bins;
@@ -178,7 +180,8 @@ Bins fill_bins(const int64_t* lengths, int64_t count, int64_t capacity) {
       room -= length;
     };
     take(documents.first_length());
-    // Room for 2.5 mean documents leaves room for at least 1.5 after the next: a typical pair.
+    // Stop when there is room for fewer than 2.5 documents of mean length: adding another one could
+    // leave too little room for a typical pair.
     while (2 * room * count >= 5 * tokens) {
       const int64_t length = documents.first_length();
       if (length == kNone || length > room) break;
@@ -227,7 +230,7 @@ struct Counts {
   std::vector<int64_t> modality_labels;
 };
 
-// What is known per position in sequence order, before slots are assigned.
+// Data per position in sequence order, before slots are assigned.
 struct Positions {
   explicit Positions(int64_t tokens) : tower(tokens), label(tokens), label_modality(tokens) {}
 
@@ -285,7 +288,8 @@ void check(const Shape& shape, const Inputs& in, int64_t slot_multiple) {
   }
 }
 
-// What MicroBatch holds per slot and, for ungroup, per position.
+// The arrays of a MicroBatch that depend on slots. They have one element per slot, except
+// ungroup_index (one per position) and padding_slots (one per padding slot).
 struct Slots {
   Slots(int64_t slots, int64_t tokens)
       : token_ids(slots),
@@ -306,7 +310,7 @@ std::vector<int64_t> round_up(const std::vector<int64_t>& counts, int64_t multip
   return rounded;
 }
 
-// Tower after tower: its tokens in sequence order, then its padding slots.
+// Fills the slots in grouped order: for each tower, its tokens in sequence order, then its padding.
 void fill_slots(const Inputs& in, const Positions& by_position, const Counts& counts,
                 const std::vector<int64_t>& tower_slots, Slots& out) {
   int64_t* token_ids = out.token_ids.mutable_data();

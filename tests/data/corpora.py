@@ -18,7 +18,7 @@ PAD_TOKEN = 2
 
 
 def writer(directory: Path, modalities: Sequence[Modality] = MODALITIES) -> CorpusWriter:
-    """A writer with the settings that all test corpora share."""
+    """Return a writer with the settings shared by all test corpora."""
     return CorpusWriter(
         directory=directory,
         name="tiny",
@@ -32,7 +32,7 @@ def writer(directory: Path, modalities: Sequence[Modality] = MODALITIES) -> Corp
 
 
 def random_documents(count: int, longest: int, seed: int = 0) -> list[np.ndarray]:
-    """Documents of 1..longest ids; the first two ids of a longer one spell its number."""
+    """Return documents of 1..longest ids; the first two ids of longer ones encode their number."""
     generator = np.random.default_rng(seed)
     documents = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Grouping against a plain NumPy reference, and the properties the model relies on."""
+"""Grouping compared with a NumPy reference, and the properties the model relies on."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +21,7 @@ IDS_PER_MODALITY = 5
 
 @dataclass(frozen=True)
 class Case:
-    """One call of build_micro_batch."""
+    """The arguments of one call of build_micro_batch."""
 
     token_ids: np.ndarray
     document_ids: np.ndarray
@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...]]:
-    """The fields of MicroBatch by sorting and masking."""
+    """Compute the fields of MicroBatch by sorting and masking."""
     sequences, length = case.token_ids.shape
     total = sequences * length
     used = np.arange(length) < case.filled[:, None]
@@ -168,10 +168,10 @@ def test_each_tower_is_one_slice_of_its_own_tokens(case: Case) -> None:
 
 
 @given(cases(), st.integers(1, 3), st.sampled_from(["sequence", "heads"]))
-def test_shards_fill_what_the_whole_fills(
+def test_shards_mark_the_same_filled_tokens_as_the_whole_batch(
     case: Case, ranks: int, exchange: Literal["sequence", "heads"]
 ) -> None:
-    """Rows of a modality group's ranks: documents' tokens are marked, padding is not."""
+    """The ranks of a modality group mark the tokens of documents as filled, but not padding."""
     length = case.token_ids.shape[1]
     batch = {
         "token_ids": np.tile(case.token_ids, (ranks, 1)),
@@ -203,7 +203,7 @@ def test_shards_fill_what_the_whole_fills(
     assert tuple(counts) == build_micro_batch(**batch).tower_filled
 
 
-def test_a_batch_worked_by_hand() -> None:
+def test_hand_computed_batch() -> None:
     # Modalities: ids 0..4 and 5..9, towers 1 and 0. Two documents of three and two tokens, then one
     # unfilled position.
     batch = build_micro_batch(
@@ -232,7 +232,7 @@ def test_a_batch_worked_by_hand() -> None:
     assert batch.modality_labels == (0, 3)
 
 
-def test_without_filled_tokens_all_positions_count() -> None:
+def test_all_positions_count_as_filled_by_default() -> None:
     table = np.zeros(3, dtype=np.int8)
     batch = build_micro_batch(
         np.array([[0, 1], [2, 0]]), np.zeros((2, 2), int), table, (0,), num_towers=1
@@ -242,7 +242,7 @@ def test_without_filled_tokens_all_positions_count() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 3])
-def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
+def test_error_names_an_id_outside_the_vocabulary(bad: int) -> None:
     ids = np.array([[0, 1], [2, bad]])
     with pytest.raises(DataError, match=f"sequence 1, position 1: token id {bad}, .* 0..2"):
         build_micro_batch(ids, np.zeros_like(ids), np.zeros(3, np.int8), (0,), num_towers=1)
@@ -260,7 +260,7 @@ def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
         ({"slot_multiple": 0}, ValueError),
     ],
 )
-def test_the_core_guards_its_memory(changes: dict, error: type[Exception]) -> None:
+def test_native_code_rejects_invalid_arguments(changes: dict, error: type[Exception]) -> None:
     arguments = {
         "token_ids": np.array([[0, 1]]),
         "document_ids": np.zeros((1, 2), np.int32),

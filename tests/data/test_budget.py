@@ -1,4 +1,4 @@
-"""Budget packing: its promises as properties, how full it gets, and what the loader makes of it."""
+"""Budget packing: its guarantees as properties, its fill, and its use by the loader."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ PLAN = GroupingPlan(towers_of_modalities=(0, 1, 0), num_towers=3)
 
 
 def mixed_documents(count: int, shortest: int, longest: int, towers: int = 3) -> np.ndarray:
-    """Counts [count, towers]: uniform lengths, each cut in uniformly drawn proportions."""
+    """Return counts [count, towers] of uniform lengths, each split in random proportions."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(shortest, longest + 1, count)
     shares = generator.dirichlet(np.ones(towers), count)
@@ -41,7 +41,7 @@ def mixed_documents(count: int, shortest: int, longest: int, towers: int = 3) ->
 
 
 def bin_counts(counts: np.ndarray, packing: Packing, sequences: int) -> np.ndarray:
-    """Tokens per tower of each micro-batch, [micro-batches, K]."""
+    """Return the tokens per tower of each micro-batch, [micro-batches, K]."""
     ends = np.vstack([np.zeros_like(counts[:1]), counts[packing.order].cumsum(axis=0)])
     return np.diff(ends[packing.bin_offsets[::sequences]], axis=0)
 
@@ -75,13 +75,13 @@ def test_every_document_once_within_capacity_and_budgets(
 
 
 @pytest.mark.parametrize("count", [639, 640, 641, 1500])
-def test_the_window_loses_nothing_at_its_edges(count: int) -> None:
+def test_every_document_is_packed_near_the_window_size(count: int) -> None:
     counts = mixed_documents(count, 1, 60)
     budgets = tower_budgets(counts, 512)
     check(counts, pack_budget(counts, budgets, sequences=4, capacity=128), budgets, 4)
 
 
-def test_repeats_itself_and_epochs_differ() -> None:
+def test_same_epoch_repeats_and_epochs_differ() -> None:
     counts = mixed_documents(300, 10, 60)
     budgets = tower_budgets(counts, 512)
 
@@ -109,17 +109,17 @@ def test_pads_at_most_2_percent(sequences: int, capacity: int, towers: int) -> N
 @pytest.mark.parametrize(
     ("capacity", "least", "most"),
     [
-        # 1190 image tokens of 2048 hold 18 images, and 18.6 would fill them: 18 documents of 110
-        # tokens leave 3.3%, whatever packs them.
+        # The budget of 1190 image tokens of 2048 fits 18 images; 18.6 would fill it. 18 documents
+        # of 110 tokens leave 3.3% padding with any packing.
         (512, 0.03, 0.045),
         # 37 of 37.2 images: 0.6%.
         (1024, 0.005, 0.02),
     ],
 )
-def test_lumps_that_do_not_divide_a_budget_cost_padding(
+def test_large_segments_that_do_not_divide_a_budget_cost_padding(
     capacity: int, least: float, most: float
 ) -> None:
-    """Every document has one image of 64 tokens, and 16 to 76 of text."""
+    """Each document has one image of 64 tokens and 16 to 76 text tokens."""
     texts = np.random.default_rng(0).integers(16, 77, 5000)
     counts = np.stack([texts, np.full(5000, 64)], axis=1).astype(np.int32)
     budgets = tower_budgets(counts, 4 * capacity)
@@ -128,7 +128,7 @@ def test_lumps_that_do_not_divide_a_budget_cost_padding(
     assert least < 1 - counts.sum() / (len(packing) * capacity) <= most
 
 
-def test_much_padding_is_said() -> None:
+def test_high_padding_warns() -> None:
     (quiet,) = describe_budgets((1500, 548), ("text", "image"), 0.985).splitlines()
     assert quiet == "tokens of each micro-batch: text 1,500, image 548; 1.5% of them padding"
     first, second = describe_budgets((1500, 548), ("text", "image"), 0.96).splitlines()
@@ -139,7 +139,7 @@ def test_much_padding_is_said() -> None:
 
 
 def test_documents_of_one_tower_as_long_as_a_sequence() -> None:
-    """No two towers share a sequence, so 2 sequences with budgets (64, 64) hold one of each."""
+    """Each document fills a sequence, so 2 sequences with budgets (64, 64) hold one per tower."""
     counts = np.zeros((100, 2), dtype=np.int32)
     counts[::2, 0] = counts[1::2, 1] = 64
     packing = pack_budget_epoch(counts, (64, 64), sequences=2, capacity=64, seed=0, epoch=0)
@@ -147,8 +147,8 @@ def test_documents_of_one_tower_as_long_as_a_sequence() -> None:
     check(counts, packing, (64, 64), 2)
 
 
-def test_an_epoch_mixes_its_micro_batches() -> None:
-    """The core packs what fits worst last: shuffled, the empty places spread over the epoch."""
+def test_micro_batches_of_an_epoch_are_shuffled() -> None:
+    """The native packer leaves the worst fits for last; shuffling spreads them over the epoch."""
     counts = mixed_documents(2000, 30, 400)
     budgets = tower_budgets(counts, 2048)
     shape: dict[str, Any] = {"sequences": 4, "capacity": 512}
@@ -173,7 +173,7 @@ def test_budgets_are_shares_by_largest_remainder(
     assert tower_budgets(np.array([tokens], dtype=np.int32), positions) == expected
 
 
-def test_a_document_beyond_a_budget_is_named() -> None:
+def test_error_names_a_document_that_exceeds_a_budget() -> None:
     counts = np.array([[3, 3], [1, 9]], dtype=np.int32)
     message = (
         r"corpus: document 1 has 9 tokens of tower 1, but the budget of a micro-batch is 8; raise "
@@ -188,7 +188,7 @@ def test_a_document_beyond_a_budget_is_named() -> None:
 
 
 def documents_of_segments(count: int) -> list[np.ndarray]:
-    """Documents of up to 30 tokens: a few of text, then image, then speech."""
+    """Return documents of up to 30 tokens: some text, then image, then speech."""
     generator = np.random.default_rng(0)
     return [
         np.concatenate(
@@ -222,7 +222,7 @@ def loader(corpus: Corpus, rank: int = 0, size: int = 1, **changes: Any) -> Pack
 
 
 def in_order(batch: MicroBatch, values: str) -> np.ndarray:
-    """A per-slot tensor in sequence order, [b, s]."""
+    """Return a per-slot tensor in sequence order, [b, s]."""
     return getattr(batch, values)[batch.ungroup_index].reshape(batch.document_ids.shape).numpy()
 
 
@@ -256,7 +256,7 @@ def test_every_micro_batch_has_the_same_shapes(corpus: Corpus) -> None:
 
 
 def documents_without_tails(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """The documents of a batch; a tail is what has no label and holds only filler ids."""
+    """Return the documents of a batch. A tail has no labels and only filler ids."""
     found = []
     ids, labels = in_order(batch, "token_ids"), in_order(batch, "labels")
     for row, numbers in enumerate(batch.document_ids.numpy()):
@@ -267,13 +267,13 @@ def documents_without_tails(batch: MicroBatch) -> list[tuple[int, ...]]:
                 assert labels[row, where][-1] == NO_LABEL
                 found.append(tuple(ids[row, where].tolist()))
             else:
-                # Tower 0 is filled up with the padding token, tower 1 with the first image id.
+                # Tower 0 is padded with the padding token, tower 1 with the first image id.
                 assert set(ids[row, where].tolist()) <= {PAD_TOKEN, MODALITIES[1].first_id}
     return found
 
 
 def stream(loaders: list[PackedLoader], count: int) -> list[list[int]]:
-    """The next ``count`` micro-batches that all ranks together read, in the stream's order."""
+    """Return the next ``count`` micro-batches that all ranks read together, in stream order."""
     found = []
     while len(found) < count:
         found += [in_order(each.next_micro_batch(), "token_ids").tolist() for each in loaders]
@@ -283,7 +283,7 @@ def stream(loaders: list[PackedLoader], count: int) -> list[list[int]]:
 
 @settings(max_examples=8)
 @given(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.integers(1, 30))
-def test_any_data_parallel_size_goes_on(
+def test_stream_resumes_with_any_data_parallel_size(
     corpus: Corpus, before: int, after: int, rounds: int
 ) -> None:
     expected = stream([loader(corpus)], before * rounds + 40)
@@ -303,20 +303,20 @@ def test_any_data_parallel_size_goes_on(
         ({"grouping": GroupingPlan((0, 1, 2), 3)}, "saved with budgets = '.*', but this run has"),
     ],
 )
-def test_a_position_in_another_stream_is_refused(
+def test_position_in_another_stream_is_rejected(
     corpus: Corpus, changes: dict, message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         loader(corpus, **changes).load_state_dict(loader(corpus).state_dict())
 
 
-def test_a_position_inside_a_micro_batch_is_refused(corpus: Corpus) -> None:
+def test_position_inside_a_micro_batch_is_rejected(corpus: Corpus) -> None:
     reader = loader(corpus)
     with pytest.raises(CheckpointError, match="next_sequence = 6, expected a multiple of micro_b"):
         reader.load_state_dict(reader.state_dict() | {"next_sequence": 6})
 
 
-def test_the_loader_names_a_document_beyond_a_budget(tmp_path: Path) -> None:
+def test_loader_error_names_a_document_that_exceeds_a_budget(tmp_path: Path) -> None:
     documents = [np.full(30, 5), np.full(30, 5), np.full(40, 100)]
     corpus = write_corpus(tmp_path / "corpus", train=documents)
     # 40 of 100 tokens are images: 0.4 * 64 = 25.6 positions of one sequence.

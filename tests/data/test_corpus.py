@@ -1,4 +1,4 @@
-"""Opening a corpus: every file and every key is checked, each fault gives its own line."""
+"""Opening a corpus checks every file and key; each fault gives its own one-line error."""
 
 import errno
 import gc
@@ -37,7 +37,7 @@ def replace(directory: Path, old: str, new: str) -> None:
 
 
 def write_tokens(directory: Path, documents: list[np.ndarray], dtype: type = np.uint16) -> None:
-    """Replace the training split by what the writer would refuse, with matching digests."""
+    """Replace the training split with one that the writer would reject, with matching digests."""
     recorded = tomllib.loads((directory / "corpus.toml").read_text())["splits"]["train"]["sha256"]
     builder = IndexedDatasetBuilder(str(directory / "train.bin"), dtype=dtype)
     for ids in documents:
@@ -60,7 +60,7 @@ def test_offsets_lengths_and_modalities(directory: Path) -> None:
         split[3]
 
 
-def test_fingerprint_names_the_content(tmp_path: Path, directory: Path) -> None:
+def test_fingerprint_depends_on_the_content(tmp_path: Path, directory: Path) -> None:
     same = write_corpus(tmp_path / "same", train=DOCUMENTS, validation=DOCUMENTS[:1])
     other = write_corpus(tmp_path / "other", train=DOCUMENTS[::-1], validation=DOCUMENTS[:1])
     fingerprint = Corpus.open(directory).fingerprint
@@ -68,7 +68,7 @@ def test_fingerprint_names_the_content(tmp_path: Path, directory: Path) -> None:
     assert other.fingerprint != fingerprint
 
 
-def test_tokens_outlive_the_corpus(directory: Path) -> None:
+def test_tokens_stay_valid_after_the_corpus_is_freed(directory: Path) -> None:
     corpus = Corpus.open(directory)
     document = corpus.split("train")[1]
     del corpus
@@ -105,7 +105,9 @@ def test_tokens_outlive_the_corpus(directory: Path) -> None:
         ("image = 1,", "", "tokens_per_modality has keys"),
     ],
 )
-def test_faults_of_the_description(directory: Path, old: str, new: str, message: str) -> None:
+def test_invalid_descriptions_are_rejected(
+    directory: Path, old: str, new: str, message: str
+) -> None:
     replace(directory, old, new)
     with pytest.raises(DataError, match=message) as caught:
         Corpus.open(directory)
@@ -147,7 +149,7 @@ def append(path: Path) -> None:
         ("corpus.toml", lambda path: path.write_bytes(b"\xff"), "not UTF-8"),
     ],
 )
-def test_damaged_files(
+def test_damaged_files_are_rejected(
     directory: Path,
     capfd: pytest.CaptureFixture[str],
     name: str,
@@ -163,7 +165,7 @@ def test_damaged_files(
     assert capfd.readouterr().err == ""  # Megatron's destructors complain after some failures
 
 
-def test_a_file_that_cannot_be_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_reported(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Path.open
 
     def refuse(path: Path, *arguments: Any, **options: Any) -> object:
@@ -176,7 +178,7 @@ def test_a_file_that_cannot_be_read(directory: Path, monkeypatch: pytest.MonkeyP
         Corpus.open(directory)
 
 
-def test_changed_tokens_are_noticed(directory: Path) -> None:
+def test_changed_tokens_are_detected(directory: Path) -> None:
     tokens = np.fromfile(directory / "train.bin", np.uint16)
     tokens[0] = 5  # still text: all counts agree
     tokens.tofile(directory / "train.bin")
@@ -184,25 +186,25 @@ def test_changed_tokens_are_noticed(directory: Path) -> None:
         Corpus.open(directory)
 
 
-def test_an_id_out_of_range_names_its_document(directory: Path) -> None:
+def test_error_names_the_document_with_an_out_of_range_id(directory: Path) -> None:
     write_tokens(directory, [np.array([1, 2, 3]), np.array([150, 200]), np.array([7])])
     with pytest.raises(DataError, match=r"train\.bin: document 1 has token id 200, .* 0\.\.199"):
         Corpus.open(directory)
 
 
-def test_an_empty_document_is_refused(directory: Path) -> None:
+def test_empty_document_is_rejected(directory: Path) -> None:
     write_tokens(directory, [np.array([1, 2, 3]), np.array([], int), np.array([7, 7, 7])])
     with pytest.raises(DataError, match=r"train\.idx: document 1 has 0 tokens"):
         Corpus.open(directory)
 
 
-def test_another_dtype_is_refused(directory: Path) -> None:
+def test_unexpected_dtype_is_rejected(directory: Path) -> None:
     write_tokens(directory, DOCUMENTS, dtype=np.int32)
     with pytest.raises(DataError, match=r"train\.idx: tokens are stored as int32, expected uint16"):
         Corpus.open(directory)
 
 
-def test_several_sequences_per_document_are_refused(directory: Path) -> None:
+def test_multiple_sequences_per_document_are_rejected(directory: Path) -> None:
     builder = IndexedDatasetBuilder(str(directory / "train.bin"), dtype=np.uint16)
     builder.add_document(torch.arange(6), [3, 3])
     builder.finalize(str(directory / "train.idx"))
@@ -210,13 +212,13 @@ def test_several_sequences_per_document_are_refused(directory: Path) -> None:
         Corpus.open(directory)
 
 
-def test_a_missing_codebook_is_named(directory: Path) -> None:
+def test_error_names_a_missing_codebook(directory: Path) -> None:
     replace(directory, 'codec = "none"', 'codec = "bpe"\ncodebook = "tokenizer.json"')
     with pytest.raises(DataError, match=r"tokenizer\.json: no such file, but modality text"):
         Corpus.open(directory)
 
 
-def test_a_missing_split_is_named(directory: Path) -> None:
+def test_error_names_a_missing_split(directory: Path) -> None:
     with pytest.raises(DataError, match=r"no split 'test', expected \['train', 'validation'\]"):
         Corpus.open(directory).split("test")
 
@@ -228,6 +230,6 @@ def test_ids_are_checked_across_chunks(tmp_path: Path, monkeypatch: pytest.Monke
     assert np.array_equal(split.tokens, np.concatenate(documents))
 
 
-def test_a_split_without_files(tmp_path: Path) -> None:
+def test_split_without_files_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.idx: no such file"):
         read_token_file(tmp_path / "absent", 10)

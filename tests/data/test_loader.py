@@ -1,4 +1,4 @@
-"""The stream of packed sequences: same for every layout, resumable, each document once."""
+"""The stream of packed sequences: independent of the layout, resumable, each document once."""
 
 from itertools import islice, pairwise
 from pathlib import Path
@@ -43,13 +43,13 @@ def loader(
 
 
 def sequences_of(batch: MicroBatch) -> list[list[int]]:
-    """The token ids per sequence, in sequence order."""
+    """Return the token ids of each sequence, in sequence order."""
     ids = batch.token_ids[batch.ungroup_index]
     return ids.reshape(batch.document_ids.shape).tolist()
 
 
 def documents_of(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """Every run of equal document ids of a batch, the unfilled tails too."""
+    """Return every run of equal document ids in a batch, including unfilled tails."""
     found = []
     for ids, numbers in zip(sequences_of(batch), batch.document_ids.numpy(), strict=True):
         starts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(ids)]
@@ -68,7 +68,7 @@ def assert_equal_batches(one: MicroBatch, other: MicroBatch) -> None:
 def global_stream(
     corpus: Corpus, size: int, micro_batch_size: int, count: int, state: dict | None = None
 ) -> list[list[int]]:
-    """The first ``count`` sequences that all ranks together read, in the order of the stream."""
+    """Return the first ``count`` sequences that all ranks read together, in stream order."""
     loaders = [loader(corpus, rank, size, micro_batch_size) for rank in range(size)]
     if state is not None:
         for each in loaders:
@@ -89,7 +89,7 @@ def test_every_layout_reads_the_same_stream(
     assert global_stream(corpus, size, micro_batch_size, 120) == global_stream(corpus, 1, 4, 120)
 
 
-def test_an_epoch_holds_every_document_once(corpus: Corpus) -> None:
+def test_epoch_contains_every_document_once(corpus: Corpus) -> None:
     lengths = corpus.split("train").lengths
     found = []
     reader = loader(corpus, micro_batch_size=1)
@@ -142,7 +142,7 @@ def test_labels_are_the_next_tokens(corpus: Corpus) -> None:
     assert np.array_equal(batch.label_modalities.numpy()[used], label_modality[used])
 
 
-def test_fill_counts_the_epoch(corpus: Corpus) -> None:
+def test_fill_statistics_of_an_epoch(corpus: Corpus) -> None:
     split = corpus.split("train")
     sequences = len(pack_epoch(split.lengths, SEQ_LENGTH, seed=1, epoch=0))
     assert loader(corpus).fill == len(split.tokens) / (sequences * SEQ_LENGTH)
@@ -188,13 +188,13 @@ def test_resumes_with_another_size(corpus: Corpus) -> None:
         ({"extra": 1}, "has keys .*'extra'"),
     ],
 )
-def test_a_foreign_state_is_refused(corpus: Corpus, changes: dict, message: str) -> None:
+def test_incompatible_state_is_rejected(corpus: Corpus, changes: dict, message: str) -> None:
     reader = loader(corpus)
     with pytest.raises(CheckpointError, match=message):
         reader.load_state_dict(reader.state_dict() | changes)
 
 
-def test_a_refused_state_changes_nothing(corpus: Corpus) -> None:
+def test_rejected_state_leaves_the_loader_unchanged(corpus: Corpus) -> None:
     reader, untouched = loader(corpus), loader(corpus)
     state = reader.state_dict()
     with pytest.raises(CheckpointError):
@@ -202,7 +202,7 @@ def test_a_refused_state_changes_nothing(corpus: Corpus) -> None:
     assert_equal_batches(reader.next_micro_batch(), untouched.next_micro_batch())
 
 
-def test_a_document_longer_than_the_sequence_is_named(tmp_path: Path) -> None:
+def test_error_names_a_document_longer_than_the_sequence(tmp_path: Path) -> None:
     documents = [np.ones(64, int), np.ones(65, int)]
     corpus = write_corpus(tmp_path / "corpus", train=documents)
     message = r"corpus: split train: document 1 has 65 tokens, expected 1\.\.64 \(seq_length\)"
@@ -210,7 +210,7 @@ def test_a_document_longer_than_the_sequence_is_named(tmp_path: Path) -> None:
         loader(corpus)
 
 
-def test_a_plan_for_other_modalities_is_refused(corpus: Corpus) -> None:
+def test_plan_with_other_modalities_is_rejected(corpus: Corpus) -> None:
     with pytest.raises(DataError, match=r"the corpus has 3 modalities .* maps 2 to towers"):
         evaluation_batches(
             corpus,
@@ -222,7 +222,7 @@ def test_a_plan_for_other_modalities_is_refused(corpus: Corpus) -> None:
         )
 
 
-def test_ids_are_checked_where_the_file_changed_after_opening(corpus: Corpus) -> None:
+def test_ids_are_checked_if_the_file_changes_after_opening(corpus: Corpus) -> None:
     split = corpus.split("train")
     tokens = split.tokens.copy()
     tokens[:] = VOCAB_SIZE
@@ -257,12 +257,12 @@ def test_evaluation_reads_each_document_once(corpus: Corpus, size: int) -> None:
     tails = {tuple([PAD_TOKEN] * n) for n in range(1, SEQ_LENGTH + 1)}
     found = [ids for batch in everything for ids in documents_of(batch) if ids not in tails]
     assert sorted(found) == sorted(tuple(ids.tolist()) for ids in DOCUMENTS[:50])
-    # Every document but its last token is a label: what a loss over the split averages.
+    # Each document has one label fewer than tokens; the loss over the split averages the labels.
     labels = sum(sum(batch.modality_labels) for batch in everything)
     assert labels == sum(len(ids) - 1 for ids in DOCUMENTS[:50])
 
 
-def test_evaluation_repeats_itself(corpus: Corpus) -> None:
+def test_evaluation_is_repeatable(corpus: Corpus) -> None:
     for one, other in zip(evaluate(corpus, 1, 2), evaluate(corpus, 1, 2), strict=True):
         assert_equal_batches(one, other)
 

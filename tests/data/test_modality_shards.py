@@ -1,4 +1,4 @@
-"""The parts of a modality-parallel group's micro-batch against plain Python over its positions."""
+"""The shards of a modality group's micro-batch, compared with plain Python over its positions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Exchange = Literal["sequence", "heads"]
 
 @dataclass(frozen=True)
 class Case:
-    """The sequences of a group, and how it takes them."""
+    """The sequences of a modality group with its placement and exchange."""
 
     token_ids: np.ndarray
     document_ids: np.ndarray
@@ -35,7 +35,7 @@ class Case:
     slot_multiple: int
 
     def shards(self) -> list[MicroBatch]:
-        """The micro-batch of every rank of the group."""
+        """Return the micro-batch of each rank of the group."""
         return [
             build_micro_batch(
                 self.token_ids,
@@ -51,7 +51,7 @@ class Case:
         ]
 
     def attended(self, rank: int) -> range:
-        """Positions of the group for which a rank runs attention."""
+        """Return the positions of the group for which a rank runs attention."""
         if self.exchange == "heads":
             return range(self.token_ids.size)
         own = self.token_ids.size // self.placement.num_ranks
@@ -110,7 +110,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @dataclass(frozen=True)
 class Token:
-    """What is known of a position of the group."""
+    """The data of one position of the group."""
 
     token_id: int
     label: int
@@ -120,11 +120,11 @@ class Token:
     depth: int
     """Position in its document."""
     used: bool
-    """Whether a document of the corpus is there."""
+    """Whether a document covers the position."""
 
 
 def plain_tokens(case: Case) -> list[Token]:
-    """Every position of the group's sequences, one after the other."""
+    """Return all positions of the group's sequences in order."""
     tokens: list[Token] = []
     for ids, documents, filled in zip(
         case.token_ids.tolist(), case.document_ids.tolist(), case.filled.tolist(), strict=True
@@ -152,7 +152,7 @@ def plain_tokens(case: Case) -> list[Token]:
 
 
 def rows_by_tower(batch: MicroBatch) -> list[list[int]]:
-    """Per tower, the slots of a rank's stream that hold tokens."""
+    """Return, per tower, the slots of a rank's stream that contain tokens."""
     begins = [0, *accumulate(batch.tower_slots)]
     return [
         list(range(begin, begin + tokens))
@@ -181,7 +181,7 @@ def test_every_token_is_on_one_rank(case: Case) -> None:
 
 
 @given(cases())
-def test_a_split_tower_is_cut_by_its_shares(case: Case) -> None:
+def test_split_tower_is_divided_by_its_shares(case: Case) -> None:
     tokens, shards = plain_tokens(case), case.shards()
     for tower in range(case.placement.num_towers):
         of_tower = [position for position, token in enumerate(tokens) if token.tower == tower]
@@ -192,7 +192,7 @@ def test_a_split_tower_is_cut_by_its_shares(case: Case) -> None:
 
 
 @given(cases())
-def test_padding_slots_come_behind_a_towers_tokens(case: Case) -> None:
+def test_padding_slots_follow_the_tokens_of_each_tower(case: Case) -> None:
     for batch in case.shards():
         for slots, tokens in zip(batch.tower_slots, batch.tower_tokens, strict=True):
             assert slots % case.slot_multiple == 0
@@ -207,7 +207,7 @@ def test_padding_slots_come_behind_a_towers_tokens(case: Case) -> None:
 
 
 @given(cases())
-def test_the_ranks_counts_sum_to_the_groups(case: Case) -> None:
+def test_counts_of_ranks_sum_to_the_counts_of_the_group(case: Case) -> None:
     tokens, shards = plain_tokens(case), case.shards()
 
     def summed(counts: Sequence[Sequence[int]]) -> list[int]:
@@ -224,7 +224,7 @@ def test_the_ranks_counts_sum_to_the_groups(case: Case) -> None:
 
 
 @given(cases())
-def test_a_rank_attends_with_its_sequences_positions(case: Case) -> None:
+def test_attention_uses_the_positions_of_the_ranks_sequences(case: Case) -> None:
     tokens = plain_tokens(case)
     for rank, batch in enumerate(case.shards()):
         attended = case.attended(rank)
@@ -240,7 +240,7 @@ def plan_of(batch: MicroBatch) -> ExchangePlan:
 
 
 def sent_rows(case: Case, batch: MicroBatch) -> list[list[int]]:
-    """Per receiving rank, the positions of the rows that a rank sends it, as its plan says."""
+    """Return, per receiving rank, the positions of the rows that the rank's plan sends to it."""
     plan = plan_of(batch)
     sent: list[list[int]] = [[] for _ in range(case.placement.num_ranks)]
     for slots, counts in zip(rows_by_tower(batch), plan.send_rows, strict=True):
@@ -258,7 +258,7 @@ def sent_rows(case: Case, batch: MicroBatch) -> list[list[int]]:
 
 
 @given(cases())
-def test_what_a_rank_sends_is_what_the_other_receives(case: Case) -> None:
+def test_sent_rows_equal_received_rows(case: Case) -> None:
     plans = [plan_of(batch) for batch in case.shards()]
     for sender, plan in enumerate(plans):
         assert len(plan.send_rows) == case.placement.num_towers
@@ -269,14 +269,14 @@ def test_what_a_rank_sends_is_what_the_other_receives(case: Case) -> None:
 
 
 @given(cases())
-def test_the_exchange_brings_rows_to_their_positions_and_back(case: Case) -> None:
+def test_exchange_moves_rows_to_their_positions_and_back(case: Case) -> None:
     shards = case.shards()
     sent = [sent_rows(case, batch) for batch in shards]
     for rank, batch in enumerate(shards):
         plan = plan_of(batch)
         arrived = [row for rows in sent for row in rows[rank]]
         assert [arrived[index] for index in plan.position_index] == list(case.attended(rank))
-        # The way back: positions in the order in which they arrived, cut by where they came from.
+        # Return trip: positions in order of arrival, split by the rank they came from.
         returned = [case.attended(rank)[index] for index in plan.arrival_index]
         bounds = [0, *accumulate(plan.receive_rows)]
         for sender, (begin, end) in enumerate(pairwise(bounds)):
@@ -284,7 +284,7 @@ def test_the_exchange_brings_rows_to_their_positions_and_back(case: Case) -> Non
 
 
 @pytest.mark.parametrize("exchange", ["sequence", "heads"])
-def test_a_group_worked_by_hand(exchange: Exchange) -> None:
+def test_hand_computed_group(exchange: Exchange) -> None:
     # Two ranks with one sequence each; ids 0..4 are tower 0's, 5..9 tower 1's. Rank 0 holds tower 0
     # and a third of tower 1, whose tokens are at positions 1, 2 and 6.
     case = Case(

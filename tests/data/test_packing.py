@@ -1,4 +1,4 @@
-"""Packing against a brute-force reference, its promises, and how full the sequences get."""
+"""Packing compared with a brute-force reference, its guarantees, and how full sequences get."""
 
 import sys
 from itertools import combinations
@@ -17,7 +17,7 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60)
 
 
 def reference_pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The rule in plain words, 2.5 mean documents included: bins of document numbers."""
+    """Pack by the documented rule in plain Python; return the document numbers of each bin."""
     left = list(range(len(lengths)))
     bins = []
     while left:
@@ -37,7 +37,7 @@ def reference_pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def best_pair(lengths: list[int], room: int) -> tuple[int, ...]:
-    """Nearest to room in sum, then with the smallest larger part; longer one first."""
+    """Return the pair with the largest sum within room, most equal on ties, longer one first."""
     choices = [(length,) for length in set(lengths) if length <= room]
     choices += [
         tuple(sorted(pair, reverse=True)) for pair in combinations(lengths, 2) if sum(pair) <= room
@@ -55,7 +55,7 @@ def test_equals_the_reference(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 4095, 4096, 4097, 300_000])
-def test_equals_the_reference_at_the_edges_of_the_bitmaps(capacity: int) -> None:
+def test_equals_the_reference_near_bitmap_boundaries(capacity: int) -> None:
     generator = np.random.default_rng(capacity)
     lengths = generator.integers(max(1, capacity // 20), capacity // 3 + 2, 100)
     lengths = np.minimum(lengths, capacity)
@@ -64,7 +64,7 @@ def test_equals_the_reference_at_the_edges_of_the_bitmaps(capacity: int) -> None
 
 
 @given(LENGTHS, st.integers(0, 2**31), st.integers(0, 5))
-def test_every_document_once_whole_and_within_capacity(
+def test_every_document_is_packed_once_unsplit_within_capacity(
     lengths: list[int], seed: int, epoch: int
 ) -> None:
     packing = pack_epoch(np.array(lengths), CAPACITY, seed=seed, epoch=epoch)
@@ -83,7 +83,7 @@ def test_epochs_differ_and_repeat() -> None:
     assert bins_of(pack_epoch(lengths, CAPACITY, seed=4, epoch=0)) != first
 
 
-def test_an_epoch_shuffles_the_bins_of_the_core() -> None:
+def test_epoch_shuffles_the_bins_of_the_native_packer() -> None:
     lengths = np.random.default_rng(0).integers(1, CAPACITY, 200)
     documents = np.random.default_rng([3, 1]).permutation(200)
     packing = pack(lengths[documents], CAPACITY)
@@ -104,7 +104,7 @@ def test_fills_more_than_99_percent(capacity: int, median: int, spread: float) -
 
 
 def test_bins_stay_mixed() -> None:
-    """Bins of 2048 hold about 16 documents: were they sorted, mean lengths would spread 4-fold."""
+    """Bins of 2048 hold about 16 documents. Sorting would spread their mean lengths 4-fold."""
     generator = np.random.default_rng(0)
     lengths = np.rint(generator.lognormal(np.log(130), 0.26, 20_000)).astype(np.int64)
     packing = pack_epoch(lengths, 2048, seed=0, epoch=0)
@@ -121,7 +121,7 @@ def test_bins_stay_mixed() -> None:
         ([], "corpus: no documents"),
     ],
 )
-def test_bad_lengths_name_the_document(lengths: list[int], message: str) -> None:
+def test_error_names_the_document_with_a_bad_length(lengths: list[int], message: str) -> None:
     array = np.array(lengths, dtype=np.int64)
     with pytest.raises(DataError, match=message):
         pack(array, CAPACITY, "corpus")

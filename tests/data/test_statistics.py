@@ -100,7 +100,7 @@ def test_without_most_common(tmp_path: Path) -> None:
     assert found.without_most_common.unigram == pytest.approx(expected, abs=0.03)
 
 
-def test_unseen_tokens_stay_possible(tmp_path: Path) -> None:
+def test_unseen_tokens_have_nonzero_probability(tmp_path: Path) -> None:
     train, held = np.zeros((4, 16), np.int64), np.full((4, 16), 3)
     found = measure(tmp_path / "c", train, held).all_tokens
     # 60 zeros counted: P(3) = 0.1 / (60 + 4 * 0.1)

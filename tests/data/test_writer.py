@@ -1,4 +1,4 @@
-"""The corpus writer: what it writes, what it refuses, and that nothing half-written stays."""
+"""The corpus writer: its files, the input it rejects, and that errors leave no partial output."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ PRINTABLE = st.characters(exclude_categories=["Cc", "Cs"])
 def assert_refused(
     parent: Path, message: str, write: Callable[[CorpusWriter], object], **settings: Any
 ) -> None:
-    """Writing a good document and then ``write`` fails with this line and leaves no file."""
+    """Assert that ``write``, after a valid document, fails with ``message`` and leaves no file."""
 
     def run() -> None:
         with writer(parent / "corpus", **settings) as corpus:
@@ -42,7 +42,7 @@ def assert_refused(
 
 @contextmanager
 def file_size_limit(limit_bytes: int) -> Iterator[None]:
-    """Writing beyond the limit fails as on a full disk, with another errno (EFBIG)."""
+    """Limit the file size, so writes fail as on a full disk but with a different errno (EFBIG)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
@@ -51,7 +51,7 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_segments_come_back_and_are_counted(tmp_path: Path) -> None:
+def test_segments_round_trip_and_are_counted(tmp_path: Path) -> None:
     with writer(tmp_path / "corpus") as corpus:
         corpus.add("train", [("text", [1, 3]), ("image", np.array([100, 159])), ("text", [4])])
         corpus.add("train", [("speech", [199])])
@@ -131,17 +131,17 @@ def test_description_survives_toml(name: str, licences: dict[str, str]) -> None:
         ([("text", np.zeros((2, 2), int))], r"shape \(2, 2\)"),
     ],
 )
-def test_bad_segments_are_refused(tmp_path: Path, segments: list, message: str) -> None:
+def test_bad_segments_are_rejected(tmp_path: Path, segments: list, message: str) -> None:
     assert_refused(tmp_path, message, lambda corpus: corpus.add("train", segments))
 
 
 @pytest.mark.parametrize(("ids", "message"), [([200], "token id 200"), ([], "empty")])
-def test_bad_documents_are_refused(tmp_path: Path, ids: list[int], message: str) -> None:
+def test_bad_documents_are_rejected(tmp_path: Path, ids: list[int], message: str) -> None:
     message = f"document 1 of split train: {message}"
     assert_refused(tmp_path, message, lambda corpus: corpus.add_document("train", np.array(ids)))
 
 
-def test_an_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
+def test_error_in_the_with_block_leaves_no_files(tmp_path: Path) -> None:
     def run() -> None:
         with writer(tmp_path / "corpus") as corpus:
             corpus.add("train", [("text", [1])])
@@ -158,20 +158,20 @@ def test_no_documents_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_corpus_is_kept(tmp_path: Path) -> None:
+def test_existing_corpus_is_not_overwritten(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", train=[np.array([1])])
     with pytest.raises(DataError, match="exists already"), writer(tmp_path / "corpus"):
         pytest.fail("entered")
     assert Corpus.open(tmp_path / "corpus").split("train")[0].tolist() == [1]
 
 
-def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
+def test_empty_directory_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     assert len(write_corpus(tmp_path / "corpus", train=[np.array([1])]).split("train")) == 1
 
 
 @pytest.mark.parametrize("documents", [1, 40])  # refused on closing; while adding
-def test_no_room_for_tokens(tmp_path: Path, documents: int) -> None:
+def test_full_disk_while_writing_tokens(tmp_path: Path, documents: int) -> None:
     def write(corpus: CorpusWriter) -> None:
         for _ in range(documents):
             corpus.add_document("train", np.zeros(3000, int))  # 6000 bytes
@@ -198,11 +198,11 @@ def test_full_disk_while_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["../outside", "corpus.toml", "train.bin", "a/b"])
-def test_file_names_that_would_clash(tmp_path: Path, name: str) -> None:
+def test_conflicting_file_names_are_rejected(tmp_path: Path, name: str) -> None:
     assert_refused(tmp_path, "cannot add a file", lambda corpus: corpus.add_file(name, b""))
 
 
-def test_a_file_is_added_once(tmp_path: Path) -> None:
+def test_adding_a_file_twice_is_rejected(tmp_path: Path) -> None:
     def write(corpus: CorpusWriter) -> None:
         corpus.add_file("codebook", b"1")
         corpus.add_file("codebook", b"2")
@@ -210,7 +210,7 @@ def test_a_file_is_added_once(tmp_path: Path) -> None:
     assert_refused(tmp_path, "file 'codebook' was added twice", write)
 
 
-def test_a_codebook_must_be_added(tmp_path: Path) -> None:
+def test_missing_codebook_is_rejected(tmp_path: Path) -> None:
     text = Modality(name="text", first_id=0, size=9, codec="bpe", codebook="codebook")
     message = "codebook 'codebook' of modality text was not added"
     assert_refused(tmp_path, message, lambda _: None, modalities=[text])

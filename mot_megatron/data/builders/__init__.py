@@ -1,1 +1,1 @@
-"""Builders of corpora from real data; each writes a corpus directory through ``CorpusWriter``."""
+"""Builders that turn real data into corpora; each writes its directory with ``CorpusWriter``."""

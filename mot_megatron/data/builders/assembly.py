@@ -1,7 +1,8 @@
-"""From drafts to a corpus: train the codebooks, code everything, write the documents.
+"""Corpus assembly: train the codebooks, encode the drafts, and write the documents.
 
-A document is ``<bos>``, its segments in random order, ``<eos>``; a segment is ``<language> text``,
-``<boi> 64 ids <eoi>`` or ``<boa> ids <eoa>``. Codebooks see the training split only.
+A document is ``<bos>``, then its segments in random order, then ``<eos>``. A segment is
+``<language> text``, ``<boi> 64 ids <eoi>`` or ``<boa> ids <eoa>``. Codebooks are trained on the
+training split only.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from mot_megatron.errors import DataError
 
 TEXT_IDS, IMAGE_IDS, SPEECH_IDS = 4096, 1024, 500
 LONGEST_SPEECH_UNITS = 200
-"""8 s; what is longer is cut."""
+"""Maximum length of a speech segment, 8 s; longer ones are truncated."""
 SAMPLES_FILE = "samples.npz"
-"""Held-out pictures as they were before coding, to set beside their reconstructions."""
+"""File of held-out pictures before encoding, for comparison with their reconstructions."""
 NUM_SAMPLES = 96
 _PICTURES_PER_SLICE, _UNITS_PER_SLICE = 1 << 13, 1 << 18
-"""Coded at a time: float32 copies of millions of vectors at once would not fit in memory. Multiples
-of the codebooks' own slices, so that slicing changes no sum's order."""
+"""Items encoded at a time, since float32 copies of millions of vectors would not fit in memory.
+Multiples of the slice size in ``kmeans``, so slicing here does not change the order of any sum."""
 _DELIMITERS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<boa>", "<eoa>")
 _TEXT, _IMAGE, _SPEECH = "text", "image", "speech"
 
@@ -43,12 +44,12 @@ Segment = list[tuple[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Draft:
-    """A document before coding."""
+    """A document before encoding."""
 
     key: str
-    """Unique; decides the document's random numbers."""
+    """Unique key, which seeds the document's random generators."""
     concept: str
-    """What it is about; all documents of a concept are in one split."""
+    """Subject of the document. All documents of a concept are in the same split."""
     language: str
     text: str
     picture: np.ndarray | None = None
@@ -57,13 +58,13 @@ class Draft:
 
     @property
     def split(self) -> str:
-        """Name of the split the document belongs to."""
+        """Name of the document's split."""
         return split_of(self.concept)
 
 
 @dataclass(frozen=True)
 class _Coded:
-    """Drafts' ids, by the drafts' keys."""
+    """Token ids of the drafts, by draft key."""
 
     text: dict[str, list[int]]
     image: dict[str, np.ndarray]
@@ -79,7 +80,11 @@ def open_writer(
     languages: Sequence[str],
     licences: Mapping[str, str],
 ) -> CorpusWriter:
-    """A writer for a corpus of text, image and speech; fails at once if the directory is taken."""
+    """Return a writer for a corpus of text, images and speech.
+
+    Raises:
+        DataError: ``directory`` already exists and is not an empty directory.
+    """
     special = {token: index for index, token in enumerate(_special_tokens(languages))}
     modalities = [
         Modality(name=_TEXT, first_id=0, size=TEXT_IDS, codec="bpe", codebook="tokenizer.json"),
@@ -115,7 +120,7 @@ def open_writer(
 
 
 def language_token(language: str) -> str:
-    """The special token that begins text in ``language``."""
+    """Return the special token that precedes text in ``language``."""
     return f"<{language}>"
 
 
@@ -124,10 +129,10 @@ def _special_tokens(languages: Sequence[str]) -> list[str]:
 
 
 def write_documents(writer: CorpusWriter, drafts: Sequence[Draft]) -> None:
-    """Train the codebooks on the training drafts, code all drafts and add them to ``writer``.
+    """Train the codebooks on the training split, then encode all drafts and write them.
 
     Raises:
-        DataError: A split has no documents, there is too little to train a codebook on, or the
+        DataError: A split has no documents, there is too little data to train a codebook, or the
             disk is full.
     """
     for split in ("train", "validation"):
@@ -171,7 +176,7 @@ def _code_pictures(
 
 
 def _samples(drafts: Sequence[Draft]) -> np.ndarray:
-    """One held-out picture of each concept, spread over all of them, [n, 32, 32, 3]."""
+    """Return held-out pictures of evenly spaced concepts, one each, [n, 32, 32, 3]."""
     by_concept: dict[str, np.ndarray] = {}
     for draft in drafts:
         if draft.split == "validation" and draft.picture is not None:
@@ -201,7 +206,7 @@ def _code_speech(
 def _encode(
     codec: PatchCodec | UnitCodec, items: np.ndarray, per_slice: int, description: str
 ) -> np.ndarray:
-    """Ids of ``items``, coded ``per_slice`` at a time."""
+    """Return the ids of ``items``, encoding ``per_slice`` items at a time."""
     starts = range(0, len(items), per_slice)
     bar = tqdm(starts, desc=f"coding {description}", ncols=100)
     return np.concatenate([codec.encode(items[start : start + per_slice]) for start in bar])

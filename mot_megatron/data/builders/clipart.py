@@ -1,7 +1,7 @@
-"""Clip art: drawings with a title and keywords, from the Debian package openclipart-svg.
+"""Clip art: drawings with titles and keywords, from the Debian package openclipart-svg.
 
-Many of its titles name the collection a drawing came in rather than what it shows. Such a title
-gives itself away by standing in many files or saying so; their drawings are left out.
+Many titles name the collection that a drawing came from rather than what it shows. Such a title
+usually occurs in many files or contains a word such as "collection"; these drawings are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _AUTHOR = re.compile(r"^clipart by [^-]+ - ", re.IGNORECASE)
 _COLLECTION = re.compile(r"\b(collection|clip ?arts?|theme|iconset|submission)\b", re.IGNORECASE)
 _LETTERS = re.compile(r"[^\W\d_]{3}")
 _FILES_PER_TITLE, _FILES_PER_SIGNED_TITLE = 15, 2
-"""More files with one title are a collection; its author's name in it is a sign of one, too."""
+"""Maximum number of files with the same title; more are taken to be a collection. The limit is
+lower for titles that begin with the author's name, which are often titles of collections."""
 _LONGEST_TITLE = 60
 _NO_KEYWORD = {"hash", "unsorted", "special"}
 _NEVER_MIRRORED = {"flag", "sign", "symbol", "arrow", "map", "letter", "led", "text", "roadsign"}
@@ -36,24 +37,24 @@ _NEVER_MIRRORED = {"flag", "sign", "symbol", "arrow", "map", "letter", "led", "t
 
 @dataclass(frozen=True)
 class ClipArt:
-    """One drawing."""
+    """A drawing with its title and keywords."""
 
     name: str
-    """Of its file, relative to the package's folder."""
+    """File name, relative to the package's folder of drawings."""
     title: str
     keywords: tuple[str, ...]
 
     @property
     def may_mirror(self) -> bool:
-        """Whether it shows the same thing mirrored: no writing, no direction."""
+        """Whether the mirrored drawing shows the same thing (it has no writing or direction)."""
         return _NEVER_MIRRORED.isdisjoint(self.keywords)
 
 
 def read_package(path: Path) -> dict[str, bytes]:
-    """The package's drawings; names are relative to its folder of them.
+    """Return the package's drawings by name, relative to its folder of drawings.
 
     Raises:
-        DataError: The file is missing, damaged, or another package.
+        DataError: The file is missing, damaged, or a different package.
     """
     files = read_deb(path, lambda name: name.startswith(_FOLDER) and name.endswith(".svg"))
     if not files:
@@ -62,7 +63,7 @@ def read_package(path: Path) -> dict[str, bytes]:
 
 
 def list_clip_art(files: Mapping[str, bytes]) -> list[ClipArt]:
-    """Drawings in the public domain whose title says what they show, by name."""
+    """List the public-domain drawings whose titles describe what they show, sorted by name."""
     texts = {name: files[name].decode("utf-8", "replace") for name in sorted(files)}
     titles = {name: _title(text) for name, text in texts.items()}
     repeated = Counter(titles.values())
@@ -91,9 +92,9 @@ def _keywords(text: str) -> tuple[str, ...]:
 
 
 def draw_clip_art(tasks: list[tuple[str, bytes]]) -> list[np.ndarray | None]:
-    """Masters of drawings, given as names and contents; None where a file draws nothing.
+    """Render the masters of drawings, given as (name, content); None if one cannot be rendered.
 
-    The package holds some that are empty or broken, which is no reason to go without the others.
+    The package contains a few empty or broken files, which should not fail the whole build.
     """
     masters: list[np.ndarray | None] = []
     for name, content in tasks:

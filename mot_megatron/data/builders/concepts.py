@@ -1,7 +1,7 @@
-"""What belongs together belongs to one split: things that share any content are one concept.
+"""Concepts: items that share any content form one concept, which is kept within one split.
 
-Sources repeat themselves under several names (a flag drawn for two countries, one recording for
-two stamps); a split by name would validate on what training has seen.
+Sources repeat content under several names (the same flag for two countries, one recording for two
+stamps). Splitting by name would therefore put training content into the validation split.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ _ARTICLES = {"a", "an", "the", "some"}
 
 
 def name_words(name: str) -> str:
-    """What an English name names: its words without articles, numbers and remarks in brackets.
+    """Normalize an English name: drop articles, numbers and remarks in parentheses.
 
-    ``The dogs (2)`` and ``dogs 3`` are the same, ``a dog`` is not.
+    ``The dogs (2)`` and ``dogs 3`` give the same result; ``a dog`` does not.
     """
     words = _WORD.findall(_REMARK.sub(" ", name.lower()))
     return " ".join(word for word in words if word not in _ARTICLES) or name.lower()
 
 
 def join_concepts(marks: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Name of each thing -> its concept, the least name among all it is connected with.
+    """Map the name of each item to its concept.
+
+    Items that share a mark are connected, directly or through other items. The concept of a
+    connected set is its alphabetically first name.
 
     Args:
-        marks: Name -> what identifies its contents, such as captions and digests. Two things with
-            a mark in common are connected; so are things connected with a third.
+        marks: Name -> marks that identify the item's content, such as captions and digests.
     """
     parent = {name: name for name in marks}
 

@@ -1,4 +1,7 @@
-"""Reads a Debian package without installing it: an ar archive that holds a tar of its files."""
+"""Reading of Debian packages without installing them.
+
+A .deb is an ar archive that contains a tar archive of the package's files.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ _COMPRESSIONS = {".xz": "xz", ".gz": "gz", ".bz2": "bz2", "": ""}
 
 
 def read_deb(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Contents of the files of a package, in memory.
+    """Read files of a package into memory.
 
     Args:
         path: The .deb file.
-        wanted: Whether to keep the file of this name; names have no leading ``./``.
+        wanted: Predicate on the file name that selects files. Names have no leading ``./``.
 
     Returns:
         Name -> content.
 
     Raises:
-        DataError: The file is missing, no .deb, truncated, or compressed in an unknown way.
+        DataError: The file is missing, not a .deb, truncated, or uses an unsupported compression.
     """
     try:
         with path.open("rb") as stream:
@@ -42,7 +45,7 @@ def read_deb(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
 
 
 def _find_data(stream: BinaryIO, path: Path) -> tuple[str, int]:
-    """Move ``stream`` to the tar of files; its compression's suffix and its size in bytes."""
+    """Seek ``stream`` to the data tar; return its compression suffix and its size in bytes."""
     if stream.read(len(_MAGIC)) != _MAGIC:
         raise DataError(f"{path}: not a .deb (an ar archive begins with '!<arch>')")
     while len(header := stream.read(_HEADER_BYTES)) == _HEADER_BYTES:
@@ -53,11 +56,11 @@ def _find_data(stream: BinaryIO, path: Path) -> tuple[str, int]:
             suffix = name.removeprefix("data.tar")
             if suffix not in _COMPRESSIONS:
                 raise DataError(
-                    f"{path}: {name} is compressed in a way this reader lacks, expected one of "
+                    f"{path}: {name} has an unsupported compression, expected one of "
                     f"{['data.tar' + known for known in _COMPRESSIONS]}"
                 )
             return suffix, int(size)
-        stream.seek(int(size) + int(size) % 2, 1)  # members begin at even places
+        stream.seek(int(size) + int(size) % 2, 1)  # members start at even offsets
     raise DataError(f"{path}: no data.tar inside, not a .deb or truncated")
 
 
@@ -73,13 +76,17 @@ def _read_tar(member: _Member, suffix: str, wanted: Callable[[str], bool]) -> di
 
 
 class _Member:
-    """The next ``size`` bytes of a stream as a file of their own, counted by a progress bar."""
+    """A file-like view of the next ``size`` bytes of a stream, with a progress bar."""
 
     def __init__(self, stream: BinaryIO, size: int, bar: tqdm) -> None:
         self._stream, self._left, self._bar = stream, size, bar
 
     def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; EOFError where the stream ends before the member does."""
+        """Read at most ``size`` bytes.
+
+        Raises:
+            EOFError: The stream ends before the member does.
+        """
         expected = min(size, self._left)
         content = self._stream.read(expected)
         if len(content) < expected:

@@ -1,8 +1,8 @@
-"""Speech synthesis by libespeak-ng through ctypes: no subprocess, no audio device.
+"""Speech synthesis with libespeak-ng through ctypes, without a subprocess or an audio device.
 
-The library keeps state in static memory (phases, noise) that even espeak_Terminate does not
-clear, so what it says depends on all it said before. A ``Speaker`` therefore loads a private copy
-of the library: the same sentences in the same order always give the same samples.
+The library keeps state (phases, noise) in static memory that even espeak_Terminate does not clear,
+so its output depends on everything it has synthesized before. Each ``Speaker`` therefore loads a
+private copy of the library, so the same sentences in the same order give the same samples.
 """
 
 from __future__ import annotations
@@ -29,35 +29,37 @@ _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
 VARIANTS = ("", "+f1", "+f4", "+m1", "+m2", "+m3", "+m4", "+m5")
-"""Speakers that every language has; none with breath, whose noise differs from run to run."""
+"""Voice variants that exist for every language. Variants with breath are excluded, because their
+noise differs between runs."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A sentence and how to say it."""
+    """A sentence to synthesize, with its voice, pace and pitch."""
 
     text: str
     voice: str
-    """A language of espeak-ng, and one of ``VARIANTS``."""
+    """A language of espeak-ng followed by one of ``VARIANTS``."""
     words_per_minute: int
     pitch: int
-    """0 to 100."""
+    """Pitch, from 0 to 100."""
 
 
 def random_utterance(text: str, voice: str, random: np.random.Generator) -> Utterance:
-    """``text`` in language ``voice`` by a random speaker, at a random pace and pitch."""
+    """Return ``text`` in language ``voice`` with a random variant, pace and pitch."""
     variant = VARIANTS[int(random.integers(len(VARIANTS)))]
     pace, pitch = int(random.integers(150, 211)), int(random.integers(35, 66))
     return Utterance(text, voice + variant, pace, pitch)
 
 
 class Speaker:
-    """One private copy of the library; a context manager."""
+    """A speech synthesizer with its own private copy of the library; a context manager."""
 
     def __init__(self) -> None:
         loader = optional_package("espeakng_loader", "espeakng-loader")
         with tempfile.TemporaryDirectory() as directory:
-            # Another file is another library to the linker; once loaded it needs no name.
+            # The dynamic linker treats a copy as a separate library. Once it is loaded, the file
+            # can be deleted.
             copy = Path(shutil.copy(loader.get_library_path(), directory))
             self._library = ctypes.CDLL(str(copy))
         data = Path(loader.get_data_path()).parent
@@ -65,7 +67,7 @@ class Speaker:
             self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), 0)
         )
         if self.sample_rate <= 0:
-            raise DataError(f"{data}: espeak-ng finds no voices there")
+            raise DataError(f"{data}: espeak-ng found no voices in this directory")
         self._parts: list[np.ndarray] = []
         self._callback = _CALLBACK(self._receive)
         self._library.espeak_SetSynthCallback(self._callback)
@@ -87,10 +89,13 @@ class Speaker:
         return 0
 
     def say(self, utterance: Utterance) -> np.ndarray:
-        """The sound of ``utterance``, [n] float32 at 16 kHz, ends trimmed.
+        """Synthesize ``utterance``.
+
+        Returns:
+            [n] float32 at 16 kHz, with silence trimmed from both ends.
 
         Raises:
-            DataError: There is no such voice.
+            DataError: espeak-ng does not have the voice.
         """
         if self._library.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
             raise DataError(f"espeak-ng has no voice {utterance.voice!r}")
@@ -106,6 +111,6 @@ class Speaker:
 
 
 def speak(utterances: Sequence[Utterance]) -> list[SpeechFeatures]:
-    """Features of each utterance, said in this order by a fresh ``Speaker``."""
+    """Synthesize the utterances in order with a new ``Speaker`` and return their features."""
     with Speaker() as speaker:
         return [speech_features(speaker.say(utterance)) for utterance in utterances]

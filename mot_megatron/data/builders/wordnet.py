@@ -1,4 +1,4 @@
-"""WordNet's glosses: what a word means, in a sentence, from the Debian package wordnet-base."""
+"""WordNet glosses, one-sentence definitions of words, from the Debian package wordnet-base."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ _PARTS = {
     "data.adj": "adjective",
     "data.adv": "adverb",
 }
-"""File -> part of speech of what it lists."""
+"""File name -> part of speech of the words it lists."""
 _SYNTAX = re.compile(r"\((?:a|p|ip)\)$")
-"""Where an adjective may stand, written behind it."""
+"""Suffix of an adjective that gives the syntactic positions in which it may occur."""
 _MOST_WORDS = 3
 _LONGEST = 160
-"""Characters of a definition with its examples."""
+"""Maximum characters of a definition with its examples."""
 
 
 @dataclass(frozen=True)
 class Gloss:
-    """One meaning."""
+    """A meaning, with the words that have it."""
 
     name: str
-    """Unique: part of speech and place in the file."""
+    """Unique name: part of speech and offset in the file."""
     words: tuple[str, ...]
-    """The words that have this meaning, the usual one first; at most three."""
+    """At most three words that have this meaning, the most common first."""
     part: str
+    """Part of speech."""
     definition: str
     examples: tuple[str, ...]
-    """As many as keep the gloss short, in quotation marks."""
+    """Usage examples in quotation marks, as many as fit the maximum length."""
 
     @property
     def text(self) -> str:
-        """All of it in one line."""
+        """Words, part of speech, definition and examples in one line."""
         meaning = "; ".join((self.definition, *self.examples))
         return f"{', '.join(self.words)} ({self.part}): {meaning}"
 
     @property
     def sentence(self) -> str:
-        """What is said of it aloud: the word and its definition."""
+        """The sentence to speak: the first word and the definition."""
         return f"{self.words[0]}: {self.definition}"
 
 
 def read_package(path: Path) -> dict[str, bytes]:
-    """The package's four lists of meanings.
+    """Return the package's four data files by name.
 
     Raises:
-        DataError: The file is missing, damaged, or another package.
+        DataError: The file is missing, damaged, or a different package.
     """
     wanted = {_FOLDER + name for name in _PARTS}
     files = read_deb(path, wanted.__contains__)
@@ -65,8 +66,8 @@ def read_package(path: Path) -> dict[str, bytes]:
 
 
 def list_glosses(files: Mapping[str, bytes]) -> list[Gloss]:
-    """All meanings whose definition is not too long, in the order of the files."""
-    # The licence stands at the head of each file, indented.
+    """List the meanings whose definitions are not too long, in the order of the files."""
+    # Each file starts with the license, whose lines are indented.
     glosses = (
         _parse(line, part)
         for name, part in _PARTS.items()
@@ -77,7 +78,7 @@ def list_glosses(files: Mapping[str, bytes]) -> list[Gloss]:
 
 
 def _parse(line: str, part: str) -> Gloss:
-    """Line: ``offset file type count(hex) word id word id ... | definition; "example"; ...``."""
+    """Parse a line ``offset file type count(hex) word id word id ... | definition; "example"``."""
     fields, _, meaning = line.partition(" | ")
     offset, _, _, count, *rest = fields.split()
     words = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Worker processes of a builder: results come in the order of the tasks, under a progress bar."""
+"""Worker processes of the builders, with results in task order and progress bars."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Result = TypeVar("Result")
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """``workers`` processes; on an error or Ctrl-C tasks not yet begun are dropped."""
-    # Forked, and at the first submit: before this process has any threads. A spawned worker would
-    # import the entry point, and with it torch and megatron, which no worker needs.
+    """Yield a pool of ``workers`` processes. An error or Ctrl-C cancels the pending tasks."""
+    # Workers are forked, at the first submit and so before this process has any threads. A spawned
+    # worker would import the entry point, and with it torch and megatron, which no worker needs.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
@@ -31,21 +31,21 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_worker() -> None:
-    # Ctrl-C reaches the whole process group; the parent shuts the pool down.
+    # Ctrl-C signals the whole process group, but only the parent should shut the pool down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)
 
 
 @dataclass(frozen=True)
 class Stage(Generic[Result]):
-    """Tasks under way; ``results`` waits for them."""
+    """Submitted tasks; ``results`` waits for them."""
 
     futures: Sequence[Future[list[Result]]]
     items: int
     description: str
 
     def results(self) -> list[Result]:
-        """All results, in the order of the items, whatever order workers finished in."""
+        """Return all results in the order of the items, regardless of completion order."""
         collected: list[Result] = []
         with tqdm(total=self.items, desc=self.description, ncols=100) as bar:
             for future in self.futures:
@@ -62,9 +62,16 @@ def start_stage(
     chunk: int,
     description: str,
 ) -> Stage[Result]:
-    """Give ``function`` slices of ``chunk`` tasks; it returns one result per task.
+    """Submit the tasks to ``function`` in chunks; it returns one result per task.
 
-    The slices do not depend on the number of workers.
+    The chunks do not depend on the number of workers.
+
+    Args:
+        pool: Worker processes.
+        function: Maps a list of tasks to the list of their results.
+        tasks: All tasks.
+        chunk: Number of tasks per call of ``function``.
+        description: Label of the progress bar.
     """
     starts = range(0, len(tasks), chunk)
     futures = [pool.submit(function, list(tasks[start : start + chunk])) for start in starts]

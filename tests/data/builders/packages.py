@@ -1,4 +1,4 @@
-"""Small Debian packages made on the spot: stamps with recordings, clip art and glosses."""
+"""Small generated Debian packages: stamps with recordings, clip art and glosses."""
 
 import io
 import lzma
@@ -16,7 +16,7 @@ PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
 
 
 def picture(seed: int) -> bytes:
-    """A .png of random flat squares, part of it transparent."""
+    """Return a .png of random single-color squares, partly transparent."""
     random = np.random.default_rng(seed)
     pixels = np.repeat(np.repeat(random.integers(0, 255, (20, 20, 4)), 4, 0), 4, 1).astype(np.uint8)
     pixels[..., 3] = 255
@@ -27,7 +27,7 @@ def picture(seed: int) -> bytes:
 
 
 def recording(seed: int, seconds: float = 0.8) -> bytes:
-    """A .wav of noise whose color changes, at 22.05 kHz."""
+    """Return a .wav of noise with a changing spectrum at 22.05 kHz."""
     random = np.random.default_rng(seed)
     noise = random.normal(size=int(seconds * 22050))
     for _ in range(int(random.integers(1, 6))):
@@ -38,7 +38,7 @@ def recording(seed: int, seconds: float = 0.8) -> bytes:
 
 
 def ar(members: dict[str, bytes]) -> bytes:
-    """An ar archive."""
+    """Return an ar archive."""
     parts = [b"!<arch>\n"]
     for name, content in members.items():
         header = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n"
@@ -47,7 +47,7 @@ def ar(members: dict[str, bytes]) -> bytes:
 
 
 def deb(files: dict[str, bytes]) -> bytes:
-    """A .deb with these files."""
+    """Return a .deb with these files."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, content in files.items():
@@ -59,7 +59,7 @@ def deb(files: dict[str, bytes]) -> bytes:
 
 
 def thing(number: int) -> str:
-    """A made-up word of its own for every number below 676."""
+    """Return a unique made-up word for each number below 676."""
     return "zz" + "".join(chr(ord("a") + digit) for digit in divmod(number, 26))
 
 
@@ -79,7 +79,7 @@ def stamps_deb(path: Path, count: int) -> Path:
 
 
 def clip_art(title: str, *keywords: str, seed: int = 0, licence: str = PUBLIC_DOMAIN) -> bytes:
-    """A drawing of three random squares."""
+    """Return a drawing of three random squares."""
     random = np.random.default_rng(seed)
     squares = "".join(
         f'<rect x="{x}" y="{y}" width="40" height="30" fill="#{color:06x}"/>'
@@ -97,7 +97,7 @@ def clip_art(title: str, *keywords: str, seed: int = 0, licence: str = PUBLIC_DO
 
 
 def clip_art_deb(path: Path, count: int) -> Path:
-    """Write a package of ``count`` drawings, twenty of a collection and one that is broken."""
+    """Write a package of ``count`` drawings, twenty from a collection and one broken drawing."""
     files = {
         f"{thing(n)}.svg": clip_art(f"The {thing(n)} ({n})", "toy", seed=n) for n in range(count)
     }

@@ -1,4 +1,4 @@
-"""Whole builds, small: same bytes for any number of workers, and nothing left after an error."""
+"""Small complete builds: same bytes for any number of workers, and no files after an error."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tools import inspect_corpus, prepare_corpus
 pytestmark = pytest.mark.slow
 
 LIMIT = 110
-"""Emoji: enough for 500 speech units to be trained on, and for some to be held out."""
+"""Number of emoji, enough to train 500 speech units and to hold some emoji out."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_documents_are_well_formed(openmoji: Path) -> None:
     assert len(orders) > 1  # segments come in random order
 
 
-def test_text_comes_back(openmoji: Path) -> None:
+def test_text_round_trips(openmoji: Path) -> None:
     corpus = Corpus.open(openmoji)
     codec = load_codec(openmoji, corpus.description.modalities[0])
     document = corpus.split("train")[0]
@@ -66,11 +66,11 @@ def test_text_comes_back(openmoji: Path) -> None:
     assert name.strip()
 
 
-def test_another_seed_varies_documents(openmoji: Path, tmp_path: Path) -> None:
+def test_seed_changes_documents_but_not_splits(openmoji: Path, tmp_path: Path) -> None:
     build_openmoji(tmp_path / "other", seed=4, workers=2, limit=LIMIT)
     one, other = Corpus.open(openmoji), Corpus.open(tmp_path / "other")
     assert one.fingerprint != other.fingerprint
-    # what is held out hangs on the concepts alone
+    # the split depends only on the concepts
     counts = [corpus.description.splits["validation"].documents for corpus in (one, other)]
     assert counts[0] == counts[1]
 
@@ -82,12 +82,12 @@ def test_stamps(tmp_path: Path) -> None:
     assert content(tmp_path / "one") == content(tmp_path / "two")
     corpus = Corpus.open(tmp_path / "one")
     splits = corpus.description.splits
-    # English and French of each; xx is no language of the corpus
+    # English and French for each; xx is not a language of the corpus
     assert sum(counts.documents for counts in splits.values()) == 120
     assert all(counts.tokens_per_modality["speech"] for counts in splits.values())
 
 
-def test_errors_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_leave_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.deb"
     other.write_bytes(deb({"usr/bin/thing": b""}))
     taken = tmp_path / "taken"
@@ -111,7 +111,7 @@ def test_errors_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 
-def test_package_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(module: str) -> None:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 

@@ -1,4 +1,4 @@
-"""The mixed corpus: clip art and glosses, and that one concept is in one split of all sources."""
+"""The mixed corpus: clip art, glosses, and that each concept is in one split across sources."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ from tools import prepare_corpus
 pytestmark = pytest.mark.slow
 
 THINGS = 60
-"""Of every source: enough to train the codebooks on, and for some to be held out."""
+"""Items per source, enough to train the codebooks and to hold some items out."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def mixed(packages: DebPackages, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def texts(directory: Path) -> dict[str, list[str]]:
-    """Split -> the text of each of its documents."""
+    """Return the texts of the documents of each split."""
     corpus = Corpus.open(directory)
     codec = load_codec(directory, corpus.description.modalities[0])
     kinds = corpus.description.modality_of_id
@@ -81,16 +81,16 @@ def test_every_source_is_in_both_splits(mixed: Path) -> None:
     for documents in texts(mixed).values():
         for pattern in (r"^Un zz..$", r"^The zz.. \(\d+\)", r"^zz.., toy thing \(noun\): a toy"):
             assert any(re.search(pattern, text) for text in documents), pattern
-        # only the names of emoji have no made-up word
+        # only emoji names contain no made-up word
         assert any("zz" not in text for text in documents)
 
 
-def test_junk_is_left_out(mixed: Path) -> None:
+def test_unusable_titles_are_skipped(mixed: Path) -> None:
     every = [text for documents in texts(mixed).values() for text in documents]
     assert not [text for text in every if "pack" in text.lower() or "broken" in text.lower()]
 
 
-def test_only_training_repeats_drawings(mixed: Path) -> None:
+def test_only_the_training_split_repeats_drawings(mixed: Path) -> None:
     found = texts(mixed)
     counts = {
         split: [
@@ -115,7 +115,7 @@ def test_kinds_of_documents(mixed: Path) -> None:
     assert seen == {(0,), (0, 1), (0, 2), (0, 1, 2)}
 
 
-def test_wrong_packages_are_named(
+def test_error_names_a_wrong_package(
     packages: DebPackages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.deb"
@@ -154,7 +154,7 @@ def test_clip_art_titles() -> None:
     assert [found[name].may_mirror for name in ("a.svg", "b.svg")] == [True, False]
 
 
-def test_clip_art_that_draws_nothing() -> None:
+def test_clip_art_that_cannot_be_rendered_is_none() -> None:
     good = clip_art("bird")
     masters = draw_clip_art([("a", good), ("b", good[:-9]), ("c", b"<svg/>")])
     assert masters[0] is not None
@@ -189,11 +189,11 @@ def test_glosses() -> None:
 def test_name_words() -> None:
     assert name_words("The dogs (2)") == name_words("dogs 3") == "dogs"
     assert name_words("A dog.") == "dog"
-    # nothing is left, but they are no one thing
+    # no words are left, but these are different things
     assert name_words("24") != name_words("25")
 
 
-def test_strong_variation_keeps_white_and_grey() -> None:
+def test_strong_variation_keeps_white_and_gray() -> None:
     master = np.full((64, 64, 3), 255, np.uint8)
     master[20:44, 20:44] = 100
     varied = [vary_strongly(master, generator(0, str(key)), mirror=True) for key in range(8)]

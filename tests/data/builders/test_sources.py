@@ -1,4 +1,4 @@
-"""What corpora are built from: packages, splits, pictures and voices."""
+"""The parts that builders share: packages, splits, pictures and voices."""
 
 import shutil
 from pathlib import Path
@@ -31,30 +31,30 @@ def test_deb_is_read(tmp_path: Path) -> None:
     [
         (b"PK\x03\x04", "not a .deb"),
         (ar({"debian-binary": b"2.0\n"}), r"no data\.tar inside"),
-        (ar({"data.tar.zst": b""}), r"data\.tar\.zst is compressed in a way"),
+        (ar({"data.tar.zst": b""}), r"data\.tar\.zst has an unsupported compression"),
         (ar({"data.tar.xz": b"rubbish"}), "damaged or truncated"),
         (deb({"usr/a": b"x" * 5000})[:-40], "damaged or truncated"),
         (b"!<arch>\n" + b"data.tar.xz" + b" " * 49, "has size"),
     ],
 )
-def test_bad_deb_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_error_names_a_bad_deb(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.deb"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"bad\.deb: .*{message}"):
         read_deb(path, lambda _: True)
 
 
-def test_missing_deb_is_named(tmp_path: Path) -> None:
+def test_error_names_a_missing_deb(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.deb: No such file"):
         read_deb(tmp_path / "none.deb", lambda _: True)
 
 
-def test_missing_package_is_named() -> None:
-    with pytest.raises(DataError, match="package no-such-thing is not installed; pip install"):
+def test_error_names_a_missing_package() -> None:
+    with pytest.raises(DataError, match="package no-such-thing is not installed; run pip install"):
         optional_package("no_such_thing", "no-such-thing")
 
 
-def test_pictures_do_not_depend_on_the_fonts_of_a_machine(
+def test_pictures_do_not_depend_on_system_fonts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fonts = tmp_path / ".fonts"
@@ -65,11 +65,11 @@ def test_pictures_do_not_depend_on_the_fonts_of_a_machine(
     drawing = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 99 99">{text}</svg>'
     with_fonts = optional_package("resvg_py", "resvg_py").svg_to_bytes(svg_string=drawing)
     assert not (read_picture(bytes(with_fonts), "a.svg") == 255).all()
-    with pytest.raises(DataError, match=r"a\.svg: nothing to see"):
+    with pytest.raises(DataError, match=r"a\.svg: the picture is fully transparent"):
         render_svg(drawing, "a.svg")
 
 
-def test_split_hangs_on_the_concept_alone() -> None:
+def test_split_depends_only_on_the_concept() -> None:
     splits = [split_of(f"concept {number}") for number in range(5000)]
     assert 0.05 < splits.count("validation") / 5000 < 0.07  # 6%, standard error 0.3%
     assert splits == [split_of(f"concept {number}") for number in range(5000)]
@@ -84,7 +84,7 @@ def test_generators_differ_by_key_and_seed() -> None:
     assert len(draws) == 6
 
 
-def test_concepts_are_joined_through_others() -> None:
+def test_concepts_are_joined_transitively() -> None:
     marks = {"d": ["1"], "b": ["2", "3"], "c": ["3"], "a": ["4"], "e": ["1", "2"]}
     assert join_concepts(marks) == {"a": "a", "b": "b", "c": "b", "d": "b", "e": "b"}
 
@@ -99,7 +99,7 @@ def test_emoji_tones_share_a_name() -> None:
     assert (thumb.base_name, thumb.has_tone) == ("thumbs_up", False)
     assert (dark.base_name, dark.has_tone) == ("thumbs_up", True)
     assert dark.names["fr"].startswith("pouce vers le haut")
-    # two people, two tones: the package names the people only then
+    # the package names the people only if there are two with different tones
     plain = {each.base_name for each in emoji if not each.has_tone}
     assert {each.base_name for each in emoji if each.has_tone} <= plain
 
@@ -131,7 +131,7 @@ def test_stamps_are_listed_and_joined() -> None:
     assert stamps["b"].picture == "b.svg"
     assert stamps["g"].recordings == {}
     assert [stamps[name].may_mirror for name in "ac"] == [True, False]
-    # a and b by their caption's words, a and c by a recording
+    # a and b share their caption's words, a and c a recording
     assert concepts_of(stamps.values(), files) == {"a": "a", "b": "a", "c": "a", "g": "g"}
 
 
@@ -142,7 +142,7 @@ def test_pictures() -> None:
     )
     master = render_svg(svg, "square")
     assert master.shape == (64, 64, 3)
-    # cropped to the rectangle, which is twice as high as wide, and centered on white
+    # cropped to the rectangle, which is twice as tall as wide, and centered on white
     assert master[32, 32].tolist() == [255, 0, 0]
     assert master[32, 4].tolist() == [255, 255, 255]
     varied = [vary_picture(master, generator(0, str(key)), mirror=False) for key in range(8)]
@@ -151,25 +151,25 @@ def test_pictures() -> None:
     assert np.array_equal(varied[3], vary_picture(master, generator(0, "3"), mirror=False))
 
 
-def test_bad_pictures_are_named() -> None:
-    with pytest.raises(DataError, match=r"x\.svg: cannot be drawn"):
+def test_error_names_a_bad_picture() -> None:
+    with pytest.raises(DataError, match=r"x\.svg: cannot be rendered"):
         render_svg("<svg", "x.svg")
     with pytest.raises(DataError, match=r"x\.png: not an image"):
         read_picture(b"no", "x.png")
-    with pytest.raises(DataError, match=r"x\.svg: nothing to see"):
+    with pytest.raises(DataError, match=r"x\.svg: the picture is fully transparent"):
         render_svg('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>', "x.svg")
 
 
-def test_voices_repeat_themselves() -> None:
+def test_voices_are_deterministic() -> None:
     sentences = [Utterance("a red heart", "en-us" + variant, 170, 50) for variant in VARIANTS]
     first, second = speak(sentences), speak(sentences)
     for one, other in zip(first, second, strict=True):
         assert len(one.units) > 10
         assert np.array_equal(one.units, other.units)
-    # different speakers do sound different
+    # different voices give different sounds
     assert len({one.units.tobytes() for one in first}) == len(VARIANTS)
 
 
-def test_unknown_voice_is_named() -> None:
+def test_error_names_an_unknown_voice() -> None:
     with Speaker() as speaker, pytest.raises(DataError, match="no voice 'klingonese'"):
         speaker.say(Utterance("x", "klingonese", 170, 50))

@@ -1,4 +1,4 @@
-"""Codecs: round trips, floors of fidelity, files, and the errors of bad ids and bad files."""
+"""Codecs: round trips, minimum fidelity, files, and errors for bad ids and bad files."""
 
 import io
 import wave
@@ -39,7 +39,7 @@ SPEECH = Modality(name="voice", first_id=464, size=48, codec="speech_units", cod
 
 
 def discs(count: int, seed: int) -> np.ndarray:
-    """[count, 32, 32, 3] colored discs on white."""
+    """Return pictures [count, 32, 32, 3] of colored discs on white."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:32, :32]
     pictures = np.full((count, 32, 32, 3), 255, np.uint8)
@@ -51,7 +51,7 @@ def discs(count: int, seed: int) -> np.ndarray:
 
 
 def vowels(count: int, seed: int) -> np.ndarray:
-    """About ``count`` * 0.3 s of harmonic tones of changing pitch, float32 at 16 kHz."""
+    """Return about ``count`` * 0.3 s of harmonic tones of varying pitch, float32 at 16 kHz."""
     random = np.random.default_rng(seed)
     time = np.arange(int(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
     parts = []
@@ -81,7 +81,7 @@ def speech_codec() -> UnitCodec:
 
 
 @pytest.mark.parametrize("text", ["red heart", "сердце", "日本語 \n\t", "never seen ☃", ""])
-def test_any_text_comes_back(text_codec: TextCodec, text: str) -> None:
+def test_any_text_round_trips(text_codec: TextCodec, text: str) -> None:
     assert text_codec.decode(text_codec.encode(text)) == text
 
 
@@ -105,14 +105,14 @@ def test_text_of_a_later_range() -> None:
     assert codec.decode(codec.encode("red heart")) == "red heart"
 
 
-def test_patches_come_back() -> None:
+def test_patches_round_trip() -> None:
     pictures = discs(3, 0)
     assert np.array_equal(join_patches(split_patches(pictures)), pictures)
-    # reading order: patch 1 lies right of patch 0
+    # reading order: patch 1 is to the right of patch 0
     assert np.array_equal(split_patches(pictures)[1].reshape(4, 4, 3), pictures[0, :4, 4:8])
 
 
-def test_pictures_keep_their_look(image_codec: PatchCodec) -> None:
+def test_pictures_are_reconstructed_well(image_codec: PatchCodec) -> None:
     pictures = discs(20, 2)
     ids = image_codec.encode(pictures)
     assert ids.shape == (20, 64)
@@ -122,7 +122,7 @@ def test_pictures_keep_their_look(image_codec: PatchCodec) -> None:
     assert decoded.dtype == np.uint8
     ratio = peak_signal_to_noise(pictures, decoded).mean()
     assert ratio > 20.0
-    # a picture of one color, the best single code could do, is far below
+    # a single-color picture, the best that one code can give, scores far lower
     flat = np.broadcast_to(pictures.mean(axis=(1, 2), keepdims=True), pictures.shape)
     assert peak_signal_to_noise(pictures, flat).mean() < ratio - 5
 
@@ -133,7 +133,7 @@ def test_peak_signal_to_noise() -> None:
     assert peak_signal_to_noise(black, black + 1) == pytest.approx(48.13, abs=0.01)
 
 
-def test_speech_keeps_its_sound(speech_codec: UnitCodec) -> None:
+def test_speech_is_reconstructed_well(speech_codec: UnitCodec) -> None:
     samples = vowels(6, 5)
     ids = speech_codec.encode_sound(samples)
     assert len(ids) == 45  # 6 * 0.3 s * 25 Hz
@@ -193,12 +193,12 @@ def test_centroids_are_deterministic_and_nearest() -> None:
     assert np.array_equal(nearest_centroids(vectors, first), distances.argmin(axis=1))
 
 
-def test_too_little_to_train_on() -> None:
+def test_too_little_training_data_is_rejected() -> None:
     with pytest.raises(DataError, match=r"image codebook: 64 vectors .* at least 512"):
         train_image_codebook(discs(1, 0), 512, seed=0)
 
 
-def test_files_come_back(
+def test_files_round_trip(
     tmp_path: Path, text_codec: TextCodec, image_codec: PatchCodec, speech_codec: UnitCodec
 ) -> None:
     assert image_codec.save() == image_codec.save()
@@ -219,7 +219,7 @@ def test_files_come_back(
         assert sound.getparams()[:3] == (1, 2, 16000)
 
 
-def test_bad_ids_are_named(image_codec: PatchCodec, speech_codec: UnitCodec) -> None:
+def test_error_names_a_bad_id(image_codec: PatchCodec, speech_codec: UnitCodec) -> None:
     with pytest.raises(DataError, match=r"token id 7 at position 1 .* drawing, expected 400..463"):
         image_codec.decode([400, 7])
     with pytest.raises(DataError, match="63 tokens, expected exactly 64"):
@@ -228,7 +228,7 @@ def test_bad_ids_are_named(image_codec: PatchCodec, speech_codec: UnitCodec) -> 
         speech_codec.decode([])
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+def test_error_names_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"i\.npz: No such file"):
         load_codec(tmp_path, IMAGE)
     (tmp_path / "i.npz").write_bytes(b"PK\x03\x04 no archive")
