@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from mot_megatron.job.distributed import World
     from mot_megatron.job.progress_report import ProgressReport
 
-_REPORTER_SECONDS = 5.0
-"""How long another rank waits for rank 0 to report the same error and the launcher to end it."""
-_CONNECTION_REPORTER_SECONDS = 30.0
-"""The same for errors of the connection, which rank 0 reports after its imports."""
+_START_SECONDS = 30.0
+"""How long rank 0 may take to import its libraries, and then to open its store or to fail."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,20 +63,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(options.config, options.overrides)
             check_world_size(config, launch.size)
         except UserError as error:
-            return _report_on_rank(error, launch, stop)
+            return _report_config_error(error, launch, stop)
         return _train_watched(config, launch, stop)
 
 
-def _report_on_rank(
-    error: UserError, launch: Launch, stop: StopRequest, seconds: float = _REPORTER_SECONDS
-) -> int:
-    """Report an error that other ranks probably have too: once, if a launcher ends them."""
+def _report_config_error(error: UserError, launch: Launch, stop: StopRequest) -> int:
+    """Report an error of the configuration, once if all ranks have it.
+
+    Another rank is silent unless rank 0 opens its store, which means that it has no error.
+    """
     if launch.rank > 0:
-        deadline = time.monotonic() + (seconds if launch.launchers else 0)
-        while time.monotonic() < deadline and not stop.requested:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _accepts_connections(launch):
+            if stop.requested or time.monotonic() > deadline:
+                return USER_ERROR_STATUS
+            time.sleep(0.2)
+        error = UserError(f"rank {launch.rank} (host {socket.gethostname()}): {error}")
+    return report_user_error(error)
+
+
+def _accepts_connections(launch: Launch) -> bool:
+    try:
+        socket.create_connection((launch.address, launch.port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _report_connection_error(error: UserError, launch: Launch, stop: StopRequest) -> int:
+    """Report an error of the connection, once if rank 0 has it too and the launcher ends others."""
+    if launch.rank > 0:
+        deadline = time.monotonic() + (_START_SECONDS if launch.launchers else 0)
+        while time.monotonic() < deadline:
+            if stop.requested:
+                return USER_ERROR_STATUS
             time.sleep(0.1)
-        if stop.requested:
-            return USER_ERROR_STATUS
         error = UserError(f"rank {launch.rank} (host {socket.gethostname()}): {error}")
     return report_user_error(error)
 
@@ -103,7 +122,7 @@ def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
         with Watchdog(world, progress_report):
             run(config, world, progress_report, stop)
     except UserError as error:
-        return _report_on_rank(error, launch, stop, _CONNECTION_REPORTER_SECONDS)
+        return _report_connection_error(error, launch, stop)
     return 0
 
 

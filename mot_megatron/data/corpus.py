@@ -24,7 +24,7 @@ from mot_megatron.errors import DataError, first_problem
 from mot_megatron.files import read_regular_file
 
 FORMAT = 1
-"""The version of corpus.toml that this code reads and writes."""
+"""Version of the corpus.toml format that this code reads and writes."""
 DESCRIPTION_FILE = "corpus.toml"
 LARGEST_VOCABULARY = 2**24
 """Far above any tokenizer; tables with an entry per id are built before the model."""
@@ -49,15 +49,15 @@ class Modality(BaseModel):
     codec: Literal["bpe", "image_patches", "speech_units", "none"] = "none"
     """Codec that decodes the ids; with "none", they cannot be decoded."""
     codebook: FileName | None = None
-    """The codec's file in the corpus directory; absent with codec none."""
+    """The codec's file in the corpus directory. None if and only if codec is "none"."""
     begin_token: int | None = None
-    """Id that precedes a segment of this modality; it belongs to another modality's range."""
+    """Id placed before each segment of this modality. Lies outside this modality's own range."""
     end_token: int | None = None
-    """Id that follows a segment of this modality; it belongs to another modality's range."""
+    """Id placed after each segment of this modality. Lies outside this modality's own range."""
 
     @property
     def end_id(self) -> int:
-        """The first id after the range."""
+        """First id past the end of the range."""
         return self.first_id + self.size
 
 
@@ -142,13 +142,13 @@ def _check_ranges(description: CorpusDescription, source: str) -> None:
         if modality.first_id != next_id:
             raise DataError(
                 f"{source}: modality {modality.name} has first_id = {modality.first_id}, expected "
-                f"{next_id}: ranges follow each other without gaps"
+                f"{next_id}: ranges must be contiguous"
             )
         next_id = modality.end_id
         if (modality.codebook is None) != (modality.codec == "none"):
             raise DataError(
                 f"{source}: modality {modality.name} has codec = {modality.codec!r} and codebook = "
-                f"{modality.codebook!r}; a codebook goes with every codec but 'none'"
+                f"{modality.codebook!r}; every codec except 'none' needs a codebook"
             )
     if next_id != description.vocab_size:
         raise DataError(
@@ -201,10 +201,10 @@ def parse_description(text: str, source: str) -> CorpusDescription:
 
 
 def describe(values: dict[str, object], source: str) -> CorpusDescription:
-    """Build and check a description from its values.
+    """Build and check a description from its key-value pairs.
 
     Raises:
-        DataError: As ``parse_description``, naming ``source`` and the first wrong key.
+        DataError: A key or value is invalid; the message names ``source`` and the first bad key.
     """
     try:
         description = CorpusDescription.model_validate(values)
@@ -226,7 +226,7 @@ class TokenSplit:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, [documents] int64."""
+        """Number of tokens in each document, [documents] int64."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:

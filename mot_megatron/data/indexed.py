@@ -73,12 +73,12 @@ class TokenFileWriter:
         self.close()
 
     def close(self) -> None:
-        """Let the file go; what it holds is of use only after ``finish``."""
+        """Close the token file, which is valid only after ``finish``."""
         try:
             self._builder.data_file.close()
         except OSError:
-            # Closing flushes again what a full disk refused before: that error was raised by add
-            # or finish. The stream is closed nevertheless.
+            # Closing retries the flush that failed on a full disk; add or finish has already raised
+            # that error. The stream is closed nevertheless.
             assert self._builder.data_file.closed
 
 
@@ -149,7 +149,7 @@ def _check_index(path: Path, dtype: type, vocab_size: int) -> None:
 
 
 def _read_lengths(prefix: Path) -> np.ndarray:
-    # mmap=False: megatron maps no empty .bin, and the tokens are mapped here anyway.
+    # mmap=False: Megatron cannot map an empty .bin, and the tokens are mapped here anyway.
     try:
         dataset = IndexedDataset(str(prefix), mmap=False)
     except AssertionError:

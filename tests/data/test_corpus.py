@@ -94,7 +94,7 @@ def test_tokens_stay_valid_after_the_corpus_is_freed(directory: Path) -> None:
         ("vocab_size = 200", "vocab_size = 201", "vocab_size = 201, expected 200"),
         ('"image"', '"text"', "expected each name once"),
         ('codec = "none"', 'codec = "mp3"', "modalities.0.codec = 'mp3'"),
-        ('codec = "none"', 'codec = "bpe"', "a codebook goes with every codec but 'none'"),
+        ('codec = "none"', 'codec = "bpe"', "every codec except 'none' needs a codebook"),
         ("begin_token = 3", "begin_token = 100", "outside its own range 100..159"),
         ("end_token = 4", "end_token = 200", "end_token of modality image is 200"),
         ('"<pad>" = 2', '"<pad>" = 999', "special_tokens.<pad> is 999"),

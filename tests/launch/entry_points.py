@@ -85,6 +85,11 @@ class EntryPoint:
         """Standard output so far."""
         return self._files[0].read_text() if self._files[0].exists() else ""
 
+    @property
+    def errors(self) -> str:
+        """Standard error up to now."""
+        return self._files[1].read_text() if self._files[1].exists() else ""
+
     def wait(self, timeout: float = 120) -> Finished:
         """Wait for the script to end."""
         self._process.join(timeout)

@@ -59,7 +59,7 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
 
 
 def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Index of the centroid nearest to each vector.
+    """Return the index of the nearest centroid of each vector.
 
     Args:
         vectors: [n, d] float32.
