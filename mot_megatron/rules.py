@@ -28,6 +28,10 @@ def check(config: Config, source: str) -> None:
     _check_training(config, source)
 
 
+MOST_ACCUMULATION_STEPS = 100_000
+"""Micro-batches per step on one rank, far more than any training uses."""
+
+
 def check_world_size(config: Config, world_size: int) -> None:
     """Check the rules that depend on the number of ranks.
 
@@ -72,6 +76,11 @@ def check_world_size(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"training.global_batch_size = {size} is not divisible by {what} = {factors};"
             f" nearest legal: {_nearest_multiples(size, per_step)}"
+        )
+    if size // per_step > MOST_ACCUMULATION_STEPS:
+        raise ConfigError(
+            f"training.global_batch_size = {size} needs {size // per_step} micro-batches per step"
+            f" and rank; allowed: at most {MOST_ACCUMULATION_STEPS}, which are held in host memory"
         )
 
 

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         help="sequence length for the fill (default 512, or the longest document)",
     )
-    parser.add_argument("--examples", type=int, default=4, help="documents to show (default 4)")
+    parser.add_argument(
+        "--examples", type=positive_int, default=4, help="documents to show (default 4)"
+    )
     add_json(parser)
 
 

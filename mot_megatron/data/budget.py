@@ -112,8 +112,19 @@ def describe_budgets(budgets: Sequence[int], tower_names: Sequence[str], fill: f
     return "\n".join(lines)
 
 
-def check_budgets(counts: np.ndarray, budgets: Sequence[int], source: str) -> None:
+def check_budgets(
+    counts: np.ndarray,
+    budgets: Sequence[int],
+    source: str,
+    modalities: Sequence[str] | None = None,
+) -> None:
     """Check that every document fits into a micro-batch.
+
+    Args:
+        counts: [documents, K] tokens per tower of each document.
+        budgets: Tokens per tower of a micro-batch, K of them.
+        source: Name for error messages.
+        modalities: Modalities of each tower, for the error message, K of them.
 
     Raises:
         DataError: A document has more tokens of a tower than the budget.
@@ -121,8 +132,9 @@ def check_budgets(counts: np.ndarray, budgets: Sequence[int], source: str) -> No
     wrong = np.argwhere(counts > np.asarray(budgets))
     if wrong.size:
         document, tower = wrong[0]
+        of = f"tower {tower}" if modalities is None else f"the tower of {modalities[tower]}"
         raise DataError(
-            f"{source}: document {document} has {counts[document, tower]} tokens of tower {tower}, "
+            f"{source}: document {document} has {counts[document, tower]} tokens of {of}, "
             f"but the budget of a micro-batch is {budgets[tower]}; raise micro_batch_size or "
             'seq_length, or use packing = "sequence"'
         )
@@ -239,7 +251,15 @@ class BudgetPlan:
         tower_of_id = np.asarray(towers_of_modalities)[description.modality_of_id]
         counts = count_tower_tokens(split, tower_of_id, num_towers, source)
         budgets = tower_budgets(counts, micro_batch_size * seq_length)
-        check_budgets(counts, budgets, source)
+        modalities = [
+            ", ".join(
+                modality.name
+                for modality, its in zip(description.modalities, towers_of_modalities, strict=True)
+                if its == tower
+            )
+            for tower in range(num_towers)
+        ]
+        check_budgets(counts, budgets, source, modalities)
         fillers = filler_ids(description, towers_of_modalities, num_towers)
         return cls(counts, budgets, fillers, micro_batch_size)
 

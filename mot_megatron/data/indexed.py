@@ -156,4 +156,15 @@ def _read_lengths(prefix: Path) -> np.ndarray:
         raise DataError(
             f"{idx_path(prefix)}: its document boundaries disagree with its sequence count"
         ) from None
-    return np.array(dataset.sequence_lengths, dtype=np.int64)
+    lengths = np.array(dataset.sequence_lengths, dtype=np.int64)
+    starts = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1] * np.dtype(dataset.index.dtype).itemsize, out=starts[1:])
+    for found, expected, what in (
+        (dataset.index.sequence_pointers, starts, "positions of documents"),
+        (dataset.index.document_indices, np.arange(len(lengths) + 1), "document boundaries"),
+    ):
+        if not np.array_equal(found, expected):
+            raise DataError(
+                f"{idx_path(prefix)}: its {what} are not those of documents one after the other"
+            )
+    return lengths

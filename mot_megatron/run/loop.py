@@ -19,7 +19,7 @@ from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
-from mot_megatron.errors import TrainingError
+from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import peak_flops, peak_memory_bytes
 from mot_megatron.job.outputs import write_line
@@ -144,7 +144,12 @@ def _start(
     session = build_session(config, corpus, groups, progress_report)
     first = session.is_first_rank
     _check_stop(stop, groups)
-    progress = restore(session, search.checkpoint) if search.checkpoint else Progress()
+    progress = Progress()
+    if search.checkpoint and saved is not None:
+        try:
+            progress = restore(session, search.checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_changed_model(saved, config)}") from error
     _check_stop(stop, groups)
     # A finished run that is started again is evaluated again, but its points are logged already.
     nothing_left = progress.steps >= config.training.train_steps
@@ -422,6 +427,17 @@ def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
     if resumed:
         run.saved_steps = run.progress.steps
         run.console.say(f"continuing from {resumed.path}")
+
+
+def _changed_model(saved: Config, config: Config) -> str:
+    """Return what to add to an error of restoring: keys of the model that have changed."""
+    changes = differing_keys(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    model = [
+        f"{key} was {_or_absent(old)} and is {_or_absent(new)}"
+        for key, (old, new) in changes.items()
+        if key.startswith("model.")
+    ]
+    return f" ({'; '.join(model)})" if model else ""
 
 
 def _announce_changes(run: _Run, saved: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
+from mot_megatron.errors import DataError
 from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
 
 
@@ -14,9 +15,10 @@ def check_documents(config: Config, corpus: Corpus) -> None:
     With packing = "budget", this reads all tokens of the training split once.
 
     Raises:
-        DataError: A split is missing, or a document is longer than a sequence or has more tokens of
-            a tower than a micro-batch can hold.
+        DataError: A split is missing or has nothing to predict, or a document is longer than a
+            sequence or has more tokens of a tower than a micro-batch can hold.
     """
+    check_labels(config, corpus)
     # The result is the same for every rank, so use the data shard of a world of one.
     grouping, alone = grouping_plan(config), DataShard(0, 1)
     sizes = {
@@ -33,3 +35,27 @@ def check_documents(config: Config, corpus: Corpus) -> None:
         packing=config.data.packing,
     )
     evaluation_batches(corpus, HELD_OUT_SPLIT, **sizes, grouping=grouping, shard=alone)
+
+
+def check_labels(config: Config, corpus: Corpus) -> None:
+    """Check that both splits have tokens to predict whose loss counts.
+
+    Raises:
+        DataError: All documents have one token, or no modality with a loss weight occurs.
+    """
+    weights = dict(zip(config.model.modalities, config.model.loss_weights, strict=True))
+    weighted = [name for name, weight in weights.items() if weight > 0]
+    for split in (TRAIN_SPLIT, HELD_OUT_SPLIT):
+        counts = corpus.description.splits.get(split)
+        if counts is None:
+            continue  # reported with the names of the splits that there are
+        if counts.longest_document < 2:
+            raise DataError(
+                f"{corpus.directory}: every document of split {split} has a single token, so there"
+                " is nothing to predict"
+            )
+        if not sum(counts.tokens_per_modality.get(name, 0) for name in weighted):
+            raise DataError(
+                f"{corpus.directory}: split {split} has no token of a modality whose"
+                f" model.modalities.NAME.loss_weight is above 0 ({', '.join(weighted) or 'none'})"
+            )

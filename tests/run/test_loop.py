@@ -102,6 +102,15 @@ def test_more_steps_neither_warm_up_again_nor_leave_a_fresh_summary(
     assert rates[5] == pytest.approx(1e-2, rel=0.01)
 
 
+def test_another_model_is_named_by_the_keys_that_changed(corpus: Path, tmp_path: Path) -> None:
+    few = ["training.train_steps=1"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, few, None) == [None]
+    deeper = [*few, "model.num_layers=3"]
+    (error,) = run_ranks(train_on_ranks, 1, corpus, tmp_path, deeper, None)
+    assert error is not None
+    assert error.endswith("(model.num_layers was 2 and is 3)")
+
+
 def evaluated_steps(run: Path) -> list[int]:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     if "loss_held_out/text" not in events.Tags()["scalars"]:

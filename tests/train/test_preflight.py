@@ -1,0 +1,56 @@
+"""Corpora with which training would be pointless."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.writer import CorpusWriter
+from mot_megatron.errors import DataError
+from mot_megatron.train.preflight import check_documents
+from mot_megatron.train.session import resolve_config
+from tests.small_runs import MODALITIES, small_config
+
+
+def corpus_of(directory: Path, train: list[list[int]], validation: list[list[int]]) -> Corpus:
+    with CorpusWriter(
+        directory=directory, name="c", builder="tests 1", seed=0, modalities=MODALITIES, pad_token=0
+    ) as writer:
+        for split, documents in (("train", train), ("validation", validation)):
+            for ids in documents:
+                names = [
+                    next(m.name for m in MODALITIES if m.first_id <= id_ < m.end_id) for id_ in ids
+                ]
+                pairs = zip(names, ids, strict=True)
+                writer.add(split, [(name, [id_]) for name, id_ in pairs])
+    return Corpus.open(directory)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "overrides", "message"),
+    [
+        ([[1], [2]], [[1, 2]], [], "every document of split train has a single token"),
+        ([[1, 2]], [[1], [101]], [], "every document of split validation has a single token"),
+        (
+            [[1, 101]],
+            [[1, 2]],
+            ["model.modalities.text.loss_weight=0", "model.modalities.speech.loss_weight=0"],
+            "split validation has no token of a modality whose model.modalities.NAME.loss_weight is"
+            " above 0 (image)",
+        ),
+    ],
+)
+def test_a_corpus_with_nothing_to_predict_is_refused(
+    tmp_path: Path,
+    train: list[list[int]],
+    validation: list[list[int]],
+    overrides: list[str],
+    message: str,
+) -> None:
+    corpus = corpus_of(tmp_path / "corpus", train, validation)
+    config = resolve_config(small_config(corpus.directory, overrides), corpus)
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_documents(config, corpus)
