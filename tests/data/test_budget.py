@@ -320,6 +320,6 @@ def test_loader_error_names_a_document_that_exceeds_a_budget(tmp_path: Path) -> 
     documents = [np.full(30, 5), np.full(30, 5), np.full(40, 100)]
     corpus = write_corpus(tmp_path / "corpus", train=documents)
     # 40 of 100 tokens are images: 0.4 * 64 = 25.6 positions of one sequence.
-    message = r"split train: document 2 has 40 tokens of the tower of image, but the budget .* is 26; raise"
+    message = r"document 2 has 40 tokens of the tower of image, but the budget .* is 26; raise"
     with pytest.raises(DataError, match=message):
         loader(corpus, micro_batch_size=1)
