@@ -208,7 +208,10 @@ def _dashboard(modalities: Sequence[str]) -> dict[str, Charts]:
     def chart(*tags: str) -> list[str | list[str]]:
         return ["Multiline", list(tags)]
 
-    losses: Charts = {"all modalities, in training and held out": chart("loss_total/.*")}
+    losses: Charts = {
+        "all modalities: in training, bits per token": chart("loss_total/train"),
+        "all modalities: held out, bits per token": chart("loss_total/held_out"),
+    }
     for name in modalities:
         losses[f"{name}: in training, bits per token"] = chart(f"loss_train/{name}$")
         losses[f"{name}: held out, bits per token"] = chart(f"loss_held_out(_causal)?/{name}$")
