@@ -22,18 +22,8 @@ from tests.launch.jobs import (
     rank_process,
     started,
 )
-from tests.small_runs import CONFIG, write_corpus
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launchers")
-    corpus = write_corpus(folder / "corpus")
-    file = folder / "small.toml"
-    file.write_text(CONFIG.format(corpus=corpus))
-    return file
 
 
 def arguments_of(config: Path, runs: Path, steps: int) -> list[str]:

@@ -24,20 +24,10 @@ from tests.launch.jobs import (
     rank_process,
     started,
 )
-from tests.small_runs import CONFIG, write_corpus
 
 pytestmark = pytest.mark.slow
 
 STEPS = 150
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopping")
-    corpus = write_corpus(folder / "corpus")
-    file = folder / "small.toml"
-    file.write_text(CONFIG.format(corpus=corpus))
-    return file
 
 
 def arguments_of(config: Path, runs: Path) -> list[str]:

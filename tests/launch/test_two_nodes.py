@@ -27,7 +27,6 @@ from tests.launch.jobs import (
     rank_process,
     started,
 )
-from tests.small_runs import CONFIG, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -48,14 +47,6 @@ for node in 0 1; do SLURM_NODEID=$node setsid "$@" & done
 for node in 0 1; do wait -n || status=$?; done
 exit "$status"
 """
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two_nodes")
-    file = folder / "small.toml"
-    file.write_text(CONFIG.format(corpus=write_corpus(folder / "corpus")))
-    return file
 
 
 def arguments_of(config: Path, runs: Path) -> list[str]:
