@@ -71,7 +71,7 @@ class Console:
         """
         parts = (
             f"step {step:>{len(str(self.last_step))}}/{self.last_step}",
-            f"{self._bits(interval.modality_bits)} bits",
+            self._bits(interval.modality_bits),
             f"grad norm {interval.norms.total:.2f}",
             f"lr {interval.learning_rate:.1e}",
             f"{1000 * interval.seconds.total:.0f} ms",

@@ -419,7 +419,7 @@ def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
     )
     run.console.say(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
-        " slots filled"
+        " slots filled; losses are in bits per token"
     )
     if session.loader.budgets is not None:
         towers, fill = config.model.tower_names, session.loader.fill

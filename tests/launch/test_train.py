@@ -124,7 +124,7 @@ def test_console_lines_are_short_and_stderr_is_empty(
     assert finished.errors == ""
     lines = finished.output.splitlines()
     assert max(map(len, lines)) <= 120
-    steps = [re.match(r"step +(\d+)/4 \|", line) for line in lines]
+    steps = [re.match(r"step +(\d+)/4 ", line) for line in lines]
     assert [int(match[1]) for match in steps if match] == [2, 4]
     assert lines[-1] == f"done: {place.run / 'summary.json'}"
 

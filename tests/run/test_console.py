@@ -42,7 +42,7 @@ def printed(capsys: pytest.CaptureFixture[str], on: bool = True) -> list[str]:
 def test_lines_say_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
     interval, memory, held_out = printed(capsys)
     assert interval == (
-        "step  20/200  text 7.250 image - speech 6.500 bits  grad norm 1.50  lr 3.0e-04  600 ms"
+        "step  20/200  text 7.250 image - speech 6.500  grad norm 1.50  lr 3.0e-04  600 ms"
         "  12.3k tok/s  mfu 42%  left 1:15"
     )
     assert memory == "  peak memory of the fullest rank: 1.50 GiB"
