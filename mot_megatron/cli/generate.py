@@ -123,9 +123,10 @@ def write_samples(
     # Check all names first, so that a wrong one is reported before minutes of generation.
     modalities = [generator.rules(name).modality.name for name in options.into or generator.codecs]
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
         for name in modalities:
             items = generator.continue_text(options.prompt, name, settings, options.language)
+            # Not before: a prompt that is refused leaves no folder.
+            options.output.mkdir(parents=True, exist_ok=True)
             for number, item in enumerate(items, start=1):
                 path = options.output / f"{name}-{number}{item.codec.suffix}"
                 write_item(item, path, options.image_scale)

@@ -78,3 +78,12 @@ def test_losses_and_pictures_are_drawn(corpus: Corpus, tmp_path: Path) -> None:
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
         assert len(drawn.convert("RGB").getcolors(drawn.width * drawn.height) or []) > 50
+
+
+def test_a_refused_prompt_leaves_no_folder(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*arguments(tmp_path, corpus), "--language", "xx"]
+    assert main(words) == 2
+    assert "language 'xx'" in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
