@@ -88,7 +88,7 @@ def train(
         corpus: The corpus that the configuration names.
         groups: Process groups of this rank.
         progress_report: Receives the current phase of this rank.
-        stop: Source of stop requests; absent: one that also handles signals is made here.
+        stop: Source of stop requests; absent: the signals that this process receives.
 
     Raises:
         UserError: An error that the user can fix; checkpoints are untouched.
