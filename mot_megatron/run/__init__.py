@@ -1,1 +1,1 @@
-"""A run: the loop around training steps, its console, TensorBoard, summary and samples."""
+"""A run: the training loop with its console output, TensorBoard log, samples and summary."""

@@ -44,12 +44,12 @@ class Console:
         self.bar.close()
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line above the progress bar."""
         if self.on:
             self.bar.write(line)
 
     def advance(self) -> None:
-        """Count one step on the bar."""
+        """Advance the progress bar by one step."""
         self.bar.update()
 
     def interval(
@@ -98,7 +98,7 @@ class Console:
         Args:
             step: Steps done.
             held_out: The losses.
-            sees_the_future: Whether the routing of training looks at later tokens.
+            sees_the_future: Whether routing during training depends on later tokens.
         """
         beginning = f"held out, step {step:>{len(str(self.last_step))}}: "
         line = f"{beginning}{self._bits(held_out.as_trained)} bits per token"

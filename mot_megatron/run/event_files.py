@@ -1,4 +1,4 @@
-"""Event files of TensorBoard, written so that a full disk costs points instead of the run."""
+"""TensorBoard event files, written so that a full disk loses points but does not end the run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.(?:\d{6}\.)?(.*)")
-"""Time of creation, a number if ``move_behind_the_clock`` renamed it, host, process and counter."""
+"""Name of an event file: time of creation, a number if ``move_behind_the_clock`` renamed it, host,
+process and counter."""
 _REOPEN_SECONDS = 30.0
 _LOSSES = (OSError, RuntimeError, ValueError)
-"""What torch and tensorboard raise, at once or with the next event, when a file cannot be
+"""Errors that torch and tensorboard raise, at once or at the next event, if a file cannot be
 written."""
 
 
@@ -27,8 +28,8 @@ class EventWriter:
 
         Args:
             directory: Folder of the event files.
-            purge_step: Events of this step and later ones that are in older files are hidden.
-            say: Prints a line; called when events are lost, and when they no longer are.
+            purge_step: Hide events of this step and later steps in older files.
+            say: Prints a line; called when events start to be lost and when writing works again.
         """
         self._directory = directory
         self._say = say
@@ -51,7 +52,7 @@ class EventWriter:
             self._give_up(error)
 
     def flush(self) -> None:
-        """Write to the disk what is on the way."""
+        """Write buffered events to disk."""
         self.write(SummaryWriter.flush)
 
     def close(self) -> None:
@@ -90,10 +91,10 @@ class EventWriter:
 
 
 def move_behind_the_clock(directory: Path) -> None:
-    """Rename event files from the future, so that a file made now is read after them.
+    """Rename event files with a future creation time, so that a file created now is read last.
 
-    TensorBoard reads files in the order of their names, which begin with the time of their
-    creation. After a restart with a clock that is behind, new points would be hidden.
+    TensorBoard reads files in the order of their names, which contain the time of creation. If the
+    clock is behind after a restart, new points would otherwise be hidden.
     """
     now = int(time.time())
     dated = [
@@ -101,7 +102,7 @@ def move_behind_the_clock(directory: Path) -> None:
         for path in sorted(directory.glob("events.out.tfevents.*"))
         if (match := _NAME.fullmatch(path.name))
     ]
-    # Names of the last second too, since their order beside the new names is not known.
+    # Include the last second, because its files could sort on either side of a new file.
     late = [(path, match) for path, match in dated if int(match[1]) >= now - 1]
     for number, (path, match) in enumerate(late):
         path.rename(path.with_name(f"events.out.tfevents.{now - 1:010d}.{number:06d}.{match[2]}"))
@@ -110,7 +111,7 @@ def move_behind_the_clock(directory: Path) -> None:
 def _silence_lost_writers() -> None:
     """Keep tensorboard's writer threads from printing a traceback when the disk is full.
 
-    The error reaches the main thread too, with its next event.
+    The main thread gets the same error when it adds the next event.
     """
     if getattr(threading.excepthook, "silences_lost_writers", False):
         return

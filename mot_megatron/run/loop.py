@@ -41,7 +41,7 @@ from mot_megatron.train.state import Progress, checkpoint_directory, restore, sa
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
 
 STOP_FILE = "stop"
-"""A file of this name in the run's folder asks the run to stop; the run removes it."""
+"""Creating a file of this name in the run's folder requests a stop; the run removes the file."""
 
 
 @dataclass
@@ -85,10 +85,10 @@ def train(
 
     Args:
         config: Resolved configuration.
-        corpus: The corpus that it names.
-        groups: Process groups.
-        progress_report: Is kept up to date with the phase of this rank.
-        stop: Whether to stop; by default, signals request it.
+        corpus: The corpus that the configuration names.
+        groups: Process groups of this rank.
+        progress_report: Receives the current phase of this rank.
+        stop: Source of stop requests; absent: the signals that this process receives.
 
     Raises:
         UserError: An error that the user can fix; checkpoints are untouched.
@@ -101,7 +101,7 @@ def train(
             run = _start(config, corpus, groups, progress_report, stop, lock, stack)
         except Stopped:
             if groups.rank == 0:
-                write_line(1, f"{_because(stop)}asked to stop before the first step")
+                write_line(1, f"{_stop_reason(stop)}asked to stop before the first step")
             return
         try:
             _train_steps(run)
@@ -211,10 +211,10 @@ def _train_steps(run: _Run) -> None:
 
 
 def _check_stop(stop: StopRequest, groups: ProcessGroups) -> None:
-    """Let all ranks stop if any of them was asked to; one all-reduce over the world.
+    """Stop all ranks if a stop was requested on any; one all-reduce over the world.
 
     Raises:
-        Stopped: On all ranks.
+        Stopped: A stop was requested; raised on all ranks.
     """
     asked = torch.tensor(int(stop.requested), device=groups.device)
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
@@ -228,12 +228,12 @@ def _leave(run: _Run) -> None:
     done, last = run.progress.steps, run.config.training.train_steps
     purpose = "to continue" if done < last else "to evaluate the trained model"
     run.console.say(
-        f"{_because(run.stop)}asked to stop: saved after step {done}/{last};"
+        f"{_stop_reason(run.stop)}asked to stop: saved after step {done}/{last};"
         f" run the same command {purpose}"
     )
 
 
-def _because(stop: StopRequest) -> str:
+def _stop_reason(stop: StopRequest) -> str:
     return f"{stop.reason}; " if stop.reason and not stop.reason.startswith("signal") else ""
 
 
@@ -241,8 +241,8 @@ def _one_step(run: _Run) -> StepResult:
     session, progress = run.session, run.progress
     if run.lock.taken_by:
         raise TrainingError(
-            f"{run.config.run_directory}: taken over by another job ({run.lock.taken_by}) while"
-            " this one was suspended; this one ends without saving"
+            f"{run.config.run_directory}: another job ({run.lock.taken_by}) took over this folder"
+            " while this job was suspended; this job ends without saving"
         )
     try:
         result = train_step(
@@ -303,7 +303,7 @@ def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
     """
     session, step = run.session, run.progress.steps
     session.progress_report.enter("evaluation")
-    # Log it under another tag: next to evaluations of a part, its loss would be an outlier.
+    # Log it under another tag, because its loss is not comparable with losses of a part.
     apart = whole and run.config.evaluation.max_sequences is not None
     if apart:
         run.console.say("evaluating the whole validation split:")
@@ -348,13 +348,13 @@ def _finish(run: _Run) -> None:
     limited = evaluation.max_sequences is not None
     if limited and not run.logged and _due(run.progress.steps, evaluation.interval_steps):
         _evaluate(run)
-    # The summary compares with entropies of the whole split.
+    # The summary compares these losses with entropies of the whole split.
     held_out = _evaluate(run, whole=True)
     if not run.logged:
         _sample(run)
     parameters = count_parameters(run.config.model).total
-    said = on_first_rank(lambda: _write_summary(run, held_out, parameters))
-    run.console.say(said)
+    line = on_first_rank(lambda: _write_summary(run, held_out, parameters))
+    run.console.say(line)
 
 
 def _write_summary(run: _Run, held_out: HeldOut, parameters: int) -> str:
@@ -394,8 +394,8 @@ def _make_run_directory(config: Config, corpus: Corpus) -> None:
 def _peak_flops(session: Session) -> float:
     config = session.config
     device = session.groups.device
-    of_one = config.logging.peak_flops or peak_flops(device, config.training.precision)
-    return of_one * session.groups.mesh.world_size
+    per_rank = config.logging.peak_flops or peak_flops(device, config.training.precision)
+    return per_rank * session.groups.mesh.world_size
 
 
 def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
@@ -430,7 +430,7 @@ def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
 
 
 def _changed_model(saved: Config, config: Config) -> str:
-    """Return what to add to an error of restoring: keys of the model that have changed."""
+    """Return a suffix for the error of a failed restore: the changed keys of the model, if any."""
     changes = differing_keys(saved.model_dump(mode="json"), config.model_dump(mode="json"))
     model = [
         f"{key} was {_or_absent(old)} and is {_or_absent(new)}"
@@ -441,7 +441,7 @@ def _changed_model(saved: Config, config: Config) -> str:
 
 
 def _announce_changes(run: _Run, saved: Config) -> None:
-    """Print what differs from the configuration with which the checkpoint was saved."""
+    """Print how the configuration differs from that of the checkpoint."""
     config, done = run.config, run.progress.steps
     before, now = tomllib.loads(saved.to_toml()), tomllib.loads(config.to_toml())
     for key, (old, new) in differing_keys(before, now).items():

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars per step, held-out losses, samples, and a dashboard that orders them."""
+"""The TensorBoard log of a run: scalars, samples, figures and a "Custom Scalars" dashboard."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut
 
 Charts = dict[str, list[str | list[str]]]
-"""Charts of one section of the dashboard: kind and patterns of tags, by title."""
+"""Charts of one section of the dashboard, by title: [kind, patterns of tags]."""
 
 GIB = 2**30
 PIXELS_PER_PIXEL = 4
-"""Enlargement of pictures, since TensorBoard shows 32 pixels as a smudge."""
+"""Factor by which images are enlarged, because TensorBoard blurs an image of 32 pixels."""
 DASHBOARD_FILE = "dashboard.json"
-"""In the folder of the event files: sections that an earlier part of the run had."""
+"""File in the folder of the event files with the dashboard sections of all parts of the run."""
 
 
 def _say(line: str) -> None:
@@ -36,7 +36,7 @@ def _say(line: str) -> None:
 class TensorBoardLog:
     """Writes the event files of a run. Only the first rank has one.
 
-    Nothing that it does raises an error: if the disk is full, points are lost.
+    Writing never raises an error: if the disk is full, points are lost.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class TensorBoardLog:
         experts: Charts | None = None,
         say: Callable[[str], None] = _say,
     ) -> None:
-        """Open a new event file; points that an earlier part of the run wrote later are hidden.
+        """Open a new event file and hide points of earlier files from ``start_step`` on.
 
         Args:
             directory: Folder of the event files.
-            modalities: Names, by modality index.
-            towers: Names, by tower index.
+            modalities: Modality names, by modality index.
+            towers: Tower names, by tower index.
             start_step: First step that will be written: the one after the resumed step, or 1.
-            modality_parallel: Whether to show how equal the work of a modality group's ranks is.
-            experts: Charts about routing, if there are experts.
+            modality_parallel: Whether to show the load balance within modality groups.
+            experts: Charts about routing; None without experts.
             say: Prints a line when points are lost.
         """
         self.modalities = tuple(modalities)
@@ -83,7 +83,14 @@ class TensorBoardLog:
         self.writer.write(lambda writer: writer.add_custom_scalars(dashboard))
 
     def log_interval(self, step: int, interval: Interval, mfu: float, memory_bytes: int) -> None:
-        """Write means over the steps since the last report; ``step`` counts steps done."""
+        """Write the scalars of a log interval.
+
+        Args:
+            step: Steps done.
+            interval: Statistics of the steps since the last report.
+            mfu: Model FLOPs utilization, 0 to 1.
+            memory_bytes: Peak device memory of the rank that used most.
+        """
         seconds = interval.seconds
         scalars: dict[str, float] = {
             "gradient_norm/total": interval.norms.total,
@@ -144,10 +151,7 @@ class TensorBoardLog:
         self.writer.write(lambda writer: writer.add_figure(tag, figure, step, close=False))
 
     def log_progress(self, progress: Progress) -> None:
-        """Write the tokens, seconds and FLOPs spent so far, once per step.
-
-        They are the other horizontal axes of the run's curves.
-        """
+        """Write tokens, seconds and FLOPs so far, as alternative x axes; at most once per step."""
         if progress.steps == self.progress_step:
             return
         self.progress_step = progress.steps
@@ -159,12 +163,12 @@ class TensorBoardLog:
         self.log_scalars(scalars, progress.steps)
 
     def log_text(self, tag: str, text: str, step: int) -> None:
-        """Write a text as a block that keeps its lines."""
+        """Write a text as a preformatted block, which keeps its line breaks."""
         block = "```\n" + text + "\n```"
         self.writer.write(lambda writer: writer.add_text(tag, block, step))
 
     def log_media(self, tag: str, media: str | np.ndarray, step: int) -> None:
-        """Write the output of a codec: text, a picture [h, w, 3] uint8, or sound [n] float32."""
+        """Write the output of a codec: text, an image [h, w, 3] uint8, or audio [n] float32."""
         if isinstance(media, str):
             self.log_text(tag, media, step)
         elif media.ndim == 3:
@@ -184,10 +188,10 @@ class TensorBoardLog:
 
 
 def _with_earlier_sections(file: Path, dashboard: dict[str, Charts]) -> dict[str, Charts]:
-    """Add sections of earlier parts of the run, whose points are still there, and remember all.
+    """Merge ``dashboard`` into the sections stored in ``file``, and store the result.
 
-    TensorBoard shows only the last dashboard of a run. If the file cannot be used, sections are
-    lost.
+    TensorBoard shows only the last dashboard of a run, but points of earlier parts of the run still
+    need their sections. If the file cannot be read or written, ``dashboard`` is returned unchanged.
     """
     try:
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -199,10 +203,10 @@ def _with_earlier_sections(file: Path, dashboard: dict[str, Charts]) -> dict[str
 
 
 def _dashboard(modalities: Sequence[str]) -> dict[str, Charts]:
-    """Return the sections of the "Custom Scalars" page, in the order in which people ask.
+    """Return the sections of the "Custom Scalars" page, the most important first.
 
-    Tags are regular expressions. Charts do not depend on towers or layouts, so that several runs
-    share them: TensorBoard shows charts of one title but different tags twice.
+    Tags are regular expressions. Charts do not depend on towers or the layout, so that several runs
+    share them: TensorBoard shows a chart twice if two runs define it with different tags.
     """
 
     def chart(*tags: str) -> list[str | list[str]]:

@@ -1,4 +1,4 @@
-"""A picture of how the tokens of a tower are distributed over its experts, layer by layer.
+"""A heat map of the share of a tower's tokens that each expert takes, per layer.
 
 The figure is made without pyplot, so it needs no display and is freed when it is no longer used.
 """
@@ -96,7 +96,7 @@ def _draw_cells(
     axes.imshow(percent, cmap=colors, norm=scale, aspect="auto", interpolation="nearest")
     axes.tick_params(length=0, labelsize=_SMALL)
     axes.spines[:].set_visible(False)
-    # Lines of the background's color between the cells.
+    # White lines between the cells.
     axes.set_xticks(np.arange(percent.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(percent.shape[0] + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5 if numbered else 0.3)

@@ -1,9 +1,9 @@
 """Statistics of the routers of a run, per tower and layer, as scalars and heat maps.
 
-Routers accumulate sums on their devices, which are all-reduced once per report. Each token is on
-exactly one rank, so the totals are those of the global batch in any layout.
+Routers accumulate sums on their devices, which are all-reduced once per report. Each token is
+counted on exactly one rank, so the totals are those of the global batch in any layout.
 
-Letters: X towers with experts, L layers, E experts of a tower (the most that any has, in tables).
+Letters: X towers with experts, L layers, E experts of a tower (in tables, the largest of any).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class RoutingLog:
         ]
         widest = max(experts.num_moe_experts for _, _, experts in self._towers)
         shape = (len(self._towers), config.num_layers, len(_NAMES) + widest)
+        # Sums over all ranks since the last report and since the last drawing.
         self._unreported = torch.zeros(shape, dtype=torch.float64)
         self._undrawn = torch.zeros(shape, dtype=torch.float64)
 
@@ -101,11 +102,11 @@ def layer_scalars(experts: ExpertsConfig, sums: torch.Tensor) -> dict[str, float
         Scalars by name; none if there was no token.
     """
     number = experts.num_moe_experts
-    tokens, *means = sums.tolist()
+    tokens, *values = sums.tolist()
     if tokens == 0:
         return {}
-    named = dict(zip(_NAMES[1:], (value / tokens for value in means), strict=False))
-    shares = means[len(_NAMES) - 1 :][:number]
+    named = dict(zip(_NAMES[1:], (value / tokens for value in values), strict=False))
+    tokens_per_expert = values[len(_NAMES) - 1 :][:number]
     scalars = {
         "untaken_percent": 100 * named["untaken"],
         "entropy_nats": named["entropy"],
@@ -115,7 +116,7 @@ def layer_scalars(experts: ExpertsConfig, sums: torch.Tensor) -> dict[str, float
         "causal_agreement_percent": 100 * named["causal_agreed"] / number,
     }
     known = {name: scalars[name] for name in _scalar_names(experts)}
-    for expert, count in enumerate(shares):
+    for expert, count in enumerate(tokens_per_expert):
         known[f"tokens_percent_expert_{expert:02}"] = 100 * count / tokens
     return known
 
@@ -152,8 +153,8 @@ def _towers_with_experts(model: ModelConfig) -> list[tuple[int, str, ExpertsConf
 
 def _scalar_names(experts: ExpertsConfig) -> list[str]:
     """Return the names of the scalars of a tower's routing, except the loads of its experts."""
-    there = {
-        # With these routings, some tokens may have no expert.
+    applies = {
+        # With expert choice or a capacity, some tokens may have no expert.
         "untaken_percent": experts.sees_the_future,
         "entropy_nats": True,
         "aux_loss": experts.aux_loss_coefficient > 0,
@@ -161,7 +162,7 @@ def _scalar_names(experts: ExpertsConfig) -> list[str]:
         "causal_loss": experts.causal_router,
         "causal_agreement_percent": experts.causal_router,
     }
-    return [name for name, known in there.items() if known]
+    return [name for name, applicable in applies.items() if applicable]
 
 
 def _routing_in_words(experts: ExpertsConfig) -> str:

@@ -1,4 +1,4 @@
-"""Samples for TensorBoard: what the model makes of held-out documents, beside the truth."""
+"""Samples in TensorBoard: generated segments of held-out documents beside the real ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mot_megatron.train.session import HELD_OUT_SPLIT, Session
 _DOCUMENTS = 3
 _SETTINGS = SamplingSettings(temperature=0.9, top_p=0.95, max_tokens=100)
 _ROUTED_CAUSALLY = (
-    "routed causally: in training a token's experts depend on later tokens, here they do not"
+    "routed causally: in training a token's experts depend on later tokens, but not here"
 )
 
 
@@ -27,14 +27,14 @@ def log_samples(
 ) -> None:
     """Generate each decodable modality of a few held-out documents from their other segments.
 
-    Every rank calls this, for the model's collectives; the rank with a ``log`` writes. If the model
-    is routed differently than in training, the text of each prompt says so.
+    Every rank must call this, because the model uses collectives; the rank with a ``log`` writes.
+    If routing differs from that in training, the text of each prompt says so.
 
     Args:
         session: The run.
         log: Where to write; None on all ranks but one.
         step: Steps done.
-        check_stop: Called by every rank between samples; may raise to end this.
+        check_stop: Called by every rank between modalities; may raise to end this.
     """
     generator = Generator(session.model, session.corpus, session.config.data.seq_length)
     note = f"\n\n({_ROUTED_CAUSALLY})" if session.config.model.sees_the_future else ""

@@ -60,10 +60,10 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
 
 
 def layout_record(config: Config, placement: Placement | None) -> dict[str, Any]:
-    """Return the parallel layout by configuration keys.
+    """Return the layout of a run, under the keys of the configuration.
 
-    Keys that need pipeline or modality parallelism are None without it. The placement is the chosen
-    one: for each rank of a modality group, the share of each tower's tokens, by name.
+    Values that apply only to interleaved pipelines or to modality parallelism are None without it.
+    "placement" lists, per rank of a modality group, its share of each tower's tokens by tower name.
     """
     parallel = config.parallel
     shares = placement and [
@@ -116,10 +116,10 @@ def mark_stale(run_directory: Path) -> None:
 def _modality(
     held_out: HeldOut, index: int, statistics: ModalityStatistics | None
 ) -> dict[str, float | None]:
-    """Return held-out bits per token of the model and of count-based baselines.
+    """Return held-out bits per token of the model, and of n-gram baselines (entropies).
 
     Values that a modality without held-out tokens lacks are None. The loss with causal routing is
-    included only if training routes differently and a causal router exists.
+    included only if training routes differently and causal routing is possible.
     """
     entropies = statistics.all_tokens if statistics else None
     causal = {}

@@ -1,1 +1,1 @@
-"""A session, its training step and pipeline, its state; models trained before."""
+"""Training: the session, its step, pipeline and saved state; loading and upcycling models."""

@@ -18,7 +18,7 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 
 _RATIO_UNITS = 10**6
-"""Ratios are all-reduced as integers, in millionths, together with the counts."""
+"""Ratios are all-reduced as integer millionths, in the same int64 tensor as the counts."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Interval:
     modality_bits: tuple[float, ...]
     """Mean cross entropy over all labels of the interval, bits per token; NaN without labels."""
     total_bits: float
-    """The same over the labels of all modalities with their loss weights, which is minimized."""
+    """The training loss: the same mean over all modalities, weighted by their loss weights."""
     modality_rates: tuple[float, ...]
     """Document tokens per second of each modality, over all ranks."""
     norms: StepNorms
@@ -52,7 +52,7 @@ class Interval:
         """Summarize consecutive steps.
 
         Args:
-            results: Of the steps.
+            results: Results of the steps.
             step_flops: Returns the FLOPs of a step, over all ranks.
             loss_weights: Weight of each modality's loss.
         """

@@ -1,8 +1,8 @@
-"""Held-out loss of a trained model by kind of label, which a mean over a modality hides.
+"""Held-out loss of a trained model by kind of label.
 
-Some labels are far easier than others: special tokens, whose position is almost determined, and the
-most common code of a modality, which for pictures is the background. Letters: M modalities, V
-vocabulary rows, t positions.
+Some labels are far easier than others: special tokens, whose positions are nearly fixed, and the
+most common code of a modality, which in images is the background. They distort a mean over all
+labels of a modality. Letters: M modalities, V token ids.
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ class Pipeline:
         )
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], divisor: float) -> torch.Tensor:
-        """Add the gradients of (sum of weighted token losses) / ``divisor``.
+        """Run forward and backward on all micro-batches of a step.
 
-        Every stage calls this; they exchange the residual stream point to point.
+        Accumulates the gradients of (sum of weighted token losses) / ``divisor``. Every stage must
+        call this; stages exchange the residual stream and its gradient point to point.
 
         Returns:
             Sums of cross entropy in nats per modality over the micro-batches, [M]; zeros except on
@@ -72,9 +73,11 @@ class Pipeline:
         self._layer_inputs_by_batch.clear()
         batches = [batch.to(device) for batch in micro_batches]
         rows = max(sum(batch.tower_slots) for batch in batches)
-        # An empty message would not be sent. With sequence parallelism, megatron divides by TP.
+        # Messages must not be empty. Under sequence parallelism, megatron divides rows by the
+        # tensor-parallel size.
         rows = max(rows, self._groups.tensor_size)
-        # The interleaved schedule needs a multiple of the number of stages.
+        # The interleaved schedule needs a multiple of the number of stages. Repeat the last
+        # micro-batch, and drop the results of the repeats below.
         missing = -len(batches) % self._groups.pipeline_size if self.num_pieces > 1 else 0
         assert forward_only or not missing
         scheduled = batches + [batches[-1]] * missing

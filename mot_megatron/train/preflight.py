@@ -10,9 +10,10 @@ from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_pla
 
 
 def check_documents(config: Config, corpus: Corpus) -> None:
-    """Check that every document of the corpus of a resolved configuration fits; no collectives.
+    """Check that every document of the corpus fits into a sequence; no collectives.
 
-    With packing = "budget", this reads all tokens of the training split once.
+    The configuration must be resolved. With packing = "budget", this reads all tokens of the
+    training split once.
 
     Raises:
         DataError: A split is missing or has nothing to predict, or a document is longer than a
@@ -38,17 +39,18 @@ def check_documents(config: Config, corpus: Corpus) -> None:
 
 
 def check_labels(config: Config, corpus: Corpus) -> None:
-    """Check that both splits have tokens to predict whose loss counts.
+    """Check that both splits have labels whose loss has a weight above 0.
 
     Raises:
-        DataError: All documents have one token, or no modality with a loss weight occurs.
+        DataError: All documents of a split have one token, or a split has no token of a modality
+            whose loss weight is above 0.
     """
     weights = dict(zip(config.model.modalities, config.model.loss_weights, strict=True))
     weighted = [name for name, weight in weights.items() if weight > 0]
     for split in (TRAIN_SPLIT, HELD_OUT_SPLIT):
         counts = corpus.description.splits.get(split)
         if counts is None:
-            continue  # reported with the names of the splits that there are
+            continue  # opening the split raises an error that lists the existing splits
         if counts.longest_document < 2:
             raise DataError(
                 f"{corpus.directory}: every document of split {split} has a single token, so there"

@@ -1,4 +1,4 @@
-"""What a resumed run takes from the configuration that its checkpoint was saved with."""
+"""Configuration values that a resumed run takes from its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def read_saved_config(checkpoint: CheckpointInfo) -> Config:
 
 
 def keep_warmup(config: Config, saved: Config) -> Config:
-    """Return ``config`` with the number of warm-up steps with which the run began.
+    """Return ``config`` with the number of warm-up steps in ``saved``, unless it sets one itself.
 
-    By default, the warm-up is a share of ``training.train_steps``. A finished run that is given
-    more steps would otherwise warm up a second time.
+    By default, the warm-up is a fraction of ``training.train_steps``, so a finished run that is
+    given more steps would otherwise warm up a second time.
     """
     if config.optimizer.lr_warmup_steps is not None:
         return config

@@ -1,4 +1,4 @@
-"""Build everything that a training run consists of from its configuration."""
+"""The training session: model, optimizer and data, built from a configuration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Session:
     pipeline: Pipeline | None
     """Pipeline schedule; None without pipeline parallelism."""
     progress_report: ProgressReport
-    """Current phase of this rank, so that others can report where it was lost."""
+    """Current phase of this rank, by which other ranks report where it failed or hung."""
 
     @property
     def model(self) -> MixtureOfTransformers:

@@ -31,7 +31,7 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """Progress of a run, including the parts before it was resumed."""
+    """Progress of a run since its first step, across resumptions."""
 
     steps: int = 0
     """Optimizer steps done."""
@@ -40,7 +40,7 @@ class Progress:
     tokens: int = 0
     """Document tokens trained on, over all ranks."""
     flops: float = 0.0
-    """Model FLOPs over all ranks; NaN if unknown, since older versions did not count them."""
+    """Model FLOPs over all ranks; NaN if unknown, because an older version began the run."""
     evaluated_steps: int = 0
     """Steps done at the last evaluation; 0 before the first."""
 
@@ -53,8 +53,8 @@ def checkpoint_directory(run_directory: Path) -> Path:
 def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:
     """Save everything that a bitwise resume needs. Collective over the world.
 
-    Meanwhile, each rank needs host memory of 12 bytes per parameter of its part, divided by the
-    number of ranks that hold the same part, and device memory for the states of one parameter.
+    Temporarily needs host memory of 12 bytes per parameter of this rank, divided by the number of
+    ranks that hold the same parameter, and device memory for the state of one parameter.
 
     Args:
         session: The run.
@@ -62,7 +62,7 @@ def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -
         damaged: Checkpoints that failed verification; they do not count as kept.
 
     Raises:
-        TrainingError: A weight is not finite, so a checkpoint would be useless.
+        TrainingError: A weight or optimizer state is not finite; nothing is written.
         CheckpointError: The checkpoint could not be written; older ones are untouched.
     """
     tensors = _tensors_to_write(session, progress.steps)
@@ -85,10 +85,11 @@ def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -
 def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     """Restore the state of a checkpoint saved in any layout. Collective over the world.
 
-    Meanwhile, each rank needs host memory of 12 bytes per parameter of its part.
+    Temporarily needs host memory of 12 bytes per parameter of this rank.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another model or another corpus.
+        CheckpointError: The checkpoint belongs to another model or another corpus, or was not
+            written by a training run.
     """
     metadata = read_metadata(checkpoint)
     try:
@@ -119,7 +120,7 @@ def load_weights(
 ) -> None:
     """Load weights into a model without an engine, from a checkpoint saved in any layout.
 
-    Collective over the world if there is one.
+    Collective over the world; local without ``groups``.
 
     Raises:
         CheckpointError: The checkpoint belongs to another model.
@@ -168,11 +169,11 @@ class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
 
 
 def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
-    """Return this rank's share of the state, on the host.
+    """Return the tensors that this rank writes, on the host.
 
-    Ranks that hold the same parameters take turns to write them.
+    Parameters are assigned round-robin to the ranks that hold them.
 
-    Collectives: one all-gather of names over the world.
+    Collectives: those of ``export_state``, and one all-gather of names over the world.
 
     Raises:
         TrainingError: A tensor is not finite; raised on all ranks.
@@ -181,7 +182,7 @@ def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
     parameters = dict(session.model.named_parameters())
     tensors: list[NamedTensor] = []
     broken: list[str] = []
-    # Counted per tower and its experts, so that all ranks that hold one have the same count.
+    # Counted per reduction group, so that all ranks of a group have the same count.
     seen: Counter[tuple[int, bool]] = Counter()
     for name, state in session.engine.export_state():
         parameter = parameters[name]
@@ -203,18 +204,18 @@ def _check_finite(broken: list[str], step: int) -> None:
     dist.all_gather_object(gathered, broken)
     names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))
     if names:
-        others = f", nor {len(names) - 1} others" if len(names) > 1 else ""
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise TrainingError(
-            f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step is"
+            f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step was"
             " not saved, older checkpoints are untouched"
         )
 
 
 def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
-    """Room on the host for this rank's whole part, in the parameter's own shape.
+    """Return an uninitialized fp32 host tensor in the shape of this rank's tensor-parallel shard.
 
-    ZeRO-3 leaves the parameter itself without one. Parameters are matrices or vectors: leading
-    dimensions of the layout, and experts, are stacked rows.
+    The shape follows from the sharding, because ZeRO-3 empties the parameter itself. Parameters are
+    matrices or vectors: leading dimensions of the global shape, and experts, are stacked as rows.
     """
     *rows, width = sharding_of(parameter).local_shape(groups.tensor_size)
     stacked = len(experts_of(parameter) or (0,))

@@ -1,4 +1,4 @@
-"""One training step and one evaluation, as mathematics."""
+"""One training step and one evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mot_megatron.train.session import Session
 
 BITS_PER_NAT = 1 / math.log(2)
 _ROUNDS_AT_ONCE = 8
-"""Micro-batches per stage that an evaluation runs between two flushes of the pipeline."""
+"""Micro-batches per stage that an evaluation runs before the pipeline drains."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class HeldOut:
     as_trained: tuple[float, ...]
     """With the routing of training, in which experts may also see later tokens."""
     causal: tuple[float, ...] | None = None
-    """With causal routing; None if training routes causally, or if there is no causal router."""
+    """With causal routing; None if training routes causally or if causal routing is impossible."""
     total: float = math.nan
     """Mean over the labels of all modalities with their loss weights, routed as in training."""
 
@@ -128,11 +128,11 @@ def _accumulate_gradients(
 def evaluate(
     session: Session, batches: Iterable[MicroBatch], check_stop: Callable[[], None] = never
 ) -> tuple[tuple[float, ...], list[int]]:
-    """Return mean cross entropies, in bits per token, and numbers of labels, both per modality.
+    """Return the mean cross entropy in bits per token and the number of labels, per modality.
 
-    They are of ``batches`` of all ranks; every rank must have the same number of them. The mean of
-    a modality without labels is NaN. The first rank shows a progress bar on a terminal if this
-    takes longer than 5 s.
+    Both are over the batches of all ranks, and every rank must have the same number of batches. The
+    mean of a modality without labels is NaN. On a terminal, the first rank shows a progress bar if
+    this takes longer than 5 s.
 
     Args:
         session: The run.
@@ -140,11 +140,11 @@ def evaluate(
         check_stop: Called by every rank between batches; may raise to end the evaluation.
     """
     groups = session.groups
-    # None: a bar on a terminal only.
+    # None: tqdm draws a bar only on a terminal.
     silent = None if groups.rank == 0 else True
     sums = torch.zeros(len(session.config.model.modalities), device=groups.device)
     labels = torch.zeros(len(sums), dtype=torch.int64)
-    # A pipeline is filled anew for every round of micro-batches.
+    # A pipeline fills and drains once per window, so run many micro-batches in each.
     at_once = 1 if session.pipeline is None else _ROUNDS_AT_ONCE * groups.pipeline_size
     bar = tqdm(batches, "held out", delay=5, ncols=100, leave=False, disable=silent)
     remaining = iter(bar)
@@ -161,10 +161,10 @@ def evaluate(
 def evaluate_held_out(
     session: Session, whole: bool, check_stop: Callable[[], None] = never
 ) -> HeldOut:
-    """Evaluate on the validation split; every rank calls this.
+    """Evaluate on the validation split; every rank must call this.
 
-    A model whose routing looks at later tokens is evaluated a second time with causal routing, if
-    it has that.
+    A model whose routing depends on later tokens is evaluated a second time with causal routing, if
+    that is possible.
 
     Args:
         session: The run.
@@ -220,7 +220,7 @@ def weighted_mean(
 
 
 class _Clock:
-    """A stopwatch that waits for the device, so each phase is charged for its own work."""
+    """A stopwatch that waits for the device, so that each phase includes its own kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

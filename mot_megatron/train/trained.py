@@ -48,7 +48,7 @@ class SavedRun:
 
         Args:
             corpus: The corpus to use.
-            remedy: The option that names another corpus, for the error message.
+            remedy: The option or key that sets the corpus, for the error message.
 
         Raises:
             CheckpointError: It is another corpus.
@@ -56,8 +56,8 @@ class SavedRun:
         trained_on = read_metadata(self.checkpoint).get("data", {}).get("corpus")
         if trained_on != corpus.fingerprint:
             raise CheckpointError(
-                f"{self.checkpoint.path} was trained on another corpus than {corpus.directory},"
-                f" whose ids mean something else; name the right one with {remedy}"
+                f"{self.checkpoint.path} was trained on another corpus than {corpus.directory}, in"
+                f" which token ids have other meanings; set the right one with {remedy}"
             )
 
 
@@ -67,6 +67,7 @@ class TrainedModel:
 
     model: MixtureOfTransformers
     config: Config
+    """Configuration of the run, adapted to a single process."""
     corpus: Corpus
     checkpoint: CheckpointInfo
     skipped: tuple[str, ...]

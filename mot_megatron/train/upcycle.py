@@ -1,8 +1,8 @@
-"""Start a new run from a trained model: copy towers, or make experts from copies of a tower.
+"""Upcycling: start a new run from a trained model by copying its weights to towers or experts.
 
-Only weights are copied. The new run begins at step 0, with empty optimizer moments, at the start of
-its data and its learning-rate schedule. No model is built, and the host holds the old weights once,
-however often they are copied.
+Only weights are copied. The new run starts at step 0, with zero optimizer moments, at the start of
+its data and learning-rate schedule. No model is built, and host memory holds the old weights once,
+however many copies the new run has.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def upcycle(
     directory = checkpoint_directory(config.run_directory)
     if directory.is_dir() and any(directory.iterdir()):
         raise CheckpointError(
-            f"{directory} is not empty; the new run needs another name than run.name ="
-            f" {config.run.name}"
+            f"{directory} is not empty, so run.name = {config.run.name} is in use; choose another"
+            " name for the new run"
         )
     plan = plan_tensors(source.config, config, towers)
     checkpoint = save_checkpoint(
@@ -68,7 +68,7 @@ def upcycle(
         metadata={
             "progress": asdict(Progress()),
             "optimizer_steps": 0,
-            "data": _beginning(config, corpus),
+            "data": _initial_position(config, corpus),
             "upcycled_from": {"checkpoint": str(source.checkpoint.path), "towers": dict(towers)},
         },
         config_text=config.to_toml(),
@@ -100,7 +100,7 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
     return tensors
 
 
-def _beginning(config: Config, corpus: Corpus) -> dict[str, int | str]:
+def _initial_position(config: Config, corpus: Corpus) -> dict[str, int | str]:
     """Return the data position of a run before its first step."""
     return PackedLoader(
         corpus,
@@ -123,6 +123,7 @@ class Difference:
     scale: float
     """Largest absolute logit of the source."""
     tokens: int
+    """Number of tokens compared."""
 
 
 def compare_logits(source: SavedRun, upcycled: CheckpointInfo, corpus: Corpus) -> Difference:

@@ -1,7 +1,8 @@
 """Plan which source tensor each new tensor copies, and whether the copies compute the same.
 
-A new tower copies the weights of one source tower. Experts are copies of a plain tower's
-feed-forward network, with new routers, or of the same number of experts.
+A new tower copies the weights of one source tower. If it has experts, they are copies either of the
+feed-forward network of a tower without experts, and the routers are new, or of the experts of a
+tower with the same number of experts, including its routers.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class FirstForward:
     reason: str
 
     def __str__(self) -> str:
-        verdict = "the same as" if self.equal else "something else than"
+        verdict = "compute the same as" if self.equal else "do not compute the same as"
         return (
-            f"tower {self.tower}: its weights compute {verdict} tower {self.source} of the source:"
+            f"tower {self.tower}: its weights {verdict} tower {self.source} of the source:"
             f" {self.reason}"
         )
 
@@ -61,7 +62,7 @@ class TensorPlan:
     copied: dict[str, str] = field(default_factory=dict)
     """New name -> old name."""
     drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """New name -> shape of tensors that the source lacks, which are routers."""
+    """New name -> shape of tensors to initialize randomly, which are new routers."""
 
 
 def source_towers(
@@ -75,14 +76,14 @@ def source_towers(
     Raises:
         ConfigError: ``wanted`` contains an unknown tower, or a target tower has no source.
     """
-    for what, names, allowed in (
-        ("the new model", wanted.keys(), target.tower_names),
-        ("the source", wanted.values(), source.tower_names),
+    for origin, names, allowed in (
+        ("the configuration of the new run (--config)", wanted.keys(), target.tower_names),
+        ("the source model (--checkpoint)", wanted.values(), source.tower_names),
     ):
         unknown = sorted(set(names) - set(allowed))
         if unknown:
             raise ConfigError(
-                f"--map names tower {unknown[0]!r}, which {what} does not have; allowed:"
+                f"--map names tower {unknown[0]!r}, which {origin} does not have; allowed:"
                 f" {', '.join(allowed)}"
             )
     chosen = {}
@@ -93,8 +94,8 @@ def source_towers(
         )
         if chosen[name] is None:
             raise ConfigError(
-                f"tower {name} of the new model: the source has no tower of this name; name the one"
-                f" to copy with --map {name}=TOWER, one of {', '.join(source.tower_names)}"
+                f"tower {name} of the new run: the source has no tower of this name; set the tower"
+                f" to copy with --map {name}=OLD; allowed: {', '.join(source.tower_names)}"
             )
     return chosen
 
@@ -114,15 +115,15 @@ def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[st
         old, new = getattr(source, attribute), getattr(target, attribute)
         if old != new:
             raise ConfigError(
-                f"model.{key} = {new}, but the source has {old}: weights are copied as they are,"
-                " so the two must be equal"
+                f"model.{key} = {new}, but the source has {old}; weights are copied unchanged, so"
+                " both must be equal"
             )
     for key in UntiedConfig.model_fields:
         merged = getattr(source.untied, key) and not getattr(target.untied, key)
         if merged and source.num_towers > 1:
             raise ConfigError(
-                f"model.untied.{key} = false, but every tower of the source has its own: several"
-                " cannot become one; allowed: true"
+                f"model.untied.{key} = false, but the towers of the source have separate weights,"
+                " which cannot be merged; allowed: true"
             )
     for name, old_name in towers.items():
         new, old = _experts(target, name), _experts(source, old_name)
@@ -130,8 +131,8 @@ def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[st
             continue
         if new is None or new.num_moe_experts != old.num_moe_experts:
             raise ConfigError(
-                f"tower {name} has {_number(new)}, but tower {old_name} of the source"
-                f" {_number(old)}: a mixture keeps its experts; allowed:"
+                f"tower {name} has {_number(new)}, but tower {old_name} of the source has"
+                f" {_number(old)}; the number of experts cannot change; allowed:"
                 f" model.towers.{name}.experts.num_moe_experts = {old.num_moe_experts}"
             )
 
@@ -172,16 +173,15 @@ def whole_model(
     differing = [forward.tower for forward in forwards if not forward.equal]
     if differing:
         reasons.append(
-            f"tower {', '.join(differing)} computes something else, and attention passes that on to"
-            " all towers"
+            f"attention propagates the difference in tower {', '.join(differing)} to all towers"
         )
     for modality, settings in target.modalities.items():
         copied, before = towers[settings.tower], source.modalities[modality].tower
         if copied != before:
-            reasons.append(f"{modality} tokens ran through tower {before}, not {copied}")
+            reasons.append(f"{modality} tokens were processed by tower {before}, not {copied}")
     if reasons:
-        return f"whole model: first forward differs from the source's: {'; '.join(reasons)}"
-    return "whole model: first forward equals the source's, to 1e-6 of the largest logit"
+        return f"whole model: first forward pass differs from the source's: {'; '.join(reasons)}"
+    return "whole model: first forward pass equals the source's, to 1e-6 of the largest logit"
 
 
 def _of_copied_experts(
@@ -197,10 +197,10 @@ def _of_copied_experts(
         for experts in (old, new)
     )
     if before != now:
-        return False, "experts and routers copied, but the routing differs"
+        return False, "experts and routers copied, but routing settings differ"
     # Expert choice and capacity dropping depend on all tokens of the tower.
     if new.sees_the_future and not same_pool:
-        return False, "experts and routers copied, but they choose among other tokens"
+        return False, "experts and routers copied, but they choose among different tokens"
     return True, "experts and routers copied"
 
 
@@ -208,12 +208,12 @@ def _of_copied_network(target: ModelConfig, new: ExpertsConfig) -> tuple[bool, s
     number, each = new.num_moe_experts, new.experts_per_token
     copies = f"{number} experts that are copies"
     if _weights_sum_to_one(new):
-        return True, f"{copies}, weights that sum to one"
-    # All logits are near zero at first.
+        return True, f"{copies}, with gates that sum to one"
+    # The logits of a new router are near zero.
     factor = each * (0.5 if new.gate == "sigmoid" else 1 / number)
-    reason = f"{copies}, but weights that sum to about {factor:.3g}"
+    reason = f"{copies}, but with gates that sum to about {factor:.3g}"
     if new.routing == "expert_choice":
-        reason += f" on average (c = {each:g}): 0 for tokens that no expert takes"
+        reason += f" on average (c = {each:g}), and to 0 for tokens that no expert takes"
     if target.norm_placement == "post":
         reason += "; the norm after them cancels any factor except 0, up to norm_eps"
     return False, reason
@@ -249,7 +249,8 @@ def plan_tensors(source: Config, target: Config, towers: Mapping[str, str]) -> T
 def _tensors(config: Config) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Yield name, tower and shape of all tensors.
 
-    Shared tensors count to the first tower; an expert has the shape of all experts stacked.
+    The tower of shared tensors is 0. The shape of an expert is that of all experts stacked; it is
+    not used, since experts are always copied.
     """
     whole, model = config.model_copy(update={"parallel": ParallelConfig()}), config.model
     for parameter in held_parameters(whole, 0, range(model.num_towers)):
@@ -287,4 +288,4 @@ def _modalities(model: ModelConfig, tower: str) -> set[str]:
 
 
 def _number(experts: ExpertsConfig | None) -> str:
-    return "a plain network" if experts is None else f"{experts.num_moe_experts} experts"
+    return "no experts" if experts is None else f"{experts.num_moe_experts} experts"

@@ -120,7 +120,9 @@ def test_first_forward_is_equal_if_reported_so(
     *towers, whole = lines
     assert len(towers) == 3
     assert all(": its weights compute the same as tower " in line for line in towers)
-    assert whole == "whole model: first forward equals the source's, to 1e-6 of the largest logit"
+    assert whole == (
+        "whole model: first forward pass equals the source's, to 1e-6 of the largest logit"
+    )
     assert scale > 0.5
     assert difference < 1e-6 * max(scale, 1.0)
 
@@ -128,8 +130,8 @@ def test_first_forward_is_equal_if_reported_so(
 @pytest.mark.parametrize(
     ("new", "reason"),
     [
-        ([TOP1, PRE], "weights that sum to about 0.25"),
-        ([CHOSEN, PRE], "about 0.5 on average (c = 1): 0 for tokens that no expert takes"),
+        ([TOP1, PRE], "gates that sum to about 0.25"),
+        ([CHOSEN, PRE], "about 0.5 on average (c = 1), and to 0 for tokens that no expert takes"),
         ([TOP1], "about 0.25; the norm after them cancels any factor except 0, up to norm_eps"),
         ([ALL.replace("softmax", "sigmoid"), PRE], "about 2 on average (c = 4)"),
     ],
@@ -145,16 +147,14 @@ def test_first_forward_differs_if_reported_so(
     source = save_source(config_file.parent / "source", corpus, dense)
     lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new))
     text, *others, whole = lines
-    start = (
-        "tower text: its weights compute something else than tower one of the source: 4 experts"
-        " that"
+    assert text.startswith(
+        "tower text: its weights do not compute the same as tower one of the source: 4 experts that"
     )
-    assert text.startswith(start)
     assert reason in text
     assert all("compute the same as tower one of the source: a copy" in line for line in others)
     assert whole == (
-        "whole model: first forward differs from the source's: tower text computes something else,"
-        " and attention passes that on to all towers"
+        "whole model: first forward pass differs from the source's: attention propagates the"
+        " difference in tower text to all towers"
     )
     if PRE in new:
         assert difference > 0.05 * scale
@@ -173,10 +173,11 @@ def test_experts_that_choose_among_fewer_tokens(
     lines, difference, scale = upcycled(capsys, arguments(source, config_file, *new, PRE))
     *towers, whole = lines
     assert all(
-        line.endswith("experts and routers copied, but they choose among other tokens")
+        line.endswith("experts and routers copied, but they choose among different tokens")
         for line in towers
     )
-    assert whole.startswith("whole model: first forward differs from the source's: tower text, ")
+    assert "first forward pass differs from the source's: attention propagates" in whole
+    assert "in tower text, image, speech to all towers" in whole
     assert difference > 0.05 * scale
 
 
@@ -189,8 +190,8 @@ def test_copies_of_another_modalitys_tower(
     *towers, whole = lines
     assert all(": its weights compute the same as tower " in line for line in towers)
     assert whole == (
-        "whole model: first forward differs from the source's: image tokens ran through tower"
-        " image, not text"
+        "whole model: first forward pass differs from the source's: image tokens were processed by"
+        " tower image, not text"
     )
     assert difference > 0.05 * scale
 
@@ -201,9 +202,8 @@ def test_weights_of_the_result(
     source = save_source(config_file.parent / "source", corpus, [])
     mapped = ["--map", "text=image", "image=text", "speech=speech"]
     assert main([*arguments(source, config_file, CAUSAL), *mapped]) == 0
-    assert (
-        "tower text: its weights compute something else than tower image" in capsys.readouterr().out
-    )
+    output = capsys.readouterr().out
+    assert "tower text: its weights do not compute the same as tower image" in output
     old, new = (read_all(path) for path in (source, config_file.parent / "runs" / "small"))
     for layer in ("layers.0", "layers.1"):
         network = f"{layer}.feed_forward.towers"
@@ -262,25 +262,25 @@ def test_training_continues_from_an_upcycled_run(
             DENSE,
             [],
             ["--map", "voice=one"],
-            "tower 'voice', which the new model does not have; allowed: text,",
+            "tower 'voice', which the configuration of the new run (--config) does not have;",
         ),
         (
             DENSE,
             [],
             ["--map", "text=two"],
-            "tower 'two', which the source does not have; allowed: one",
+            "tower 'two', which the source model (--checkpoint) does not have; allowed: one",
         ),
         (DENSE, [], ["--map", "text"], "--map text: expected NEW=OLD"),
         (
             [],
             DENSE,
             [],
-            "tower one of the new model: the source has no tower of this name; name the one",
+            "set the tower to copy with --map one=OLD; allowed: text, image, speech",
         ),
-        ([CHOSEN], [], [], "tower text has a plain network, but tower text of the source 4 exp"),
+        ([CHOSEN], [], [], "tower text has no experts, but tower text of the source has 4 experts"),
         ([CHOSEN], [CHOSEN.replace("4", "2")], [], "num_moe_experts = 4"),
         ([CHOSEN], [CHOSEN.replace("4", "8")], [], "text has 8 experts, but tower text of the sou"),
-        ([], ["model.untied.qkv=false"], [], "model.untied.qkv = false, but every tower of"),
+        ([], ["model.untied.qkv=false"], [], "model.untied.qkv = false, but the towers of"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -305,9 +305,7 @@ def test_no_run_is_overwritten(
     assert main(arguments(source, config_file)) == 0
     capsys.readouterr()
     assert main(arguments(source, config_file)) == 2
-    assert "is not empty; the new run needs another name than run.name = small" in (
-        capsys.readouterr().err
-    )
+    assert "is not empty, so run.name = small is in use; choose" in capsys.readouterr().err
     other = write_corpus(tmp_path / "other", without="speech")
     assert main(arguments(source, config_file, f'data.corpus="{other}"', "run.name=b")) == 2
     assert "was trained on another corpus than" in capsys.readouterr().err

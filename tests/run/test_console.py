@@ -39,7 +39,7 @@ def printed(capsys: pytest.CaptureFixture[str], on: bool = True) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_lines_say_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interval_and_evaluation_lines(capsys: pytest.CaptureFixture[str]) -> None:
     interval, memory, held_out = printed(capsys)
     assert interval == (
         "step  20/200  text 7.250 image - speech 6.500  grad norm 1.50  lr 3.0e-04  600 ms"
@@ -49,7 +49,7 @@ def test_lines_say_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
     assert held_out == "held out, step  20: text 7.250 image - speech 6.500 bits per token"
 
 
-def test_lines_of_long_runs_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_long_runs_fit_the_width(capsys: pytest.CaptureFixture[str]) -> None:
     interval = interval_of((12.25, 12.25, 12.25), rate=987_654.0, norm=12.34, imbalance=1.25)
     with Console(MODALITIES, 0, 200_000, on=True) as console:
         console.interval(100_000, interval, 0.42, seconds_left=359_999, memory_bytes=0)
@@ -62,7 +62,7 @@ def test_lines_of_long_runs_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].endswith("has 1.25 of the mean FLOPs, which costs about 7% of the step")
 
 
-def test_a_reader_sees_which_loss_is_honest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_lines_name_the_routing(capsys: pytest.CaptureFixture[str]) -> None:
     bits, causal = (7.25, math.nan, 6.5), (7.5, math.nan, 6.75)
     with Console(MODALITIES, 0, 200, on=True) as console:
         console.held_out(20, HeldOut(bits, causal), sees_the_future=True)

@@ -1,4 +1,4 @@
-"""Event files on full disks, under wrong clocks, and dashboards of runs in several parts."""
+"""Event files on a full disk and with a wrong clock, and dashboards of resumed runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_log(
     return TensorBoardLog(directory, names, names, start_step, modality_parallel, say=said.append)
 
 
-def test_a_full_disk_costs_points_and_one_line(
+def test_full_disk_loses_points_and_prints_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -53,7 +53,7 @@ def test_a_full_disk_costs_points_and_one_line(
     assert steps[-3:] == [40, 41, 42]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_prints_one_line(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
     said: list[str] = []
     log = open_log(tmp_path / "tensorboard", said)
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
-def test_points_after_a_restart_with_a_clock_that_is_behind_are_shown(
+def test_points_are_shown_if_the_clock_is_behind_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
@@ -77,7 +77,7 @@ def test_points_after_a_restart_with_a_clock_that_is_behind_are_shown(
     assert points(tmp_path, "a") == expected
 
 
-def test_sections_stay_when_a_later_part_of_the_run_lacks_them(tmp_path: Path) -> None:
+def test_dashboard_keeps_sections_of_earlier_parts_of_the_run(tmp_path: Path) -> None:
     open_log(tmp_path, [], 1, modality_parallel=True).close()
     open_log(tmp_path, [], 5).close()
     events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()

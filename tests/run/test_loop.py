@@ -1,4 +1,4 @@
-"""The loop on several ranks: what one rank meets, all of them act on alike."""
+"""The training loop on one or several ranks: stop requests, resuming, errors, evaluations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train_on_ranks(
     signalled_rank: int | None,
     signalled_step: int = 3,
 ) -> str | None:
-    """Train; a rank gets SIGTERM during one of its steps. Return the error, if any."""
+    """Train, sending SIGTERM to one rank after one of its steps; return the error, if any."""
     config = small_config(corpus_directory, [f"run.directory={runs}", *overrides])
     corpus = Corpus.open(corpus_directory)
     groups = build_process_groups(config.parallel.tensor_model_parallel_size, torch.device("cpu"))
@@ -67,7 +67,7 @@ def test_signal_to_one_rank_stops_all(corpus: Path, tmp_path: Path, layout: list
     assert not (tmp_path / "small" / "summary.json").exists()
 
 
-def test_stop_leaves_no_gap_among_the_evaluations(corpus: Path, tmp_path: Path) -> None:
+def test_skipped_evaluation_is_run_after_resuming(corpus: Path, tmp_path: Path) -> None:
     overrides = ["training.train_steps=8", "evaluation.interval_steps=2"]
     assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, 0) == [None]
     assert evaluated_steps(tmp_path / "small") == [2]  # it saves and leaves at once after step 4
@@ -75,7 +75,7 @@ def test_stop_leaves_no_gap_among_the_evaluations(corpus: Path, tmp_path: Path) 
     assert evaluated_steps(tmp_path / "small")[:3] == [2, 4, 6]
 
 
-def test_stop_during_an_evaluation_is_heard_there(corpus: Path, tmp_path: Path) -> None:
+def test_stop_request_ends_an_evaluation(corpus: Path, tmp_path: Path) -> None:
     overrides = ["training.train_steps=4", "evaluation.interval_steps=3"]
     assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, 0) == [None]
     # The request came in step 3.
@@ -85,7 +85,7 @@ def test_stop_during_an_evaluation_is_heard_there(corpus: Path, tmp_path: Path) 
     assert evaluated_steps(tmp_path / "small") == [3, 4]
 
 
-def test_more_steps_neither_warm_up_again_nor_leave_a_fresh_summary(
+def test_more_steps_keep_the_warmup_and_mark_the_summary_stale(
     corpus: Path, tmp_path: Path
 ) -> None:
     unset = ["-optimizer.lr_warmup_steps"]
@@ -102,7 +102,7 @@ def test_more_steps_neither_warm_up_again_nor_leave_a_fresh_summary(
     assert rates[5] == pytest.approx(1e-2, rel=0.01)
 
 
-def test_another_model_is_named_by_the_keys_that_changed(corpus: Path, tmp_path: Path) -> None:
+def test_resuming_another_model_names_the_changed_keys(corpus: Path, tmp_path: Path) -> None:
     few = ["training.train_steps=1"]
     assert run_ranks(train_on_ranks, 1, corpus, tmp_path, few, None) == [None]
     deeper = [*few, "model.num_layers=3"]
@@ -118,7 +118,9 @@ def evaluated_steps(run: Path) -> list[int]:
     return [point.step for point in events.Scalars("loss_held_out/text")]
 
 
-def test_folder_that_only_the_first_rank_fails_to_make(corpus: Path, tmp_path: Path) -> None:
+def test_all_ranks_report_that_the_run_folder_cannot_be_created(
+    corpus: Path, tmp_path: Path
+) -> None:
     runs = tmp_path / "runs"
     runs.write_text("a file")
     errors = run_ranks(train_on_ranks, 2, corpus, runs, [], None)
@@ -127,9 +129,7 @@ def test_folder_that_only_the_first_rank_fails_to_make(corpus: Path, tmp_path: P
     assert str(runs) in errors[0]
 
 
-def test_a_summary_that_cannot_be_written_does_not_fail_the_run(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_unwritable_summary_does_not_fail_the_run(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "small" / "summary.json.tmp").mkdir(parents=True)
     errors = run_ranks(train_on_ranks, 2, corpus, tmp_path, ["training.train_steps=1"], None)
     assert errors == [None, None]  # the run itself is done

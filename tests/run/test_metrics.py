@@ -48,7 +48,7 @@ def value(events: EventAccumulator, tag: str) -> float:
     return point.value
 
 
-def test_scalars_hold_the_interval(tmp_path: Path) -> None:
+def test_interval_scalars(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1, modality_parallel=True)
     log.log_interval(
         10, interval_with((7.5, 6.5), imbalance=1.25), mfu=0.25, memory_bytes=3 * 2**29
@@ -79,7 +79,7 @@ def test_scalars_hold_the_interval(tmp_path: Path) -> None:
         assert value(events, tag) == pytest.approx(wanted), tag
 
 
-def test_a_modality_without_labels_has_no_point(tmp_path: Path) -> None:
+def test_modality_without_labels_has_no_point(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
     log.log_interval(5, interval_with((7.5, math.nan)), mfu=0.2, memory_bytes=1)
     log.log_held_out(5, HeldOut((math.nan, 9.5)))
@@ -90,7 +90,7 @@ def test_a_modality_without_labels_has_no_point(tmp_path: Path) -> None:
     assert not any(tag.startswith("loss_held_out_causal") for tag in tags)
 
 
-def test_steps_done_again_are_shown_once(tmp_path: Path) -> None:
+def test_repeated_steps_are_shown_once(tmp_path: Path) -> None:
     for start in (1, 8):
         log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=start)
         for step in range(start, 12):
@@ -136,7 +136,7 @@ def train_on_every_codec(directory: Path, *overrides: str) -> None:
     train(config, corpus, groups)
 
 
-def test_training_shows_samples_beside_the_truth(tmp_path: Path) -> None:
+def test_training_logs_samples_and_real_segments(tmp_path: Path) -> None:
     run_ranks(train_on_every_codec, 1, tmp_path, timeout=180)
     events = read(tmp_path / "runs" / "small" / "tensorboard")
     numbers = range(3)
@@ -155,7 +155,7 @@ def test_training_shows_samples_beside_the_truth(tmp_path: Path) -> None:
         assert [image.step for image in events.Images(tag)] == [1, 2]
 
 
-def test_samples_of_a_model_that_is_routed_causally_for_them_say_so(tmp_path: Path) -> None:
+def test_samples_state_that_routing_is_causal(tmp_path: Path) -> None:
     experts = "model.towers.text.experts={ num_moe_experts = 2, causal_router = true }"
     run_ranks(train_on_every_codec, 1, tmp_path, experts, "training.train_steps=1", timeout=180)
     events = read(tmp_path / "runs" / "small" / "tensorboard")

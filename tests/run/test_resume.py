@@ -1,4 +1,4 @@
-"""A run that was cut off and continued is the run that was not: bit for bit in the same layout."""
+"""A resumed run equals an uninterrupted one: bitwise in the same layout, closely in others."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ SP = "parallel.sequence_parallel=true"
 PP, MP = "parallel.pipeline_model_parallel_size=2", "parallel.modality_parallel_size=2"
 LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
 TIED = "model.untie_embeddings_and_output_weights=false"
-# A point of each step's own: a mean over steps begins anew where a run begins anew.
+# Log every step, because intervals restart when a run is resumed.
 EVERY_STEP = "logging.interval_steps=1"
 TWO_MICRO_BATCHES = "training.micro_batch_size=2"
 
 
 class _PowerCutError(Exception):
-    """Stands for whatever ends a process without warning."""
+    """Simulates the sudden end of a process."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw of one process's life."""
+    """The results of one job on one rank."""
 
     tensor_rank: int
     tensor_size: int
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def run_training(corpus: Path, overrides: list[str], cut_after: int | None) -> Outcome:
-    """Run ``train`` on this rank, and die after ``cut_after`` steps of this process."""
+    """Run ``train`` on this rank, and abort it after ``cut_after`` steps of this job."""
     config = resolve_config(small_config(corpus, overrides), Corpus.open(corpus))
     groups = build_groups(config, Corpus.open(corpus), torch.device("cpu"))
     sessions: list[Session] = []
@@ -133,7 +133,7 @@ def points_of(runs: Path) -> dict[str, list[tuple[int, float]]]:
 )
 def test_resume_is_bitwise(corpus: Path, tmp_path: Path, layout: list[str]) -> None:
     whole = train(corpus, tmp_path / "whole", layout)
-    # Four steps beyond the checkpoint are lost and done again, and were logged already.
+    # Four steps after the checkpoint are lost and repeated; they have been logged already.
     first = train(corpus, tmp_path / "cut", layout, cut_after=SAVED + 4)
     resumed = train(corpus, tmp_path / "cut", layout)
     for rank, expected in enumerate(whole):
@@ -147,7 +147,7 @@ def test_resume_is_bitwise(corpus: Path, tmp_path: Path, layout: list[str]) -> N
             assert len(state) == 3
             for kind, tensor in state.items():
                 assert torch.equal(resumed[rank].state[name][kind], tensor), (name, kind)
-        # The cut and the end differ, or equality would say nothing.
+        # Otherwise the equality above would prove nothing.
         assert any(
             not torch.equal(first[rank].state[n]["weight"], s["weight"])
             for n, s in expected.state.items()

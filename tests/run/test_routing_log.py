@@ -1,4 +1,4 @@
-"""What is logged of routers equals counts made by hand, and is the same in every layout."""
+"""Logged routing statistics equal counts made by hand and are the same in every layout."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_counts_of_two_micro_batches_made_by_hand() -> None:
 def _record(
     model: MixtureOfTransformers,
 ) -> list[tuple[torch.nn.Module, torch.Tensor, RoutingPool]]:
-    """Layer, rows and pool of every call of a router, in a list that grows."""
+    """Return a list to which every router call appends its layer, rows and pool."""
     seen = []
     for layer in model.layers.values():
         for module in layer.modules():
@@ -102,7 +102,7 @@ def _record(
 def _by_hand(
     layer: torch.nn.Module, calls: list[tuple[torch.Tensor, RoutingPool]], tokens: int
 ) -> dict[str, float]:
-    """A token at a time, from the rows that the router was given."""
+    """Compute the scalars token by token from the inputs of the router."""
     (router,) = (module for module in layer.modules() if isinstance(module, Router))
     counts, untaken, entropy, loss, agreed = [0, 0, 0], 0, 0.0, 0.0, 0
     for x, pool in calls:
@@ -133,7 +133,7 @@ def _by_hand(
     }
 
 
-def test_only_what_applies_is_logged() -> None:
+def test_only_applicable_scalars_are_logged() -> None:
     sums = torch.tensor([10.0, 2, 5, 20, 30, 40, 16, 4, 6, 0])
     assert len(sums) == len(RoutingStatistics.NAMES) + 3  # a wider tower's table
     dropless = ExpertsConfig(num_moe_experts=2, routing="topk")
@@ -167,7 +167,7 @@ def test_charts_show_a_line_per_layer() -> None:
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (4, 8), (50, 64)])
-def test_heat_map_shows_more_as_darker(layers: int, experts: int) -> None:
+def test_larger_shares_are_darker_in_the_heat_map(layers: int, experts: int) -> None:
     taken = np.full((layers, experts), 100 / experts)
     taken[0, 0] *= 1.9
     figure = draw_heat_map("title", taken, np.full(layers, 10.0), 100 / experts)
@@ -185,7 +185,7 @@ def test_heat_map_shows_more_as_darker(layers: int, experts: int) -> None:
 def train_in_layouts(
     corpus_directory: Path, runs: Path, layouts: dict[str, list[str]], model: list[str]
 ) -> None:
-    """Six steps each, in the same ranks; what they did is in the run's folder."""
+    """Train six steps in each layout, one after the other on the same ranks."""
     corpus = Corpus.open(corpus_directory)
     for name, layout in layouts.items():
         overrides = [
@@ -241,5 +241,5 @@ def test_every_layout_logs_and_evaluates_as_one_rank(tmp_path: Path) -> None:
         found = scalars_of(tmp_path / layout)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            # Far less than a single token that another expert takes.
+            # Far smaller than the effect of a single token routed differently.
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (layout, key)

@@ -1,4 +1,4 @@
-"""What tells runs in different layouts apart."""
+"""The layout and the losses in summary.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config_of(*overrides: str) -> Config:
     return parse_config(CONFIG.format(corpus="none"), "small.toml", settings)
 
 
-def test_one_rank() -> None:
+def test_layout_record_of_one_rank() -> None:
     assert layout_record(config_of("zero_stage=2"), None) == {
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,
@@ -39,7 +39,7 @@ def test_one_rank() -> None:
     }
 
 
-def test_every_axis() -> None:
+def test_layout_record_with_every_axis() -> None:
     config = config_of(
         "tensor_model_parallel_size=2",
         "sequence_parallel=true",
@@ -62,7 +62,7 @@ def test_every_axis() -> None:
 
 
 def write(corpus_directory: Path, runs: Path) -> None:
-    """On one rank of two, for a run that has not begun."""
+    """Write the summary of a run that has not begun, on the first of two ranks."""
     config = small_config(
         corpus_directory, [f"run.directory={runs}", "parallel.modality_parallel_size=2"]
     )
@@ -74,11 +74,11 @@ def write(corpus_directory: Path, runs: Path) -> None:
         write_summary(session, Progress(), HeldOut((1.0, 2.0, math.nan), (1.5, 2.5, math.nan)), 3)
 
 
-def test_the_file_has_the_placement_that_was_chosen(tmp_path: Path) -> None:
+def test_summary_records_placement_and_losses(tmp_path: Path) -> None:
     run_ranks(write, 2, write_corpus(tmp_path / "corpus"), tmp_path)
     summary = json.loads((tmp_path / "small" / "summary.json").read_text())
     assert summary["modality_parallel_size"] == 2
-    # Three towers of much the same size on two ranks.
+    # Three towers of similar size on two ranks.
     assert sorted(map(len, summary["placement"])) == [1, 2]
     image, speech = (summary["modalities"][name] for name in ("image", "speech"))
     assert (image["held_out_bits_per_token"], image["held_out_bits_per_token_causal"]) == (2.0, 2.5)

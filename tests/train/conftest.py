@@ -11,7 +11,7 @@ from tests.small_runs import write_corpus
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """With all modalities everywhere, with one per sequence, and without one of them at all."""
+    """Corpora with all modalities in every document, one per document, and one modality absent."""
     root = tmp_path_factory.mktemp("corpora")
     return {
         "mixed": write_corpus(root / "mixed"),

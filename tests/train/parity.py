@@ -36,25 +36,25 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw."""
+    """The results of one rank."""
 
     tensor_rank: int
     tensor_size: int
     held: tuple[int, ...]
-    """Towers whose weights the rank has."""
+    """Towers that the rank holds."""
     layers: set[str]
-    """Numbers of its layers."""
+    """Indices of the layers that the rank holds."""
     losses: list[tuple[float, ...]]
     norms: list[tuple[float, ...]]
     held_out: tuple[float, ...]
     weights: dict[str, torch.Tensor]
     shardings: dict[str, ParameterSharding]
     lacking: list[set[int]]
-    """Per micro-batch the towers of this rank that had no token."""
+    """Per micro-batch, the towers of this rank without a token."""
 
 
 def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
-    """Build a session on this rank, take five steps, evaluate."""
+    """Build a session on this rank, run five steps and evaluate."""
     config = small_config(corpus_directory, overrides)
     corpus = Corpus.open(corpus_directory)
     config = resolve_config(config, corpus)
@@ -101,7 +101,7 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
 
 
 def run_corpora(corpora: dict[str, Path], overrides: list[str]) -> dict[str, Outcome]:
-    """``run_steps`` on one corpus after the other, in the same ranks."""
+    """Call ``run_steps`` on each corpus in turn, on the same ranks."""
     outcomes = {}
     for name, corpus in corpora.items():
         if parallel_state.model_parallel_is_initialized():
@@ -114,7 +114,7 @@ _references: dict[tuple[str, tuple[str, ...]], Outcome] = {}
 
 
 def reference(corpus: Path, overrides: tuple[str, ...]) -> Outcome:
-    """One process on the same model; each is run once."""
+    """Return the outcome of one process with the same model, computed once per model."""
     key = (str(corpus), overrides)
     if key not in _references:
         _references[key] = run_ranks(run_steps, 1, corpus, list(overrides), timeout=120)[0]
@@ -122,7 +122,7 @@ def reference(corpus: Path, overrides: tuple[str, ...]) -> Outcome:
 
 
 def assert_equal(outcome: Outcome, expected: Outcome) -> None:
-    """What a rank saw is what the one process saw, and its weights are parts of that one's."""
+    """Assert that a rank's results and shards of weights equal those of one process."""
     for mine, theirs in zip(
         [*outcome.losses, *outcome.norms, outcome.held_out],
         [*expected.losses, *expected.norms, expected.held_out],
@@ -138,7 +138,7 @@ def assert_equal(outcome: Outcome, expected: Outcome) -> None:
 
 
 def assert_complete(outcomes: list[Outcome], expected: Outcome) -> None:
-    """All ranks together hold the model, and each what its place says."""
+    """Assert that the ranks hold the whole model together, each its own towers and layers."""
     assert {name for outcome in outcomes for name in outcome.weights} == set(expected.weights)
     for outcome in outcomes:
         towers = {name.split(".towers.")[1][0] for name in outcome.weights if ".towers." in name}

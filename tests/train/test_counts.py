@@ -1,4 +1,4 @@
-"""What a step's global counts say about the work of a modality group's ranks."""
+"""The imbalance of modality groups in the global counts of a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ["text", "image"]
 def imbalance_of(
     rank_tokens: tuple[int, int], rank_pairs: tuple[int, int], *overrides: str
 ) -> float:
-    """Of two ranks with a tower each."""
+    """Return the imbalance of two ranks that hold a tower each."""
     config = small_config({name: name for name in NAMES}, *overrides)
     nothing = torch.zeros(0, dtype=torch.int64)
     of_towers = ((rank_tokens[0], 0), (0, rank_tokens[1]))
@@ -29,15 +29,15 @@ def imbalance_of(
     return GlobalCounts.gather([batch, batch], config.model, groups).imbalance
 
 
-def test_equal_ranks_are_balanced() -> None:
+def test_equal_ranks_have_imbalance_one() -> None:
     assert imbalance_of((40, 40), (100, 100)) == 1.0
 
 
-def test_the_busiest_with_tokens() -> None:
+def test_imbalance_of_unequal_tokens() -> None:
     assert imbalance_of((60, 20), (0, 0)) == pytest.approx(1.5)  # 60 / 40
 
 
-def test_a_tower_of_experts_costs_what_a_token_runs_through() -> None:
+def test_imbalance_counts_the_experts_of_a_token() -> None:
     experts = "model.towers.image.experts={num_moe_experts=4,capacity_factor=2.0}"
     model = small_config({name: name for name in NAMES}, experts).model
     text, image = (step_flops(model, tokens, 0).total for tokens in ([1, 0], [0, 1]))
@@ -46,8 +46,8 @@ def test_a_tower_of_experts_costs_what_a_token_runs_through() -> None:
     assert imbalance_of((40, 40), (0, 0), experts) == pytest.approx(2 * image / (text + image))
 
 
-def test_ranks_meet_before_and_after_attention() -> None:
-    """Attention on one rank does not make up for tokens on the other."""
+def test_imbalance_adds_the_maxima_inside_and_outside_attention() -> None:
+    """Less attention on the rank with more tokens does not balance the ranks."""
     model = small_config({name: name for name in NAMES}).model
     per_token = step_flops(model, [1, 0], 0).total
     per_pair = step_flops(model, [0, 0], 1).total

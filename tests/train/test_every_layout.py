@@ -1,7 +1,7 @@
-"""Pipelines, modality parallelism and their products train exactly as one process does.
+"""Pipeline and modality parallelism, alone and combined, train as one process does.
 
-Each on three corpora: all modalities in every batch, batches in which a tower of a rank has no
-token, and a modality that occurs nowhere.
+Each layout trains on three corpora: all modalities in every batch, batches in which a tower of a
+rank has no token, and a modality that occurs nowhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FOUR_LAYERS = "model.num_layers=4"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 HEADS = "parallel.attention_exchange=heads"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
-# A split tower among others, and a rank that holds several.
+# A tower split over two ranks that also hold other towers.
 LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
 
 
@@ -110,7 +110,7 @@ def test_static_budgets(corpora: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("world_size", "layout"), [(2, [MP2]), (4, [MP2, PP2])])
 def test_bf16(corpora: dict[str, Path], world_size: int, layout: list[str]) -> None:
-    """bf16 rounds gradients of partial sums: two orders of summation share three digits."""
+    """In bf16, partial sums of gradients are rounded, so only about three digits agree."""
     model = ["training.precision=bf16", TIED]
     expected = reference(corpora["mixed"], tuple(model))
     outcomes = run_ranks(run_steps, world_size, corpora["mixed"], layout + model, timeout=120)

@@ -1,4 +1,4 @@
-"""Towers of experts train in every layout exactly as one process does."""
+"""Towers with experts train in every layout as one process does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 HEADS = "parallel.attention_exchange=heads"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 MICRO2 = "training.micro_batch_size=2"
-# The text's experts lie on two ranks; of the other towers, without experts, one rank each.
+# Two ranks hold the text tower with its experts; one rank each holds the other towers.
 ONE_EACH = "parallel.placement=[{text=0.6},{image=1.0},{text=0.4},{speech=1.0}]"
 
 
@@ -47,12 +47,12 @@ WIDE_CHOICE = experts('capacity_factor=1.5,gate="softmax"', tower="image")
 TOPK = experts(
     'routing="topk",topk=2,capacity_factor=0.8,aux_loss_coefficient=0.1,z_loss_coefficient=0.02'
 )
-# Whatever the pool is: nothing that looks at more than one token.
+# Routing that does not depend on the pool, because no rule involves more than one token.
 POOLLESS = experts('routing="topk",topk=2,gate="softmax",z_loss_coefficient=0.02')
 
 
 def ids(value: object) -> str | None:
-    """The layout alone, shortened."""
+    """Return a short test id that contains the layout only."""
     if not isinstance(value, list):
         return None
     parts = [part.removeprefix("parallel.") for part in value if ".experts=" not in part]
@@ -66,7 +66,7 @@ def assert_all_equal(outcomes: list[Outcome], expected: Outcome) -> None:
 
 
 def one_rank_lacks(outcomes: list[Outcome], tower: int) -> bool:
-    """Whether in some micro-batch one of its ranks has no token of the tower and another has."""
+    """Return whether, in some micro-batch, only some ranks have tokens of the tower."""
     holders = [outcome.lacking for outcome in outcomes if tower in outcome.held]
     lacking = [sum(tower in towers for towers in ranks) for ranks in zip(*holders, strict=True)]
     return any(0 < number < len(holders) for number in lacking)
@@ -93,12 +93,12 @@ def one_rank_lacks(outcomes: list[Outcome], tower: int) -> bool:
 def test_layout_equals_one_process(
     corpora: dict[str, Path], world_size: int, layout: list[str], model: list[str]
 ) -> None:
-    """Towers without a token on a rank, routed ones too, neither hang nor change the others."""
+    """Towers without a token on a rank, with or without experts, do not hang or change others."""
     corpus = corpora["lacking"]
     outcomes = run_ranks(run_steps, world_size, corpus, layout + model, timeout=150)
     assert_all_equal(outcomes, reference(corpus, tuple(model)))
     assert any(any(outcome.lacking) for outcome in outcomes)
-    # In a modality group all holders of a tower have a share of its tokens.
+    # In a modality group, every rank that holds a tower gets a share of its tokens.
     assert EP2 not in layout or MP4 in layout or one_rank_lacks(outcomes, tower=0)
 
 
@@ -112,21 +112,21 @@ def test_routed_tower_without_any_token(corpora: dict[str, Path]) -> None:
 
 
 def test_experts_of_a_single_tower(corpora: dict[str, Path]) -> None:
-    """The dense model with every feed-forward a mixture, the paper's MoE-4x."""
+    """A dense model with experts in every layer, the paper's MoE-4x."""
     corpus, model = corpora["mixed"], (CHOICE, *DENSE)
     outcomes = run_ranks(run_steps, 2, corpus, [EP2, *model], timeout=120)
     assert_all_equal(outcomes, reference(corpus, model))
 
 
-def test_pool_of_a_modality_group_is_the_groups(corpora: dict[str, Path]) -> None:
-    """A tower on one of two ranks routes both ranks' sequences, as one rank does two sequences."""
+def test_routing_pool_spans_the_modality_group(corpora: dict[str, Path]) -> None:
+    """A tower on one of two ranks pools the sequences of both, as one rank pools two sequences."""
     corpus = corpora["mixed"]
     outcomes = run_ranks(run_steps, 2, corpus, [MP2, CHOICE], timeout=120)
     assert_all_equal(outcomes, reference(corpus, (CHOICE, MICRO2)))
 
 
 def test_bf16(corpora: dict[str, Path]) -> None:
-    """As without experts, three digits; a token between two experts may go to the other."""
+    """About three digits agree; a token with nearly equal scores may get another expert."""
     corpus, model = corpora["mixed"], ("training.precision=bf16", CHOICE)
     outcomes = run_ranks(run_steps, 2, corpus, [EP2, *model], timeout=120)
     expected = reference(corpus, model)
@@ -138,7 +138,7 @@ def test_bf16(corpora: dict[str, Path]) -> None:
             assert mine == pytest.approx(theirs, rel=1e-1)
 
 
-def test_causal_router_changes_nothing_of_the_model(corpora: dict[str, Path]) -> None:
+def test_causal_router_does_not_change_the_model(corpora: dict[str, Path]) -> None:
     corpus = corpora["mixed"]
     with_router = reference(corpus, (experts("causal_router=true"),))
     without = reference(corpus, (experts("causal_router=false"),))

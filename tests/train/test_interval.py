@@ -1,4 +1,4 @@
-"""Means over several steps weigh what they average."""
+"""Statistics over several steps are weighted means."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_means() -> None:
     assert interval.learning_rate == pytest.approx(0.02)
 
 
-def test_a_modality_without_any_label_has_no_loss() -> None:
+def test_loss_of_a_modality_without_labels_is_nan() -> None:
     interval = Interval.of([step_of((8.0, math.nan), (3, 0), 1.0, 1.0)], lambda _: 1.0, (1, 1))
     assert interval.modality_bits[0] == 8.0
     assert math.isnan(interval.modality_bits[1])
 
 
-def test_loss_weight_is_what_the_sum_is_divided_by() -> None:
+def test_loss_divisor_is_the_sum_of_label_weights() -> None:
     counts = GlobalCounts((30, 10), (31, 11), (31, 11), attended_pairs=0, imbalance=1.0, stop=False)
     assert counts.loss_weight((1.0, 0.5)) == 35.0  # 30 * 1 + 10 * 0.5
     assert counts.loss_weight((0.0, 0.0)) == 1.0

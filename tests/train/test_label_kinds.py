@@ -59,7 +59,7 @@ def test_kinds_of_ids(corpus: Corpus) -> None:
             assert kinds[each] == place * 3 + KINDS.index(kind), each
 
 
-def test_losses_of_kinds_are_those_of_their_positions(trained: TrainedModel) -> None:
+def test_losses_by_kind_equal_a_loop_over_positions(trained: TrainedModel) -> None:
     losses = held_out_by_kind(trained)
     config, corpus = trained.config, trained.corpus
     kinds = kind_of_id(corpus)
@@ -89,7 +89,7 @@ def test_losses_of_kinds_are_those_of_their_positions(trained: TrainedModel) -> 
             assert math.isnan(loss.bits)
 
 
-def test_the_tool_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(run), "--sequences", "1"]) == 0
     printed = capsys.readouterr().out
     for modality in ("text", "image", "speech"):
@@ -97,7 +97,7 @@ def test_the_tool_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFi
     assert all(len(line) <= 120 for line in printed.splitlines()[1:])
 
 
-def test_json_has_the_figures_of_the_table(
+def test_json_equals_the_table(
     run: Path, trained: TrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--checkpoint", str(run), "--checkpoint", str(run), "--json"]) == 0
@@ -129,6 +129,8 @@ def test_both_routings_of_expert_choice_are_shown(
     assert re.search(r"tower text: 1\.\d\d experts per token and layer, none for \d+\.\d%", printed)
 
 
-def test_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_checkpoint_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--checkpoint", str(tmp_path)]) == 2
     only_error(capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Corpora with which training would be pointless."""
+"""Corpora on which training is impossible are errors before training starts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def corpus_of(directory: Path, train: list[list[int]], validation: list[list[int
         ),
     ],
 )
-def test_a_corpus_with_nothing_to_predict_is_refused(
+def test_corpus_with_nothing_to_predict_is_an_error(
     tmp_path: Path,
     train: list[list[int]],
     validation: list[list[int]],

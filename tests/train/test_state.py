@@ -1,4 +1,4 @@
-"""What is saved: never a step that overflowed, and every expert by itself, wherever it lay."""
+"""Saved state: only finite values, and each expert under its own name in every layout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def save_with_one_rank_broken(corpus_directory: Path, runs: Path) -> tuple[str, 
     return str(raised.value), sorted(checkpoint_directory(config.run_directory).iterdir())
 
 
-def test_infinite_weight_on_one_rank_is_refused_by_all(tmp_path: Path) -> None:
+def test_infinite_weight_on_one_rank_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     for message, checkpoints in run_ranks(save_with_one_rank_broken, 2, corpus, tmp_path / "runs"):
         assert message.startswith(f"step 2: {BROKEN} or its optimizer state is not finite;")
@@ -62,7 +62,7 @@ def restore_with_and_without_flops(corpus_directory: Path, runs: Path) -> tuple[
     return counted, restore(session, checkpoint)
 
 
-def test_flops_of_a_checkpoint_from_before_they_were_counted_are_unknown(tmp_path: Path) -> None:
+def test_flops_are_nan_after_restoring_a_checkpoint_without_them(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     ((counted, uncounted),) = run_ranks(
         restore_with_and_without_flops, 1, corpus, tmp_path / "runs"
@@ -80,7 +80,7 @@ TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true
 def pass_on(
     corpus_directory: Path, overrides: list[str], source: CheckpointInfo | None
 ) -> tuple[CheckpointInfo, int]:
-    """Save what ``source`` says, or else two steps; and how many steps the optimizer has taken."""
+    """Restore ``source`` or train two steps; return a new checkpoint and the optimizer steps."""
     corpus = Corpus.open(corpus_directory)
     config = resolve_config(small_config(corpus_directory, [EXPERTS, *overrides]), corpus)
     session = build_session(config, corpus, build_groups(config, corpus, torch.device("cpu")))
@@ -93,7 +93,7 @@ def pass_on(
 
 
 @pytest.mark.slow
-def test_experts_move_between_layouts_by_their_own_names(tmp_path: Path) -> None:
+def test_experts_keep_their_names_in_every_layout(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     source, first = None, {}
     for number, (world_size, layout) in enumerate(
@@ -115,7 +115,7 @@ def test_experts_move_between_layouts_by_their_own_names(tmp_path: Path) -> None
         of_experts = [f"experts.{e}.{part}" for e in range(4) for part in ("gate_up", "down")]
         of_router = ["router.weight", "router.causal.hidden", "router.causal.output"]
         assert found == {f"{kind}/{tower}.{part}" for part in of_experts + of_router}
-        # As a plain network's, so that either can be made from the other.
+        # The shape is that of a plain feed-forward network, as upcycling requires.
         plain = f"{kind}/layers.1.feed_forward.towers.1.gate_up.linear.weight"
         assert first[f"{kind}/{tower}.experts.3.gate_up"].shape == first[plain].shape
     weights = [first[f"weight/{tower}.experts.{e}.down"] for e in range(4)]

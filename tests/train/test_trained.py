@@ -1,4 +1,4 @@
-"""From a checkpoint on the disk to files of every modality, and one clear line where that fails."""
+"""Loading a trained model and generating files of every modality; errors are one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def save_step(run: Path, corpus: Corpus, step: int, *overrides: str) -> MixtureOfTransformers:
-    """A checkpoint as training writes it, of a model seeded with its step."""
+    """Write a checkpoint as training does, of a model whose seed is the step."""
     layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     config = make_config(corpus, f"run.seed={step}", *overrides)
     groups = build_single_process_groups(CPU)
@@ -65,7 +65,7 @@ def run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("path", "step"), [(".", 2), ("checkpoints", 2), ("checkpoints/step_00000001", 1)]
 )
-def test_any_folder_of_a_run_gives_its_model(run: Path, corpus: Corpus, path: str, step: int):
+def test_model_loads_from_any_folder_of_a_run(run: Path, corpus: Corpus, path: str, step: int):
     trained = load_trained_model(run / path, CPU)
     assert trained.checkpoint.step == step
     config = make_config(corpus, f"run.seed={step}")
@@ -77,7 +77,7 @@ def test_any_folder_of_a_run_gives_its_model(run: Path, corpus: Corpus, path: st
 
 
 @pytest.mark.parametrize(("exchange", "sequences"), [("sequence", 4), ("heads", 2)])
-def test_experts_choose_among_as_many_tokens_as_in_training(
+def test_routing_pool_has_the_size_of_training(
     corpus: Corpus, tmp_path: Path, exchange: str, sequences: int
 ):
     save_step(
@@ -121,7 +121,7 @@ def test_files_of_every_modality(run: Path, tmp_path: Path, capsys: pytest.Captu
         assert (again / name).read_bytes() == (output / name).read_bytes()
 
 
-def test_only_what_is_asked_for(run: Path, tmp_path: Path):
+def test_only_the_requested_modality_is_generated(run: Path, tmp_path: Path):
     arguments = ["--checkpoint", str(run), "--prompt", "tree", "--output", str(tmp_path)]
     assert main([*arguments, "--into", "speech", "--language", "de", "--max-tokens", "4"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["speech-1.wav"]
@@ -139,7 +139,7 @@ def test_only_what_is_asked_for(run: Path, tmp_path: Path):
         ({"--corpus": "nowhere"}, "not a corpus directory?"),
     ],
 )
-def test_bad_requests_give_one_line(
+def test_bad_requests_are_one_line_errors(
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -153,7 +153,7 @@ def test_bad_requests_give_one_line(
     assert not list(output.glob("*")) if output.exists() else True
 
 
-def test_another_corpus_is_refused(
+def test_another_corpus_is_an_error(
     run: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     moved, other = tmp_path / "moved", tmp_path / "other"
@@ -168,7 +168,7 @@ def test_another_corpus_is_refused(
     assert "was trained on another corpus than" in capsys.readouterr().err
 
 
-def test_damaged_checkpoints_are_skipped_by_name(run: Path, corpus: Corpus, tmp_path: Path):
+def test_damaged_checkpoints_are_skipped_and_named(run: Path, corpus: Corpus, tmp_path: Path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     newest = copy / "checkpoints" / "step_00000002"
