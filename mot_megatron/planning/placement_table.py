@@ -42,7 +42,7 @@ def placement_table(
         )
     busiest = max(loads) * len(loads) / total
     lines.append(
-        f"busiest rank: {busiest:.2f} of the mean FLOPs; {placement.num_copies} copies of towers"
+        f"busiest rank: {busiest:.2f} times the mean FLOPs; {placement.num_copies} copies of towers"
     )
     if mesh.pipeline > 1:
         lines[-1] += "; parameters and bytes of the fullest stage"

@@ -88,7 +88,7 @@ class Console:
             self.say(f"  peak memory of the fullest rank: {memory_bytes / 2**30:.2f} GiB")
         if interval.imbalance > 1:
             self.say(
-                f"  modality groups: the busiest rank has {interval.imbalance:.2f} of the mean"
+                f"  modality groups: the busiest rank has {interval.imbalance:.2f} times the mean"
                 f" FLOPs, which costs about {interval.imbalance_percent:.0f}% of the step"
             )
 

@@ -28,7 +28,7 @@ def test_a_line_per_rank() -> None:
     # 48 + 2 * 32 + 2 * 8 = 7760; two of them and the final norm, 15552; embedding and head, 16384.
     assert "31,936" in first  # 15552 + 16384
     assert "47,488" in second  # 2 * 15552 + 16384
-    assert last == "busiest rank: 1.00 of the mean FLOPs; 3 copies of towers"
+    assert last == "busiest rank: 1.00 times the mean FLOPs; 3 copies of towers"
     assert max(map(len, (header, first, second))) <= 120
 
 
@@ -37,5 +37,5 @@ def test_split_towers_show_their_shares() -> None:
     assert "text, image (25%)" in lines[1]
     assert "image (75%), speech" in lines[2]
     # (3 + 0.25 * 2) / 3 of the mean
-    assert lines[3].startswith("busiest rank: 1.17 of the mean FLOPs; 4 copies of towers")
+    assert lines[3].startswith("busiest rank: 1.17 times the mean FLOPs; 4 copies of towers")
     assert lines[3].endswith("of the fullest stage")

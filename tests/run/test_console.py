@@ -59,7 +59,7 @@ def test_lines_of_long_runs_fit_the_width(capsys: pytest.CaptureFixture[str]) ->
     assert max(map(len, lines)) <= WIDTH
     assert lines[0].endswith("|mfu 42%|left 99:59:59")
     # (1 - 1 / 1.25) * 0.2 s / 0.6 s = 7%
-    assert lines[1].endswith("has 1.25 of the mean FLOPs, which costs about 7% of the step")
+    assert lines[1].endswith("has 1.25 times the mean FLOPs, which costs about 7% of the step")
 
 
 def test_evaluation_lines_name_the_routing(capsys: pytest.CaptureFixture[str]) -> None:
