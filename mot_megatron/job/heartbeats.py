@@ -26,6 +26,10 @@ class HeartbeatMonitor:
         """Record a heartbeat, or any other message, from a rank."""
         self._last_heard[rank] = self._clock()
 
+    def silence(self, rank: int) -> float:
+        """Return the seconds since the last message from a rank."""
+        return self._clock() - self._last_heard[rank]
+
     def forget(self, rank: int) -> None:
         """Stop monitoring a rank."""
         self._last_heard.pop(rank, None)

@@ -47,6 +47,8 @@ _VERDICT_SECONDS = HEARTBEAT_TIMEOUT_SECONDS + 10
 """How long a failed rank waits for a verdict. Longer than the heartbeat timeout, so that a hung hub
 is detected first."""
 _GOODBYE_SECONDS = 5.0
+_SILENT_FRACTION = 0.7
+"""A rank 0 whose connection closes after this part of the timeout without a heartbeat had hung."""
 
 
 class Watchdog:
@@ -165,7 +167,9 @@ class Watchdog:
             elif monitor.expired():
                 self._end_without_hub(silent=True)
         if not self._leaving:
-            self._end_without_hub(silent=False)
+            # Another rank of this host may have killed rank 0 because it had stopped answering.
+            was_silent = monitor.silence(0) > _SILENT_FRACTION * HEARTBEAT_TIMEOUT_SECONDS
+            self._end_without_hub(silent=was_silent)
 
     def _receive(self) -> bytes:
         try:

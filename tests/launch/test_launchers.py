@@ -51,7 +51,7 @@ def test_a_second_job_on_the_port_ends_and_the_first_goes_on(config: Path, tmp_p
     with started(one, launcher(config, one / "runs", 10**6, port)) as first:
         wait_for_a_step(one, first)
         with started(other, launcher(config, other / "runs", 10, port)) as second:
-            assert second.wait(60) != 0
+            assert second.wait(180) != 0
         reasons = [
             line
             for line in (other / "stderr").read_text().splitlines()
@@ -62,7 +62,7 @@ def test_a_second_job_on_the_port_ends_and_the_first_goes_on(config: Path, tmp_p
         assert "--master_port" in reasons[0]
         assert first.poll() is None
         (one / "runs" / "small" / "stop").touch()
-        assert first.wait(30) == 0
+        assert first.wait(120) == 0
     assert (one / "stderr").read_text() == ""
     assert "asked to stop: saved after step" in (one / "stdout").read_text()
     assert not (one / "runs" / "small" / "stop").exists()
