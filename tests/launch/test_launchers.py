@@ -155,7 +155,7 @@ def test_output_that_nobody_reads_any_more_does_not_end_a_run(config: Path, tmp_
         time.sleep(1)  # further lines meet the closed pipe
         training.send_signal(signal.SIGINT)
         assert_gone([training], 60)
-        pipe.wait(30)
+        pipe.wait(90)
     assert (tmp_path / "stderr").read_text() == ""
     assert list((runs / "small" / "checkpoints").glob("step_*[0-9]"))
 
@@ -175,7 +175,7 @@ def test_variables_of_a_launcher_are_checked(
     variables = {**variables, "MASTER_PORT": "29500", name: value}
     arguments = arguments_of(config, tmp_path, 6)
     with EntryPoint(tmp_path, SCRIPT, *arguments, environment=variables) as running:
-        finished = running.wait(20)
+        finished = running.wait(60)
     assert finished.status == 2
     assert (
         finished.errors == f"error: environment variable {name} = {value!r}; allowed: {allowed}\n"
