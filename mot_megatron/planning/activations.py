@@ -6,9 +6,9 @@ of silu; attention q, k, v, its output and the divisors of the softmax; the loss
 Temporary tensors within an operation, and buffers for communication, are not counted.
 
 For experts, the load is assumed to be balanced: each token of a tower uses the mean number of
-experts. Expert choice balances each micro-batch exactly. With expert parallelism, the tokens that
-arrive from other ranks are assumed to be as many as the rank's own. Top-k without a capacity
-guarantees nothing; in the worst case, the experts of one rank get all tokens.
+experts. Expert choice balances each micro-batch exactly. With expert parallelism, a rank is assumed
+to receive as many tokens from other ranks as it sends to them. Top-k without a capacity guarantees
+nothing; in the worst case, the experts of one rank get all tokens.
 
 Letters: g rows of the residual stream and a attended positions of one micro-batch on one rank; h
 hidden size, d head size, f feed-forward width, H query heads and G key-value heads that a

@@ -11,7 +11,7 @@ parameter, and copies its share to the device. An offloaded optimizer is in host
 
 Not counted: what Python, CUDA and the libraries take (a few GB per rank), pinned copies of an
 offloaded optimizer, and file buffers. DeepSpeed is assumed to build its flat weight buffers on the
-GPU, as it does while there is room; otherwise it holds a group's weights on the host twice.
+GPU, as it does if there is room; otherwise it holds a group's weights on the host twice.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def _buffers(
 
 
 def _flat(config: Config, buffers: Sequence[_Buffer], weight: int) -> StateBytes:
-    """Return the state with ZeRO-1, which accumulates whole gradients, or ZeRO-2, its pieces."""
+    """Return the state with ZeRO-1 or ZeRO-2; ZeRO-1 accumulates whole gradients."""
     pieces = sum(buffer.piece for buffer in buffers)
     offloaded = config.parallel.offload != "none"
     gradients = _gradients_of_flat(config, buffers, weight == FP32)
