@@ -1,1 +1,1 @@
-"""Tests of memory plans and of the placement of towers."""
+"""Tests of memory estimates and of the placement of towers."""

@@ -1,4 +1,4 @@
-"""The estimate of host memory is what a model takes while it is built."""
+"""The estimate of host memory equals what building a model allocates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPERTS = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_start_is_what_building_holds(
+def test_estimate_equals_the_memory_of_building_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus")
@@ -54,13 +54,13 @@ def test_start_is_what_building_holds(
     host = host_bytes(config, held, offloaded=0)
     assert host.start == built[0] + max(drawn)
     assert host.resume == 12 * sum(parameter.size for parameter in held)
-    # 12 bytes per parameter are offloaded here.
+    # Offload 12 bytes per parameter.
     offloaded = host_bytes(config, held, offloaded=host.resume)
     assert offloaded.start == host.resume
     assert offloaded.resume == 2 * host.resume
 
 
-def test_shards_are_cut_from_whole_matrices(tmp_path: Path) -> None:
+def test_every_tensor_parallel_rank_draws_whole_matrices(tmp_path: Path) -> None:
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.format(corpus=tmp_path / "nowhere"))
     vocabulary = "model.vocab_size=1024"
@@ -69,6 +69,7 @@ def test_shards_are_cut_from_whole_matrices(tmp_path: Path) -> None:
         for more in ([], ["parallel.tensor_model_parallel_size=2"])
     )
     whole = 4 * 1024 * 32  # vocabulary rows times hidden size, fp32: drawn by every rank
-    # Norms are not split: 3 * 32 and, of queries and keys, 2 * 3 * 8 per layer and so on.
+    # Slightly above half, because norms (3 * 32 elements, 2 * 3 * 8 QK-norm elements per layer,
+    # and so on) are not split.
     assert (one.start - whole) / 2 < two.start - whole < 0.52 * (one.start - whole)
     assert one.resume / 2 < two.resume < 0.52 * one.resume

@@ -1,4 +1,4 @@
-"""The closed forms against the tensors of training steps: states exactly, activations nearly."""
+"""Estimates equal the tensors of a training step: model state exactly, activations closely."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.small_runs import small_config, write_corpus
 # Sizes that no number of ranks divides, so that every buffer is padded.
 ODD = ["model.hidden_size=30", "model.num_attention_heads=3", "model.num_query_groups=1",
        "model.ffn_hidden_size=45"]  # fmt: skip
-# Grouped matrix products want rows of whole 16 bytes.
+# Grouped matrix products need rows whose size is a multiple of 16 bytes.
 ALIGNED = ["model.hidden_size=36", "model.num_attention_heads=3", "model.num_query_groups=1",
            "model.ffn_hidden_size=44"]  # fmt: skip
 DENSE = [f"model.modalities.{name}.tower=one" for name in ("text", "image", "speech")]
@@ -52,7 +52,7 @@ FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One rank's bytes, both ways."""
+    """Measured and estimated bytes of one rank."""
 
     measured: RankMemory
     state: StateBytes
@@ -65,7 +65,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(corpus: Path, cases: Sequence[Sequence[str]]) -> list[Comparison]:
-    """On one rank, for several configurations one after the other."""
+    """Measure and estimate this rank's memory for several configurations, one after the other."""
     return [_compare(small_config(corpus, list(overrides))) for overrides in cases]
 
 
@@ -140,7 +140,9 @@ def _compare(config: Config) -> Comparison:
         ),
     ],
 )
-def test_closed_forms(corpus: Path, world_size: int, cases: list[list[str]]) -> None:
+def test_estimates_equal_measured_memory(
+    corpus: Path, world_size: int, cases: list[list[str]]
+) -> None:
     for results in run_ranks(compare, world_size, corpus, cases, timeout=170):
         for case, result in zip(cases, results, strict=True):
             assert result.state == result.measured.state, case
@@ -149,8 +151,8 @@ def test_closed_forms(corpus: Path, world_size: int, cases: list[list[str]]) -> 
 
 
 @pytest.mark.parametrize("exchange", ["sequence", "heads"])
-def test_plans_of_modality_parallelism(corpus: Path, exchange: str) -> None:
-    """Of the fullest rank; budgets make the shares of every micro-batch those of the corpus."""
+def test_plan_equals_measured_memory_of_the_fullest_rank(corpus: Path, exchange: str) -> None:
+    """Budget packing gives every micro-batch the corpus's shares of tokens, as plans assume."""
     config = small_config(
         corpus,
         [MP2, f"parallel.attention_exchange={exchange}", "data.packing=budget",
@@ -169,24 +171,24 @@ def test_plans_of_modality_parallelism(corpus: Path, exchange: str) -> None:
 
 
 def measure(config: Config) -> RankMemory:
-    """On one rank, for a resolved configuration."""
+    """Measure this rank's memory for a resolved configuration."""
     opened = Corpus.open(config.data.corpus)
     groups = build_groups(config, opened, torch.device("cpu"))
     return measure_step(build_session(config, opened, groups))
 
 
-def test_padding_is_part_of_it() -> None:
-    """What ODD is for: a rank's state is more than its share of the elements."""
+def test_state_includes_padding() -> None:
+    """With the sizes in ODD, a rank's state exceeds its share of the elements."""
     config = small_config(Path("none"), [*ODD, "model.vocab_size=256"])
     (elements, quarter) = (
         state_bytes(config, Mesh(ranks, 1), None, 0).optimizer for ranks in (1, 4)
     )
-    # Two buffers, each up to 4 owners * 2 elements longer, 12 bytes an element.
+    # Two buffers, each padded by up to 4 owners * 2 elements of 12 bytes.
     assert 0 < 4 * quarter - elements < 2 * 8 * 12
 
 
 def test_offloaded_state_is_in_host_memory() -> None:
-    """Weights and whole gradients stay on the device, [4 + 4] bytes of each element."""
+    """Weights and whole gradients stay on the device: 4 + 4 bytes per element."""
     config = small_config(Path("none"), ["model.vocab_size=256", OFFLOAD])
     state = state_bytes(config, Mesh(2, 1), None, 0)
     elements = count_parameters(config.model).total

@@ -1,4 +1,4 @@
-"""The table that a run begins with names every rank's towers, share and bytes."""
+"""The placement table lists every rank's towers, share of FLOPs, parameters and bytes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def table_of(placement: Placement, pipeline: int = 1) -> list[str]:
     return placement_table(config, mesh, placement, (3.0, 2.0, 1.0)).splitlines()
 
 
-def test_a_line_per_rank() -> None:
+def test_table_has_one_line_per_rank() -> None:
     header, first, second, last = table_of(balanced_placement((3.0, 2.0, 1.0), 2))
     assert [line.split()[:3] for line in (first, second)] == [
         ["0", "text", "50.0%"],
         ["1", "image,", "speech"],
     ]
-    # Layers of h = 32, 4 heads and 2 key-value heads of 8, ffn 48: 32 * 8 * 8 + 32 * 32 + 3 * 32 *
-    # 48 + 2 * 32 + 2 * 8 = 7760; two of them and the final norm, 15552; embedding and head, 16384.
+    # A layer has h = 32, 4 heads and 2 key-value heads of size 8, and ffn 48:
+    # 32 * 8 * 8 + 32 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8 = 7760 parameters.
+    # A tower (two layers and the final norm) has 15552; embedding and head have 16384.
     assert "31,936" in first  # 15552 + 16384
     assert "47,488" in second  # 2 * 15552 + 16384
     assert last == "busiest rank: 1.00 times the mean FLOPs; 3 copies of towers"

@@ -1,4 +1,4 @@
-"""Placements follow the tokens of the corpus, or the file."""
+"""Placements balance the FLOPs of the corpus's tokens, or are listed in the configuration."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def config_of(*overrides: str) -> Config:
     return parse_config(CONFIG.format(corpus="none"), "small.toml", settings)
 
 
-def test_modalities_of_a_tower_add_up() -> None:
+def test_tokens_of_a_tower_are_summed_over_its_modalities() -> None:
     model = config_of("model.modalities.speech.tower=text").model
     assert tokens_of_towers(model, {"speech": 1, "text": 10, "image": 100}) == (11, 100)
 
 
-def test_flops_are_all_but_attention() -> None:
+def test_flops_of_towers_exclude_attention() -> None:
     model = config_of().model
     flops = flops_of_towers(model, (30, 20, 0))
     assert flops[2] == 0
@@ -37,7 +37,7 @@ def test_flops_are_all_but_attention() -> None:
     assert sum(flops) == pytest.approx(step_flops(model, (30, 20, 0), attended_pairs=0).total)
 
 
-def test_auto_balances_and_a_list_is_taken() -> None:
+def test_auto_placement_balances_flops_and_a_listed_placement_is_used() -> None:
     assert place_towers(config_of(), (5, 3, 2)) is None
     balanced = place_towers(config_of(MP2), (2, 3, 5))
     assert balanced is not None
@@ -52,7 +52,7 @@ def test_auto_balances_and_a_list_is_taken() -> None:
     ("tower", "world_size", "ranks"),
     [
         ("text", 2, 1),  # the text tower is on one of two ranks
-        ("text", 6, 3),  # and on three ranks in three groups
+        ("text", 6, 3),  # the text tower is on one rank of each of three groups
         ("image", 6, None),  # the image tower is on all six
         ("image", 2, None),
         ("text", 4, None),
