@@ -1,4 +1,4 @@
-"""Generation with a cache equals the full forward pass, and keeps to what a document may hold."""
+"""Generation with a cache equals the full forward pass and produces only legal documents."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def generator(corpus: Corpus) -> Generator:
 
 
 def one_document(model: MixtureOfTransformers, ids: np.ndarray, table: np.ndarray) -> torch.Tensor:
-    """Logits [b, s, V] of sequences that are one document each, in one pass without a cache."""
+    """Return logits [b, s, V] of sequences of one document each, in one pass without a cache."""
     micro_batch = build_micro_batch(
         ids,
         np.zeros_like(ids),
@@ -108,11 +108,11 @@ MIXTURES = [f"model.towers.{tower}.experts=" for tower in ("text", "image")]
 
 
 @pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS)
-def test_cached_logits_equal_the_full_forward_without_later_tokens(experts: str):
-    """In training, experts see later tokens: only causal routing lets a prefix stand alone."""
+def test_cached_logits_equal_the_causally_routed_full_forward(experts: str):
+    """In training, routing depends on later tokens, so the logits differ."""
     towers = TOWERS[3]
     overrides = ("model.init_std=0.3", *(mixture + experts for mixture in MIXTURES))
-    model = single_rank_model(small_config(towers, *overrides))  # grouped_mm knows no fp64
+    model = single_rank_model(small_config(towers, *overrides))  # grouped_mm does not support fp64
     table = modality_of_id(list(towers))
     ids = random_tokens(2, list(towers), (1, 1, 1), (3, 24)).token_ids
     ids[:, :9] = ids[0, :9]
@@ -127,7 +127,7 @@ def test_cached_logits_equal_the_full_forward_without_later_tokens(experts: str)
     assert not torch.allclose(as_trained, full, atol=1e-2)
 
 
-def test_causal_routing_ends_with_an_error():
+def test_causal_routing_is_switched_off_after_an_error():
     experts = MIXTURES[0] + EXPERTS["causal router"]
     model = single_rank_model(small_config(TOWERS[3], experts))
 
@@ -141,7 +141,7 @@ def test_causal_routing_ends_with_an_error():
     assert not model.routing.causal
 
 
-def test_sequence_logits_stand_in_sequence_order():
+def test_sequence_logits_are_in_sequence_order():
     towers = TOWERS[3]
     model = single_rank_model(small_config(towers), torch.float64)
     tokens = random_tokens(4, list(towers), (1, 1, 1))
@@ -166,7 +166,7 @@ def test_greedy_decoding_follows_the_full_forward(generator: Generator):
     assert np.array_equal(item.token_ids, again.token_ids)
 
 
-def test_same_seed_same_samples_whatever_their_number(generator: Generator):
+def test_samples_depend_on_the_seed_but_not_on_their_number(generator: Generator):
     def drawn(into: str, **settings: int) -> list[list[int]]:
         items = generator.continue_text("tree", into, SamplingSettings(**settings))
         return [item.token_ids.tolist() for item in items]
@@ -185,7 +185,7 @@ def test_only_legal_ids_are_generated(corpus: Corpus):
     weight = dict(model.named_parameters())["head.linear.weight"]
     assert weight.shape[0] > VOCAB_SIZE
     with torch.no_grad():
-        weight[VOCAB_SIZE:] *= 50  # padded rows would win nearly always, if they were legal
+        weight[VOCAB_SIZE:] *= 50  # would nearly always be chosen if padding rows were legal
         weight[EOS] *= 50
     generator = Generator(model, corpus, config.data.seq_length)
     settings = SamplingSettings(num_samples=8, max_tokens=20, temperature=2.0)
@@ -203,7 +203,7 @@ def test_only_legal_ids_are_generated(corpus: Corpus):
         lengths[into] = {len(item.token_ids) for item in items}
     assert lengths["image"] == {64}
     assert min(lengths["speech"]) >= 1
-    # The boosted end of the document ends text, and cannot end speech, whose end token is <eoa>.
+    # The boosted <eos> ends text; it cannot end speech, whose end token is <eoa>.
     assert min(lengths["text"]) < 20
 
 
@@ -218,7 +218,7 @@ def test_rules_come_from_the_description(corpus: Corpus):
     assert [rules.num_tokens for rules in by_name.values()] == [None, 64, None]
 
 
-def test_prompts_stand_as_documents_do(generator: Generator):
+def test_prompts_begin_with_the_tokens_that_begin_a_document(generator: Generator):
     encode = generator.prompts.encode
     name = generator.prompts.codec.encode("red heart")
     assert encode("red heart").tolist() == [BOS, EN, *name]
@@ -234,13 +234,13 @@ def test_prompts_stand_as_documents_do(generator: Generator):
         encode("red heart", "xx")
 
 
-def test_text_is_returned_with_its_beginning(generator: Generator):
+def test_continued_text_includes_the_beginning_from_the_prompt(generator: Generator):
     item = generator.continue_text("red hea", "text", SamplingSettings(max_tokens=3))[0]
     assert item.media.startswith("red hea")
     assert 0 <= len(item.token_ids) - len(generator.prompts.codec.encode("red hea")) <= 3
 
 
-def test_held_out_prompts_hold_everything_but_the_segment(corpus: Corpus, generator: Generator):
+def test_held_out_prompts_contain_all_other_segments(corpus: Corpus, generator: Generator):
     delimiters = {"text": EN, "image": BOI, "speech": BOA}
     for document in corpus.split("validation"):
         for into, begin in delimiters.items():
@@ -252,8 +252,8 @@ def test_held_out_prompts_hold_everything_but_the_segment(corpus: Corpus, genera
             assert not np.isin(held_out.prompt, rules.content).any()
             rest = [*held_out.prompt, *held_out.truth, *rules.ends[: into != "text"], EOS]
             assert sorted(rest) == sorted(document.tolist())
-    lonely = np.array([BOI, *[FIRST_IMAGE] * 64])
-    assert held_out_prompt(corpus.description, generator.rules("speech"), lonely) is None
+    only_image = np.array([BOI, *[FIRST_IMAGE] * 64])
+    assert held_out_prompt(corpus.description, generator.rules("speech"), only_image) is None
 
 
 def test_held_out_samples_are_decoded(generator: Generator):
@@ -282,12 +282,12 @@ def test_held_out_samples_are_decoded(generator: Generator):
         ("a b c d e f " * 9, "image", "expected at most 96: .* image needs 64 of it"),
     ],
 )
-def test_bad_requests_are_named(generator: Generator, text: str, into: str, message: str):
+def test_invalid_requests_are_errors(generator: Generator, text: str, into: str, message: str):
     with pytest.raises(DataError, match=message):
         generator.continue_text(text, into, SamplingSettings())
 
 
-def test_length_stays_within_the_sequence(generator: Generator):
+def test_prompt_and_continuation_fit_in_the_sequence(generator: Generator):
     text = "a b c d e f " * 12
     prompt = len(generator.prompts.encode(text)) + 1
     room = 160 - prompt
@@ -295,7 +295,7 @@ def test_length_stays_within_the_sequence(generator: Generator):
     assert max(len(item.token_ids) for item in items) <= room
 
 
-def test_experts_that_need_later_tokens_generate_nothing(corpus: Corpus):
+def test_experts_without_a_causal_router_cannot_generate(corpus: Corpus):
     config = make_config(corpus, MIXTURES[1] + "{num_moe_experts=4}")
     model = MixtureOfTransformers(config, build_single_process_groups(CPU))
     needed = (
@@ -331,8 +331,8 @@ def generate_on_ranks(directory: Path) -> dict[str, Mapping[str, list[list[int]]
     results = {}
     for name, (tensor, overrides) in LAYOUTS.items():
         groups = build_process_groups(tensor, CPU)
-        # Data-parallel ranks that are not quite equal still have to stop at the same token; here
-        # they are as unequal as can be.
+        # Data-parallel ranks must stop at the same token even if rounding makes them differ. An
+        # extreme case: each has different weights.
         seed = f"run.seed={1234 + groups.data_rank}"
         config = make_config(corpus, seed, *overrides)
         model = MixtureOfTransformers(config, groups, torch.float64)
@@ -346,14 +346,14 @@ TIED = "model.untie_embeddings_and_output_weights=false"
 
 
 def generate_under_zero_3(directory: Path) -> list[tuple[float, Mapping[str, list[list[int]]]]]:
-    """Samples before, and the loss after, a micro-batch; with and without an own head weight."""
+    """Return (loss, ids) of a training step after sampling, with and without a separate head."""
     corpus = Corpus.open(directory)
     groups = build_process_groups(1, CPU)
     results = []
     for overrides in ((ZERO_3,), (ZERO_3, TIED)):
         session = build_session(make_config(corpus, *overrides), corpus, groups)
         generator = Generator(session.model, corpus, session.config.data.seq_length)
-        # Without the 64 tokens of a picture: every token gathers all weights.
+        # Omit images to save time: each of their 64 tokens gathers all weights.
         ids = generated_ids(generator, "text", "speech")
         loss = session.engine.forward(session.loader.next_micro_batch())[0]
         session.engine.backward(loss / 1000)
@@ -362,7 +362,7 @@ def generate_under_zero_3(directory: Path) -> list[tuple[float, Mapping[str, lis
 
 
 @pytest.mark.slow
-def test_weights_cut_up_by_zero_3_generate_the_same(corpus: Corpus):
+def test_zero_3_generates_the_same_ids_and_then_the_same_loss(corpus: Corpus):
     ranks = run_ranks(generate_under_zero_3, 2, corpus.directory, timeout=120)
     for case, overrides in enumerate(((), (TIED,))):
         groups = build_single_process_groups(CPU)
@@ -387,7 +387,7 @@ def test_weights_cut_up_by_zero_3_generate_the_same(corpus: Corpus):
 
 
 @pytest.mark.slow
-def test_every_layout_generates_the_same(corpus: Corpus):
+def test_every_layout_generates_the_same_ids(corpus: Corpus):
     config = make_config(corpus)
     model = MixtureOfTransformers(config, build_single_process_groups(CPU), torch.float64)
     expected = generated_ids(Generator(model, corpus, config.data.seq_length))
@@ -413,7 +413,7 @@ def generate_with_experts(directory: Path) -> list[Mapping[str, list[list[int]]]
 
 
 @pytest.mark.slow
-def test_experts_on_several_ranks_generate_the_same(corpus: Corpus):
+def test_experts_on_several_ranks_generate_the_same_ids(corpus: Corpus):
     config = make_config(corpus, WITH_EXPERTS)
     model = MixtureOfTransformers(config, build_single_process_groups(CPU))
     expected = generated_ids(Generator(model, corpus, config.data.seq_length))

@@ -1,4 +1,4 @@
-"""Sampling keeps to the legal ids and draws from exactly the distribution it promises."""
+"""Sampling chooses only legal ids and follows the documented distribution exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAWS = 2000
 
 
 def draw_evenly(settings: SamplingSettings, probabilities=PROBABILITIES) -> list[float]:
-    """Share of each token when the uniforms are an even grid: exact to one draw per token."""
+    """Return the share of each token for evenly spaced uniforms, exact to one draw per token."""
     logits = torch.tensor(probabilities, dtype=torch.float64).log().expand(DRAWS, -1)
     uniforms = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     ids = choose_tokens(logits, torch.arange(len(probabilities)), settings, uniforms)
@@ -42,7 +42,7 @@ def test_temperature_sharpens_and_flattens(temperature: float):
     ("top_k", "kept"),
     [(1, [0, 0.5, 0, 0]), (2, [0, 0.5, 0, 0.3]), (3, [0.15, 0.5, 0, 0.3]), (9, PROBABILITIES)],
 )
-def test_top_k_keeps_the_likeliest(top_k: int, kept: list[float]):
+def test_top_k_keeps_the_most_likely_tokens(top_k: int, kept: list[float]):
     drawn = draw_evenly(SamplingSettings(top_k=top_k))
     assert drawn == pytest.approx(expected_share(kept), abs=1 / DRAWS)
 
@@ -50,25 +50,25 @@ def test_top_k_keeps_the_likeliest(top_k: int, kept: list[float]):
 @pytest.mark.parametrize(
     ("top_p", "kept"),
     [
-        (0.3, [0, 0.5, 0, 0]),  # the likeliest stays even where it alone holds more
+        (0.3, [0, 0.5, 0, 0]),  # the most likely token stays even if it alone exceeds top_p
         (0.6, [0, 0.5, 0, 0.3]),
-        (0.9, [0.15, 0.5, 0, 0.3]),  # 0.5 + 0.3 = 0.8 is too little
+        (0.9, [0.15, 0.5, 0, 0.3]),  # 0.5 + 0.3 = 0.8 is below 0.9
         (0.99, PROBABILITIES),
         (1.0, PROBABILITIES),
     ],
 )
-def test_top_p_keeps_the_fewest_that_hold_it(top_p: float, kept: list[float]):
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: list[float]):
     drawn = draw_evenly(SamplingSettings(top_p=top_p))
     assert drawn == pytest.approx(expected_share(kept), abs=1 / DRAWS)
 
 
-def test_top_p_counts_what_top_k_leaves():
-    # Of 0.5 and 0.3 the first holds 0.5 / 0.8 = 0.625.
+def test_top_p_applies_after_top_k():
+    # Top-k leaves 0.5 and 0.3; the first then has probability 0.5 / 0.8 = 0.625.
     drawn = draw_evenly(SamplingSettings(top_k=2, top_p=0.62))
     assert drawn == [0, 1, 0, 0]
 
 
-def test_greedy_takes_the_likeliest_and_the_lowest_of_equals():
+def test_greedy_chooses_the_most_likely_token_and_the_lowest_id_of_equals():
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [9.0, 3.0, 1.0, 3.0]])
     legal = torch.tensor([1, 2, 3])
     ids = choose_tokens(logits, legal, SamplingSettings(temperature=0), torch.ones(2) * 0.99)
@@ -91,7 +91,7 @@ def test_only_legal_ids_are_chosen():
     assert set(ids.tolist()) == {3, 17, 40}
 
 
-def test_the_last_token_is_reached_and_never_passed():
+def test_the_largest_uniform_chooses_the_last_kept_token():
     for top_p in (0.5, 1.0):
         uniforms = torch.tensor([1 - 2**-53], dtype=torch.float64)
         settings = SamplingSettings(top_p=top_p)
@@ -100,13 +100,13 @@ def test_the_last_token_is_reached_and_never_passed():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_diverged_model_is_named(bad: float):
+def test_logits_that_are_not_finite_are_an_error(bad: float):
     logits = torch.tensor([[0.0, bad]])
     with pytest.raises(TrainingError, match="not finite"):
         choose_tokens(logits, torch.arange(2), SamplingSettings(), torch.zeros(1).double())
 
 
-def test_a_samples_numbers_do_not_depend_on_the_others():
+def test_random_numbers_of_a_sample_do_not_depend_on_other_samples():
     many, one = draw_uniforms(5, 4, 8), draw_uniforms(5, 1, 3)
     assert torch.equal(many[:1, :3], one)
     assert torch.equal(many, draw_uniforms(5, 4, 8))
@@ -128,6 +128,6 @@ def test_a_samples_numbers_do_not_depend_on_the_others():
         ("max_tokens", 0),
     ],
 )
-def test_illegal_settings_are_named(field: str, value: Any):
+def test_illegal_settings_are_errors(field: str, value: Any):
     with pytest.raises(ConfigError, match=f"{field} = {value}, expected "):
         SamplingSettings(**{field: value})
