@@ -1,6 +1,6 @@
-"""The pages say what is true: links, paths, command lines and examples hold.
+"""The documentation is correct: links resolve, paths exist, command lines parse, examples run.
 
-Whatever is checked here is found in the pages themselves, so that a new page is checked as well.
+The tests collect what they check from the pages, so new pages are checked automatically.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ PAGES = [
 ]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMPILED_ONLY = "<!-- compiled only -->"
-"""On the line before a Python block that is not executed."""
+"""Marker on the line before a Python block that is compiled but not executed."""
 FOLDERS = ("mot_megatron", "tests", "tools", "launch", "configs", "docs")
-"""A path that begins with one of these is one of the repository's."""
+"""Top-level folders; a path that begins with one of them belongs to the repository."""
 
 _FENCE = re.compile(
     r"(?P<before>[^\n]*)\n(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```",
@@ -54,7 +54,7 @@ class Block:
     number: int
     language: str
     before: str
-    """The line before it."""
+    """The line before the block."""
     text: str
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of a page, down to the program of this repository that it starts."""
+    """A command line on a page that starts a program of this repository."""
 
     page: str
     line: str
@@ -71,7 +71,7 @@ class Command:
     """"tools/NAME.py", "launch/train.py" or "mot"."""
     arguments: tuple[str, ...]
     whole: bool
-    """Whether it is meant to be typed as it is; in a sentence required options may be left out."""
+    """Whether the command is complete; one within a sentence may omit required options."""
 
     def __str__(self) -> str:
         return f"{self.page}: {self.line}"
@@ -86,12 +86,12 @@ def read(page: Path) -> str:
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks."""
+    """Return the page without its fenced blocks."""
     return _FENCE.sub(r"\g<before>\n", "\n" + read(page))
 
 
 def blocks(*languages: str) -> list[Block]:
-    """All blocks of the pages in one of ``languages``."""
+    """Return all blocks of all pages that are in one of ``languages``."""
     return [
         Block(name_of(page), number, match["language"], match["before"].strip(), match["text"])
         for page in PAGES
@@ -101,7 +101,7 @@ def blocks(*languages: str) -> list[Block]:
 
 
 def heading_anchors(page: Path) -> set[str]:
-    """Anchors that GitHub and the site agree on."""
+    """Return the anchors that are the same on GitHub and on the documentation site."""
     headings = re.findall(r"^#{1,6} (.+?)\s*$", prose(page), re.MULTILINE)
     return set(map(on_github, headings)) & set(map(on_the_site, headings))
 
@@ -116,7 +116,7 @@ def on_the_site(heading: str) -> str:
 
 
 def commands() -> list[Command]:
-    """Command lines in blocks, and those in sentences."""
+    """Return the command lines in blocks and in sentences."""
     found = []
     for block in blocks("", "bash", "sh", "shell", "console"):
         for line in block.text.replace("\\\n", " ").splitlines():
@@ -139,18 +139,18 @@ def parse_line(page: str, line: str, whole: bool) -> Iterator[Command]:
     for at, word in enumerate(words):
         program = "launch/train.py" if word == "launch/slurm.sbatch" else word
         if re.fullmatch(r"tools/\w+\.py|launch/train\.py|mot", program):
-            # A name in capitals stands for a value, more often than not a number.
+            # Replace placeholders in capitals by 1, because most of them are numbers.
             arguments = tuple(re.sub(r"^[A-Z][A-Z_]*$", "1", word) for word in words[at + 1 :])
             yield Command(page, line, program, arguments, whole)
             return
 
 
 class ParsedError(Exception):
-    """Raised in place of the work that follows the parsing of arguments."""
+    """Raised after arguments are parsed, so that the program does not run."""
 
 
 def entry_point(program: str) -> Any:
-    """The function behind a program."""
+    """Return the main function of a program."""
     if program == "mot":
         return pkgutil.resolve_name(PYPROJECT["project"]["scripts"]["mot"])
     return importlib.import_module(program.removesuffix(".py").replace("/", ".")).main
@@ -237,7 +237,7 @@ def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
 def test_toml_blocks_are_legal(block: Block, tmp_path: Path) -> None:
     tree = tomllib.loads(block.text)
     if set(tree) <= set(Config.model_fields):
-        # A page shows a part of a configuration; the quickstart's has the rest.
+        # Pages show parts of configurations; the quickstart supplies the other keys.
         part = tmp_path / "part.toml"
         part.write_text(block.text, encoding="utf-8")
         load_config([ROOT / "configs" / "quickstart.toml", part])
@@ -248,7 +248,7 @@ def test_configurations_load(path: Path) -> None:
     assert load_config(path).run.name == path.stem
 
 
-def test_the_rooms_are_those_of_the_import_contract():
+def test_rooms_in_the_architecture_page_equal_the_import_contract():
     contract = next(
         contract
         for contract in PYPROJECT["tool"]["importlinter"]["contracts"]
@@ -278,6 +278,6 @@ def test_the_site_builds(tmp_path: Path) -> None:
         capture_output=True,
     )
     assert built.returncode == 0, built.stderr
-    # Nothing is fetched from elsewhere.
+    # Pages must not load scripts, images or style sheets from other sites.
     for page in tmp_path.rglob("*.html"):
         assert not re.search(r"<(script|img|link)[^>]*(src|href)=\"?https?:", read(page)), page
