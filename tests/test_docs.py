@@ -248,17 +248,17 @@ def test_configurations_load(path: Path) -> None:
     assert load_config(path).run.name == path.stem
 
 
-def test_rooms_in_the_architecture_page_equal_the_import_contract():
+def test_packages_in_the_architecture_page_equal_the_import_contract():
     contract = next(
         contract
         for contract in PYPROJECT["tool"]["importlinter"]["contracts"]
         if contract["type"] == "layers"
     )
     layers = [
-        {room.strip().removeprefix("mot_megatron.") for room in layer.split("|")}
+        {package.strip().removeprefix("mot_megatron.") for package in layer.split("|")}
         for layer in contract["layers"]
     ]
-    section = read(ROOT / "docs" / "architecture.md").partition("## The rooms")[2]
+    section = read(ROOT / "docs" / "architecture.md").partition("## Packages")[2]
     rows = [
         set(_SPAN.findall(line.split("|")[1]))
         for line in section.partition("\n## ")[0].splitlines()
