@@ -251,7 +251,7 @@ def _forbid_process_groups() -> None:
         (["data.seq_length=24"], ["small: split train: document", "24"]),
         (
             ['data.packing="budget"', "data.seq_length=52", "training.micro_batch_size=1"],
-            ["small: split train: document", "tokens of tower", "raise micro_batch_size"],
+            ["small: split train: document", "tokens of the tower of", "raise micro_batch_size"],
         ),
         (['model.attention_backend="flex"'], ['attention_backend = "flex"', "CPU", '"sdpa"']),
         (["model.vocab_size=128"], ["model.vocab_size = 128", "192"]),
