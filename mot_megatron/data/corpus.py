@@ -27,7 +27,8 @@ FORMAT = 1
 """Version of the corpus.toml format that this code reads and writes."""
 DESCRIPTION_FILE = "corpus.toml"
 LARGEST_VOCABULARY = 2**24
-"""Far above any tokenizer; tables with an entry per id are built before the model."""
+"""Upper bound on ``vocab_size``, far above any tokenizer's. It limits the memory of tables with one
+entry per id."""
 _TOKENS_PER_CHUNK = 1 << 22
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 # Plain names, so that they cannot point outside of the corpus directory.
@@ -119,8 +120,10 @@ class CorpusDescription(BaseModel):
             source: Name for error messages, for example the path of corpus.toml.
 
         Raises:
-            DataError: Ranges leave gaps or overlap, a name occurs twice, or a token is outside its
-                range.
+            DataError: Ranges are not contiguous or do not end at ``vocab_size``, a modality name
+                occurs twice, a codec and its codebook do not match, a special or padding token is
+                outside the vocabulary, a begin or end token is outside the vocabulary or inside
+                its own modality's range, or a split does not count every modality.
         """
         _check_ranges(self, source)
         _check_tokens(self, source)
@@ -148,7 +151,8 @@ def _check_ranges(description: CorpusDescription, source: str) -> None:
         if (modality.codebook is None) != (modality.codec == "none"):
             raise DataError(
                 f"{source}: modality {modality.name} has codec = {modality.codec!r} and codebook = "
-                f"{modality.codebook!r}; every codec except 'none' needs a codebook"
+                f"{modality.codebook!r}; every codec except 'none' needs a codebook, "
+                "and 'none' has none"
             )
     if next_id != description.vocab_size:
         raise DataError(
@@ -259,7 +263,7 @@ class Corpus:
 
         Raises:
             DataError: A file is missing, truncated or changed since it was written, corpus.toml is
-                not legal or contradicts the files, or an id is outside the vocabulary.
+                invalid or contradicts the files, or an id is outside the vocabulary.
         """
         path = directory / DESCRIPTION_FILE
         try:

@@ -164,7 +164,5 @@ def _read_lengths(prefix: Path) -> np.ndarray:
         (dataset.index.document_indices, np.arange(len(lengths) + 1), "document boundaries"),
     ):
         if not np.array_equal(found, expected):
-            raise DataError(
-                f"{idx_path(prefix)}: its {what} are not those of documents one after the other"
-            )
+            raise DataError(f"{idx_path(prefix)}: its {what} do not describe contiguous documents")
     return lengths

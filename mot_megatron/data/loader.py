@@ -170,8 +170,8 @@ class PackedLoader:
             grouping: Assignment of tokens to towers.
             shard: This rank's slices.
             seed: Seed of the order of documents.
-            packing: "sequence" fills each sequence as far as possible. "budget" also gives every b
-                sequences of the stream exactly ``budgets`` tokens of the towers.
+            packing: "sequence" fills each sequence as far as possible. "budget" also gives each
+                micro-batch of b sequences exactly ``budgets[tower]`` tokens of each tower.
 
         Raises:
             DataError: There is no such split, a document is longer than ``seq_length`` or exceeds a
@@ -230,7 +230,7 @@ class PackedLoader:
         Without budget packing, the micro-batch size may differ too.
 
         Raises:
-            CheckpointError: The state belongs to another stream or is not a state.
+            CheckpointError: The state belongs to another stream, or its keys or values are invalid.
         """
         for key, value in self._identity.items():
             # Compare values first, since another packing mode has other keys.

@@ -32,7 +32,7 @@ class Packing:
         return len(self.bin_offsets) - 1
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """The document numbers of one bin."""
+        """Return the document numbers of one bin."""
         return self.order[self.bin_offsets[number] : self.bin_offsets[number + 1]]
 
 

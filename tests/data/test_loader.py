@@ -122,7 +122,7 @@ def test_unfilled_positions(corpus: Corpus) -> None:
         assert batch.positions[end:].tolist() == list(range(SEQ_LENGTH - end))
         labels = batch.labels[batch.ungroup_index]
         assert (labels[max(end - 1, 0) :] == NO_LABEL).all()
-    assert unfilled > 0  # else this tested nothing
+    assert unfilled > 0  # otherwise the test would be vacuous
 
 
 def test_labels_are_the_next_tokens(corpus: Corpus) -> None:
@@ -155,7 +155,7 @@ def test_resumes_mid_epoch(corpus: Corpus, before: int, after: int) -> None:
     for _ in range(before):
         uninterrupted.next_micro_batch()
         interrupted.next_micro_batch()
-    resumed.next_micro_batch()  # whatever it did before is forgotten
+    resumed.next_micro_batch()  # loading a state discards this position
     resumed.load_state_dict(interrupted.state_dict())
     for _ in range(after):
         assert_equal_batches(resumed.next_micro_batch(), uninterrupted.next_micro_batch())

@@ -1,4 +1,4 @@
-"""Entropies from counts against closed forms of synthetic sources."""
+"""Measured entropies compared with closed forms for synthetic sources."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def bits(probabilities: np.ndarray) -> np.ndarray:
 
 
 def chain(transition: np.ndarray, documents: int, seed: int, lag: int = 1) -> np.ndarray:
-    """[documents, 128] of a chain in which each token depends on the one ``lag`` before."""
+    """Return [documents, 128] tokens, each of which depends on the one ``lag`` positions before."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, STATES, size=(documents, DOCUMENT))
     limits = transition.cumsum(axis=1)
@@ -68,7 +68,7 @@ def test_markov_source(tmp_path: Path) -> None:
 def test_second_order_source_needs_two_tokens(tmp_path: Path) -> None:
     train, held = chain(CIRCULANT, 800, 1, lag=2), chain(CIRCULANT, 200, 2, lag=2)
     found = measure(tmp_path / "c", train, held).all_tokens
-    assert found.one_token == pytest.approx(2.0, abs=0.02)  # the previous token tells nothing
+    assert found.one_token == pytest.approx(2.0, abs=0.02)  # the previous token alone does not help
     # the second token of a document has no token two before: 1 of 127 costs 2 bits
     expected = (126 * bits(CIRCULANT[0]) + 2.0) / 127
     assert found.two_tokens == pytest.approx(expected, abs=0.02)

@@ -170,7 +170,7 @@ def test_empty_directory_is_accepted(tmp_path: Path) -> None:
     assert len(write_corpus(tmp_path / "corpus", train=[np.array([1])]).split("train")) == 1
 
 
-@pytest.mark.parametrize("documents", [1, 40])  # refused on closing; while adding
+@pytest.mark.parametrize("documents", [1, 40])  # the write fails on closing, while adding
 def test_full_disk_while_writing_tokens(tmp_path: Path, documents: int) -> None:
     def write(corpus: CorpusWriter) -> None:
         for _ in range(documents):

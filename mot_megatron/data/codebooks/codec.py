@@ -21,9 +21,9 @@ from mot_megatron.errors import DataError
 from mot_megatron.files import regular_file_size
 
 _LARGEST_ITEM = 8
-"""Bytes of the largest number."""
+"""Largest size of one number, in bytes."""
 _HEADER_BYTES = 4096
-"""More than the header of an array in an .npz file."""
+"""Upper bound on the header of one array in an .npz file, in bytes."""
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -60,7 +60,7 @@ class Codec(ABC):
         """Decode one item.
 
         Raises:
-            DataError: An id is outside the modality's range, or the number of ids is not legal.
+            DataError: An id is outside the modality's range, or the number of ids is invalid.
         """
 
     @abstractmethod
@@ -98,10 +98,11 @@ def pack_arrays(**arrays: np.ndarray) -> bytes:
 def read_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Read an .npz file of finite numbers, whose names and shapes must be ``shapes``.
 
-    Sizes are checked before any array is read.
+    The total uncompressed size is checked before any array is read.
 
     Raises:
-        DataError: The file is missing, damaged, compressed, or contains other arrays.
+        DataError: The file is missing, damaged or too large, or contains other arrays or values
+            that are not finite.
     """
     limit = sum(_LARGEST_ITEM * math.prod(shape) + _HEADER_BYTES for shape in shapes.values())
     try:

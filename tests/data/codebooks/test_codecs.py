@@ -98,7 +98,7 @@ def test_text_codebook_is_deterministic() -> None:
     assert train_text_codebook(TEXTS, 400, SPECIAL) == train_text_codebook(TEXTS, 400, SPECIAL)
 
 
-def test_text_of_a_later_range() -> None:
+def test_text_ids_are_offset_by_the_modality_range() -> None:
     later = TEXT.model_copy(update={"first_id": 1000})
     codec = TextCodec.parse(train_text_codebook(TEXTS, TEXT.size, SPECIAL), later, "test")
     assert min(codec.encode("red heart")) >= 1000
@@ -274,13 +274,13 @@ def claim_of_terabytes() -> bytes:
     ],
     ids=["bomb", "terabytes", "nan", "text"],
 )
-def test_codebooks_that_exhaust_or_mislead_are_refused(content: bytes, tmp_path: Path) -> None:
+def test_oversized_or_invalid_codebooks_are_rejected(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "i.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"i\.npz: "):
         load_codec(tmp_path, IMAGE)
 
 
-def test_a_prompt_of_other_bytes_is_an_error(tmp_path: Path) -> None:
+def test_prompt_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(train_text_codebook(TEXTS, 400, SPECIAL))
     codec = load_codec(tmp_path, TEXT)
     assert isinstance(codec, TextCodec)
