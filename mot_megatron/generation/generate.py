@@ -90,9 +90,9 @@ def generate(
 ) -> list[np.ndarray]:
     """Generate the segment that ``prompt`` has opened, once per sample.
 
-    Every rank of the model's groups calls this with equal arguments and gets the same result. Ids
-    are broadcast from data-parallel rank 0: with ZeRO-3, ranks that stopped at different tokens
-    would wait for each other.
+    Every rank of the model's groups must call this with equal arguments and gets the same result.
+    Ids are broadcast from data-parallel rank 0: with ZeRO-3, ranks that stopped at different tokens
+    would deadlock.
 
     Args:
         model: The bare module, not DeepSpeed's engine.
@@ -163,7 +163,7 @@ def _room(
 
 
 class _Chooser:
-    """Chooses the next token of each sample, equally on all ranks."""
+    """Chooses the next token of each sample, with the same result on all ranks."""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ class Generator:
         """Generate the ``into`` segment of the first documents of a split that have one.
 
         The prompt consists of all other segments of the document. There is one sample per document,
-        regardless of ``settings.num_samples``. Every rank calls this, as ``generate``.
+        regardless of ``settings.num_samples``. As with ``generate``, every rank must call this.
 
         Raises:
             DataError: The split or modality is unknown.

@@ -1,4 +1,4 @@
-"""A key-value cache, with which each new token costs one row of attention instead of all.
+"""A key-value cache, so that each new token costs one row of attention instead of a full pass.
 
 It replaces the attention core, so the model needs no code for generation. All samples continue one
 prompt, which is computed once and copied to all of them.

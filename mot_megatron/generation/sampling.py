@@ -57,7 +57,7 @@ def draw_uniforms(seed: int, num_samples: int, num_tokens: int) -> torch.Tensor:
     for sample in range(num_samples):
         digest = hashlib.sha256(f"{seed}/{sample}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        # One call per number, because torch fills long tensors in another order than short ones.
+        # One call per number, because torch fills long and short tensors in different orders.
         numbers = [
             torch.rand((), generator=generator, dtype=torch.float64) for _ in range(num_tokens)
         ]
@@ -80,7 +80,7 @@ def choose_tokens(
         uniforms: [n] float64 on the CPU in [0, 1), unused at temperature 0.
 
     Returns:
-        [n] int64 ids on the CPU; of equal logits, the lowest id comes first.
+        [n] int64 ids on the CPU; among equal logits, the id listed first ranks highest.
 
     Raises:
         TrainingError: A logit is not finite, for example because training has diverged.

@@ -2,7 +2,7 @@
 
 This counts what each operation saves: a linear layer its input; RMSNorm its input (and on a CPU,
 which has no fused kernel, the normalized rows, both in fp32); SwiGLU its two halves and the result
-of silu; attention q, k, v, its output and the divisors of the softmax; the loss its softmax.
+of silu; attention q, k, v, its output and the softmax normalizers; the loss its softmax.
 Temporary tensors within an operation, and buffers for communication, are not counted.
 
 For experts, the load is assumed to be balanced: each token of a tower uses the mean number of
@@ -55,8 +55,8 @@ def activation_bytes(
 ) -> int:
     """Return the peak of saved bytes on a rank.
 
-    Without pipeline parallelism, the activations of one micro-batch are saved at a time. With it,
-    those of all micro-batches that the schedule has begun and not finished.
+    Without pipeline parallelism, a rank stores the activations of one micro-batch at a time. With
+    it, a rank stores those of every micro-batch that the schedule has begun and not finished.
 
     Args:
         config: Resolved configuration.
@@ -160,8 +160,8 @@ def _feed_forward(config: Config, experts: ExpertsConfig | None, slots: int) -> 
     swiglu = 4 * f * e  # per row: gate and up, silu(gate), their product
     if experts is None:
         return s * h * e, slots * swiglu
-    # The router reads the input in fp32 and saves, per row and expert, the gate and whether it is
-    # open. The causal router reads the input in its own precision.
+    # The router reads the input in fp32 and saves, per row and expert, the gate and whether the row
+    # is assigned to the expert. The causal router reads the input in its own precision.
     inputs = s * h * FP32
     router = s * experts.num_moe_experts * (FP32 + 1)
     if experts.causal_router:
@@ -178,14 +178,14 @@ def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
     angles = 2 * z.a * z.d * z.element  # of the rotary embedding, shared by all layers
     if recompute == "full":
         layer = z.s * z.h * z.element
-        again = whole - layer + angles
+        recomputed = whole - layer + angles
     elif recompute == "selective":
         layer = _layer(config, z, core_saved=False)
         core = z.a * (2 * z.attended_heads + z.attended_groups) * z.d * z.element + angles
-        # The feed-forward network of the layer has run backward by then.
-        again = max(0, core - z.feed_forward)
+        # The layer's feed-forward network has already run backward and freed its tensors.
+        recomputed = max(0, core - z.feed_forward)
     else:
-        layer, again = whole, 0
+        layer, recomputed = whole, 0
     head = _head(z) if piece.last else 0
     saved = layers * layer + head
     if recompute == "none":
@@ -193,7 +193,7 @@ def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
     if piece.first:
         # Token ids, and with tensor parallelism a mask of other ranks' ids.
         saved += z.g * (INT64 + int(z.tensor_parallel))
-    return _PieceBytes(saved, head, again)
+    return _PieceBytes(saved, head, recomputed)
 
 
 def _layer(config: Config, z: _Sizes, core_saved: bool) -> int:
@@ -212,8 +212,8 @@ def _qkv(z: _Sizes, normed: bool, core_saved: bool) -> int:
     result = z.g * (z.heads + 2 * z.groups) * z.d * z.element
     rows = z.g * (z.heads + z.groups)
     # The input of the norms is a view of the result, unless a kernel converts it to fp32.
-    is_recorded = z.in_place or (normed and (z.fused_norm or z.element == FP32))
-    total = result if is_recorded else 0
+    is_saved = z.in_place or (normed and (z.fused_norm or z.element == FP32))
+    total = result if is_saved else 0
     if normed:
         total += _norm(z, rows * z.d, rows)
         if z.fused_norm or z.element == FP32:
@@ -235,11 +235,11 @@ def _norm(z: _Sizes, elements: int, rows: int) -> int:
 
 def _core(z: _Sizes, saved: bool) -> int:
     """Return the bytes of attention, except tensors that it shares with the projections."""
-    arrived = z.attended_heads + 2 * z.attended_groups
+    inputs = z.attended_heads + 2 * z.attended_groups
     rotated = z.attended_heads + z.attended_groups
     if not saved:
-        return 0 if z.in_place else z.a * arrived * z.d * z.element
-    values = 0 if z.in_place else arrived if z.exchanged else z.attended_groups
+        return 0 if z.in_place else z.a * inputs * z.d * z.element
+    values = 0 if z.in_place else inputs if z.exchanged else z.attended_groups
     elements = z.a * (rotated + values + z.attended_heads) * z.d
     return elements * z.element + z.a * z.attended_heads * FP32
 

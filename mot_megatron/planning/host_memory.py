@@ -41,7 +41,7 @@ def host_bytes(config: Config, held: Sequence[HeldParameter], offloaded: int) ->
     """Estimate a rank's host memory.
 
     Args:
-        config: Resolved, in its layout.
+        config: Resolved configuration.
         held: The rank's parameters.
         offloaded: Bytes of model state that stay in host memory during training.
     """
@@ -53,13 +53,13 @@ def host_bytes(config: Config, held: Sequence[HeldParameter], offloaded: int) ->
 
 
 def _built_width(config: Config, parameter: HeldParameter) -> int:
-    """Return the bytes per element with which a parameter is built on the host."""
+    """Return the bytes per element of a parameter when it is built on the host."""
     in_bf16 = config.training.precision == "bf16" and parameter.name.endswith(_BUILT_IN_PRECISION)
     return 2 if in_bf16 else _FP32
 
 
 def _global_elements(config: Config, parameter: HeldParameter) -> int:
-    """Return the elements of the global tensor drawn at once: one expert's, if it stacks them."""
+    """Return the elements drawn at once: a whole global matrix, or one expert's if stacked."""
     if len(parameter.shape) == 1:
         return 0  # norms are not drawn
     parallel = config.parallel

@@ -1,4 +1,4 @@
-"""List the legal layouts of a configuration on a number of GPUs, and what each needs."""
+"""List the legal layouts of a configuration on a number of GPUs, and the memory each needs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from mot_megatron.rules import check, check_world_size
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-"""From the fastest to the smallest."""
+"""Modes in order of decreasing speed and decreasing memory."""
 _PIECES_PER_STAGE = (None, 2, 4)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A legal layout and its fullest rank, the one that needs most without recomputation."""
+    """A legal layout and the memory it needs.
+
+    ``state`` and ``activations`` are those of the fullest rank, the one that needs the most device
+    memory without recomputation.
+    """
 
     config: Config
     mesh: Mesh
@@ -34,12 +38,12 @@ class Plan:
     state: StateBytes
     activations: Mapping[Recompute, int]
     needed: Mapping[Recompute, int]
-    """Bytes on the device, model state and activations, by recomputation; of the rank that needs
-    most with it."""
+    """Bytes of model state and activations on the device, by recomputation mode; maximum over
+    ranks."""
     host: HostBytes
-    """Host memory to start and to resume, of the rank that needs most."""
+    """Host memory to start and to resume; each the maximum over ranks."""
     tokens: int
-    """Tokens per optimizer step on the rank that has most."""
+    """Tokens per rank and optimizer step; maximum over ranks."""
 
     @property
     def accumulation(self) -> int:
@@ -53,14 +57,17 @@ class Plan:
     def order(self, memory: float) -> tuple[float, ...]:
         """Return the key that sorts layouts from the fastest expected to the slowest.
 
-        In this order: less recomputation; then less communication; then less memory.
+        Less recomputation comes first, then less communication, then less memory. Communication is
+        compared by these criteria, in this order:
 
-        Communication counts as less with, in this order: fewer ranks per pass through a layer stack
-        (tensor-parallel size times stages); of these, fewer tensor-parallel ranks, whose
-        collectives are inside every layer, while stages wait for each other; fewer pieces per
-        stage; no exchange between modality-parallel ranks before an exchange of sequences before
-        one of heads; experts on one rank before experts spread over several; a lower ZeRO stage (2
-        reduces gradients in every micro-batch, 3 also gathers weights in every pass).
+        - Tensor-parallel size times number of stages, lower first.
+        - Tensor-parallel size, lower first: its collectives run inside every layer, whereas stages
+          wait for each other.
+        - Pieces per stage, fewer first.
+        - Modality-parallel exchange: none, then sequences, then heads.
+        - Expert parallelism: experts on one rank, then spread over several.
+        - ZeRO stage, lower first: 2 reduces gradients in every micro-batch, 3 also gathers weights
+          in every pass.
 
         Args:
             memory: Bytes of a device. Layouts that do not fit come last.
@@ -83,18 +90,18 @@ class Plan:
 def legal_layouts(
     config: Config, num_gpus: int, gpus_per_node: int, tower_tokens: Sequence[int]
 ) -> list[Config]:
-    """Return the configuration in every layout that training accepts and that makes sense.
+    """Return the configuration with each layout that training accepts and that makes sense.
 
     Tensor and modality parallelism communicate in every layer, so both together stay inside a node.
     Sequence parallelism always accompanies tensor parallelism: it saves memory at no cost. Sampling
     during training is switched off, because some layouts do not support it.
 
     Args:
-        config: With its vocabulary.
+        config: Configuration with ``model.vocab_size`` set.
         num_gpus: World size.
         gpus_per_node: Ranks on one node.
-        tower_tokens: Tokens of each tower in the training split, K of them. They decide the
-            placement of the towers, and a tower's experts need ranks that can share them equally.
+        tower_tokens: Tokens of each tower in the training split, K of them. They determine the
+            placement of towers, and thereby whether a tower's ranks can share its experts equally.
     """
     logging = config.logging.model_copy(update={"sample_interval_steps": None})
     config = config.model_copy(update={"logging": logging})
@@ -125,7 +132,7 @@ def legal_layouts(
 
 
 def _in_layout(config: Config, wanted: Mapping[str, object]) -> Config:
-    """Apply the sizes; keep the file's layers and placement if they are meant for these sizes."""
+    """Apply the sizes; keep the configured layers and placement if they match these sizes."""
     parallel = config.parallel.model_copy(update=dict(wanted))
     fitting = parallel.model_copy(
         update={
@@ -146,8 +153,8 @@ def _layers(parallel: ParallelConfig) -> tuple[int, ...] | None:
 
 def _placement(parallel: ParallelConfig) -> object:
     placement = parallel.placement
-    is_meant = placement != "auto" and len(placement) == parallel.modality_parallel_size
-    return placement if is_meant else "auto"
+    matches = placement != "auto" and len(placement) == parallel.modality_parallel_size
+    return placement if matches else "auto"
 
 
 def _is_legal(config: Config, num_gpus: int, tower_tokens: Sequence[int]) -> bool:
@@ -164,19 +171,19 @@ def _is_legal(config: Config, num_gpus: int, tower_tokens: Sequence[int]) -> boo
 def plan(
     config: Config, num_gpus: int, tower_tokens: Sequence[int], device: Device = "cuda"
 ) -> Plan:
-    """Compute what a legal layout needs.
+    """Compute the memory that a legal layout needs.
 
     Args:
-        config: Resolved, in the layout.
+        config: Resolved configuration with the layout.
         num_gpus: World size.
         tower_tokens: Tokens of each tower in the training split, K of them; only their proportions
             count. Micro-batches are assumed to have the same proportions; one with more tokens of
             the fullest rank's towers needs more.
-        device: Where the model would run.
+        device: Device on which the model would run.
     """
     mesh = mesh_of(config, num_gpus)
     placement = place_towers(config, tower_tokens)
-    ranks = list(_different_ranks(config, mesh, placement))
+    ranks = list(_representative_ranks(config, mesh, placement))
     states = {rank: state_bytes(config, mesh, placement, rank) for rank in ranks}
     rows = {rank: _rows(config, mesh, placement, tower_tokens, rank) for rank in ranks}
     saved = {
@@ -204,11 +211,11 @@ def plan(
     )
 
 
-def _different_ranks(config: Config, mesh: Mesh, placement: Placement | None) -> Iterator[int]:
+def _representative_ranks(config: Config, mesh: Mesh, placement: Placement | None) -> Iterator[int]:
     """Yield one representative rank per memory profile.
 
-    Tensor-parallel ranks are alike, and so are replicas, except under ZeRO-2 in fp32: there a
-    replica keeps whole every gradient that its piece covers in part.
+    All tensor-parallel ranks need the same memory. So do all replicas, except with ZeRO-2 in fp32,
+    where each stores in full every gradient that overlaps its piece.
     """
     parallel = config.parallel
     replicas = mesh.data // mesh.modality
@@ -231,14 +238,14 @@ def _rows(
     tower_tokens: Sequence[int],
     rank: int,
 ) -> Rows:
-    """Return a rank's rows of a micro-batch whose towers have the split's shares of tokens."""
+    """Return a rank's rows of a micro-batch with the training split's share of each tower."""
     positions = config.training.micro_batch_size * config.data.seq_length
     shares = (1.0,) * len(tower_tokens)
     if placement is not None:
         shares = placement.shares[mesh.modality_rank(rank)]
     held = accumulate(share * tokens for share, tokens in zip(shares, tower_tokens, strict=True))
-    # With a sequence exchange every rank brings a micro-batch to its group. With a heads exchange
-    # the group shares one micro-batch, and every rank attends for all of it.
+    # With a sequence exchange, every rank contributes a micro-batch to its group. With a heads
+    # exchange, the group shares one micro-batch, and every rank attends for all of it.
     is_shared = config.parallel.attention_exchange == "heads"
     of_group = positions * (1 if is_shared else mesh.modality)
     total = sum(tower_tokens)

@@ -65,7 +65,7 @@ class RankMemory:
     activations: int
     """Peak of the bytes that autograd saves."""
     rows: Rows
-    """Rows of the micro-batch that needs most."""
+    """Rows of the micro-batch that needs the most memory."""
 
 
 def mesh_of(config: Config, world_size: int) -> Mesh:

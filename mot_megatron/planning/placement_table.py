@@ -52,7 +52,7 @@ def placement_table(
 def _fullest_stage(
     config: Config, mesh: Mesh, placement: Placement, modality_rank: int
 ) -> tuple[int, StateBytes]:
-    """Return the parameters and bytes of a modality rank on the pipeline stage with most bytes."""
+    """Return the parameters and bytes of a modality rank on its largest pipeline stage."""
     stages = []
     for stage in range(mesh.pipeline):
         rank = (stage * mesh.data + modality_rank) * mesh.tensor

@@ -189,9 +189,9 @@ def _samples(drafts: Sequence[Draft]) -> np.ndarray:
 def _code_speech(
     writer: CorpusWriter, drafts: Sequence[Draft], training: Sequence[Draft]
 ) -> dict[str, np.ndarray]:
-    heard = [draft.speech for draft in training if draft.speech is not None]
-    trained = np.concatenate([speech.units for speech in heard])
-    mean = np.stack([speech.mean for speech in heard if len(speech.units)]).mean(axis=0)
+    speeches = [draft.speech for draft in training if draft.speech is not None]
+    trained = np.concatenate([speech.units for speech in speeches])
+    mean = np.stack([speech.mean for speech in speeches if len(speech.units)]).mean(axis=0)
     modality = writer.modalities[2]
     centroids = train_speech_codebook(trained, modality.size, writer.seed)
     codec = UnitCodec(modality, centroids, mean.astype(np.float32))

@@ -28,8 +28,8 @@ _AUTHOR = re.compile(r"^clipart by [^-]+ - ", re.IGNORECASE)
 _COLLECTION = re.compile(r"\b(collection|clip ?arts?|theme|iconset|submission)\b", re.IGNORECASE)
 _LETTERS = re.compile(r"[^\W\d_]{3}")
 _FILES_PER_TITLE, _FILES_PER_SIGNED_TITLE = 15, 2
-"""Maximum number of files with the same title; more are taken to be a collection. The limit is
-lower for titles that begin with the author's name, which are often titles of collections."""
+"""Maximum number of files with the same title; a title of more files is taken to name a collection.
+The limit is lower for titles that begin with the author's name, because these often do."""
 _LONGEST_TITLE = 60
 _NO_KEYWORD = {"hash", "unsorted", "special"}
 _NEVER_MIRRORED = {"flag", "sign", "symbol", "arrow", "map", "letter", "led", "text", "roadsign"}

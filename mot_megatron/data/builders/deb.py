@@ -1,4 +1,4 @@
-"""Reading of Debian packages without installing them.
+"""Read files of Debian packages without installing them.
 
 A .deb is an ar archive that contains a tar archive of the package's files.
 """

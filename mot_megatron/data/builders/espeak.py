@@ -2,7 +2,7 @@
 
 The library keeps state (phases, noise) in static memory that even espeak_Terminate does not clear,
 so its output depends on everything it has synthesized before. Each ``Speaker`` therefore loads a
-private copy of the library, so the same sentences in the same order give the same samples.
+private copy of the library: the same sentences in the same order then give the same samples.
 """
 
 from __future__ import annotations

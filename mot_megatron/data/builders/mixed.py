@@ -357,18 +357,18 @@ def _drafts(
         if plan.drawing is not None
     ]
     rendering = start_stage(pool, _render, renderings, _RENDERINGS_PER_TASK, "rendering")
-    said = [plan.key for plan in plans if plan.utterance is not None]
+    spoken_keys = [plan.key for plan in plans if plan.utterance is not None]
     utterances = [plan.utterance for plan in plans if plan.utterance is not None]
     speaking = start_stage(pool, speak, utterances, _UTTERANCES_PER_TASK, "speaking")
     names = sorted({plan.recording for plan in plans if plan.recording is not None})
     recordings = [(name, sources.stamp_files[name]) for name in names]
-    hearing = start_stage(pool, stamps.listen, recordings, _RECORDINGS_PER_TASK, "listening")
+    decoding = start_stage(pool, stamps.listen, recordings, _RECORDINGS_PER_TASK, "listening")
     pictures = dict(zip((task.key for task in renderings), rendering.results(), strict=True))
-    spoken = dict(zip(said, speaking.results(), strict=True))
-    heard = dict(zip(names, hearing.results(), strict=True))
+    spoken = dict(zip(spoken_keys, speaking.results(), strict=True))
+    recorded = dict(zip(names, decoding.results(), strict=True))
 
     def sound(plan: Plan) -> SpeechFeatures | None:
-        return spoken.get(plan.key) if plan.recording is None else heard[plan.recording]
+        return spoken.get(plan.key) if plan.recording is None else recorded[plan.recording]
 
     return [
         Draft(

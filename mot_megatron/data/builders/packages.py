@@ -1,4 +1,4 @@
-"""Import of packages that only the builders need, at the time a builder runs."""
+"""Import packages that only the builders need, at the time a builder runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion of drawings and photographs to small square pictures on white, and augmentation."""
+"""Convert drawings and photographs to small square pictures on white, and augment them."""
 
 from __future__ import annotations
 

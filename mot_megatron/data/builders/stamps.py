@@ -2,8 +2,7 @@
 
 The source is the Debian package tuxpaint-stamps-default, which ``apt-get download`` fetches without
 root and which is read without installing it. Many stamps share a caption or have an identical
-drawing or recording. Such stamps are one concept, so that the validation split has no content of
-the training split.
+drawing or recording. Such stamps are one concept, so that the two splits share no content.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def _drafts(
     stamps: list[Stamp],
     concepts: Mapping[str, str],
     masters: Mapping[str, np.ndarray],
-    heard: Mapping[str, SpeechFeatures],
+    recorded: Mapping[str, SpeechFeatures],
     seed: int,
 ) -> list[Draft]:
     drafts = []
@@ -163,7 +162,7 @@ def _drafts(
             key = f"{stamp.name}/{language}"
             random = generator(seed, key, "picture")
             picture = vary_picture(masters[stamp.name], random, mirror=stamp.may_mirror)
-            speech = heard.get(stamp.recordings.get(language, ""))
+            speech = recorded.get(stamp.recordings.get(language, ""))
             concept, text = concepts[stamp.name], stamp.captions[language]
             drafts.append(Draft(key, concept, language, text, picture, speech))
     return drafts
@@ -205,10 +204,10 @@ def build_stamps(
         names = _recordings(stamps)
         recordings = [(name, files[name]) for name in names]
         drawing = start_stage(pool, draw_pictures, pictures, _PICTURES_PER_TASK, "drawing")
-        hearing = start_stage(pool, listen, recordings, _RECORDINGS_PER_TASK, "listening")
+        decoding = start_stage(pool, listen, recordings, _RECORDINGS_PER_TASK, "listening")
         masters = dict(zip((stamp.name for stamp in stamps), drawing.results(), strict=True))
-        heard = dict(zip(names, hearing.results(), strict=True))
-        write_documents(writer, _drafts(stamps, concepts, masters, heard, seed))
+        recorded = dict(zip(names, decoding.results(), strict=True))
+        write_documents(writer, _drafts(stamps, concepts, masters, recorded, seed))
 
 
 def _recordings(stamps: Iterable[Stamp]) -> list[str]:

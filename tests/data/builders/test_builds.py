@@ -30,7 +30,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-def test_same_seed_same_bytes(openmoji: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_workers(openmoji: Path, tmp_path: Path) -> None:
     build_openmoji(tmp_path / "again", seed=3, workers=1, limit=LIMIT)
     assert content(tmp_path / "again") == content(openmoji)
 
@@ -75,7 +75,7 @@ def test_seed_changes_documents_but_not_splits(openmoji: Path, tmp_path: Path) -
     assert counts[0] == counts[1]
 
 
-def test_stamps(tmp_path: Path) -> None:
+def test_stamps_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     package = stamps_deb(tmp_path / "stamps.deb", 60)
     build_stamps(package, tmp_path / "one", workers=2)
     build_stamps(package, tmp_path / "two", workers=1)
@@ -121,7 +121,9 @@ def test_missing_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspection(openmoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspection_writes_pictures_and_sound(
+    openmoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert inspect_corpus.main([str(openmoji), "--output", str(tmp_path / "seen")]) == 0
     printed = capsys.readouterr().out
     assert "held-out entropy" in printed

@@ -58,7 +58,9 @@ def texts(directory: Path) -> dict[str, list[str]]:
     }
 
 
-def test_same_seed_same_bytes(packages: DebPackages, mixed: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    packages: DebPackages, mixed: Path, tmp_path: Path
+) -> None:
     build_mixed(packages, tmp_path / "again", seed=3, workers=1, limit=THINGS)
     names = {path.name for path in mixed.iterdir()}
     assert names == {path.name for path in (tmp_path / "again").iterdir()}
@@ -102,7 +104,7 @@ def test_only_the_training_split_repeats_drawings(mixed: Path) -> None:
     assert set(counts["validation"]) == {0, 1}
 
 
-def test_kinds_of_documents(mixed: Path) -> None:
+def test_documents_are_text_with_or_without_picture_and_speech(mixed: Path) -> None:
     corpus = Corpus.open(mixed)
     kinds = corpus.description.modality_of_id
     special = corpus.description.special_tokens
@@ -130,7 +132,7 @@ def test_error_names_a_wrong_package(
     assert [path.name for path in tmp_path.iterdir()] == ["other.deb"]
 
 
-def test_clip_art_titles() -> None:
+def test_clip_art_with_unusable_titles_is_skipped() -> None:
     files = {
         "a.svg": clip_art("A_red  bird &amp; nest", "bird", "hash", "bird", "99", "north_pole"),
         "b.svg": clip_art("Clipart by Ann Other - United States - Ohio", "flag"),
@@ -162,7 +164,7 @@ def test_clip_art_that_cannot_be_rendered_is_none() -> None:
     assert masters[1:] == [None, None]
 
 
-def test_glosses() -> None:
+def test_glosses_are_parsed_and_limited_in_length() -> None:
     lines = {
         "data.noun": "  2 no meaning | at all\n"
         '00000010 03 n 02 living_thing 0 animate_thing 0 001 ~ 00000020 n 0000 | alive; "it is"  \n'
@@ -186,7 +188,7 @@ def test_glosses() -> None:
     assert glosses[0].sentence == "living thing: alive"
 
 
-def test_name_words() -> None:
+def test_name_words_drop_articles_numbers_and_remarks() -> None:
     assert name_words("The dogs (2)") == name_words("dogs 3") == "dogs"
     assert name_words("A dog.") == "dog"
     # no words are left, but these are different things

@@ -99,7 +99,7 @@ def test_emoji_tones_share_a_name() -> None:
     assert (thumb.base_name, thumb.has_tone) == ("thumbs_up", False)
     assert (dark.base_name, dark.has_tone) == ("thumbs_up", True)
     assert dark.names["fr"].startswith("pouce vers le haut")
-    # the package names the people only if there are two with different tones
+    # The package's name mentions the people only if there are two with different tones.
     plain = {each.base_name for each in emoji if not each.has_tone}
     assert {each.base_name for each in emoji if each.has_tone} <= plain
 
@@ -135,7 +135,7 @@ def test_stamps_are_listed_and_joined() -> None:
     assert concepts_of(stamps.values(), files) == {"a": "a", "b": "a", "c": "a", "g": "g"}
 
 
-def test_pictures() -> None:
+def test_pictures_are_centered_on_white_and_varied() -> None:
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">'
         '<rect x="4" width="4" height="8" fill="#f00"/></svg>'
