@@ -93,8 +93,9 @@ class ExpertsConfig(Section):
     rank tokens under expert choice. With top-k, sigmoid and ``topk`` above 1, a token's weights are
     normalized to sum to 1, as in megatron-core."""
     aux_loss_coefficient: NonNegativeFloat = 0.0
-    """Coefficient of the Switch Transformer load-balancing loss, a mean over the tower's tokens in
-    the global batch, added once per layer; top-k only. 0: no such loss."""
+    """Coefficient of the load-balancing loss, added once per layer; top-k only. It is the Switch
+    Transformer's loss of the tower's tokens in each sequence, averaged over the global batch with
+    the number of these tokens as weight. 0: no such loss."""
     z_loss_coefficient: NonNegativeFloat = 0.0
     """Coefficient of the router z-loss, the squared logsumexp of a token's router logits: a mean
     over the tower's tokens in the global batch, added once per layer. 0: no such loss."""
@@ -211,6 +212,15 @@ class ModelConfig(Section):
         """Experts per tower, K entries; None for a tower with plain feed-forward networks."""
         plain = TowerConfig()
         return tuple(self.towers.get(name, plain).experts for name in self.tower_names)
+
+    @property
+    def balanced_towers(self) -> tuple[int, ...]:
+        """Indices of the towers whose experts a loss balances."""
+        return tuple(
+            tower
+            for tower, experts in enumerate(self.experts_of_towers)
+            if experts is not None and experts.aux_loss_coefficient > 0
+        )
 
     @property
     def has_experts(self) -> bool:

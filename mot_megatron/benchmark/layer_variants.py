@@ -297,8 +297,9 @@ class Benchmark:
         held: Sequence[int],
     ) -> LayerInputs:
         rotary = RotaryAngles.of(batch.positions, model.head_dim, model.rotary_base, self.dtype)
-        filled = batch.filled.split([batch.tower_slots[tower] for tower in held])
-        pools = routing_pools(held, filled, batch.tower_filled)
+        slots = [batch.tower_slots[tower] for tower in held]
+        sequences = batch.group_index // batch.document_ids.shape[1]
+        pools = routing_pools(held, batch.filled.split(slots), sequences.split(slots), batch)
         return LayerInputs(grouping, rotary, build_attention_core(batch, "auto"), pools)
 
     def _in_sequence_order(

@@ -70,6 +70,7 @@ def build_micro_batch(
     )
     fields = {
         "document_ids": document_ids.astype(np.int32),
+        "num_sequences": sequences,
         "attended_pairs": int(grouped["positions"].sum()) + token_ids.size,
         **grouped,
     }

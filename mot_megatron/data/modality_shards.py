@@ -60,6 +60,7 @@ def take_shard(
         "labels": labels,
         "label_modalities": label_modalities,
         "positions": positions[attended].ravel(),
+        "num_sequences": whole["num_sequences"],
         "document_ids": whole["document_ids"][attended],
         "group_index": np.where(padding, 0, whole["group_index"][source]),
         "ungroup_index": np.empty(0, dtype=np.int64),

@@ -37,7 +37,12 @@ class ExpertFeedForward(nn.Module):
         groups = linears.groups.experts_of(tower)
         held = groups.held(settings.num_moe_experts)
         self.router = router_class(settings)(
-            settings, config.hidden_size, tower, mode, pool_group=linears.partial_rows
+            settings,
+            config.hidden_size,
+            tower,
+            mode,
+            pool_group=linears.partial_rows,
+            balancing_group=linears.groups.balancing.get(tower, linears.partial_rows),
         )
         self.experts = GroupedExperts(config, held, linears.groups.tensor_size)
         self.dispatcher = None

@@ -85,6 +85,8 @@ class MicroBatch:
     filled: torch.Tensor
     """[g] bool: slots that hold a document's token. The others are padding of sequences or slots,
     which routers must ignore."""
+    num_sequences: int
+    """Sequences whose tokens the slots hold: b, or those of the whole modality group."""
     tower_slots: tuple[int, ...]
     """Slots per tower, K of them, summing to g."""
     tower_tokens: tuple[int, ...]

@@ -305,8 +305,12 @@ class MixtureOfTransformers(nn.Module):
         )
 
     def _pools(self, micro_batch: MicroBatch) -> tuple[RoutingPool, ...]:
-        filled = self._cut(self._own_rows(micro_batch.filled, micro_batch), micro_batch)
-        return routing_pools(self.towers, filled, micro_batch.tower_filled)
+        seq_length = micro_batch.document_ids.shape[1]
+        filled, sequences = (
+            self._cut(self._own_rows(values, micro_batch), micro_batch)
+            for values in (micro_batch.filled, micro_batch.group_index // seq_length)
+        )
+        return routing_pools(self.towers, filled, sequences, micro_batch)
 
     def _run_layers(self, layers: range, stream: Stream, layer_inputs: LayerInputs) -> Stream:
         for index in layers:

@@ -7,7 +7,9 @@ choices without influencing anything else. Top-k: each token takes its k best ex
 megatron's functions.
 
 A router's pool is the tower's tokens of one micro-batch that one rank and its tensor-parallel peers
-hold. Letters: n rows of this rank, N tokens of the pool, E experts, h hidden size.
+hold. The balancing loss of top-k routing is computed per sequence instead, as DeepSeek-V3 (arXiv
+2412.19437, section 2.1.2) does, because sequences are the same in every layout and pools are not.
+Letters: n rows of this rank, N tokens of the pool, E experts, h hidden size.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
-    switch_load_balancing_loss_func,
     topk_routing_with_score_function,
 )
 from torch import nn
 
 from mot_megatron.config import ExpertsConfig, ModelConfig
 from mot_megatron.errors import ConfigError
+from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.sharding import ParameterSharding, mark_auxiliary, set_sharding
 
 
@@ -41,20 +43,29 @@ class RoutingPool:
     """[n] bool: rows of this rank that hold a document's token; other rows are never routed."""
     num_tokens: int
     """N, summed over this rank and its tensor-parallel peers."""
+    sequences: torch.Tensor
+    """[n] int64: the sequence of each row, counted from 0 in the micro-batch."""
+    num_sequences: int
+    """Sequences of the micro-batch."""
 
 
 def routing_pools(
-    towers: Sequence[int], filled: Sequence[torch.Tensor], tower_filled: Sequence[int]
+    towers: Sequence[int],
+    filled: Sequence[torch.Tensor],
+    sequences: Sequence[torch.Tensor],
+    micro_batch: MicroBatch,
 ) -> tuple[RoutingPool, ...]:
     """Build one routing pool per held tower.
 
     Args:
         towers: Indices of the towers that this rank holds.
         filled: Masks of their filled rows, in the same order.
-        tower_filled: Filled slots of each of the model's K towers.
+        sequences: The sequences of their rows, likewise.
+        micro_batch: The micro-batch that holds the rows.
     """
     return tuple(
-        RoutingPool(rows, tower_filled[tower]) for tower, rows in zip(towers, filled, strict=True)
+        RoutingPool(rows, micro_batch.tower_filled[tower], of_rows, micro_batch.num_sequences)
+        for tower, rows, of_rows in zip(towers, filled, sequences, strict=True)
     )
 
 
@@ -136,13 +147,25 @@ class Router(nn.Module):
         tower: int,
         mode: RoutingMode,
         pool_group: dist.ProcessGroup | None,
+        balancing_group: dist.ProcessGroup | None,
     ) -> None:
-        """Build the router of one layer; ``pool_group`` are the ranks that share a pool."""
+        """Build the router of one layer.
+
+        Args:
+            config: The tower's experts.
+            hidden_size: h.
+            tower: Index of the tower.
+            mode: Settings shared by all routers of the model.
+            pool_group: The ranks that share a pool; None if this rank has it alone.
+            balancing_group: The ranks that hold the tower's tokens of the same sequences; None if
+                this rank has them alone.
+        """
         super().__init__()
         self.settings = config
         self.tower = tower
         self.mode = mode
         self.pool_group = pool_group
+        self.balancing_group = balancing_group
         self.statistics = RoutingStatistics(config.num_moe_experts)
         self.weight = nn.Parameter(torch.empty(config.num_moe_experts, hidden_size))
         set_sharding(self.weight, ParameterSharding((config.num_moe_experts, hidden_size)))
@@ -177,12 +200,6 @@ class Router(nn.Module):
         if self.settings.gate == "sigmoid":
             return torch.sigmoid(logits)
         return torch.softmax(logits, dim=-1)
-
-    def over_pool(self, counts: torch.Tensor) -> torch.Tensor:
-        """Sum ``counts`` over the ranks of the pool: one small all-reduce if there are several."""
-        if self.pool_group is not None:
-            dist.all_reduce(counts, group=self.pool_group)
-        return counts
 
     def largest_of_pool(
         self, scores: torch.Tensor, k: int
@@ -333,9 +350,9 @@ class TopKRouter(Router):
     def route(self, x: torch.Tensor, pool: RoutingPool) -> Routing:
         """Route the rows [n, h].
 
-        An expert over its capacity drops the tokens with the smallest weights. Collectives over the
-        ranks of the pool: one all-reduce of counts for the balancing loss, and one all-gather of
-        [N, E] weights if there is a capacity.
+        An expert over its capacity drops the tokens with the smallest weights. Collectives: one
+        all-reduce of counts over the balancing group for the balancing loss, and one all-gather of
+        [N, E] weights over the ranks of the pool if there is a capacity.
         """
         settings, k = self.settings, self.settings.topk or 1
         logits = self.logits(x)
@@ -357,18 +374,19 @@ class TopKRouter(Router):
     def _balancing_loss(
         self, logits: torch.Tensor, assigned: torch.Tensor, pool: RoutingPool
     ) -> torch.Tensor:
-        """Compute this rank's part of the Switch Transformer's balancing loss times N."""
-        settings = self.settings
+        """Sum this rank's part of N_s E sum_e f_e P_e over the sequences of the micro-batch.
+
+        N_s is the number of the tower's tokens in the sequence, f_e the fraction of their choices
+        that is expert e, before any is dropped, and P_e their mean softmax probability of e
+        (arXiv 2101.03961, equation 4, for each sequence).
+        """
+        counts = logits.new_zeros(pool.num_sequences, self.settings.num_moe_experts)
+        counts.index_add_(0, pool.sequences, assigned.to(counts.dtype))
+        if self.balancing_group is not None:
+            dist.all_reduce(counts, group=self.balancing_group)
+        fractions = counts / counts.sum(-1, keepdim=True).clamp(min=1)
         scores = torch.softmax(logits, dim=-1) * pool.filled[:, None]
-        loss = switch_load_balancing_loss_func(
-            probs=scores,
-            tokens_per_expert=self.over_pool(assigned.sum(0).float()),
-            total_num_tokens=max(pool.num_tokens, 1),
-            topk=settings.topk or 1,
-            num_experts=settings.num_moe_experts,
-            moe_aux_loss_coeff=1.0,
-        )
-        return loss * pool.num_tokens
+        return self.settings.num_moe_experts * (scores * fractions[pool.sequences]).sum()
 
 
 def check_can_be_causal(model: ModelConfig) -> None:

@@ -6,6 +6,7 @@ the vocabulary-parallel loss, take no group and read that global state.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -66,6 +67,10 @@ class ProcessGroups:
     experts: tuple[ExpertGroups | None, ...]
     """Groups per tower; None for a tower that this rank does not hold. Without modality
     parallelism, a single entry for all towers."""
+    balancing: dict[int, dist.ProcessGroup]
+    """By tower, the ranks of a modality group that hold it, with their tensor-parallel peers: they
+    count the experts of a sequence's tokens together. Only for towers that this rank holds, whose
+    experts a loss balances, and that several ranks of a modality group hold."""
     mesh: Mesh
     placement: Placement | None
     """Which ranks of a modality group hold which towers; None without modality parallelism."""
@@ -151,6 +156,7 @@ def build_process_groups(
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     placement: Placement | None = None,
+    balanced_towers: Iterable[int] = (),
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> ProcessGroups:
     """Build all process groups in a world that ``torch.distributed`` has already initialized.
@@ -158,7 +164,8 @@ def build_process_groups(
     Every rank calls this once, with the same arguments. The world size must be divisible by the
     product of the tensor-parallel size, the pipeline-parallel size and the number of ranks in the
     placement. If ``expert_model_parallel_size`` does not divide the number of data-parallel ranks
-    that hold a tower, that tower cannot have experts. ``timeout`` applies to collectives of the new
+    that hold a tower, that tower cannot have experts. ``balanced_towers`` are the towers whose
+    experts a loss balances. ``timeout`` applies to collectives of the new
     groups and is rounded down to whole minutes, because megatron accepts no other.
     """
     if device.type == "cpu":
@@ -175,7 +182,9 @@ def build_process_groups(
         pipeline_model_parallel_size,
         1 if placement is None else placement.num_ranks,
     )
-    return _initialized_groups(mesh, placement, device, timeout, expert_model_parallel_size)
+    return _initialized_groups(
+        mesh, placement, device, timeout, expert_model_parallel_size, balanced_towers
+    )
 
 
 def build_single_process_groups(device: torch.device) -> ProcessGroups:
@@ -199,6 +208,7 @@ def _initialized_groups(
     device: torch.device,
     timeout: timedelta,
     expert_size: int = 1,
+    balanced_towers: Iterable[int] = (),
 ) -> ProcessGroups:
     rank, data = dist.get_rank(), _present(parallel_state.get_data_parallel_group())
     modality, holders = None, ()
@@ -206,6 +216,7 @@ def _initialized_groups(
         modality = _own_group(mesh.modality_groups(), rank, timeout)
         holders = _holder_groups(mesh, placement, data, rank, timeout)
     experts = _expert_groups(mesh, placement, holders or (data,), rank, timeout, expert_size)
+    balancing = _balancing_groups(mesh, placement, balanced_towers, rank, timeout)
     at_an_end = mesh.pipeline > 1 and mesh.pipeline_rank(rank) in (0, mesh.pipeline - 1)
     return ProcessGroups(
         tensor=_present(parallel_state.get_tensor_model_parallel_group()),
@@ -216,6 +227,7 @@ def _initialized_groups(
         modality=modality,
         holders=holders,
         experts=experts,
+        balancing=balancing,
         mesh=mesh,
         placement=placement,
         rank=rank,
@@ -264,6 +276,19 @@ def _expert_groups(
         data = _own_group(mesh.expert_data_groups(ranks, size), rank, timeout)
         made[ranks] = ExpertGroups(expert, both, data) if expert and both and data else None
     return tuple(made[ranks] for ranks in of_towers)
+
+
+def _balancing_groups(
+    mesh: Mesh, placement: Placement | None, towers: Iterable[int], rank: int, timeout: timedelta
+) -> dict[int, dist.ProcessGroup]:
+    made: dict[int, dist.ProcessGroup] = {}
+    for tower in towers if placement else ():
+        holders = placement.holders(tower)
+        if len(holders) > 1:
+            groups = mesh.tensor_expert_groups(holders, len(holders))
+            if (own := _own_group(groups, rank, timeout)) is not None:
+                made[tower] = own
+    return made
 
 
 def _own_group(

@@ -109,6 +109,7 @@ def build_groups(config: Config, corpus: Corpus, device: torch.device) -> Proces
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         placement=placement,
+        balanced_towers=config.model.balanced_towers,
     )
 
 

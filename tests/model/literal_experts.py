@@ -102,11 +102,16 @@ def expert_choice(
 
 
 def top_k(
-    weights: LiteralExperts, settings: ExpertsConfig, x: torch.Tensor, filled: list[bool]
+    weights: LiteralExperts,
+    settings: ExpertsConfig,
+    x: torch.Tensor,
+    filled: list[bool],
+    sequences: list[int],
 ) -> Outcome:
     """Route by top-k: every token takes its k highest-scoring experts.
 
-    An expert at capacity keeps the tokens with the largest weights.
+    An expert at capacity keeps the tokens with the largest weights. The balancing loss is computed
+    for each of the ``sequences`` of the rows.
     """
     tokens = [row for row, used in enumerate(filled) if used]
     num_experts, k = settings.num_moe_experts, settings.topk or 1
@@ -118,7 +123,6 @@ def top_k(
         shares = settings.gate == "sigmoid" and k > 1
         divisor = sum(scores[e] for e in experts) if shares else 1.0
         best[row] = {e: scores[e] / divisor for e in experts}
-    counts = [sum(e in best[row] for row in tokens) for e in range(num_experts)]
     capacity = len(tokens)
     if settings.capacity_factor is not None:
         capacity = math.ceil(round(settings.capacity_factor * len(tokens) * k / num_experts, 9))
@@ -132,7 +136,10 @@ def top_k(
             outputs[row] = outputs[row] + best[row][expert] * weights.expert(expert, x[row])
     outcome = Outcome(_stacked(outputs, x), chosen)
     outcome.losses["z_loss"] = _z_loss(weights, x, tokens)
-    outcome.losses["aux_loss"] = _balancing_loss(weights, x, tokens, counts, k)
+    outcome.losses["aux_loss"] = torch.zeros(()) + sum(
+        _balancing_loss(weights, x, [row for row in tokens if sequences[row] == sequence], best, k)
+        for sequence in set(sequences)
+    )
     return outcome
 
 
@@ -151,14 +158,19 @@ def _z_loss(weights: LiteralExperts, x: torch.Tensor, tokens: list[int]) -> torc
 
 
 def _balancing_loss(
-    weights: LiteralExperts, x: torch.Tensor, tokens: list[int], counts: list[int], k: int
+    weights: LiteralExperts,
+    x: torch.Tensor,
+    tokens: list[int],
+    best: dict[int, dict[int, torch.Tensor]],
+    k: int,
 ) -> torch.Tensor:
     """Return N E sum_e f_e P_e: f_e is e's fraction of the choices, P_e its mean softmax."""
-    total = torch.zeros(())
-    for expert, count in enumerate(counts):
+    total, num_experts = torch.zeros(()), len(weights.router)
+    for expert in range(num_experts):
+        count = sum(expert in best[row] for row in tokens)
         for row in tokens:
             probability = torch.softmax(weights.router @ x[row], 0)[expert]
-            total = total + len(counts) * count / (k * len(tokens)) * probability
+            total = total + num_experts * count / (k * len(tokens)) * probability
     return total
 
 

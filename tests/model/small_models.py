@@ -14,6 +14,7 @@ from mot_megatron.config_files import parse_config
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.model.routing import RoutingPool
 from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import build_single_process_groups
 
@@ -141,6 +142,12 @@ def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         gradients[name] = parameter.grad
         parameter.grad = None
     return gradients
+
+
+def one_sequence(filled: torch.Tensor) -> RoutingPool:
+    """Return the routing pool of one sequence on one rank, [n] bool."""
+    sequences = torch.zeros(len(filled), dtype=torch.int64)
+    return RoutingPool(filled, int(filled.sum()), sequences, num_sequences=1)
 
 
 def assert_all_close(

@@ -24,6 +24,7 @@ from tests.model.literal_experts import LiteralExperts, Outcome, expert_choice, 
 from tests.model.small_models import (
     assert_all_close,
     cut,
+    one_sequence,
     random_tokens,
     single_rank_model,
     small_config,
@@ -43,6 +44,8 @@ class Case:
 
     settings: dict[str, object]
     num_rows: int = 21
+    num_sequences: int = 1
+    """Sequences into which the rows are divided, as equally as possible."""
     unfilled: tuple[int, ...] = ()
     """Rows that are padding."""
     seed: int = 0
@@ -75,6 +78,10 @@ class Case:
         generator = torch.Generator().manual_seed(100 + self.seed + 10 * number)
         rows = [torch.randn(self.num_rows, HIDDEN, generator=generator) for _ in range(2)]
         return rows[0], rows[1], [row not in self.unfilled for row in range(self.num_rows)]
+
+    def sequences(self) -> list[int]:
+        """Return the sequence of each row."""
+        return [row * self.num_sequences // self.num_rows for row in range(self.num_rows)]
 
 
 EVERY_LOSS = {"aux_loss_coefficient": 0.5, "z_loss_coefficient": 0.2}
@@ -115,6 +122,12 @@ CASES = {
     "top-2, sigmoid": Case(topk(gate="sigmoid", topk=2), num_rows=18, seed=22),
     "top-3, softmax": Case(topk(gate="softmax", topk=3), num_rows=18, unfilled=(3,), seed=23),
     "top-2, losses": Case(topk(topk=2, **EVERY_LOSS), num_rows=18, unfilled=(0, 9), seed=24),
+    "top-2, losses, sequences": Case(
+        topk(topk=2, **EVERY_LOSS), num_rows=30, num_sequences=4, unfilled=(0, 9), seed=32
+    ),
+    "top-1, losses, a sequence without tokens": Case(
+        topk(**EVERY_LOSS), num_rows=12, num_sequences=3, unfilled=(4, 5, 6, 7), seed=33
+    ),
     "top-1, losses, capacity": Case(
         topk(gate="softmax", capacity_factor=0.8, **EVERY_LOSS),
         num_rows=20,
@@ -173,8 +186,9 @@ def named_gradients(module: ExpertFeedForward) -> dict[str, torch.Tensor]:
 def literal_outcome(
     case: Case, weights: LiteralExperts, x: torch.Tensor, filled: list[bool]
 ) -> Outcome:
-    routed = expert_choice if case.experts.routing == "expert_choice" else top_k
-    return routed(weights, case.experts, x, filled)
+    if case.experts.routing == "expert_choice":
+        return expert_choice(weights, case.experts, x, filled)
+    return top_k(weights, case.experts, x, filled, case.sequences())
 
 
 def literal_objective(case: Case, outcome: Outcome, cotangent: torch.Tensor) -> torch.Tensor:
@@ -275,7 +289,12 @@ def on_this_rank(case: Case, groups: ProcessGroups, sequence_parallel: bool) -> 
     # Inputs and gradients are not contiguous.
     x, cotangent = (rows.T.contiguous().T.chunk(parts)[own] for rows in (x, cotangent))
     x = x.detach().requires_grad_()
-    pool = RoutingPool(torch.tensor(filled, dtype=torch.bool).chunk(parts)[own], sum(filled))
+    pool = RoutingPool(
+        torch.tensor(filled, dtype=torch.bool).chunk(parts)[own],
+        sum(filled),
+        torch.tensor(case.sequences(), dtype=torch.int64).chunk(parts)[own],
+        case.num_sequences,
+    )
     outputs = module(x, pool)
     outputs.backward(cotangent)
     assert x.grad is not None
@@ -396,7 +415,7 @@ def test_equal_experts_with_sigmoid_gates_scale_a_plain_network(c: float) -> Non
     # The threshold of an expert is its share-th largest gate.
     taken = sigmoids >= sigmoids.sort(0, descending=True).values[share - 1]
     assert taken.sum(0).tolist() == [share] * 4
-    pool = RoutingPool(torch.ones(24, dtype=torch.bool), 24)
+    pool = one_sequence(torch.ones(24, dtype=torch.bool))
     expected = (sigmoids * taken).sum(-1, keepdim=True) * plain(x, pool)
     outputs = mixture(x, pool)
     torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)

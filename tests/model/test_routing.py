@@ -19,6 +19,7 @@ from mot_megatron.model.routing import (
     router_class,
 )
 from mot_megatron.model.sharding import is_auxiliary
+from tests.model.small_models import one_sequence
 
 HIDDEN = 8
 
@@ -26,7 +27,7 @@ HIDDEN = 8
 def router_of(seed: int = 0, **config: object) -> Router:
     """Build a router with random weights for a tower on a single rank."""
     settings = ExpertsConfig.model_validate({"num_moe_experts": 4, **config})
-    router = router_class(settings)(settings, HIDDEN, 0, RoutingMode((1.0,)), None)
+    router = router_class(settings)(settings, HIDDEN, 0, RoutingMode((1.0,)), None, None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -39,13 +40,13 @@ def rows_of(seed: int, count: int) -> torch.Tensor:
 
 
 def full_pool(count: int) -> RoutingPool:
-    return RoutingPool(torch.ones(count, dtype=torch.bool), count)
+    return one_sequence(torch.ones(count, dtype=torch.bool))
 
 
 @st.composite
 def pools(draw: st.DrawFn) -> RoutingPool:
     filled = torch.tensor(draw(st.lists(st.booleans(), max_size=40)), dtype=torch.bool)
-    return RoutingPool(filled, int(filled.sum()))
+    return one_sequence(filled)
 
 
 @settings(deadline=None)
@@ -108,7 +109,7 @@ def test_experts_rank_tokens_correctly_if_gates_saturate() -> None:
 )
 def test_contents_of_padding_do_not_change_routing(config: dict[str, object]) -> None:
     filled = torch.tensor([True] * 6 + [False] * 3 + [True] * 5 + [False])
-    pool = RoutingPool(filled, 11)
+    pool = one_sequence(filled)
     found = []
     for padding in (0.0, 1.0, 1e4, -1e4):
         router, x = router_of(3, **config), rows_of(4, len(filled))
@@ -164,7 +165,7 @@ def test_causal_mode_does_not_depend_on_later_tokens(config: dict[str, object]) 
 
 def test_expert_use_is_counted_only_while_enabled() -> None:
     router = router_of(7, causal_router=True)
-    pool = RoutingPool(torch.tensor([True] * 9 + [False] * 3), 9)
+    pool = one_sequence(torch.tensor([True] * 9 + [False] * 3))
     router(rows_of(8, 12), pool)
     router.mode.use = use = {}
     taken, untaken = 0, 0
@@ -181,7 +182,7 @@ def test_expert_use_is_counted_only_while_enabled() -> None:
 def test_causal_router_takes_tokens_with_probability_above_one_half() -> None:
     router, x = router_of(10, causal_router=True), rows_of(11, 30)
     filled = torch.arange(30) % 7 != 0
-    pool = RoutingPool(filled, int(filled.sum()))
+    pool = one_sequence(filled)
     weights = dict(router.named_parameters())
     inner = x @ weights["causal.hidden"].T
     p = torch.sigmoid((inner * torch.sigmoid(inner)) @ weights["causal.output"].T)

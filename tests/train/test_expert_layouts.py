@@ -35,6 +35,7 @@ HEADS = "parallel.attention_exchange=heads"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 MICRO2 = "training.micro_batch_size=2"
 # Two ranks hold the text tower with its experts; one rank each holds the other towers.
+SPLIT_TEXT = "parallel.placement=[{text=0.6,image=1.0},{text=0.4,speech=1.0}]"
 ONE_EACH = "parallel.placement=[{text=0.6},{image=1.0},{text=0.4},{speech=1.0}]"
 
 
@@ -47,8 +48,11 @@ WIDE_CHOICE = experts('capacity_factor=1.5,gate="softmax"', tower="image")
 TOPK = experts(
     'routing="topk",topk=2,capacity_factor=0.8,aux_loss_coefficient=0.1,z_loss_coefficient=0.02'
 )
-# Routing that does not depend on the pool, because no rule involves more than one token.
-POOLLESS = experts('routing="topk",topk=2,gate="softmax",z_loss_coefficient=0.02')
+# Routing that does not depend on the pool: tokens choose, none is dropped, and the balancing loss
+# is computed per sequence.
+POOLLESS = experts(
+    'routing="topk",topk=2,gate="softmax",aux_loss_coefficient=0.5,z_loss_coefficient=0.02'
+)
 
 
 def ids(value: object) -> str | None:
@@ -87,6 +91,7 @@ def one_rank_lacks(outcomes: list[Outcome], tower: int) -> bool:
         (2, [MP2, ZERO2], [POOLLESS]),
         (4, [MP4, ONE_EACH, EP2, HEADS], [POOLLESS]),
         (4, [MP2, TP2, SP, FULL], [POOLLESS, TIED]),
+        (4, [MP2, SPLIT_TEXT, TP2, SP], [POOLLESS]),
     ],
     ids=ids,
 )
@@ -100,6 +105,13 @@ def test_layout_equals_one_process(
     assert any(any(outcome.lacking) for outcome in outcomes)
     # In a modality group, every rank that holds a tower gets a share of its tokens.
     assert EP2 not in layout or MP4 in layout or one_rank_lacks(outcomes, tower=0)
+
+
+def test_balancing_loss_does_not_depend_on_the_micro_batch(corpora: dict[str, Path]) -> None:
+    corpus = corpora["mixed"]
+    for micro_batch in (2, 4):
+        sizes = (POOLLESS, f"training.micro_batch_size={micro_batch}")
+        assert_equal(reference(corpus, sizes), reference(corpus, (POOLLESS,)))
 
 
 def test_routed_tower_without_any_token(corpora: dict[str, Path]) -> None:
