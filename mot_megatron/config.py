@@ -274,7 +274,8 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """The layout: sizes of the parallel axes, placement of towers, and ZeRO.
 
-    The data-parallel size is the world size divided by the tensor- and pipeline-parallel sizes.
+    The number of data-parallel ranks, those that share gradients of common weights, is the world
+    size divided by the tensor- and pipeline-parallel sizes; it includes the modality groups.
     """
 
     tensor_model_parallel_size: PositiveInt = 1

@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 A configuration is one TOML file or several. `--config` may be repeated: the tables of later files
 merge into those of earlier ones, and every other value, arrays included, replaces the earlier one.
 `--set section.key=value` then overrides single keys; the value is read as TOML, and a bare word is
-the string it spells.
+the string it spells. `--unset section.key` removes a key, so that it has its default.
 
 ```
 python launch/train.py --config configs/compare/base.toml --config configs/compare/mot.toml \\
@@ -37,7 +37,7 @@ what is allowed. The resolved configuration, with the defaults and with what was
 corpus, is written to `config.toml` in the run's folder and in every checkpoint.
 
 In the tables, *required* means that the key has no default, and *absent* that the key is left out
-by default; the meaning then says what applies.
+by default; the "meaning" column then says what applies.
 """
 
 _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
