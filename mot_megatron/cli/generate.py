@@ -1,7 +1,8 @@
 """Continue a prompt into text, images and speech with a trained model.
 
 Text is printed. Every item is also written to the output folder, as MODALITY-NUMBER.txt, .png or
-.wav. Pictures are enlarged without smoothing until the longer side has at least 256 pixels.
+.wav. Pictures are enlarged without smoothing until the longer side has at least 256 pixels. With
+--ids, the prompt and the items are token ids, which needs no codec.
 
 Example: mot generate --checkpoint runs/quickstart --prompt "red heart" --output samples
 """
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
         "--prompt", required=True, help="text; may contain special tokens such as <bos>"
+    )
+    parser.add_argument(
+        "--ids",
+        action="store_true",
+        help='the prompt is token ids, as in "1 5 17", and items are written as token ids, to'
+        " MODALITY-NUMBER.ids.txt",
     )
     add_output(parser, "folder to write to")
     parser.add_argument(
@@ -84,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.train.trained import load_trained_model
 
     settings = sampling_settings(options)
+    if options.ids:
+        parse_ids(options.prompt)  # refuse it before the model is loaded
     trained = load_trained_model(options.checkpoint, device, options.corpus)
     for line in trained.skipped:
         say(NAME, f"skipped {line}")
@@ -91,7 +100,11 @@ def run(options: argparse.Namespace) -> int:
     generator = Generator(trained.model, trained.corpus, trained.config.data.seq_length)
     if trained.config.model.sees_the_future:
         print(_routing_note(trained.config.model))
-    write_samples(generator, settings, options)
+    write = write_ids if options.ids else write_samples
+    try:
+        write(generator, settings, options)
+    except OSError as error:
+        raise DataError(f"{options.output}: cannot be written: {error.strerror}") from error
     return 0
 
 
@@ -116,24 +129,62 @@ def write_samples(
     """Generate items of every modality, write them and print a line for each.
 
     Raises:
-        UserError: The prompt, a modality or the language is invalid, or a file cannot be written.
+        UserError: The prompt, a modality or the language is invalid.
+        OSError: A file cannot be written.
     """
     from mot_megatron.data.codebooks.text import TextCodec
 
     # Check all names first, so that a wrong one is reported before minutes of generation.
-    modalities = [generator.rules(name).modality.name for name in options.into or generator.codecs]
-    try:
-        for name in modalities:
-            items = generator.continue_text(options.prompt, name, settings, options.language)
-            # Not before: a prompt that is refused leaves no folder.
-            options.output.mkdir(parents=True, exist_ok=True)
-            for number, item in enumerate(items, start=1):
-                path = options.output / f"{name}-{number}{item.codec.suffix}"
-                write_item(item, path, options.image_scale)
-                shown = f"  {item.media}" if isinstance(item.codec, TextCodec) else ""
-                print(f"{path}: {len(item.token_ids)} tokens{shown}", flush=True)
-    except OSError as error:
-        raise DataError(f"{options.output}: cannot be written: {error.strerror}") from error
+    wanted = options.into or generator.codecs or _all_modalities(generator)
+    for name in [generator.rules(name).modality.name for name in wanted]:
+        items = generator.continue_text(options.prompt, name, settings, options.language)
+        # Not before: a prompt that is refused leaves no folder.
+        options.output.mkdir(parents=True, exist_ok=True)
+        for number, item in enumerate(items, start=1):
+            path = options.output / f"{name}-{number}{item.codec.suffix}"
+            write_item(item, path, options.image_scale)
+            shown = f"  {item.media}" if isinstance(item.codec, TextCodec) else ""
+            print(f"{path}: {len(item.token_ids)} tokens{shown}", flush=True)
+
+
+def write_ids(
+    generator: Generator, settings: SamplingSettings, options: argparse.Namespace
+) -> None:
+    """Continue a prompt of token ids in every modality and write the items as token ids.
+
+    Raises:
+        UserError: The prompt or a modality is invalid.
+        OSError: A file cannot be written.
+    """
+    import numpy as np
+
+    prompt = np.array(parse_ids(options.prompt), dtype=np.int64)
+    wanted = options.into or _all_modalities(generator)
+    for name in [generator.rules_of_ids(name).modality.name for name in wanted]:
+        items = generator.continue_ids(prompt, name, settings)
+        options.output.mkdir(parents=True, exist_ok=True)
+        for number, ids in enumerate(items, start=1):
+            path = options.output / f"{name}-{number}.ids.txt"
+            path.write_text(" ".join(map(str, ids.tolist())) + "\n", encoding="ascii")
+            print(f"{path}: {len(ids)} tokens", flush=True)
+
+
+def parse_ids(prompt: str) -> list[int]:
+    """Read token ids separated by spaces or commas.
+
+    Raises:
+        DataError: There is none, or one is not a number.
+    """
+    words = prompt.replace(",", " ").split()
+    wrong = next((word for word in words if not (word.isascii() and word.isdigit())), None)
+    if wrong is not None or not words:
+        raise DataError(f"--prompt {prompt!r} with --ids: expected token ids, as in '1 5 17'")
+    # No vocabulary needs more digits; Python refuses to parse thousands of them.
+    return [int(word[:18]) for word in words]
+
+
+def _all_modalities(generator: Generator) -> list[str]:
+    return [modality.name for modality in generator.corpus.description.modalities]
 
 
 def write_item(item: Item, path: Path, image_scale: int | None = None) -> None:

@@ -6,7 +6,8 @@ Example: mot memory --config configs/quickstart.toml --world-size 1
 The ranks run on the CPU, and sizes are read from their tensors. Weights (as forward reads them),
 gradients and optimizer (fp32 weights and both moments) are maxima over the points between
 micro-batches and before the step. Activations are the maximum that autograd stores for backward.
-Buffers of collectives are not counted.
+Buffers of collectives are not counted. If a step has a single micro-batch, two are run, because
+gradients are read between micro-batches; a rank holds the same with one.
 
 The same is measured for the dense twin: the same configuration, but with one tower without experts
 for all modalities, and without modality parallelism. The twin runs on two numbers of ranks. On
@@ -110,13 +111,10 @@ def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
     """Return the worlds to measure, by their names in the report; the configuration is first."""
     modality = config.parallel.modality_parallel_size
     twin = dense_twin(config)
-    worlds = {"measured": World(config, num_ranks)}
-    check(worlds["measured"])
+    worlds = {"measured": checked(World(config, num_ranks))}
     if modality > 1:
-        worlds[SAME_REPLICAS] = World(twin, num_ranks // modality)
-    worlds[SAME_RANKS] = World(twin, num_ranks)
-    for world in worlds.values():
-        check(world)
+        worlds[SAME_REPLICAS] = checked(World(twin, num_ranks // modality))
+    worlds[SAME_RANKS] = checked(World(twin, num_ranks))
     return worlds
 
 
@@ -143,8 +141,8 @@ def dense_twin(config: Config) -> Config:
     )
 
 
-def check(world: World) -> None:
-    """Run the checks of training, and check that a step has two or more micro-batches.
+def checked(world: World) -> World:
+    """Run the checks of training; return the world with two or more micro-batches per step.
 
     Raises:
         ConfigError: A check failed.
@@ -154,12 +152,11 @@ def check(world: World) -> None:
     config, parallel = world.config, world.config.parallel
     check_world_size(config, world.num_ranks)
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if config.accumulation_steps(world.num_ranks // model_ranks) < 2:
-        raise ConfigError(
-            f"training.global_batch_size = {config.training.global_batch_size} is one micro-batch"
-            " per step on every rank; needed: two or more, because gradients are measured between"
-            " micro-batches (a smaller training.micro_batch_size also works)"
-        )
+    if config.accumulation_steps(world.num_ranks // model_ranks) >= 2:
+        return world
+    doubled = {"global_batch_size": 2 * config.training.global_batch_size}
+    training = config.training.model_copy(update=doubled)
+    return World(config.model_copy(update={"training": training}), world.num_ranks)
 
 
 def measure(world: World, timeout: float) -> list[RankMemory]:

@@ -77,7 +77,7 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['name']}: {summary['steps']} steps, {summary['tokens']:,} tokens in"
         f" {summary['seconds']:.0f} s ({rate:,.0f} tokens/s), {summary['parameters'] / 1e6:.2f} M"
         " parameters",
-        f"on {summary['world_size']} ranks of {summary['device']}",
+        f"on {_ranks(summary['world_size'])} of {summary['device']}",
         "",
         f"{'bits per token, held out':26}{'model':>8}{'unigram':>10}{'2-token context':>18}",
     ]
@@ -95,6 +95,10 @@ def table(summary: dict[str, Any]) -> str:
     if summary.get("routed_with_later_tokens"):
         lines += ["", _routing_note(summary)]
     return "\n".join(lines)
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank" + "s" * (number != 1)
 
 
 def honest_bits(values: dict[str, float | None]) -> float | None:

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from mot_megatron.config import Config
 from mot_megatron.config_files import load_config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
 from mot_megatron.errors import DataError, first_problem
+from mot_megatron.files import regular_file_size
 from mot_megatron.model.flops import count_parameters
 
 Split = Literal["train", "held_out", "held_out_causal"]
@@ -49,6 +50,8 @@ _SIZES = {"scalars": 0, "images": 1, "audio": 1, "tensors": 1}
 _RECORD_HEAD, _RECORD_FRAME = 12, 16
 """Bytes of an event file's record before its content (length and checksum), and bytes added in all
 (length and two checksums)."""
+_LONGEST_RECORD = 2**28
+"""Bytes of the longest record that is read; a picture or sound has at most some MB."""
 
 _MUST_BE_EQUAL = {
     "data.seq_length": "seq_length",
@@ -426,7 +429,10 @@ def _read_scalars(directory: Path) -> dict[str, Points]:
         raise DataError(f"{directory}: no TensorBoard event files; has the run started?")
     for path in files:
         _check_records(path)
-    events = EventAccumulator(str(directory), _SIZES).Reload()
+    try:
+        events = EventAccumulator(str(directory), _SIZES).Reload()
+    except DecodeError as error:
+        raise DataError(f"{directory}: an event file holds a damaged event: {error}") from None
     # A resumed run may log a step again; later points override earlier ones.
     return {
         tag: {point.step: point.value for point in events.Scalars(tag)}
@@ -441,18 +447,27 @@ def _check_records(path: Path) -> None:
     damage: a killed process leaves one.
 
     Raises:
-        DataError: A record does not match its checksum.
+        DataError: A record does not match its checksum, is too long, or the file is no regular
+            file.
     """
-    content = path.read_bytes()
-    records = RawEventFileLoader(str(path)).Load()
-    end = sum(len(record) + _RECORD_FRAME for record in records)
-    head = content[end : end + _RECORD_HEAD]
-    if len(head) < _RECORD_HEAD:
-        return
-    (length,) = struct.unpack("<Q", head[:8])
-    (checksum,) = struct.unpack("<I", head[8:])
-    if masked_crc32c(head[:8]) != checksum or end + _RECORD_FRAME + length <= len(content):
-        raise DataError(f"{path}: damaged after byte {end} of {len(content)}")
+    try:
+        size = regular_file_size(path)
+        with path.open("rb") as file:
+            start = 0
+            while len(head := file.read(_RECORD_HEAD)) == _RECORD_HEAD:
+                (length,) = struct.unpack("<Q", head[:8])
+                (checksum,) = struct.unpack("<I", head[8:])
+                # Check the length before reading: a forged one may be 2^62.
+                if masked_crc32c(head[:8]) != checksum or length > _LONGEST_RECORD:
+                    raise DataError(f"{path}: damaged after byte {start} of {size}")
+                rest = file.read(length + 4)
+                if len(rest) < length + 4:
+                    return
+                if masked_crc32c(rest[:-4]) != struct.unpack("<I", rest[-4:])[0]:
+                    raise DataError(f"{path}: damaged after byte {start} of {size}")
+                start += _RECORD_FRAME + length
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def _assemble(

@@ -8,6 +8,7 @@ step. Ids out of range, for example, would silently be embedded as zeros.
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from mot_megatron.data.indexed import bin_path, idx_path, read_token_file
 from mot_megatron.errors import DataError, first_problem
-from mot_megatron.files import read_regular_file
+from mot_megatron.files import read_regular_file, regular_file_size
 
 FORMAT = 1
 """Version of the corpus.toml format that this code reads and writes."""
@@ -286,6 +287,28 @@ class Corpus:
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from None
         return cls(directory, description, splits, hashlib.sha256(content).hexdigest())
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """SHA-256 of what the ids mean: modalities, special tokens and the codebooks' content.
+
+        Raises:
+            DataError: A codebook cannot be read.
+        """
+        described = self.description.model_dump(
+            mode="json", include={"modalities", "special_tokens", "pad_token"}
+        )
+        for modality in described["modalities"]:
+            if modality["codebook"]:
+                # Equal codebooks may have other names.
+                path = self.directory / modality["codebook"]
+                try:
+                    regular_file_size(path)
+                    with path.open("rb") as file:
+                        modality["codebook"] = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise DataError(f"{path}: {error.strerror}") from None
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str) -> TokenSplit:
         """Return the split called ``name``.

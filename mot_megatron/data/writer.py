@@ -6,9 +6,11 @@ corpus is complete or absent. Equal documents give equal bytes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,10 @@ from mot_megatron.data.corpus import (
 )
 from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path
 from mot_megatron.errors import DataError
+from mot_megatron.job.processes import Process
+
+_OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
+"""End of the name of an unfinished corpus: the process that writes it, and random letters."""
 
 
 @dataclass
@@ -80,7 +86,9 @@ class CorpusWriter:
             if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise DataError(f"{directory}: exists already, expected a new or empty directory")
             directory.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{directory.name}.partial-"
+            _remove_leftovers(directory)
+            owner = Process.of(os.getpid())
+            prefix = f".{directory.name}.partial-{owner.pid}.{owner.started}@{owner.host}-"
             self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
         return self
 
@@ -292,3 +300,11 @@ def _value(value: object) -> str:
 def _quote(key: str) -> str:
     plain = key.isascii() and key.replace("-", "_").isidentifier()
     return key if plain else _value(key)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what killed writers of ``directory`` have left, if they ran on this host."""
+    for path in directory.parent.glob(f".{glob.escape(directory.name)}.partial-*"):
+        owner = _OWNER.fullmatch(path.name.rpartition(".partial-")[2])
+        if owner and Process(owner["host"], int(owner["pid"]), owner["started"]).is_dead:
+            shutil.rmtree(path, ignore_errors=True)

@@ -222,7 +222,7 @@ class HeldOutSample:
 class Generator:
     """A model together with the codecs of its corpus.
 
-    Modalities without a codec are never generated.
+    A modality without a codec can only be generated as ids.
 
     Raises:
         ConfigError: The routing needs later tokens, and there is no causal router.
@@ -250,18 +250,30 @@ class Generator:
         return PromptWriter.of(self.corpus.directory, self.codecs.values(), self.corpus.description)
 
     def rules(self, name: str) -> SegmentRules:
-        """Return the rules of the modality called ``name``.
+        """Return the rules of the modality called ``name``, which has a codec.
 
         Raises:
             DataError: There is no such modality, or it has no codec.
         """
         if not self.codecs:
             raise DataError(
-                f"{self.corpus.directory}: no modality has a codec, so nothing can be generated"
+                f"{self.corpus.directory}: no modality has a codec, so items can only be generated"
+                " as token ids, with --ids"
             )
         if name not in self.codecs:
             raise DataError(f"modality {name!r}, expected one of: {', '.join(self.codecs)}")
-        return SegmentRules.of(self.corpus.description, self.codecs[name].modality)
+        return self.rules_of_ids(name)
+
+    def rules_of_ids(self, name: str) -> SegmentRules:
+        """Return the rules of the modality called ``name``, with or without a codec.
+
+        Raises:
+            DataError: There is no such modality.
+        """
+        by_name = {modality.name: modality for modality in self.corpus.description.modalities}
+        if name not in by_name:
+            raise DataError(f"modality {name!r}, expected one of: {', '.join(by_name)}")
+        return SegmentRules.of(self.corpus.description, by_name[name])
 
     def continue_text(
         self, text: str, into: str, settings: SamplingSettings, language: str | None = None
@@ -280,6 +292,28 @@ class Generator:
         begun = rules.open_item(prompt)
         continued = self._generate(prompt, rules, settings)
         return [self._item(rules, np.append(begun, ids)) for ids in continued]
+
+    def continue_ids(
+        self, prompt: np.ndarray, into: str, settings: SamplingSettings
+    ) -> list[np.ndarray]:
+        """Continue a prompt of token ids [p] in the modality called ``into``, as ``continue_text``.
+
+        Returns:
+            Ids of each item, including those at the end of the prompt that began it.
+
+        Raises:
+            DataError: The modality is unknown, the prompt is too long, or an id is outside the
+                vocabulary.
+            TrainingError: The model's logits are not finite.
+        """
+        rules = self.rules_of_ids(into)
+        vocab_size = self.corpus.description.vocab_size
+        wrong = prompt[(prompt < 0) | (prompt >= vocab_size)]
+        if wrong.size:
+            raise DataError(f"prompt: token id {wrong[0]}, expected 0..{vocab_size - 1}")
+        prompt = rules.opened(prompt)
+        begun = rules.open_item(prompt)
+        return [np.append(begun, ids) for ids in self._generate(prompt, rules, settings)]
 
     def continue_held_out(
         self, split: str, into: str, settings: SamplingSettings, num_documents: int

@@ -90,11 +90,12 @@ def sum_losses(
 
     Returns:
         The sum over labels of weight * (cross entropy + z-loss), and the detached sums of cross
-        entropy in nats per modality, [M].
+        entropy in nats per modality, [M] fp64: an fp32 sum of 65,000 rows is off by 3e-6.
     """
     labeled = labels != NO_LABEL
     weights = torch.where(labeled, loss_weights[label_modalities], 0.0)
     total = torch.sum(weights * (cross_entropy + z_loss))
-    counted = torch.where(labeled, cross_entropy.detach(), 0.0)
-    sums = torch.zeros_like(loss_weights).index_add_(0, label_modalities, counted)
+    counted = torch.where(labeled, cross_entropy.detach().double(), 0.0)
+    sums = torch.zeros_like(loss_weights, dtype=torch.float64)
+    sums.index_add_(0, label_modalities, counted)
     return total, sums

@@ -282,7 +282,9 @@ def _balancing_groups(
     mesh: Mesh, placement: Placement | None, towers: Iterable[int], rank: int, timeout: timedelta
 ) -> dict[int, dist.ProcessGroup]:
     made: dict[int, dist.ProcessGroup] = {}
-    for tower in towers if placement else ():
+    if placement is None:
+        return made
+    for tower in towers:
         holders = placement.holders(tower)
         if len(holders) > 1:
             groups = mesh.tensor_expert_groups(holders, len(holders))

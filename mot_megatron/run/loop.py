@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
-from mot_megatron.errors import CheckpointError, TrainingError
+from mot_megatron.errors import CheckpointError, TrainingError, UserError
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import peak_flops, peak_memory_bytes
 from mot_megatron.job.outputs import write_line
@@ -96,17 +97,45 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         lock = RunLock(config.run_directory)
+        new = _NewFolder(config.run_directory)
+        if groups.rank == 0 and not config.run_directory.exists():
+            stack.push(new)
         on_first_rank(lambda: _hold(lock, stack, stop))
+        new.is_ours = True
         try:
             run = _start(config, corpus, groups, progress_report, stop, lock, stack)
         except Stopped:
             if groups.rank == 0:
                 write_line(1, f"{_stop_reason(stop)}asked to stop before the first step")
             return
+        new.progress = run.progress
         try:
             _train_steps(run)
         except Stopped:
             _leave(run)
+
+
+@dataclass
+class _NewFolder:
+    """Removes a new run's folder if a user's error ends the run before its first step is done.
+
+    The folder then holds nothing that the corrected command would not write again.
+    """
+
+    directory: Path
+    is_ours: bool = False
+    """Whether this job has locked the folder."""
+    progress: Progress | None = None
+    """Progress of the run, once it has started."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        steps = self.progress.steps if self.progress else 0
+        saved = checkpoint_directory(self.directory).exists()
+        if isinstance(error, UserError) and self.is_ours and steps == 0 and not saved:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _hold(lock: RunLock, stack: contextlib.ExitStack, stop: StopRequest) -> None:

@@ -93,7 +93,7 @@ class Pipeline:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        sums = torch.zeros(self._num_modalities, device=device)
+        sums = torch.zeros(self._num_modalities, dtype=torch.float64, device=device)
         for modality_sums in outputs[: len(batches)]:
             sums += modality_sums
         return sums

@@ -74,6 +74,7 @@ def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -
             "progress": asdict(progress),
             "optimizer_steps": session.engine.optimizer_steps,
             "data": session.loader.state_dict(),
+            "vocabulary": session.corpus.vocabulary_digest,
         },
         config_text=session.config.to_toml(),
         groups=session.groups,

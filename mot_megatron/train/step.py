@@ -111,13 +111,13 @@ def train_step(
 def _accumulate_gradients(
     session: Session, batches: Sequence[MicroBatch], divisor: float
 ) -> torch.Tensor:
-    """Run forward and backward on all micro-batches; return this rank's loss sums in nats, [M]."""
+    """Run forward and backward on all micro-batches; return this rank's loss sums, [M] in nats."""
     engine, device = session.engine, session.groups.device
     if session.pipeline is not None:
         sums = session.pipeline.forward_backward(batches, divisor)
         engine.reduce_gradients()
         return sums
-    sums = torch.zeros(len(session.config.model.modalities), device=device)
+    sums = _no_losses(session)
     for batch in batches:
         loss, modality_sums = engine.forward(batch.to(device))
         engine.backward(loss / divisor)
@@ -142,7 +142,7 @@ def evaluate(
     groups = session.groups
     # None: tqdm draws a bar only on a terminal.
     silent = None if groups.rank == 0 else True
-    sums = torch.zeros(len(session.config.model.modalities), device=groups.device)
+    sums = _no_losses(session)
     labels = torch.zeros(len(sums), dtype=torch.int64)
     # A pipeline fills and drains once per window, so run many micro-batches in each.
     at_once = 1 if session.pipeline is None else _ROUNDS_AT_ONCE * groups.pipeline_size
@@ -186,6 +186,12 @@ def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor
         return session.pipeline.forward(window)
     (batch,) = window
     return session.engine.forward(batch.to(session.groups.device))[1]
+
+
+def _no_losses(session: Session) -> torch.Tensor:
+    """Return zeros to add loss sums to, [M] fp64."""
+    size, device = len(session.config.model.modalities), session.groups.device
+    return torch.zeros(size, dtype=torch.float64, device=device)
 
 
 def mean_bits(

@@ -12,9 +12,12 @@ from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.config_files import parse_config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import CheckpointError
+from mot_megatron.model.flops import count_parameters
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.state import checkpoint_directory, load_weights
+
+_LEAST_BYTES_PER_PARAMETER = 2
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,49 @@ class SavedRun:
         checkpoint = search.checkpoint
         assert checkpoint is not None  # open_checkpoint raises instead
         config = parse_config(read_config_text(checkpoint), f"{checkpoint.path}: its configuration")
+        _check_size(config, checkpoint)
         return cls(checkpoint, config, search.skipped)
 
     def check_corpus(self, corpus: Corpus, remedy: str) -> None:
-        """Check that ``corpus`` is the one that the run was trained on.
+        """Check that the ids of ``corpus`` mean what those of the run's corpus meant.
+
+        Its documents may be others.
 
         Args:
             corpus: The corpus to use.
             remedy: The option or key that sets the corpus, for the error message.
 
         Raises:
-            CheckpointError: It is another corpus.
+            CheckpointError: The modalities, the special tokens or a codebook differ.
         """
-        trained_on = read_metadata(self.checkpoint).get("data", {}).get("corpus")
-        if trained_on != corpus.fingerprint:
-            raise CheckpointError(
-                f"{self.checkpoint.path} was trained on another corpus than {corpus.directory}, in"
-                f" which token ids have other meanings; set the right one with {remedy}"
-            )
+        metadata = read_metadata(self.checkpoint)
+        if metadata.get("data", {}).get("corpus") == corpus.fingerprint:
+            return
+        vocabulary = metadata.get("vocabulary")
+        if vocabulary == corpus.vocabulary_digest:
+            return
+        known = "differ" if vocabulary else "may differ (the checkpoint is too old to tell)"
+        raise CheckpointError(
+            f"{self.checkpoint.path} was trained on another corpus than {corpus.directory}, and the"
+            f" meanings of their token ids {known}; set the right corpus with {remedy}"
+        )
+
+
+def _check_size(config: Config, checkpoint: CheckpointInfo) -> None:
+    """Check that a checkpoint's files are long enough for the model that it describes.
+
+    A damaged configuration may describe a model that does not fit into memory.
+
+    Raises:
+        CheckpointError: The files are too short.
+    """
+    stored = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+    parameters = count_parameters(config.model).total
+    if parameters * _LEAST_BYTES_PER_PARAMETER > stored:
+        raise CheckpointError(
+            f"{checkpoint.path}: its configuration describes {parameters:,} parameters, for"
+            f" which its {stored:,} bytes are too few"
+        )
 
 
 @dataclass(frozen=True)

@@ -103,12 +103,18 @@ def test_the_twin_of_experts_is_plain(config_file: Path) -> None:
     assert not twin.model.has_experts
 
 
+def test_two_micro_batches_are_run_if_a_step_has_one(config_file: Path) -> None:
+    config = load_config(config_file, [])
+    assert config.accumulation_steps(8) == 1
+    for world in worlds_of(config, 8).values():
+        assert world.config.accumulation_steps(8) == 2
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides", "message"),
     [
         (3, [MP2], "error: the world size 3 is not divisible by"),
         (0, [], "error: --world-size 0: must be at least 1"),
-        (8, [], "error: training.global_batch_size = 8 is one micro-batch per step"),
         (1, ["data.corpus=nowhere"], "error: nowhere/corpus.toml"),
     ],
 )

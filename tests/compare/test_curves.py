@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 
 from mot_megatron.compare.curves import (
     RunCurves,
@@ -222,6 +225,23 @@ def zero_the_end(run: Path) -> None:
     event_file(run).write_bytes(event_file(run).read_bytes() + bytes(12))
 
 
+def claim_an_endless_record(run: Path) -> None:
+    head = struct.pack("<Q", 2**62)
+    record = head + struct.pack("<I", masked_crc32c(head)) + bytes(64)
+    event_file(run).write_bytes(event_file(run).read_bytes() + record)
+
+
+def add_a_record_that_is_no_event(run: Path) -> None:
+    with event_file(run).open("ab") as file:
+        RecordWriter(file).write(b"\xff" * 40)
+
+
+def replace_by_a_pipe(run: Path) -> None:
+    path = event_file(run)
+    path.unlink()
+    os.mkfifo(path)
+
+
 def remove_description(run: Path) -> None:
     (run / "corpus.toml").unlink()
 
@@ -237,6 +257,9 @@ def remove_config(run: Path) -> None:
         (damage_a_value, "damaged after byte"),
         (damage_a_length, "damaged after byte 0"),
         (zero_the_end, "damaged after byte"),
+        (claim_an_endless_record, "damaged after byte"),
+        (add_a_record_that_is_no_event, "an event file holds a damaged event"),
+        (replace_by_a_pipe, "not a regular file"),
         (remove_description, "corpus.toml: cannot be read: No such file"),
         (remove_config, "config.toml: cannot be read"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import wave
 from pathlib import Path
@@ -14,11 +15,13 @@ from PIL import Image
 from mot_megatron.checkpoint import NamedTensor, save_checkpoint
 from mot_megatron.cli.generate import main
 from mot_megatron.data.corpus import Corpus
+from mot_megatron.errors import CheckpointError
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.state import checkpoint_directory
 from mot_megatron.train.trained import load_trained_model
+from tests.checkpoint.states import reseal
 from tests.cli.console import only_error
 from tests.small_corpus import make_config, make_corpus
 
@@ -41,7 +44,10 @@ def save_step(run: Path, corpus: Corpus, step: int, *overrides: str) -> MixtureO
             for name, parameter in model.named_parameters()
             for part in parts_of(name, parameter)
         ],
-        metadata={"data": {"corpus": corpus.fingerprint}},
+        metadata={
+            "data": {"corpus": corpus.fingerprint},
+            "vocabulary": corpus.vocabulary_digest,
+        },
         config_text=make_config(corpus, *layout, *overrides).to_toml(),
         groups=groups,
         keep=5,
@@ -161,11 +167,70 @@ def test_another_corpus_is_an_error(
         shutil.copytree(corpus.directory, directory)
     description = other / "corpus.toml"
     description.write_text(description.read_text().replace('"small"', '"else"'))
+    name = corpus.description.modalities[0].codebook
+    assert name is not None
+    with (other / name).open("ab") as codebook:
+        codebook.write(b" ")  # still the same tokenizer, but not the same bytes
     arguments = ["--checkpoint", str(run), "--prompt", "a", "--output", str(tmp_path / "samples")]
     arguments += ["--into", "text", "--max-tokens", "2"]
     assert main([*arguments, "--corpus", str(moved)]) == 0
     assert main([*arguments, "--corpus", str(other)]) == 2
-    assert "was trained on another corpus than" in capsys.readouterr().err
+    error = only_error(capsys.readouterr().err)
+    assert "was trained on another corpus than" in error
+    assert "the meanings of their token ids differ" in error
+
+
+def test_another_corpus_with_the_same_vocabulary_is_accepted(
+    run: Path, corpus: Corpus, tmp_path: Path
+):
+    other = tmp_path / "other"
+    shutil.copytree(corpus.directory, other)
+    description = other / "corpus.toml"
+    description.write_text(description.read_text().replace('"small"', '"else"'))
+    assert Corpus.open(other).fingerprint != corpus.fingerprint
+    assert load_trained_model(run, CPU, other).corpus.directory == other
+
+
+@pytest.mark.parametrize("key", ["num_layers", "hidden_size"])
+def test_configuration_of_an_enormous_model_is_refused(
+    run: Path, corpus: Corpus, tmp_path: Path, key: str
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        path = checkpoint / "config.toml"
+        text = re.sub(rf"(?m)^{key} = \d+", f"{key} = {2**30}", path.read_text())
+        path.write_text(text)
+        reseal(checkpoint)
+    with pytest.raises(CheckpointError, match="bytes are too few"):
+        load_trained_model(copy, CPU, corpus.directory)
+
+
+def test_ids_are_continued_without_codecs(run: Path, tmp_path: Path):
+    output = tmp_path / "ids"
+    arguments = ["--checkpoint", str(run), "--prompt", "1, 70 71", "--ids", "--max-tokens", "5"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    found = {path.name: path.read_text().split() for path in output.iterdir()}
+    assert set(found) == {f"{name}-1.ids.txt" for name in ("text", "image", "speech")}
+    assert all(ids and all(map(str.isdigit, ids)) for ids in found.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a b", "--prompt 'a b' with --ids: expected token ids"),
+        ("", "--prompt '' with --ids: expected token ids"),
+        ("1 -2", "expected token ids"),
+        ("1 999999", "prompt: token id 999999, expected 0.."),
+        ("9" * 9999, "prompt: token id 999999999999999999, expected 0.."),
+    ],
+)
+def test_bad_ids_are_one_line_errors(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str, message: str
+):
+    arguments = ["--checkpoint", str(run), "--prompt", prompt, "--ids", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert message in only_error(capsys.readouterr().err)
 
 
 def test_damaged_checkpoints_are_skipped_and_named(run: Path, corpus: Corpus, tmp_path: Path):

@@ -10,6 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mot_megatron.data.codebooks.codec import Codec, TokenIds
 from mot_megatron.data.corpus import Modality
 from mot_megatron.errors import DataError
+from mot_megatron.files import read_regular_file
+
+LARGEST_TOKENIZER_BYTES = 2**28
+"""Largest tokenizer.json that is read; those of published models have up to 35 MB."""
 
 
 def train_text_codebook(texts: Iterable[str], size: int, special_tokens: Sequence[str]) -> bytes:
@@ -51,7 +55,7 @@ class TextCodec(Codec):
     def load(cls, path: Path, modality: Modality) -> TextCodec:
         """As ``Codec.load``."""
         try:
-            content = path.read_bytes()
+            content = read_regular_file(path, LARGEST_TOKENIZER_BYTES)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
         return cls.parse(content, modality, str(path))
