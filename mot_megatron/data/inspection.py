@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mot_megatron.data.builders.assembly import SAMPLES_FILE
+from mot_megatron.data.builders.assembly import NUM_SAMPLES, SAMPLES_FILE
 from mot_megatron.data.codebooks import load_codec
-from mot_megatron.data.codebooks.codec import Codec
+from mot_megatron.data.codebooks.codec import Codec, read_arrays
 from mot_megatron.data.codebooks.image import PatchCodec, peak_signal_to_noise
 from mot_megatron.data.codebooks.speech import UnitCodec, write_sound
 from mot_megatron.data.codebooks.text import TextCodec
@@ -92,8 +92,9 @@ def contact_sheet(corpus: Corpus, index: int, codec: PatchCodec) -> tuple[Image.
     """
     samples = corpus.directory / SAMPLES_FILE
     if samples.is_file():
-        with np.load(samples, allow_pickle=False) as stored:
-            originals = stored["pictures"][:_PICTURES]
+        shape = (NUM_SAMPLES, *_BLANK.shape[1:])
+        originals = read_arrays(samples, {"pictures": shape}, at_most=True)["pictures"]
+        originals = originals[:_PICTURES].astype(np.uint8)
         decoded = np.stack([codec.decode(ids) for ids in codec.encode(originals)])
         ratio = float(peak_signal_to_noise(originals, decoded).mean())
         kinds = [originals, decoded]
@@ -101,9 +102,12 @@ def contact_sheet(corpus: Corpus, index: int, codec: PatchCodec) -> tuple[Image.
         chosen = held_out_segments(corpus, index, _PICTURES)
         kinds = [np.stack([codec.decode(ids) for ids in chosen])] if chosen else [_BLANK]
         ratio = float("nan")
+    # Fill the last row with blanks.
+    columns = min(_COLUMNS, len(kinds[0]))
+    missing = _BLANK.repeat(-len(kinds[0]) % columns, axis=0)
     rows = [
-        np.hstack(list(kind[start : start + _COLUMNS]))
-        for start in range(0, len(kinds[0]) // _COLUMNS * _COLUMNS or 1, _COLUMNS)
+        np.hstack(list(np.concatenate((kind, missing))[start : start + columns]))
+        for start in range(0, len(kinds[0]), columns)
         for kind in kinds
     ]
     sheet = Image.fromarray(np.vstack(rows))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary as summaries
 
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.files import write_atomically
@@ -25,6 +26,7 @@ Charts = dict[str, list[str | list[str]]]
 GIB = 2**30
 PIXELS_PER_PIXEL = 4
 """Factor by which images are enlarged, because TensorBoard blurs an image of 32 pixels."""
+_TITLE_LETTERS = 60
 DASHBOARD_FILE = "dashboard.json"
 """File in the folder of the event files with the dashboard sections of all parts of the run."""
 
@@ -167,20 +169,28 @@ class TensorBoardLog:
         block = "```\n" + text + "\n```"
         self.writer.write(lambda writer: writer.add_text(tag, block, step))
 
-    def log_media(self, tag: str, media: str | np.ndarray, step: int) -> None:
-        """Write the output of a codec: text, an image [h, w, 3] uint8, or audio [n] float32."""
+    def log_media(
+        self, tag: str, media: str | np.ndarray, step: int, description: str = ""
+    ) -> None:
+        """Write the output of a codec: text, an image [h, w, 3] uint8, or audio [n] float32.
+
+        The first line of the description is part of the title of an image or sound, and the whole
+        is shown on request; texts do not show it.
+        """
         if isinstance(media, str):
             self.log_text(tag, media, step)
-        elif media.ndim == 3:
+            return
+        if media.ndim == 3:
             enlarged = media.repeat(PIXELS_PER_PIXEL, axis=0).repeat(PIXELS_PER_PIXEL, axis=1)
-            self.writer.write(
-                lambda writer: writer.add_image(tag, enlarged, step, dataformats="HWC")
-            )
+            summary = summaries.image(tag, enlarged, dataformats="HWC")
         else:
-            sound = media[None]
-            self.writer.write(
-                lambda writer: writer.add_audio(tag, sound, step, sample_rate=SAMPLE_RATE)
-            )
+            summary = summaries.audio(tag, media[None], sample_rate=SAMPLE_RATE)
+        if description:
+            # SummaryWriter has no argument for these.
+            metadata = summary.value[0].metadata
+            metadata.display_name = f"{tag}: {description.splitlines()[0][:_TITLE_LETTERS]}"
+            metadata.summary_description = description
+        self.writer.write(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -47,6 +47,7 @@ def log_samples(
         for number, sample in enumerate(samples):
             if log:
                 tag = f"samples_{name}/{number}"
-                log.log_media(f"{tag}_generated", sample.generated.media, step)
-                log.log_media(f"{tag}_truth", sample.truth.media, step)
-                log.log_text(f"{tag}_prompt", (sample.prompt or "(no text)") + note, step)
+                prompt = (sample.prompt or "(no text)") + note
+                log.log_media(f"{tag}_generated", sample.generated.media, step, prompt)
+                log.log_media(f"{tag}_truth", sample.truth.media, step, prompt)
+                log.log_text(f"{tag}_prompt", prompt, step)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mot_megatron.cli import inspect, prepare
+from mot_megatron.data.builders.assembly import SAMPLES_FILE
+from mot_megatron.data.codebooks.codec import pack_arrays
 from mot_megatron.data.corpus import Corpus
 from tests.cli.console import only_error
 from tests.small_corpus import make_corpus
@@ -46,3 +51,45 @@ def test_inspect(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert f"  {modality.name}: ids {modality.first_id}..{modality.end_id - 1}," in printed
     assert inspect.main([*command, "--seq-length", "2"]) == 2
     assert "the longest document of split" in only_error(capsys.readouterr().err)
+
+
+PICTURES = np.zeros((19, 32, 32, 3), dtype=np.uint8)
+
+
+def inspected(corpus: Corpus, directory: Path, samples: bytes) -> int:
+    """Inspect a copy of the corpus with other samples."""
+    shutil.copytree(corpus.directory, directory / "copy")
+    (directory / "copy" / SAMPLES_FILE).write_bytes(samples)
+    return inspect.main([str(directory / "copy"), "--output", str(directory / "out")])
+
+
+def test_contact_sheet_shows_every_sample(corpus: Corpus, tmp_path: Path) -> None:
+    assert inspected(corpus, tmp_path, pack_arrays(pictures=PICTURES)) == 0
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        # Two rows of 16 pictures and their reconstructions, enlarged twice.
+        assert sheet.size == (16 * 32 * 2, 2 * 2 * 32 * 2)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (b"", "not an .npz file"),
+        (pack_arrays(pictures=PICTURES)[:-40], "not an .npz file"),
+        (pack_arrays(other=PICTURES), "contains arrays of shapes {'other'"),
+        (pack_arrays(pictures=PICTURES[..., 0]), "expected {'pictures': (96, 32, 32, 3)}"),
+        (pack_arrays(pictures=np.full((2, 32, 32, 3), np.nan)), "not finite"),
+        (pack_arrays(pictures=np.array("text")), "expected {'pictures'"),
+    ],
+    ids=["empty", "truncated", "names", "shape", "nan", "text"],
+)
+def test_broken_samples_are_one_line_errors(
+    corpus: Corpus,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    samples: bytes,
+    message: str,
+) -> None:
+    assert inspected(corpus, tmp_path, samples) == 2
+    error = only_error(capsys.readouterr().err)
+    assert f"{tmp_path / 'copy' / SAMPLES_FILE}: " in error
+    assert message in error

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from mot_megatron.data.corpus import Corpus, Modality, parse_description
 from mot_megatron.data.writer import CorpusWriter, render_description
 from mot_megatron.errors import DataError
+from mot_megatron.job.processes import Process
 
 from .corpora import MODALITIES, random_documents, write_corpus, writer
 
@@ -218,3 +220,24 @@ def test_missing_codebook_is_rejected(tmp_path: Path) -> None:
         corpus.add_file("codebook", b"{}")
         corpus.add("train", [("text", [1])])
     assert (tmp_path / "corpus" / "codebook").read_bytes() == b"{}"
+
+
+def test_files_of_a_killed_writer_are_removed_by_the_next(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    dead, alive, elsewhere = Process.of(child.pid), Process.of(os.getpid()), "node9"
+    child.kill()
+    child.wait()
+    names = {
+        "dead": f".corpus.partial-{dead.pid}.{dead.started}@{dead.host}-abcd_123",
+        "alive": f".corpus.partial-{alive.pid}.{alive.started}@{alive.host}-abcd_123",
+        "elsewhere": f".corpus.partial-{dead.pid}.{dead.started}@{elsewhere}-abcd_123",
+        "another corpus": f".other.partial-{dead.pid}.{dead.started}@{dead.host}-abcd_123",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    with writer(tmp_path / "corpus") as corpus:
+        corpus.add("train", [("text", [1])])
+        (own,) = {path.name for path in tmp_path.iterdir()} - set(names.values())
+        assert own.startswith(f".corpus.partial-{alive.pid}.{alive.started}@{alive.host}-")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"corpus", *names.values()} - {names["dead"]}

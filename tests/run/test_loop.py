@@ -111,6 +111,19 @@ def test_resuming_another_model_names_the_changed_keys(corpus: Path, tmp_path: P
     assert error.endswith("(model.num_layers was 2 and is 3)")
 
 
+def test_new_run_that_is_refused_leaves_no_folder(corpus: Path, tmp_path: Path) -> None:
+    enormous = ["model.init_std=1e30"]
+    errors = run_ranks(train_on_ranks, 2, corpus, tmp_path, enormous, None)
+    assert all(error is not None and "step 1: the loss of" in error for error in errors)
+    assert not (tmp_path / "small").exists()
+    few = ["training.train_steps=1"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, few, None) == [None]
+    deeper = [*few, "model.num_layers=3"]
+    (error,) = run_ranks(train_on_ranks, 1, corpus, tmp_path, deeper, None)
+    assert error is not None
+    assert (tmp_path / "small" / "summary.json").exists()
+
+
 def evaluated_steps(run: Path) -> list[int]:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     if "loss_held_out/text" not in events.Tags()["scalars"]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import build_process_groups
@@ -106,9 +107,17 @@ def test_media(tmp_path: Path) -> None:
     log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
     picture = np.zeros((32, 32, 3), dtype=np.uint8)
     log.log_media("a_text", "two\nlines", 3)
-    log.log_media("a_picture", picture, 3)
-    log.log_media("a_sound", np.zeros(1600, dtype=np.float32), 3)
+    log.log_media("a_picture", picture, 3, "red\nheart")
+    log.log_media("a_sound", np.zeros(1600, dtype=np.float32), 3, "bell")
     log.close()
+    titles = {
+        value.tag: (value.metadata.display_name, value.metadata.summary_description)
+        for path in tmp_path.glob("*tfevents*")
+        for event in LegacyEventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
+    assert titles["a_picture"] == ("a_picture: red", "red\nheart")
+    assert titles["a_sound"] == ("a_sound: bell", "bell")
     events = read(tmp_path)
     (image,) = events.Images("a_picture")
     assert (image.width, image.height) == (32 * PIXELS_PER_PIXEL, 32 * PIXELS_PER_PIXEL)

@@ -95,10 +95,13 @@ def pack_arrays(**arrays: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def read_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: Path, shapes: dict[str, tuple[int, ...]], *, at_most: bool = False
+) -> dict[str, np.ndarray]:
     """Read an .npz file of finite numbers, whose names and shapes must be ``shapes``.
 
-    The total uncompressed size is checked before any array is read.
+    The total uncompressed size is checked before any array is read. With ``at_most``, arrays may
+    have fewer rows than ``shapes`` says.
 
     Raises:
         DataError: The file is missing, damaged or too large, or contains other arrays or values
@@ -110,7 +113,7 @@ def read_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > limit:
-            raise DataError(f"{path}: not a codebook: {size} bytes, expected at most {limit}")
+            raise DataError(f"{path}: {size} bytes of arrays, expected at most {limit}")
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except OSError as error:
@@ -119,9 +122,15 @@ def read_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.
         ValueError, EOFError, AttributeError, NotImplementedError, MemoryError, zipfile.BadZipFile,
         zlib.error,
     ) as error:  # fmt: skip
-        raise DataError(f"{path}: not a codebook: {error}") from None
+        raise DataError(f"{path}: not an .npz file of arrays: {error}") from None
     found = {name: array.shape for name, array in arrays.items()}
-    if found != shapes:
+    cut = {
+        name: (min(len(arrays[name]), shape[0]), *shape[1:])
+        if at_most and name in arrays and arrays[name].ndim
+        else shape
+        for name, shape in shapes.items()
+    }
+    if found != cut:
         raise DataError(f"{path}: contains arrays of shapes {found}, expected {shapes}")
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():

@@ -232,7 +232,7 @@ def test_error_names_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"i\.npz: No such file"):
         load_codec(tmp_path, IMAGE)
     (tmp_path / "i.npz").write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(DataError, match=r"i\.npz: not a codebook"):
+    with pytest.raises(DataError, match=r"i\.npz: not an .npz file"):
         load_codec(tmp_path, IMAGE)
     (tmp_path / "i.npz").write_bytes(pack_arrays(centroids=np.zeros((3, 48), np.float32)))
     with pytest.raises(DataError, match=r"\(3, 48\).* expected .*\(64, 48\)"):
