@@ -35,6 +35,9 @@ COMMANDS = {
     "match": Command("match", "match the steps of runs against a baseline"),
     "compare": Command("compare", "train the arms of a comparison and write a report"),
     "benchmark": Command("benchmark", "time a layer or the data path"),
+    "drill": Command(
+        "drill", "kill, stop and damage training jobs, and check that nothing is lost"
+    ),
     "configs": Command("configs", "list or copy the configuration files shipped with the package"),
 }
 

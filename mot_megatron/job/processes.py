@@ -51,3 +51,20 @@ def start_of(pid: int) -> str:
     state, *fields = stat.rpartition(")")[2].split()
     # A zombie has ended, although its parent has not collected its status yet.
     return "" if state in ("Z", "X") else fields[18]
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Return the processes that a process on this host started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            stat = (folder / "stat").read_text(errors="replace")
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(
+                int(folder.name)
+            )
+    found, waiting = [], [pid]
+    while waiting:
+        own = children.get(waiting.pop(), [])
+        found += own
+        waiting += own
+    return sorted(found)
