@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -128,6 +129,8 @@ def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
 
 def run(config: Config, world: World, progress_report: ProgressReport, stop: StopRequest) -> None:
     """Check what one rank can check alone, then join the other ranks and train."""
+    if world.rank > 0 and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries give every rank the same warnings
     # Import these under the watchdog: they take seconds, and if one fails on a node (for example
     # because a package is missing), the other ranks must end too.
     import torch.distributed as dist
