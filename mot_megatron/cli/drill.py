@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         default=10.0,
-        help="time after which no fault is caused any more (default 10)",
+        help="time for jobs with faults, after the first without (default 10)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default 0)")
     parser.add_argument(

@@ -79,14 +79,14 @@ class Round:
 def run_rounds(
     setting: Setting, seconds: float, seed: int, say: Callable[[str], None]
 ) -> Iterator[Round]:
-    """Yield one round after another until ``seconds`` have passed; the first has no fault.
+    """Yield one round after another; the first has no fault, and faults end after ``seconds``.
 
     The last run is continued to its end even if that takes longer.
 
     Raises:
         TrainingError: The job without a fault did not end well.
     """
-    deadline, chance = time.monotonic() + seconds, random.Random(seed)
+    chance = random.Random(seed)
     say("a run without faults, for comparison")
     first, job_seconds = _undisturbed(setting, "reference")
     yield first
@@ -94,6 +94,7 @@ def run_rounds(
         output = setting.directory / "reference-1.txt"
         raise TrainingError(f"the run without faults ended with status {first.status}: {output}")
     wanted = _content(setting, "reference")
+    deadline = time.monotonic() + seconds
     number = 0
     while time.monotonic() < deadline:
         number += 1
