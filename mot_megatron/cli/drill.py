@@ -12,6 +12,7 @@ have to be repeated, and at most one error is printed. The exit status is 1 if a
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -22,6 +23,8 @@ from mot_megatron.errors import ConfigError, DataError
 NAME = "drill"
 MEASURED = {"checkpoint.interval_steps": 5, "checkpoint.keep": 3, "logging.interval_steps": 1}
 """Settings of the drill, unless the command line has others."""
+
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.cli.command import choose_device
     from mot_megatron.config_files import load_config
 
-    on_cpu = choose_device().type == "cpu"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if choose_device().type == "cpu":
+        environment |= ON_CPU
 
     from mot_megatron.drill.faults import KINDS
     from mot_megatron.drill.rounds import Setting, run_rounds, summarize
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         tuple(arguments),
         options.world_size,
         directory,
-        on_cpu,
+        environment,
         tuple(options.fault or KINDS),
     )
     rounds = []

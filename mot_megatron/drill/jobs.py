@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,11 @@ class Job:
     """One training job in a session of its own, which writes its output to a file."""
 
     def __init__(
-        self, arguments: Sequence[str], world_size: int, output: Path, on_cpu: bool
+        self,
+        arguments: Sequence[str],
+        world_size: int,
+        output: Path,
+        environment: Mapping[str, str],
     ) -> None:
         """Start the job.
 
@@ -45,16 +49,11 @@ class Job:
             arguments: Arguments of ``mot_megatron.cli.train``.
             world_size: Number of ranks.
             output: File for the output of all processes.
-            on_cpu: Whether the ranks use the CPU although there may be GPUs.
+            environment: All environment variables of the job.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if on_cpu:
-            environment |= {
-                "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
         self.output = output
         self._begin = time.monotonic()
         with output.open("wb") as stream:
@@ -68,7 +67,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=dict(environment),
                 start_new_session=True,
             )
         self._seen: set[int] = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,8 @@ class Setting:
     """Arguments of training, without the run's name."""
     world_size: int
     directory: Path
-    on_cpu: bool
+    environment: Mapping[str, str]
+    """Environment variables of the jobs."""
     kinds: tuple[str, ...]
     """Faults to choose from, of ``faults.KINDS``."""
 
@@ -153,7 +154,7 @@ def _round(
 def _start(setting: Setting, name: str, number: int) -> Job:
     arguments = [*setting.arguments, "--set", f"run.name={name}"]
     output = setting.directory / f"{name}-{number}.txt"
-    return Job(arguments, setting.world_size, output, setting.on_cpu)
+    return Job(arguments, setting.world_size, output, setting.environment)
 
 
 def _judge(

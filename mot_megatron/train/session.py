@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,17 +33,23 @@ TRAIN_SPLIT = "train"
 HELD_OUT_SPLIT = "validation"
 
 
+class MicroBatchSource(Protocol):
+    """Where a training step takes its micro-batches from."""
+
+    def next_micro_batch(self) -> MicroBatch:
+        """Return this rank's next micro-batch, on the host."""
+        ...
+
+
 @dataclass(frozen=True)
-class Session:
-    """One rank's part of a run."""
+class Trainer:
+    """What one rank needs for training steps."""
 
     config: Config
     """Resolved configuration, which determines the model completely."""
     groups: ProcessGroups
-    corpus: Corpus
     engine: ZeroEngine
-    loader: PackedLoader
-    schedule: LearningRateSchedule
+    loader: MicroBatchSource
     pipeline: Pipeline | None
     """Pipeline schedule; None without pipeline parallelism."""
     progress_report: ProgressReport
@@ -53,6 +60,15 @@ class Session:
         """The model inside the engine."""
         assert isinstance(self.engine.model, MixtureOfTransformers)
         return self.engine.model
+
+
+@dataclass(frozen=True)
+class Session(Trainer):
+    """One rank's part of a run."""
+
+    corpus: Corpus
+    loader: PackedLoader
+    schedule: LearningRateSchedule
 
     @property
     def model_is_split(self) -> bool:
@@ -143,7 +159,6 @@ def build_session(
     Collective over the world.
     """
     training = config.training
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     loader = PackedLoader(
         corpus,
         TRAIN_SPLIT,
@@ -156,13 +171,36 @@ def build_session(
     )
     # Check documents of both splits before building the model, which may take minutes.
     _held_out_batches(config, corpus, groups, limit_sequences=None)
+    trainer = build_trainer(config, groups, loader, progress_report)
+    return Session(
+        config=config,
+        groups=groups,
+        engine=trainer.engine,
+        loader=loader,
+        pipeline=trainer.pipeline,
+        progress_report=trainer.progress_report,
+        corpus=corpus,
+        schedule=build_schedule(config),
+    )
+
+
+def build_trainer(
+    config: Config,
+    groups: ProcessGroups,
+    loader: MicroBatchSource,
+    progress_report: ProgressReport | None = None,
+) -> Trainer:
+    """Build model and optimizer of a resolved configuration on this rank.
+
+    Collective over the world.
+    """
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = MixtureOfTransformers(config, groups, dtype)
     engine = ZeroEngine(
         model, _optimizer_settings(config, groups), groups, num_towers=config.model.num_towers
     )
     pipeline = Pipeline(model, config, groups) if groups.pipeline_size > 1 else None
-    schedule, progress_report = build_schedule(config), progress_report or ProgressReport()
-    return Session(config, groups, corpus, engine, loader, schedule, pipeline, progress_report)
+    return Trainer(config, groups, engine, loader, pipeline, progress_report or ProgressReport())
 
 
 def _data_shard(groups: ProcessGroups) -> DataShard:

@@ -20,7 +20,7 @@ from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.placing import tokens_of_towers
 from mot_megatron.train.counts import GlobalCounts
-from mot_megatron.train.session import Session
+from mot_megatron.train.session import Session, Trainer
 
 BITS_PER_NAT = 1 / math.log(2)
 _ROUNDS_AT_ONCE = 8
@@ -66,7 +66,7 @@ class HeldOut:
 
 
 def train_step(
-    session: Session, *, step: int, learning_rate: float, stop: bool = False
+    session: Trainer, *, step: int, learning_rate: float, stop: bool = False
 ) -> StepResult:
     """Make one optimizer step on one global batch.
 
@@ -74,7 +74,7 @@ def train_step(
     of the model and the engine.
 
     Args:
-        session: The run.
+        session: Model, optimizer and data.
         step: Number of the step, counted from 1.
         learning_rate: Learning rate of this step.
         stop: Whether this rank was asked to stop; the result says whether any rank was.
@@ -109,7 +109,7 @@ def train_step(
 
 
 def _accumulate_gradients(
-    session: Session, batches: Sequence[MicroBatch], divisor: float
+    session: Trainer, batches: Sequence[MicroBatch], divisor: float
 ) -> torch.Tensor:
     """Run forward and backward on all micro-batches; return this rank's loss sums, [M] in nats."""
     engine, device = session.engine, session.groups.device
@@ -188,7 +188,7 @@ def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor
     return session.engine.forward(batch.to(session.groups.device))[1]
 
 
-def _no_losses(session: Session) -> torch.Tensor:
+def _no_losses(session: Trainer) -> torch.Tensor:
     """Return zeros to add loss sums to, [M] fp64."""
     size, device = len(session.config.model.modalities), session.groups.device
     return torch.zeros(size, dtype=torch.float64, device=device)

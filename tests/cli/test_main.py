@@ -23,7 +23,9 @@ HEAVY = {"torch", "numpy", "pydantic", "megatron", "deepspeed", "scipy", "matplo
 SCRIPTS = {
     "benchmark_data": "benchmark data",
     "benchmark_layer": "benchmark layer",
+    "benchmark_scaling": "benchmark scaling",
     "compare": "compare",
+    "drill": "drill",
     "evaluate": "evaluate",
     "generate": "generate",
     "inspect_corpus": "inspect",

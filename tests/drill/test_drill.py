@@ -43,7 +43,7 @@ def a_round(fault: str, *, last: int = 20, saved: int = 20) -> Round:
 )
 def test_problems_are_found(result: Round, ended: Ended, before: int, words: str | None) -> None:
     config = parse_config(CONFIG.format(corpus="none"), "test")
-    setting = Setting(config, (), 1, Path(), on_cpu=True, kinds=KINDS)
+    setting = Setting(config, (), 1, Path(), environment={}, kinds=KINDS)
     problems = find_problems(setting, result, ended, before)
     if words is None:
         assert problems == []
@@ -91,7 +91,10 @@ def test_bad_arguments_are_one_line_errors(
 
 
 @pytest.mark.slow
-def test_short_drill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_drill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
     config = tmp_path / "small.toml"
     config.write_text(CONFIG.format(corpus=write_corpus(tmp_path / "corpus")))
     arguments = ["--config", str(config), "--set", "training.train_steps=30"]

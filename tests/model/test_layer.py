@@ -129,7 +129,7 @@ def test_loss_sums_per_modality_are_plain_cross_entropy() -> None:
     )
     for modality in range(3):
         expected = each[batch.label_modalities == modality].sum()
-        torch.testing.assert_close(sums[modality], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums[modality], expected.double(), rtol=1e-5, atol=1e-5)
     assert not sums.requires_grad
 
 

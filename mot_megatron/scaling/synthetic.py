@@ -1,0 +1,85 @@
+"""Micro-batches with a given share of tokens per modality, so that no shape depends on data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mot_megatron.config import Config
+from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.errors import ConfigError
+from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.train.session import grouping_plan
+
+
+class SyntheticBatches:
+    """An endless source of one micro-batch; every sequence is one document.
+
+    The tokens of the modalities follow each other in blocks of one block per modality, as text,
+    picture and sound do in a document.
+    """
+
+    def __init__(self, config: Config, groups: ProcessGroups, shares: Sequence[float]) -> None:
+        """Build the micro-batch of this rank.
+
+        Args:
+            config: Resolved configuration.
+            groups: Process groups of this rank.
+            shares: Share of the tokens of each modality, M of them, with the sum 1.
+        """
+        model, length = config.model, config.data.seq_length
+        plan = grouping_plan(config, groups)
+        sequences = config.training.micro_batch_size
+        if plan.shard is not None:
+            sequences = plan.batches_per_group * sequences
+        kinds = np.repeat(np.arange(len(shares)), tokens_of(shares, length))
+        # The ids 0, 1, ... stand for the modalities.
+        modality_of_id = np.zeros(model.num_vocabulary_rows, dtype=np.int8)
+        modality_of_id[: len(shares)] = np.arange(len(shares))
+        self._micro_batch = build_micro_batch(
+            np.tile(kinds, (sequences, 1)),
+            np.zeros((sequences, length), dtype=np.int64),
+            modality_of_id,
+            plan.towers_of_modalities,
+            num_towers=plan.num_towers,
+            slot_multiple=plan.slot_multiple,
+            shard=plan.shard,
+        )
+
+    def next_micro_batch(self) -> MicroBatch:
+        """Return the micro-batch."""
+        return self._micro_batch
+
+
+def tokens_of(shares: Sequence[float], length: int) -> list[int]:
+    """Divide a sequence among the modalities; the last gets what rounding leaves."""
+    bounds = np.rint(np.cumsum([0.0, *shares[:-1]]) * length).astype(int)
+    return np.diff([*bounds, length]).tolist()
+
+
+def parse_shares(names: Sequence[str], given: Sequence[str]) -> list[float]:
+    """Read shares given as NAME=NUMBER; without any, all modalities have equal shares.
+
+    Raises:
+        ConfigError: A name or number is invalid, or the shares do not sum to 1.
+    """
+    if not given:
+        return [1 / len(names)] * len(names)
+    shares: dict[str, float] = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if name not in names or not 0 <= value <= 1:
+            raise ConfigError(
+                f"--share {item}: expected NAME=NUMBER, with one of {', '.join(names)} and a number"
+                " from 0 to 1"
+            )
+        shares[name] = value
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ConfigError(f"--share: the shares sum to {sum(shares.values()):g}, expected 1")
+    return [shares.get(name, 0.0) for name in names]

@@ -1,0 +1,89 @@
+"""``mot benchmark scaling``: its output and its one-line errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mot_megatron.cli.benchmark_scaling import main, world_sizes
+from mot_megatron.config_files import parse_config
+from mot_megatron.errors import ConfigError
+from mot_megatron.scaling.roles import Role, roles_of
+from tests.cli.console import only_error
+from tests.small_runs import CONFIG
+
+VOCABULARY = "model.vocab_size=256"
+MP2 = "parallel.modality_parallel_size=2"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.format(corpus="none"))
+    return path
+
+
+def arguments(config_file: Path, sizes: str, *overrides: str) -> list[str]:
+    settings = [part for override in (VOCABULARY, *overrides) for part in ("--set", override)]
+    return ["rehearse", "--config", str(config_file), "--world-size", sizes, *settings]
+
+
+@pytest.mark.slow
+def test_ledgers_of_every_role_are_printed(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(config_file, "4,8", MP2)
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum("place 1 in the modality group (rank 1)" in line for line in lines) == 2
+    assert any("all-to-all" in line and "modality" in line for line in lines)
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    # All ranks of a group together do the same work on half as many replicas.
+    four, eight = (
+        sum(role["flops"]["matrix products"] for role in document[size]) for size in ("4", "8")
+    )
+    assert four == 2 * eight
+
+
+def test_one_role_per_stage_and_place() -> None:
+    layout = [
+        MP2,
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.tensor_model_parallel_size=2",
+    ]
+    config = parse_config(CONFIG.format(corpus="none"), "small", layout)
+    assert roles_of(config, 16) == [Role(0, 0, 0), Role(0, 1, 2), Role(1, 0, 8), Role(1, 1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides", "message"),
+    [
+        ("8,x", [], "--world-size 8,x: expected numbers of ranks, as in 16,64,256"),
+        ("7", ["parallel.tensor_model_parallel_size=2"], "the world size 7 is not divisible by"),
+        ("4", ["model.towers.text.experts={num_moe_experts=4}"], "cannot be rehearsed"),
+        ("4", ["-model.vocab_size"], "model.vocab_size is absent"),
+    ],
+)
+def test_bad_input_is_one_line(
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    sizes: str,
+    overrides: list[str],
+    message: str,
+) -> None:
+    command = arguments(config_file, sizes)
+    for override in overrides:
+        command += [f"--unset={override[1:]}"] if override[0] == "-" else [f"--set={override}"]
+    assert main(command) == 2
+    assert message in only_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("given", ["", "0", "16,", "-4", "1e3", "9" * 20])
+def test_numbers_of_ranks_are_checked(given: str) -> None:
+    with pytest.raises(ConfigError, match="expected numbers of ranks"):
+        world_sizes(given)
+    assert world_sizes("16,64") == [16, 64]

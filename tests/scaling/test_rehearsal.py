@@ -1,0 +1,160 @@
+"""A rehearsed rank does, collective by collective, what a real rank does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mot_megatron.config import Config
+from mot_megatron.errors import ConfigError
+from mot_megatron.model.flops import step_flops
+from mot_megatron.parallel.groups import build_single_process_groups
+from mot_megatron.scaling.ledger import ATTENTION, MATRICES, Ledger
+from mot_megatron.scaling.rehearsal import (
+    build_groups,
+    check_can_be_rehearsed,
+    record_step,
+    rehearse_in_fake_world,
+)
+from mot_megatron.scaling.synthetic import SyntheticBatches, parse_shares, tokens_of
+from mot_megatron.train.session import build_trainer
+from tests.fake_world import fake_world
+from tests.model.small_models import small_config
+from tests.ranks import run_ranks
+
+THREE = {"text": "text", "image": "image", "speech": "speech"}
+SHARES = [0.25, 0.4, 0.35]
+COMMON = ["data.seq_length=48", "training.global_batch_size=16"]
+BF16 = "training.precision=bf16"
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+PIECES = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4"]
+MP2 = ["parallel.modality_parallel_size=2"]
+TIED = "model.untie_embeddings_and_output_weights=false"
+
+
+def zero(stage: int) -> str:
+    return f"parallel.zero_stage={stage}"
+
+
+LAYOUTS = {
+    "data, ZeRO-0": [zero(0)],
+    "data, ZeRO-1": [zero(1)],
+    "data, ZeRO-1, bf16": [zero(1), BF16],
+    "data, ZeRO-2": [zero(2)],
+    "data, ZeRO-3": [zero(3)],
+    "tensor": TP2,
+    "tensor, without sequence parallelism": TP2[:1],
+    "pipeline": [*PP2, BF16],
+    "pipeline, tied embedding": [*PP2, TIED],
+    "pipeline, two pieces": PIECES,
+    "modality, sequence": [*MP2, zero(2)],
+    "modality, heads": [*MP2, "parallel.attention_exchange=heads"],
+    "tensor and modality": [*TP2, *MP2, BF16],
+    "pipeline and modality": [*PP2, *MP2],
+    "full recomputation": [*TP2, "training.recompute=full"],
+    "selective recomputation": ["training.recompute=selective"],
+}
+
+
+def config_of(overrides: list[str]) -> Config:
+    return small_config(THREE, *COMMON, *overrides)
+
+
+def record_all(layouts: list[list[str]]) -> list[Ledger]:
+    """Record a real step of this gloo rank in every layout."""
+    ledgers = []
+    for overrides in layouts:
+        config = config_of(overrides)
+        groups = build_groups(config, SHARES)
+        batches = SyntheticBatches(config, groups, SHARES)
+        ledgers.append(record_step(build_trainer(config, groups, batches)))
+        parallel_state.destroy_model_parallel()
+    return ledgers
+
+
+def rehearse_all(layouts: list[list[str]]) -> list[Ledger]:
+    """Rehearse a step of this rank in every layout."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ledgers = []
+    with fake_world(rank, size):
+        for overrides in layouts:
+            ledgers.append(rehearse_in_fake_world(config_of(overrides), SHARES))
+            parallel_state.destroy_model_parallel()
+    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+    return ledgers
+
+
+@pytest.fixture(scope="module")
+def rehearsed() -> list[list[Ledger]]:
+    """The ledgers of eight rehearsed ranks, in every layout."""
+    return run_ranks(rehearse_all, 8, list(LAYOUTS.values()), timeout=580)
+
+
+def assert_equal(
+    rehearsed: list[list[Ledger]], real: list[list[Ledger]], names: Iterable[str]
+) -> None:
+    for rank, (mine, theirs) in enumerate(zip(rehearsed, real, strict=True)):
+        for name, own, expected in zip(names, mine, theirs, strict=True):
+            assert own.collectives == expected.collectives, (name, rank)
+            assert own.flops == expected.flops, (name, rank)
+            assert own.collectives, name
+
+
+@pytest.mark.slow
+def test_rehearsed_ranks_equal_real_ones(rehearsed: list[list[Ledger]]) -> None:
+    real = run_ranks(record_all, 8, list(LAYOUTS.values()), timeout=580)
+    assert_equal(rehearsed, real, LAYOUTS)
+
+
+@pytest.mark.slow
+def test_rehearsed_modality_group_of_three_equals_a_real_one() -> None:
+    layouts = [["parallel.modality_parallel_size=3", "training.global_batch_size=24"]]
+    mine, theirs = (run_ranks(f, 3, layouts, timeout=300) for f in (rehearse_all, record_all))
+    assert_equal(mine, theirs, ["three modality ranks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensor and modality", "pipeline", "data, ZeRO-3"])
+def test_flops_of_all_ranks_equal_the_closed_form(rehearsed: list[list[Ledger]], name: str) -> None:
+    number = list(LAYOUTS).index(name)
+    total = sum((ledgers[number].flops for ledgers in rehearsed), start=Counter[str]())
+    tokens = [16 * count for count in tokens_of(SHARES, 48)]
+    expected = step_flops(config_of([]).model, tokens, 16 * 48 * 49 // 2)
+    assert total[MATRICES] == sum(expected.towers) + expected.head
+    # The closed form leaves out the scores that a kernel's backward computes again.
+    assert total[ATTENTION] == pytest.approx(expected.attention * 7 / 6)
+
+
+def test_experts_cannot_be_rehearsed() -> None:
+    config = config_of(["model.towers.text.experts={num_moe_experts=4}"])
+    with pytest.raises(ConfigError, match="a model with experts cannot be rehearsed"):
+        check_can_be_rehearsed(config, 8)
+
+
+def test_shares_are_divided_into_whole_tokens() -> None:
+    assert tokens_of(SHARES, 48) == [12, 19, 17]
+    assert tokens_of([1 / 3] * 3, 100) == [33, 34, 33]
+    assert tokens_of([1.0, 0.0], 7) == [7, 0]
+    assert parse_shares(["text", "image"], []) == [0.5, 0.5]
+    assert parse_shares(["text", "image"], ["image=1"]) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["video=1"], "--share video=1: expected NAME=NUMBER, with one of text, image"),
+        (["text"], "--share text: expected NAME=NUMBER"),
+        (["text=2"], "a number from 0 to 1"),
+        (["text=nan"], "a number from 0 to 1"),
+        (["text=0.5"], "the shares sum to 0.5, expected 1"),
+    ],
+)
+def test_bad_shares_are_one_line(given: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        parse_shares(["text", "image"], given)

@@ -1,0 +1,8 @@
+"""Count the work and traffic of a step on many GPUs; the same as ``mot benchmark scaling``."""
+
+import sys
+
+from mot_megatron.cli.benchmark_scaling import main
+
+if __name__ == "__main__":
+    sys.exit(main())
