@@ -127,12 +127,16 @@ def fake_values() -> Iterator[None]:
         dist.broadcast(torch.tensor(values), src=0)
         return values
 
+    def broadcast_length(values: list[int]) -> None:
+        dist.broadcast(torch.tensor(len(values)), src=0)
+
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(nn.Module, "_apply", convert_in_place),
         mock.patch.object(model_module, "build_attention_core", attend_on_real_lengths),
         mock.patch.object(dist, "all_gather_object", gather_own),
         mock.patch.object(FakeTensor, "tolist", _values_of),
         mock.patch.object(ds_utils, "get_lst_from_rank0", broadcast_own),
+        mock.patch.object(ds_utils, "assert_lst_len_same_as_other_ranks", broadcast_length),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

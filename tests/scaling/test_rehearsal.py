@@ -29,13 +29,12 @@ from tests.ranks import run_ranks
 
 THREE = {"text": "text", "image": "image", "speech": "speech"}
 SHARES = [0.25, 0.4, 0.35]
-COMMON = ["data.seq_length=48", "training.global_batch_size=16"]
+COMMON = ["data.seq_length=48", "training.global_batch_size=8"]
 BF16 = "training.precision=bf16"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 PIECES = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4"]
 MP2 = ["parallel.modality_parallel_size=2"]
-TIED = "model.untie_embeddings_and_output_weights=false"
 
 
 def zero(stage: int) -> str:
@@ -44,14 +43,11 @@ def zero(stage: int) -> str:
 
 LAYOUTS = {
     "data, ZeRO-0": [zero(0)],
-    "data, ZeRO-1": [zero(1)],
     "data, ZeRO-1, bf16": [zero(1), BF16],
     "data, ZeRO-2": [zero(2)],
     "data, ZeRO-3": [zero(3)],
     "tensor": TP2,
-    "tensor, without sequence parallelism": TP2[:1],
     "pipeline": [*PP2, BF16],
-    "pipeline, tied embedding": [*PP2, TIED],
     "pipeline, two pieces": PIECES,
     "modality, sequence": [*MP2, zero(2)],
     "modality, heads": [*MP2, "parallel.attention_exchange=heads"],
@@ -114,7 +110,7 @@ def test_rehearsed_ranks_equal_real_ones(rehearsed: list[list[Ledger]]) -> None:
 
 @pytest.mark.slow
 def test_rehearsed_modality_group_of_three_equals_a_real_one() -> None:
-    layouts = [["parallel.modality_parallel_size=3", "training.global_batch_size=24"]]
+    layouts = [["parallel.modality_parallel_size=3", "training.global_batch_size=6"]]
     mine, theirs = (run_ranks(f, 3, layouts, timeout=300) for f in (rehearse_all, record_all))
     assert_equal(mine, theirs, ["three modality ranks"])
 
@@ -124,8 +120,8 @@ def test_rehearsed_modality_group_of_three_equals_a_real_one() -> None:
 def test_flops_of_all_ranks_equal_the_closed_form(rehearsed: list[list[Ledger]], name: str) -> None:
     number = list(LAYOUTS).index(name)
     total = sum((ledgers[number].flops for ledgers in rehearsed), start=Counter[str]())
-    tokens = [16 * count for count in tokens_of(SHARES, 48)]
-    expected = step_flops(config_of([]).model, tokens, 16 * 48 * 49 // 2)
+    tokens = [8 * count for count in tokens_of(SHARES, 48)]
+    expected = step_flops(config_of([]).model, tokens, 8 * 48 * 49 // 2)
     assert total[MATRICES] == sum(expected.towers) + expected.head
     # The closed form leaves out the scores that a kernel's backward computes again.
     assert total[ATTENTION] == pytest.approx(expected.attention * 7 / 6)
