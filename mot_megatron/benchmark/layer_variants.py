@@ -298,8 +298,8 @@ class Benchmark:
     ) -> LayerInputs:
         rotary = RotaryAngles.of(batch.positions, model.head_dim, model.rotary_base, self.dtype)
         slots = [batch.tower_slots[tower] for tower in held]
-        sequences = batch.group_index // batch.document_ids.shape[1]
-        pools = routing_pools(held, batch.filled.split(slots), sequences.split(slots), batch)
+        filled, sequences = batch.filled.split(slots), batch.slot_sequences.split(slots)
+        pools = routing_pools(held, filled, sequences, batch)
         return LayerInputs(grouping, rotary, build_attention_core(batch, "auto"), pools)
 
     def _in_sequence_order(

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_json
-from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from mot_megatron.scaling.roles import Rehearsed, Role
 
 NAME = "benchmark scaling"
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "TORCH_COMPILE_DISABLE": "1",  # compiling megatron's fused functions would take half a minute
-    "OMP_NUM_THREADS": "1",
-    "DEEPSPEED_LOG_LEVEL": "error",
-    "PYTHONWARNINGS": "ignore",
-}
 PRELOAD = ["mot_megatron.scaling.rehearsal"]
 
 
@@ -61,17 +53,17 @@ def run(options: argparse.Namespace) -> int:
     """Rehearse every role of every size and print the ledgers."""
     sizes = world_sizes(options.world_size)
     say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(QUIETLY_ON_CPU)
 
     from mot_megatron.config_files import load_config
-    from mot_megatron.rules import check_world_size
+    from mot_megatron.scaling.roles import check_can_be_rehearsed
     from mot_megatron.scaling.synthetic import parse_shares
 
     config = load_config(options.config, options.overrides)
     shares = parse_shares(list(config.model.modalities), options.share)
     config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
     for size in sizes:
-        check_world_size(config, size)
+        check_can_be_rehearsed(config, size)
     found = rehearse_sizes(config, sizes, shares, options.workers or os.cpu_count() or 1)
     if options.json:
         print_json(
@@ -106,13 +98,10 @@ def rehearse_sizes(
     from torch.multiprocessing import get_context
     from tqdm import tqdm
 
-    from mot_megatron.scaling.rehearsal import check_can_be_rehearsed
     from mot_megatron.scaling.roles import roles_of
 
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    for size in sizes:
-        check_can_be_rehearsed(config, size)
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         running = {
             (size, role): pool.submit(_rehearse, config, size, role, shares)
@@ -120,7 +109,7 @@ def rehearse_sizes(
             for role in roles_of(config, size)
         }
         bar = tqdm(running.items(), "roles", ncols=100, leave=False, disable=None)
-        found: dict[int, list[Any]] = {size: [] for size in sizes}
+        found: dict[int, list[Rehearsed]] = {size: [] for size in sizes}
         try:
             for (size, _), future in bar:
                 found[size].append(future.result())

@@ -20,6 +20,16 @@ from mot_megatron.job.outputs import protect_outputs
 if TYPE_CHECKING:
     import torch
 
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+"""Environment of ranks on the CPU of this machine. Set it before torch, megatron and deepspeed are
+imported, which read it on import."""
+QUIETLY_ON_CPU = {
+    **ON_CPU,
+    "TORCH_COMPILE_DISABLE": "1",  # compiling megatron's fused functions would take half a minute
+    "DEEPSPEED_LOG_LEVEL": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+"""The same for ranks that only count or measure memory, without messages of libraries."""
 BAD_INPUT = 2
 """Exit status after an error that the user can fix."""
 

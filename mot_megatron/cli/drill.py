@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mot_megatron.cli.arguments import add_config, add_json, add_output, positive_int
-from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.command import ON_CPU, choose_device, print_json, run_command, say
 from mot_megatron.errors import ConfigError, DataError
 
 NAME = "drill"
-MEASURED = {"checkpoint.interval_steps": 5, "checkpoint.keep": 3, "logging.interval_steps": 1}
+SETTINGS = {"checkpoint.interval_steps": 5, "checkpoint.keep": 3, "logging.interval_steps": 1}
 """Settings of the drill, unless the command line has others."""
-
-ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +52,6 @@ def run(options: argparse.Namespace) -> int:
     """Run the drill and print the table; return 1 if there was a problem."""
     say(NAME, f"preparing {' + '.join(map(str, options.config))}")
 
-    from mot_megatron.cli.command import choose_device
     from mot_megatron.config_files import load_config
 
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -71,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(f"{options.output}: exists already, expected a new or empty folder")
     options.output.mkdir(parents=True, exist_ok=True)
     directory = options.output.resolve()
-    overrides = [f"{key}={value}" for key, value in MEASURED.items()]
+    overrides = [f"{key}={value}" for key, value in SETTINGS.items()]
     overrides += [*options.overrides, f"run.directory={directory}"]
     config = load_config(options.config, overrides)
     arguments = [f"--config={path.resolve()}" for path in options.config]

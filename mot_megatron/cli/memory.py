@@ -33,7 +33,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_config, add_json
-from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.errors import ConfigError, TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -41,16 +41,7 @@ if TYPE_CHECKING:
     from mot_megatron.planning.memory import RankMemory
 
 NAME = "memory"
-# These must be set before torch, megatron and deepspeed are imported, which read them on import.
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "TORCH_COMPILE_DISABLE": "1",  # compiling megatron's fused functions would take half a minute
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "DEEPSPEED_LOG_LEVEL": "error",
-    "PYTHONWARNINGS": "ignore",
-}
+ENVIRONMENT = {**QUIETLY_ON_CPU, "GLOO_SOCKET_IFNAME": "lo"}
 PRELOAD = ["mot_megatron.benchmark.measure"]
 DENSE = "dense"
 SAME_REPLICAS, SAME_RANKS = "dense_same_replicas", "dense_same_ranks"

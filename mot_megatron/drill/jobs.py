@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mot_megatron.job.processes import descendants_of
+from mot_megatron.job.processes import descendants_of, session_of
 
 _LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
 _POLL_SECONDS = 0.05
@@ -143,21 +143,12 @@ class Job:
 
     def _left(self) -> list[int]:
         """Return the processes of this job's session that still run."""
-        return [pid for pid in self._seen if _session_of(pid) == self.process.pid]
+        return [pid for pid in self._seen if session_of(pid) == self.process.pid]
 
 
 def _last_step(text: str) -> int:
     steps = re.findall(r"^step +([\d,]+)/", text, re.MULTILINE)
     return int(steps[-1].replace(",", "")) if steps else 0
-
-
-def _session_of(pid: int) -> int | None:
-    """Return the session of a process; None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[3])
 
 
 def _command_line(pid: int) -> bytes:

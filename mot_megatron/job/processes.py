@@ -43,28 +43,38 @@ class Process:
 
 def start_of(pid: int) -> str:
     """Return field 22 of /proc/PID/stat, or an empty string if no such process runs."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return ""
-    # The second field, the command in parentheses, may itself contain spaces and parentheses.
-    state, *fields = stat.rpartition(")")[2].split()
-    # A zombie has ended, although its parent has not collected its status yet.
-    return "" if state in ("Z", "X") else fields[18]
+    fields = _fields_of(pid)
+    return fields[19] if fields else ""
+
+
+def session_of(pid: int) -> int | None:
+    """Return the session of a process on this host; None if it does not run."""
+    fields = _fields_of(pid)
+    return int(fields[3]) if fields else None
 
 
 def descendants_of(pid: int) -> list[int]:
     """Return the processes that a process on this host started, and those that they started."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            stat = (folder / "stat").read_text(errors="replace")
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(
-                int(folder.name)
-            )
+        child = int(folder.name)
+        if fields := _fields_of(child):
+            children.setdefault(int(fields[1]), []).append(child)
     found, waiting = [], [pid]
     while waiting:
         own = children.get(waiting.pop(), [])
         found += own
         waiting += own
     return sorted(found)
+
+
+def _fields_of(pid: int) -> list[str]:
+    """Return /proc/PID/stat from field 3 (the state) on; empty if no such process runs."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    # The second field, the command in parentheses, may itself contain spaces and parentheses.
+    fields = stat.rpartition(")")[2].split()
+    # A zombie has ended, although its parent has not collected its status yet.
+    return [] if fields[0] in ("Z", "X") else fields

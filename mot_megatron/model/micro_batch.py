@@ -106,6 +106,11 @@ class MicroBatch:
     exchange: ExchangePlan | None = None
     """How q, k and v are exchanged; None without modality parallelism."""
 
+    @property
+    def slot_sequences(self) -> torch.Tensor:
+        """[g] int64: sequence of each slot's token, from 0; 0 for padding slots."""
+        return self.group_index // self.document_ids.shape[1]
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {}

@@ -305,10 +305,9 @@ class MixtureOfTransformers(nn.Module):
         )
 
     def _pools(self, micro_batch: MicroBatch) -> tuple[RoutingPool, ...]:
-        seq_length = micro_batch.document_ids.shape[1]
         filled, sequences = (
             self._cut(self._own_rows(values, micro_batch), micro_batch)
-            for values in (micro_batch.filled, micro_batch.group_index // seq_length)
+            for values in (micro_batch.filled, micro_batch.slot_sequences)
         )
         return routing_pools(self.towers, filled, sequences, micro_batch)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -111,8 +112,8 @@ class LedgerRecorder(TorchDispatchMode):
         """Run an operation and record it."""
         del types
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
-            return _answer(args[0].dtype)
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return value_read_by_host(args[0].dtype)
         result = func(*args, **kwargs)
         name = func._overloadpacket.__name__
         if func.namespace == "c10d":
@@ -184,13 +185,7 @@ def _num_bytes(tensors: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
-def _answer(dtype: torch.dtype) -> bool | int | float:
+def value_read_by_host(dtype: torch.dtype) -> bool | int | float:
     """Return the value that a fake tensor has where the host reads it.
 
     Norms are finite, counts are positive, and nothing asks the run to stop.

@@ -23,33 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mot_megatron.config import Config
-from mot_megatron.errors import ConfigError
 from mot_megatron.model import model as model_module
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
 from mot_megatron.model.micro_batch import MicroBatch
-from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
+from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.placing import place_towers, tokens_of_towers
-from mot_megatron.rules import check_world_size
-from mot_megatron.scaling.ledger import Ledger, LedgerRecorder, axes_of
+from mot_megatron.scaling.ledger import Ledger, LedgerRecorder, axes_of, value_read_by_host
+from mot_megatron.scaling.roles import check_can_be_rehearsed
 from mot_megatron.scaling.synthetic import SyntheticBatches, tokens_of
-from mot_megatron.train.session import Trainer, build_trainer
+from mot_megatron.train.session import Trainer, build_placed_groups, build_trainer
 from mot_megatron.train.step import train_step
 
 CPU = torch.device("cpu")
-
-
-def check_can_be_rehearsed(config: Config, world_size: int) -> None:
-    """Check that a configuration is legal on a number of ranks and that it can be rehearsed.
-
-    Raises:
-        ConfigError: It is illegal, or one of the model's towers has experts.
-    """
-    check_world_size(config, world_size)
-    if config.model.has_experts:
-        raise ConfigError(
-            "model.towers: a model with experts cannot be rehearsed, because the router decides"
-            " how many rows a rank sends"
-        )
 
 
 def rehearse(config: Config, world_size: int, rank: int, shares: Sequence[float]) -> Ledger:
@@ -83,16 +68,10 @@ def rehearse_in_fake_world(config: Config, shares: Sequence[float]) -> Ledger:
 
 def build_groups(config: Config, shares: Sequence[float]) -> ProcessGroups:
     """Build the process groups of a configuration for synthetic batches. Collective."""
-    parallel = config.parallel
-    tokens = dict(
-        zip(config.model.modalities, tokens_of(shares, config.data.seq_length), strict=True)
-    )
-    return build_process_groups(
-        parallel.tensor_model_parallel_size,
-        CPU,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        placement=place_towers(config, tokens_of_towers(config.model, tokens)),
-    )
+    counts = tokens_of(shares, config.data.seq_length)
+    tokens = dict(zip(config.model.modalities, counts, strict=True))
+    placement = place_towers(config, tokens_of_towers(config.model, tokens))
+    return build_placed_groups(config, placement, CPU)
 
 
 def record_step(trainer: Trainer) -> Ledger:
@@ -149,6 +128,7 @@ def fake_values() -> Iterator[None]:
 
 
 def _values_of(tensor: torch.Tensor) -> Any:
-    """Return what the host reads from a fake tensor: ones."""
-    one = 1.0 if tensor.dtype.is_floating_point else 1
-    return [_values_of(row) for row in tensor] if tensor.ndim > 1 else [one] * tensor.numel()
+    """Return what the host reads from a fake tensor of one or more dimensions."""
+    if tensor.ndim > 1:
+        return [_values_of(row) for row in tensor]
+    return [value_read_by_host(tensor.dtype)] * tensor.numel()

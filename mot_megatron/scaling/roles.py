@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mot_megatron.config import Config
+from mot_megatron.errors import ConfigError
 from mot_megatron.parallel.mesh import Mesh
+from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.ledger import Ledger
 
 
@@ -57,6 +59,20 @@ def roles_of(config: Config, world_size: int) -> list[Role]:
         place = (mesh.pipeline_rank(rank), mesh.modality_rank(rank))
         found.setdefault(place, Role(*place, rank))
     return [found[place] for place in sorted(found)]
+
+
+def check_can_be_rehearsed(config: Config, world_size: int) -> None:
+    """Check that a configuration is legal on a number of ranks and that it can be rehearsed.
+
+    Raises:
+        ConfigError: It is illegal, or one of the model's towers has experts.
+    """
+    check_world_size(config, world_size)
+    if config.model.has_experts:
+        raise ConfigError(
+            "model.towers: a model with experts cannot be rehearsed, because the router decides"
+            " how many rows a rank sends"
+        )
 
 
 def rehearse_role(

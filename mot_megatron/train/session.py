@@ -117,7 +117,14 @@ def build_groups(config: Config, corpus: Corpus, device: torch.device) -> Proces
     Raises:
         ConfigError: Experts cannot be distributed over the ranks that hold their tower.
     """
-    parallel, placement = config.parallel, choose_placement(config, corpus)
+    return build_placed_groups(config, choose_placement(config, corpus), device)
+
+
+def build_placed_groups(
+    config: Config, placement: Placement | None, device: torch.device
+) -> ProcessGroups:
+    """Build the process groups for a placement of the towers; as ``build_groups``."""
+    parallel = config.parallel
     check_experts_placed(config, placement, dist.get_world_size())
     return build_process_groups(
         parallel.tensor_model_parallel_size,

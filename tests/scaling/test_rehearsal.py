@@ -17,10 +17,10 @@ from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.scaling.ledger import ATTENTION, MATRICES, Ledger
 from mot_megatron.scaling.rehearsal import (
     build_groups,
-    check_can_be_rehearsed,
     record_step,
     rehearse_in_fake_world,
 )
+from mot_megatron.scaling.roles import check_can_be_rehearsed
 from mot_megatron.scaling.synthetic import SyntheticBatches, parse_shares, tokens_of
 from mot_megatron.train.session import build_trainer
 from tests.fake_world import fake_world

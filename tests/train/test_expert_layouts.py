@@ -34,8 +34,8 @@ FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 HEADS = "parallel.attention_exchange=heads"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 MICRO2 = "training.micro_batch_size=2"
-# Two ranks hold the text tower with its experts; one rank each holds the other towers.
 SPLIT_TEXT = "parallel.placement=[{text=0.6,image=1.0},{text=0.4,speech=1.0}]"
+# Two ranks hold the text tower with its experts; one rank each holds the other towers.
 ONE_EACH = "parallel.placement=[{text=0.6},{image=1.0},{text=0.4},{speech=1.0}]"
 
 
