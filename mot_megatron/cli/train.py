@@ -11,13 +11,14 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from mot_megatron.cli.arguments import add_config
 from mot_megatron.errors import UserError
 from mot_megatron.job.launch import Launch, read_launch
 from mot_megatron.job.outputs import protect_outputs
+from mot_megatron.job.start_notes import StartNotes
 from mot_megatron.job.stop import StopRequest
 from mot_megatron.job.verdict import USER_ERROR_STATUS, report_user_error
 
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mot_megatron.config_files import load_config
     from mot_megatron.rules import check_world_size
 
+    if launch.size > 1:
+        StartNotes(launch.key, launch.port).write(launch.rank, launch.local_rank)
     with StopRequest(launch.launchers) as stop:
         try:
             # Before the slow imports: most mistakes are found here, in less than a second.
@@ -65,13 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_world_size(config, launch.size)
         except UserError as error:
             return _report_config_error(error, launch, stop)
-        return _train_watched(config, launch, stop)
+
+        def work(world: World, progress_report: ProgressReport) -> None:
+            run(config, world, progress_report, stop)
+
+        return _run_watched(work, launch, stop)
 
 
 def _report_config_error(error: UserError, launch: Launch, stop: StopRequest) -> int:
     """Report an error of the configuration, once if all ranks have it.
 
-    Another rank is silent unless rank 0 opens its store, which means that it has no error.
+    Another rank is silent unless rank 0 opens its store, which means that rank 0 has no error and
+    waits for this rank. The watchdog then ends all ranks.
     """
     if launch.rank > 0:
         deadline = time.monotonic() + _START_SECONDS
@@ -79,7 +87,11 @@ def _report_config_error(error: UserError, launch: Launch, stop: StopRequest) ->
             if stop.requested or time.monotonic() > deadline:
                 return USER_ERROR_STATUS
             time.sleep(0.2)
-        error = UserError(f"rank {launch.rank} (host {socket.gethostname()}): {error}")
+
+        def fail(*_: object) -> NoReturn:
+            raise error
+
+        return _run_watched(fail, launch, stop)
     return report_user_error(error)
 
 
@@ -103,7 +115,9 @@ def _report_connection_error(error: UserError, launch: Launch, stop: StopRequest
     return report_user_error(error)
 
 
-def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
+def _run_watched(
+    work: Callable[[World, ProgressReport], None], launch: Launch, stop: StopRequest
+) -> int:
     # Libraries look for these; a launcher sets them, and a single process is a world of one.
     os.environ.update(
         RANK=str(launch.rank),
@@ -121,7 +135,7 @@ def _train_watched(config: Config, launch: Launch, stop: StopRequest) -> int:
     try:
         world = find_world(launch)
         with Watchdog(world, progress_report):
-            run(config, world, progress_report, stop)
+            work(world, progress_report)
     except UserError as error:
         return _report_connection_error(error, launch, stop)
     return 0

@@ -24,6 +24,7 @@ from mot_megatron.job.handshake import RefusedError, introduce
 from mot_megatron.job.heartbeats import HeartbeatMonitor
 from mot_megatron.job.outputs import write_line
 from mot_megatron.job.progress_report import Phase, ProgressReport
+from mot_megatron.job.start_notes import StartNotes
 from mot_megatron.job.verdict import (
     Failure,
     Lines,
@@ -67,6 +68,8 @@ class Watchdog:
         self._world = world
         self._progress_report = progress_report
         self._peer = Peer.of_this_process(world.rank)
+        self._notes = StartNotes(world.key, world.port)
+        self._all_joined = False
         self._hub: WatchHub | None = None
         self._hub_peer: Peer | None = None
         self._hub_phase = progress_report.now
@@ -77,6 +80,7 @@ class Watchdog:
             # Libraries redirect standard error while they compile; the reason must not be lost.
             self._output = os.dup(2)
             self._connection = self._connect()
+            self._notes.remove(world.rank)
             # Both the main and the watchdog thread send; the lock keeps their messages apart.
             self._sending = threading.Lock()
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -157,6 +161,7 @@ class Watchdog:
             if now >= next_beat:
                 next_beat = now + HEARTBEAT_INTERVAL_SECONDS
                 self._send("beat")
+                self._report_dead_before_joining()
             if selector.select(HEARTBEAT_INTERVAL_SECONDS / 4):
                 received = self._receive()
                 if not received:
@@ -171,6 +176,11 @@ class Watchdog:
             was_silent = monitor.silence(0) > _SILENT_FRACTION * HEARTBEAT_TIMEOUT_SECONDS
             self._end_without_hub(silent=was_silent)
 
+    def _report_dead_before_joining(self) -> None:
+        if not self._all_joined:
+            for peer in self._notes.find_dead():
+                self._send("dead before joining", peer=asdict(peer))
+
     def _receive(self) -> bytes:
         try:
             return self._connection.recv(1 << 16)
@@ -180,6 +190,7 @@ class Watchdog:
     def _handle(self, message: dict[str, Any]) -> None:
         if message["kind"] == "beat":
             self._hub_phase = Phase(*message["phase"])
+            self._all_joined = message["all_joined"]
         else:
             self._end(Verdict.decode(message["verdict"]))
 

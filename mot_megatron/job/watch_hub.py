@@ -163,12 +163,15 @@ class WatchHub:
                 self._read(key.data)
         self._check()
 
+    @property
+    def _all_joined(self) -> bool:
+        return len(self._joined) == self._world_size
+
     def _finished(self) -> bool:
-        all_came = len(self._joined) == self._world_size
         # After a verdict rank 0 waits for the hub, so the hub must not wait for rank 0.
-        if all_came and set(self._clients) <= ({0} if self._verdict else set()):
+        if self._all_joined and set(self._clients) <= ({0} if self._verdict else set()):
             return True
-        limit = _FAREWELL_SECONDS if all_came else _LATECOMER_SECONDS
+        limit = _FAREWELL_SECONDS if self._all_joined else _LATECOMER_SECONDS
         return self._verdict is not None and time.monotonic() - self._issued_at > limit
 
     def _accept(self) -> None:
@@ -217,6 +220,10 @@ class WatchHub:
         if message["kind"] == "failed" and client.failure is None:
             client.failure = Failure(**message["failure"])
             self._first_failure = self._first_failure or (time.monotonic(), rank)
+        elif message["kind"] == "dead before joining":
+            dead = Peer(**message["peer"])
+            if dead.rank not in self._joined:
+                self._issue(lost(dead, "start", reporter=0))
         return True
 
     def _admit(self, client: _Client, message: dict[str, Any]) -> bool:
@@ -254,8 +261,9 @@ class WatchHub:
         now = time.monotonic()
         if now - self._last_beat >= HEARTBEAT_INTERVAL_SECONDS:
             self._last_beat = now
-            self._send_all(encode("beat", phase=self._progress_report.now))
-        if len(self._joined) == self._world_size and set(self._clients) <= {0}:
+            phase = self._progress_report.now
+            self._send_all(encode("beat", phase=phase, all_joined=self._all_joined))
+        if self._all_joined and set(self._clients) <= {0}:
             self._others_left.set()
         self._tend_strangers(now)
         silent = self._monitor.expired()

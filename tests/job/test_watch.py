@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
 import signal
 import socket
+import tempfile
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from torch.multiprocessing import get_context
 from mot_megatron.errors import ConfigError
 from mot_megatron.job import distributed, handshake, heartbeats, launch, verdict, watch, watch_hub
 from mot_megatron.job.progress_report import Phase, ProgressReport
+from mot_megatron.job.start_notes import StartNotes
 from tests.ranks import ENVIRONMENT, PRELOAD
 
 pytestmark = pytest.mark.slow
@@ -85,9 +89,10 @@ def _rank(rank: int, port: int, folder: Path, event: str) -> None:
     watch.HEARTBEAT_TIMEOUT_SECONDS = watch_hub.HEARTBEAT_TIMEOUT_SECONDS = (
         HEARTBEAT_TIMEOUT_SECONDS
     )
+    place = launch.Launch(rank, RANKS, rank, "127.0.0.1", port, is_on_one_node=True, launchers=())
+    StartNotes(place.key, port).write(rank, local_rank=rank)
     if event == "die before joining":
         os._exit(7)
-    place = launch.Launch(rank, RANKS, rank, "127.0.0.1", port, is_on_one_node=True, launchers=())
     world = distributed.find_world(place)
     progress_report = ProgressReport()
     with watch.Watchdog(world, progress_report):
@@ -184,6 +189,38 @@ def test_all_ranks_finish_without_errors(tmp_path: Path) -> None:
     with Job(tmp_path, "finish", *range(RANKS)) as job:
         assert job.wait(20) == [0] * RANKS
         assert job.errors() == {}
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_rank_that_dies_before_joining_ends_all_ranks(tmp_path: Path, victim: int) -> None:
+    with Job(tmp_path, "die before joining", victim) as job:
+        expected: list[int | None] = [verdict.LOST_STATUS] * RANKS
+        expected[victim] = 7
+        # The hub waits a while for latecomers.
+        assert job.wait(10 + watch_hub._LATECOMER_SECONDS) == expected
+        line = f"error: rank {victim} (host HOST, pid {job.pid(victim)}) died during start\n"
+        assert job.errors() == {0: line.replace("HOST", socket.gethostname())}
+
+
+def test_notes_of_an_earlier_launch_count_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    notes = StartNotes(KEY, 1234)
+    notes.write(rank=1, local_rank=1)
+    assert notes.find_dead() == []
+    (path,) = tmp_path.rglob("*.json")
+    dead = {**asdict(verdict.Peer.of_this_process(1)), "started": "0"}
+    path.write_text(json.dumps(dead))
+    assert [peer.rank for peer in notes.find_dead()] == [1]
+    assert StartNotes(KEY, 1235).find_dead() == []
+    assert StartNotes(b"of another launch", 1234).find_dead() == []
+    path.with_name(path.name.replace(".1.json", ".2.json")).write_text("[" * 3000)
+    notes.write(rank=0, local_rank=0)
+    assert notes.find_dead() == []
+    path.parent.chmod(0o777)  # anyone could have written what is there
+    path.write_text(json.dumps(dead))
+    assert notes.find_dead() == []
 
 
 def test_ranks_that_never_start_are_named() -> None:

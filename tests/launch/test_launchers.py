@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.entry_points import EntryPoint, wait_until
+from tests.launch.entry_points import EntryPoint, Finished, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
     SCRIPT,
@@ -105,6 +106,28 @@ def test_a_run_that_is_running_is_not_started_again(config: Path, tmp_path: Path
             wait_until(lambda: "step " in third.output, "a step, although the first was killed")
 
 
+def train_by_hand(config: Path, folder: Path, of_rank_1: str) -> tuple[Finished, Finished]:
+    """Run two ranks without a launcher, with one more argument for rank 1."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = arguments_of(config, folder / "runs", 6)
+    first = {**shared, "RANK": "0", "LOCAL_RANK": "0"}
+    second = {**shared, "RANK": "1", "LOCAL_RANK": "1"}
+    with (
+        EntryPoint(folder / "0", SCRIPT, *arguments, environment=first) as rank_0,
+        EntryPoint(folder / "1", SCRIPT, *arguments, of_rank_1, environment=second) as rank_1,
+    ):
+        return rank_0.wait(), rank_1.wait()
+
+
+def test_a_mistake_on_one_rank_ends_all_ranks(config: Path, tmp_path: Path) -> None:
+    finished = train_by_hand(config, tmp_path, "--set=training.lr=-1")
+    assert [one.status for one in finished] == [2, 2]
+    host = re.escape(os.uname().nodename)
+    assert finished[0].errors == ""
+    assert re.match(rf"error: rank 1 \(host {host}, pid \d+\): .*training\.lr", finished[1].errors)
+    assert len(finished[1].errors.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("setting", "key", "values"),
     [
@@ -116,24 +139,7 @@ def test_a_run_that_is_running_is_not_started_again(config: Path, tmp_path: Path
 def test_ranks_that_disagree_are_told_so(
     config: Path, tmp_path: Path, setting: str, key: str, values: tuple[str, str]
 ) -> None:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = arguments_of(config, tmp_path / "runs", 6)
-    with (
-        EntryPoint(
-            tmp_path / "0",
-            SCRIPT,
-            *arguments,
-            environment={**shared, "RANK": "0", "LOCAL_RANK": "0"},
-        ) as first,
-        EntryPoint(
-            tmp_path / "1",
-            SCRIPT,
-            *arguments,
-            f"--set={setting}",
-            environment={**shared, "RANK": "1", "LOCAL_RANK": "1"},
-        ) as second,
-    ):
-        finished = first.wait(), second.wait()
+    finished = train_by_hand(config, tmp_path, f"--set={setting}")
     assert [one.status for one in finished] == [2, 2]
     assert [len(one.errors.splitlines()) for one in finished] == [1, 0]
     host = os.uname().nodename
