@@ -33,6 +33,7 @@ def check_ranks_agree(config: Config, corpus: Corpus) -> None:
 
     Raises:
         ConfigError: Two ranks differ; raised on every rank, with the first difference.
+        DataError: A codebook of the corpus cannot be read on this rank.
     """
     mine = {
         "host": socket.gethostname(),
@@ -61,6 +62,7 @@ def _values(config: Config, corpus: Corpus) -> dict[str, Any]:
     return {
         **values,
         f"sha256 of {DESCRIPTION_FILE} of the corpus": corpus.fingerprint,
+        "sha256 of the corpus' vocabulary and codebooks": corpus.vocabulary_digest,
         "version": {name: _version(name) for name in _PACKAGES},
     }
 
