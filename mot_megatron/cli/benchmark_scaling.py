@@ -135,21 +135,34 @@ def _rehearse(config: Config, size: int, role: Role, shares: Sequence[float]) ->
 
 def text(size: int, roles: Sequence[Rehearsed]) -> list[str]:
     """Return the ledgers of one size, one block per role."""
+    from mot_megatron.scaling.ledger import traffic_by_axis
+
     lines = []
     for each in roles:
         role, ledger = each.role, each.ledger
-        flops = ", ".join(f"{kind} {count / 1e12:.4g}" for kind, count in ledger.flops.items())
+        memory = ledger.memory
         lines += [
             "",
             f"{size} ranks: stage {role.stage}, place {role.modality_rank} in the modality group"
-            f" (rank {role.rank}), per step",
-            f"  TFLOPs: {flops} (COUNTED)",
-            f"  {'phase':22}{'collective':16}{'axis':16}"
-            f"{'ranks':>6}{'times':>8}{'MB, COUNTED':>14}",
+            f" (rank {role.rank}), per step of {ledger.micro_batches} micro-batches, all COUNTED",
+            f"  memory: {memory.state / 1e9:.2f} GB before the step, at most"
+            f" {memory.peak / 1e9:.2f} GB in it",
+            f"  {'part':12}{'matrix TFLOP':>14}{'attention TFLOP':>17}{'other GB':>12}"
+            f"{'kernels':>10}",
         ]
         lines += [
-            f"  {phase:22}{kind:16}{axis:16}{ranks:6}{count:8}{total / 1e6:14.3f}"
-            for (phase, kind, axis, ranks), (count, total) in ledger.by_axis().items()
+            f"  {part:12}{work.product_flops / 1e12:14.4f}{work.attention_flops / 1e12:17.4f}"
+            f"{work.memory_bytes / 1e9:12.3f}{work.launches:10}"
+            for part, work in ledger.tally.work.items()
+        ]
+        lines.append(
+            f"  {'part':12}{'collective':16}{'axis':16}{'ranks':>6}{'times':>8}{'MB':>14}"
+        )
+        lines += [
+            f"  {part:12}{kind:16}{axis:16}{ranks:6}{count:8}{total / 1e6:14.3f}"
+            for (part, kind, axis, ranks), (count, total) in traffic_by_axis(
+                ledger.tally.traffic
+            ).items()
         ]
     seconds = sum(each.seconds for each in roles)
     peak = max(each.host_bytes for each in roles)

@@ -1,195 +1,191 @@
-"""The ledger of a training step: every collective and every matrix product of one rank, counted.
+"""The ledger of a training step: the work and the traffic of one rank, counted.
 
-A recorder sees each operation as PyTorch dispatches it, on real tensors and on fake ones alike.
-Collectives over a group of one rank send nothing and are left out.
+A step has five parts: data, forward, backward, reduction (of gradients, after the last backward)
+and optimizer. Everything that autograd runs is backward, recomputation included. Collectives over a
+group of one rank send nothing and are left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
-
-from mot_megatron.job.progress_report import ProgressReport
-from mot_megatron.parallel.groups import ProcessGroups
-
+DATA, FORWARD, BACKWARD = "data", "forward", "backward"
+REDUCTION, OPTIMIZER = "reduction", "optimizer"
+PARTS = (DATA, FORWARD, BACKWARD, REDUCTION, OPTIMIZER)
 MATRICES, ATTENTION = "matrix products", "attention"
 WORLD = "world"
 
 
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One collective or message, as one rank takes part in it."""
 
-    phase: str
-    """Phase of the step, as ``ProgressReport.enter`` named it."""
+    part: str
+    """Part of the step."""
     kind: str
-    """all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, send or receive."""
+    """all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, reduce, send or receive."""
     axis: str
-    """The process group by its role; see ``axes_of``."""
+    """The process group by its role; see ``recorder.axes_of``."""
     group_size: int
     num_bytes: int
     """Bytes of the whole tensor: the result of an all-gather, the input of a reduce-scatter, what
     this rank sends in an all-to-all, otherwise the tensor itself."""
 
 
+class Product(NamedTuple):
+    """A batch of matrix products, [m, k] times [k, n]."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    element_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs; a multiplication and an addition are two."""
+        return 2 * self.batch * self.m * self.k * self.n
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both factors and the product."""
+        elements = self.m * self.k + self.k * self.n + self.m * self.n
+        return self.batch * elements * self.element_bytes
+
+
+@dataclass
+class Work:
+    """What a rank computes in one part of a step."""
+
+    products: Counter[Product] = field(default_factory=Counter)
+    """Matrix products, and how often each occurs."""
+    attention_flops: int = 0
+    """Pairs of a query and a visible key only."""
+    attention_calls: int = 0
+    memory_bytes: int = 0
+    """Bytes that all other operators read and write, each for itself, as without fusion."""
+    launches: int = 0
+    """Operators that start a kernel, those above included."""
+
+    @property
+    def product_flops(self) -> int:
+        """FLOPs of all matrix products."""
+        return sum(product.flops * times for product, times in self.products.items())
+
+    def add(self, other: Work, times: int = 1) -> None:
+        """Add ``times`` times another part's work, which may be negative."""
+        for product, count in other.products.items():
+            self.products[product] += times * count
+        self.attention_flops += times * other.attention_flops
+        self.attention_calls += times * other.attention_calls
+        self.memory_bytes += times * other.memory_bytes
+        self.launches += times * other.launches
+
+    def document(self) -> dict[str, Any]:
+        """Return the work as values that JSON can hold."""
+        return {
+            "product_flops": self.product_flops,
+            "attention_flops": self.attention_flops,
+            "attention_calls": self.attention_calls,
+            "memory_bytes": self.memory_bytes,
+            "launches": self.launches,
+            "products": [
+                {**product._asdict(), "times": times} for product, times in self.products.items()
+            ],
+        }
+
+
+@dataclass
+class Memory:
+    """Device memory of one rank in bytes, without the allocator's rounding and fragmentation."""
+
+    state: int = 0
+    """Before the step: weights, gradients, optimizer states and other buffers."""
+    peak: int = 0
+    """Largest sum of all tensors at any time in the step."""
+
+
+@dataclass
+class Tally:
+    """Work and traffic of a step, or of a part of its micro-batches."""
+
+    work: dict[str, Work]
+    """By part of the step."""
+    traffic: Counter[Collective]
+    """How often each collective occurs, in order of first use."""
+
+    def plus(self, other: Tally, times: int) -> Tally:
+        """Return the sum of this tally and ``times`` times another one."""
+        work = {}
+        for part in PARTS:
+            work[part] = Work()
+            work[part].add(self.work[part])
+            work[part].add(other.work[part], times)
+        traffic = Counter(self.traffic)
+        for each, count in other.traffic.items():
+            traffic[each] += times * count
+        return Tally(work, Counter({each: count for each, count in traffic.items() if count}))
+
+
 @dataclass
 class Ledger:
     """What one rank does in one training step."""
 
-    collectives: list[Collective] = field(default_factory=list)
-    """In the order in which the rank starts them."""
-    flops: Counter[str] = field(default_factory=Counter)
-    """FLOPs of matrix products and attention; a multiplication and an addition are two. Attention
-    counts the pairs of a query and a visible key only."""
+    micro_batches: int
+    """Micro-batches of the step on this rank."""
+    tally: Tally
+    order: list[Collective]
+    """The collectives one by one, in the order in which the rank starts them, in a step of
+    ``ordered_micro_batches``."""
+    ordered_micro_batches: int
+    memory: Memory
 
-    def by_axis(self) -> dict[tuple[str, str, str, int], tuple[int, int]]:
-        """Return count and total bytes by phase, kind, axis and group size, in order of use."""
-        found: dict[tuple[str, str, str, int], tuple[int, int]] = {}
-        for each in self.collectives:
-            key = (each.phase, each.kind, each.axis, each.group_size)
-            count, total = found.get(key, (0, 0))
-            found[key] = (count + 1, total + each.num_bytes)
-        return found
+    def flops(self) -> Counter[str]:
+        """Return the FLOPs of matrix products and of attention over the step."""
+        parts = self.tally.work.values()
+        return Counter(
+            {
+                MATRICES: sum(work.product_flops for work in parts),
+                ATTENTION: sum(work.attention_flops for work in parts),
+            }
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the ledger as values that JSON can hold."""
         return {
-            "flops": dict(self.flops),
-            "collectives": [asdict(each) for each in self.collectives],
+            "micro_batches": self.micro_batches,
+            "flops": dict(self.flops()),
+            "work": {part: work.document() for part, work in self.tally.work.items()},
+            "traffic": [
+                {**each._asdict(), "times": times} for each, times in self.tally.traffic.items()
+            ],
+            "order": [each._asdict() for each in self.order],
+            "ordered_micro_batches": self.ordered_micro_batches,
+            "memory": asdict(self.memory),
         }
 
 
-_COLLECTIVES: Mapping[str, tuple[str, int, int]] = {
-    "allreduce_": ("all-reduce", 1, 0),
-    "_allgather_base_": ("all-gather", 2, 0),
-    "allgather_": ("all-gather", 2, 0),
-    "_reduce_scatter_base_": ("reduce-scatter", 2, 1),
-    "reduce_scatter_": ("reduce-scatter", 2, 1),
-    "alltoall_base_": ("all-to-all", 2, 1),
-    "broadcast_": ("broadcast", 1, 0),
-    "reduce_": ("reduce", 1, 0),
-    "send": ("send", 1, 0),
-    "recv_": ("receive", 1, 0),
-}
-"""By name in torch.ops.c10d: kind, and positions of the group and of the counted tensors."""
-_SYNCHRONIZATIONS = ("barrier", "monitored_barrier_")
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-_BACKWARD_OF_ATTENTION = 2.5
-"""Matrix products of attention's backward over those of its forward: five instead of two, because
-the kernels recompute the scores (FlashAttention-2, arXiv 2307.08691, section 3.1)."""
+def extend(ledger: Ledger, tally: Tally, per: int, micro_batches: int) -> Ledger:
+    """Return the ledger of a longer step, whose additional micro-batches all do the same.
 
-
-class LedgerRecorder(TorchDispatchMode):
-    """Fills a ledger with what this process does while the recorder is active.
-
-    Raises:
-        NotImplementedError: A collective occurs that the ledger does not know.
+    Args:
+        ledger: A short step of the same rank.
+        tally: What ``per`` more micro-batches add.
+        per: Number of micro-batches.
+        micro_batches: Micro-batches of the longer step.
     """
-
-    def __init__(self, axes: Mapping[str, str], progress_report: ProgressReport) -> None:
-        """Record into a new ledger.
-
-        Args:
-            axes: Axis by name of the process group.
-            progress_report: Names the phase of the step.
-        """
-        super().__init__()
-        self.ledger = Ledger()
-        self._axes = axes
-        self._progress_report = progress_report
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and record it."""
-        del types
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return value_read_by_host(args[0].dtype)
-        result = func(*args, **kwargs)
-        name = func._overloadpacket.__name__
-        if func.namespace == "c10d":
-            self._record_collective(name, args)
-        elif name in _PRODUCTS:
-            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-            self.ledger.flops[MATRICES] += int(flops)
-        elif name.startswith("_scaled_dot_product"):
-            self._record_attention(name, args)
-        return result
-
-    def _record_collective(self, name: str, args: Any) -> None:
-        if name in _SYNCHRONIZATIONS:
-            return
-        if name not in _COLLECTIVES:
-            raise NotImplementedError(f"the ledger does not know the collective c10d.{name}")
-        kind, of_group, of_tensors = _COLLECTIVES[name]
-        group = ProcessGroup.unbox(args[of_group])
-        if group.size() == 1:
-            return
-        self.ledger.collectives.append(
-            Collective(
-                phase=self._progress_report.now.name,
-                kind=kind,
-                axis=self._axes.get(group.group_name, group.group_name),
-                group_size=group.size(),
-                num_bytes=_num_bytes(args[of_tensors]),
-            )
-        )
-
-    def _record_attention(self, name: str, args: Any) -> None:
-        backward = "backward" in name
-        # The gradient of the output comes first in backward; it has the shape of the queries.
-        batch, heads, tokens, head_dim = args[0].shape
-        pairs = batch * tokens * (tokens + 1) // 2
-        flops = 4 * pairs * heads * head_dim
-        self.ledger.flops[ATTENTION] += int(flops * (_BACKWARD_OF_ATTENTION if backward else 1))
+    times, rest = divmod(micro_batches - ledger.micro_batches, per)
+    assert not rest, (ledger.micro_batches, per, micro_batches)
+    return replace(ledger, micro_batches=micro_batches, tally=ledger.tally.plus(tally, times))
 
 
-def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]:
-    """Return the role of every process group of a rank, by the group's name.
-
-    A group that has several roles, such as a tower's holders if all data-parallel ranks hold it,
-    gets the first: tensor, pipeline, modality, data, tower NAME, model (tensor and pipeline),
-    embedding (first and last stage), world.
-    """
-    assert dist.group.WORLD is not None
-    # Empty without modality parallelism.
-    holders = zip(tower_names, groups.holders, strict=False)
-    named = [
-        ("tensor", groups.tensor),
-        ("pipeline", groups.pipeline),
-        ("modality", groups.modality),
-        ("data", groups.data),
-        *((f"tower {name}", group) for name, group in holders),
-        ("model", groups.model),
-        ("embedding", groups.embedding),
-        (WORLD, dist.group.WORLD),
-    ]
-    axes: dict[str, str] = {}
-    for axis, group in named:
-        if group is not None:
-            axes.setdefault(group.group_name, axis)
-    return axes
-
-
-def _num_bytes(tensors: Any) -> int:
-    leaves = (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-
-
-def value_read_by_host(dtype: torch.dtype) -> bool | int | float:
-    """Return the value that a fake tensor has where the host reads it.
-
-    Norms are finite, counts are positive, and nothing asks the run to stop.
-    """
-    if dtype == torch.bool:
-        return False
-    return 1.0 if dtype.is_floating_point else 1
+def traffic_by_axis(traffic: Mapping[Collective, int]) -> dict[tuple[str, str, str, int], tuple]:
+    """Return count and total bytes by part, kind, axis and group size, in order of use."""
+    found: dict[tuple[str, str, str, int], tuple[int, int]] = {}
+    for each, times in traffic.items():
+        key = each[:4]
+        count, total = found.get(key, (0, 0))
+        found[key] = (count + times, total + times * each.num_bytes)
+    return found

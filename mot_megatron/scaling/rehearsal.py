@@ -9,18 +9,24 @@ nothing may depend on it; experts, which send rows where the router says, cannot
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+import deepspeed.runtime.zero.partition_parameters as ds_parameters
+import deepspeed.runtime.zero.partitioned_param_coordinator as ds_coordinator
+import deepspeed.runtime.zero.stage3 as ds_stage3
 import deepspeed.runtime.zero.utils as ds_utils
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _foreach_utils
 
 from mot_megatron.config import Config
 from mot_megatron.model import model as model_module
@@ -28,13 +34,15 @@ from mot_megatron.model.attention_core import AttentionCore, build_attention_cor
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.placing import place_towers, tokens_of_towers
-from mot_megatron.scaling.ledger import Ledger, LedgerRecorder, axes_of, value_read_by_host
+from mot_megatron.scaling.ledger import Ledger, Tally, extend
+from mot_megatron.scaling.recorder import LedgerRecorder, axes_of, value_read_by_host
 from mot_megatron.scaling.roles import check_can_be_rehearsed
 from mot_megatron.scaling.synthetic import SyntheticBatches, tokens_of
 from mot_megatron.train.session import Trainer, build_placed_groups, build_trainer
 from mot_megatron.train.step import train_step
 
 CPU = torch.device("cpu")
+_GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
 def rehearse(config: Config, world_size: int, rank: int, shares: Sequence[float]) -> Ledger:
@@ -54,12 +62,46 @@ def rehearse(config: Config, world_size: int, rank: int, shares: Sequence[float]
     """
     check_can_be_rehearsed(config, world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return rehearse_in_fake_world(config, shares)
+    return rehearse_in_fake_world(config, build_groups(config, shares), shares)
 
 
-def rehearse_in_fake_world(config: Config, shares: Sequence[float]) -> Ledger:
-    """Return the ledger of this rank, in a world that is fake already."""
-    groups = build_groups(config, shares)
+def rehearse_in_fake_world(
+    config: Config, groups: ProcessGroups, shares: Sequence[float]
+) -> Ledger:
+    """Return the ledger of this rank, in a world that is fake already.
+
+    Only as many micro-batches run as are needed to know what each further one adds.
+    """
+    micro_batches = config.accumulation_steps(groups.data_size)
+    if groups.pipeline_size == 1:
+        # The first is special with ZeRO-3, which then learns in which order it needs the weights;
+        # the last is special with all stages.
+        if micro_batches <= 3:
+            return run_in_fake_world(config, groups, shares)[0]
+        ledger, further = run_in_fake_world(_shortened(config, 3, groups), groups, shares)
+        return extend(ledger, further, 1, micro_batches)
+    # The interleaved schedule needs a multiple of the number of stages.
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    few = groups.pipeline_size if interleaved else 1
+    if micro_batches <= 2 * few:
+        return run_in_fake_world(config, groups, shares)[0]
+    less, more = (
+        run_in_fake_world(_shortened(config, count, groups), groups, shares)[0]
+        for count in (few, 2 * few)
+    )
+    return extend(more, more.tally.plus(less.tally, -1), few, micro_batches)
+
+
+def _shortened(config: Config, micro_batches: int, groups: ProcessGroups) -> Config:
+    batch = micro_batches * config.sequences_per_pass(groups.data_size)
+    training = config.training.model_copy(update={"global_batch_size": batch})
+    return config.model_copy(update={"training": training})
+
+
+def run_in_fake_world(
+    config: Config, groups: ProcessGroups, shares: Sequence[float]
+) -> tuple[Ledger, Tally]:
+    """Run all micro-batches of one step; see ``record_step``."""
     # Batches have values, so that attention can read the lengths of documents.
     batches = SyntheticBatches(config, groups, shares)
     with fake_values():
@@ -74,12 +116,16 @@ def build_groups(config: Config, shares: Sequence[float]) -> ProcessGroups:
     return build_placed_groups(config, placement, CPU)
 
 
-def record_step(trainer: Trainer) -> Ledger:
-    """Run one training step and return its ledger. Collective over the world."""
+def record_step(trainer: Trainer) -> tuple[Ledger, Tally]:
+    """Run one training step; return its ledger and ``LedgerRecorder.of_one_micro_batch``.
+
+    Collective over the world.
+    """
     axes = axes_of(trainer.groups, trainer.config.model.tower_names)
     with LedgerRecorder(axes, trainer.progress_report) as recorder:
         train_step(trainer, step=1, learning_rate=0.0)
-    return recorder.ledger
+    micro_batches = trainer.config.accumulation_steps(trainer.groups.data_size)
+    return recorder.ledger(micro_batches), recorder.of_one_micro_batch()
 
 
 @contextlib.contextmanager
@@ -109,11 +155,20 @@ def fake_values() -> Iterator[None]:
     def broadcast_length(values: list[int]) -> None:
         dist.broadcast(torch.tensor(len(values)), src=0)
 
+    coordinator = ds_coordinator.PartitionedParameterCoordinator
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(nn.Module, "_apply", convert_in_place),
         mock.patch.object(model_module, "build_attention_core", attend_on_real_lengths),
         mock.patch.object(dist, "all_gather_object", gather_own),
         mock.patch.object(FakeTensor, "tolist", _values_of),
+        mock.patch.object(
+            _foreach_utils,
+            "_foreach_supported_types",
+            [*_foreach_utils._foreach_supported_types, FakeTensor],
+        ),
+        mock.patch.object(ds_parameters.AllGatherCoalescedHandle, "wait", _wait_in_one_piece),
+        mock.patch.object(coordinator, _GATHER, _with_one_slice(getattr(coordinator, _GATHER))),
+        mock.patch.object(ds_stage3, "reduce_scatter_coalesced", _reduce_scatter_in_one_piece),
         mock.patch.object(ds_utils, "get_lst_from_rank0", broadcast_own),
         mock.patch.object(ds_utils, "assert_lst_len_same_as_other_ranks", broadcast_length),
     ]
@@ -125,6 +180,71 @@ def fake_values() -> Iterator[None]:
         warnings.simplefilter("ignore")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+def _reduce_scatter_in_one_piece(
+    tensors: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """Do what DeepSpeed's ``reduce_scatter_coalesced`` does, without a slice per rank and tensor.
+
+    The slices take most of the time of a rehearsal with hundreds of ranks. The bytes moved and
+    sent are the same; only the order in the buffer differs.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    parts = [math.ceil(tensor.numel() / size) for tensor in tensors]
+    flat = [tensor.view(-1) for tensor in tensors]
+    padding = sum(parts) * size - sum(tensor.numel() for tensor in tensors)
+    if len(flat) > 1 or padding:
+        flat = [torch.cat([*flat, flat[0].new_empty(padding)])]
+    flat[0].div_(size)
+    own = flat[0].narrow(0, rank * sum(parts), sum(parts))
+    dist.reduce_scatter_tensor(own, flat[0], group=group)
+    held = [
+        max(0, min(part, tensor.numel() - rank * part))
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+    starts = itertools.accumulate(parts, initial=0)
+    return [own.narrow(0, start, count) for start, count in zip(starts, held, strict=False)]
+
+
+def _with_one_slice(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Make DeepSpeed's all-gathers take one slice of their buffer instead of one per rank.
+
+    The slices have equal sizes, and fake tensors have no values by which they could differ.
+    """
+    narrow = FakeTensor.narrow
+
+    def gather_with_one_slice(*args: Any, **kwargs: Any) -> Any:
+        previous: list[Any] = [None, None]
+
+        def narrow_once(tensor: Any, dim: int, start: int, length: int) -> Any:
+            if previous[0] != (id(tensor), dim, length):
+                previous[:] = (id(tensor), dim, length), narrow(tensor, dim, start, length)
+            return previous[1]
+
+        with mock.patch.object(FakeTensor, "narrow", narrow_once):
+            return gather(*args, **kwargs)
+
+    return gather_with_one_slice
+
+
+def _wait_in_one_piece(handle: Any, handle_dependency: bool = True) -> None:
+    """Do what DeepSpeed's ``AllGatherCoalescedHandle.wait`` does, without a slice per rank.
+
+    The bytes copied are the same.
+    """
+    del handle_dependency
+    if handle.complete:
+        return
+    assert not handle.use_secondary_tensor
+    assert not handle.quantization
+    handle.allgather_handle.wait()
+    gathered = handle.partitions[0]._base
+    for parameter in handle.params:
+        whole = torch.cat([gathered.narrow(0, 0, parameter.ds_numel)])
+        parameter.data = whole.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
+        parameter.ds_status = ds_parameters.ZeroParamStatus.AVAILABLE
+    handle.complete = True
 
 
 def _values_of(tensor: torch.Tensor) -> Any:

@@ -1,0 +1,325 @@
+"""Recording of a ledger: a mode that sees each operation as PyTorch dispatches it.
+
+It works on real tensors and on fake ones alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import ProcessGroup
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+
+from mot_megatron.job.progress_report import ProgressReport
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.scaling.ledger import (
+    BACKWARD,
+    DATA,
+    FORWARD,
+    OPTIMIZER,
+    PARTS,
+    REDUCTION,
+    WORLD,
+    Collective,
+    Ledger,
+    Memory,
+    Product,
+    Tally,
+    Work,
+)
+
+_COLLECTIVES: Mapping[str, tuple[str, int, int]] = {
+    "allreduce_": ("all-reduce", 1, 0),
+    "_allgather_base_": ("all-gather", 2, 0),
+    "allgather_": ("all-gather", 2, 0),
+    "_reduce_scatter_base_": ("reduce-scatter", 2, 1),
+    "reduce_scatter_": ("reduce-scatter", 2, 1),
+    "alltoall_base_": ("all-to-all", 2, 1),
+    "broadcast_": ("broadcast", 1, 0),
+    "reduce_": ("reduce", 1, 0),
+    "send": ("send", 1, 0),
+    "recv_": ("receive", 1, 0),
+}
+"""By name in torch.ops.c10d: kind, and positions of the group and of the counted tensors."""
+_SYNCHRONIZATIONS = ("barrier", "monitored_barrier_")
+_FACTORS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
+"""Operators of matrix products, and the position of their first factor."""
+_BACKWARD_OF_ATTENTION = 2.5
+"""Matrix products of attention's backward over those of its forward: five instead of two, because
+the kernels recompute the scores (FlashAttention-2, arXiv 2307.08691, section 3.1)."""
+_WITHOUT_KERNEL = (
+    *("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"),
+    "_local_scalar_dense",
+)
+_OVERWRITING = ("copy_", "fill_", "zero_", "random_", "normal_", "uniform_")
+"""Operators in place that do not read what they overwrite."""
+_OF_ROWS = ("index", "index_select", "embedding", "gather")
+"""Operators that read only as many elements of their first argument as they return."""
+_INTO_ROWS = ("index_put_", "index_add_", "scatter_add_", "index_copy_")
+"""Operators in place that touch only as many elements as they are given."""
+_PHASES = {"data": DATA, "optimizer": OPTIMIZER}
+
+
+class LedgerRecorder(TorchDispatchMode):
+    """Records what this process does while the recorder is active; then call ``ledger``.
+
+    Raises:
+        NotImplementedError: A collective occurs that the ledger does not know.
+    """
+
+    def __init__(self, axes: Mapping[str, str], progress_report: ProgressReport) -> None:
+        """Record into a new ledger.
+
+        Args:
+            axes: Axis by name of the process group.
+            progress_report: Names the phase of the step.
+        """
+        super().__init__()
+        self._axes = axes
+        self._progress_report = progress_report
+        self._work = {part: Work() for part in PARTS}
+        self._collectives: list[Collective] = []
+        # Since the last backward: forward if another backward follows, otherwise reduction.
+        self._pending = Work()
+        self._first_pending = 0
+        self._seen_backward = False
+        self._depth = 0
+        self._memory = _LiveMemory()
+        self._at_last_backward = self._before_last_backward = self._tally()
+
+    def ledger(self, micro_batches: int) -> Ledger:
+        """Return the ledger of the step that was recorded, of ``micro_batches``."""
+        self._settle(REDUCTION)
+        order = list(self._collectives)
+        return Ledger(micro_batches, self._tally(), order, micro_batches, self._memory.result)
+
+    def of_one_micro_batch(self) -> Tally:
+        """Return what happened between the starts of the last two backward passes.
+
+        Without a pipeline, this is what each further micro-batch adds to a step of three.
+        """
+        return self._at_last_backward.plus(self._before_last_backward, -1)
+
+    def _tally(self) -> Tally:
+        empty = Tally({part: Work() for part in PARTS}, Counter())
+        return empty.plus(Tally(self._work, Counter(self._collectives)), 1)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and record it."""
+        del types
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return value_read_by_host(args[0].dtype)
+        result = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return result
+        name = func._overloadpacket.__name__
+        part, work = self._current()
+        if func.namespace == "c10d":
+            self._record_collective(name, args, part)
+        elif not func.is_view and name not in _WITHOUT_KERNEL:
+            work.launches += 1
+            if name in _FACTORS:
+                work.products[_product(args[_FACTORS[name]], result)] += 1
+            elif name.startswith("_scaled_dot_product"):
+                work.attention_flops += _attention_flops(args, "backward" in name)
+                work.attention_calls += 1
+            else:
+                work.memory_bytes += _bytes_moved(func, name, args, kwargs, result)
+        self._memory.see(result)
+        return result
+
+    def __enter__(self) -> Self:
+        """Start recording."""
+        run_backward = torch.autograd._engine_run_backward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._start_backward()
+            try:
+                return run_backward(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                self._first_pending = len(self._collectives)
+
+        wait = dist.Work.wait
+
+        def wait_unrecorded(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return wait(*args, **kwargs)
+
+        self._patches = contextlib.ExitStack()
+        self._patches.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", watched)
+        )
+        # gloo copies results while a rank waits for them.
+        self._patches.enter_context(mock.patch.object(dist.Work, "wait", wait_unrecorded))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop recording."""
+        super().__exit__(*exception)
+        self._patches.close()
+
+    def _start_backward(self) -> None:
+        self._depth += 1
+        if self._depth == 1:  # recomputation calls backward inside of backward
+            self._settle(FORWARD)
+            self._before_last_backward = self._at_last_backward
+            self._at_last_backward = self._tally()
+            self._seen_backward = True
+
+    def _current(self) -> tuple[str, Work]:
+        """Return the part of the step that runs now, and where its work is added."""
+        part = _PHASES.get(self._progress_report.now.name, FORWARD)
+        if self._depth:
+            return BACKWARD, self._work[BACKWARD]
+        if part == FORWARD:
+            return part, self._pending
+        if self._seen_backward:
+            self._settle(REDUCTION)
+        return part, self._work[part]
+
+    def _settle(self, part: str) -> None:
+        """Decide which part the work since the last backward belongs to."""
+        self._work[part].add(self._pending)
+        self._pending = Work()
+        pending = self._collectives[self._first_pending :]
+        self._collectives[self._first_pending :] = [
+            each._replace(part=part) if each.part == FORWARD else each for each in pending
+        ]
+        self._first_pending = len(self._collectives)
+
+    def _record_collective(self, name: str, args: Any, part: str) -> None:
+        if name in _SYNCHRONIZATIONS:
+            return
+        if name not in _COLLECTIVES:
+            raise NotImplementedError(f"the ledger does not know the collective c10d.{name}")
+        kind, of_group, of_tensors = _COLLECTIVES[name]
+        group = ProcessGroup.unbox(args[of_group])
+        if group.size() == 1:
+            return
+        axis = self._axes.get(group.group_name, group.group_name)
+        sizes = sum(_size(tensor) for tensor in _tensors(args[of_tensors]))
+        self._collectives.append(Collective(part, kind, axis, group.size(), sizes))
+
+
+class _LiveMemory:
+    """The bytes of all tensors that are alive, by their storages."""
+
+    def __init__(self) -> None:
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._now = 0
+        self.result = Memory()
+        for tensor in gc.get_objects():
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor)
+        self.result.state = self._now
+
+    def see(self, result: Any) -> None:
+        """Take note of the tensors that an operator has returned."""
+        for tensor in _tensors(result):
+            self._add(tensor)
+        self.result.peak = max(self.result.peak, self._now)
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def forget(_: object) -> None:
+            self._now -= size
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self._now += size
+
+
+def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]:
+    """Return the role of every process group of a rank, by the group's name.
+
+    A group that has several roles, such as a tower's holders if all data-parallel ranks hold it,
+    gets the first: tensor, pipeline, modality, data, tower NAME, model (tensor and pipeline),
+    embedding (first and last stage), world.
+    """
+    assert dist.group.WORLD is not None
+    # Empty without modality parallelism.
+    holders = zip(tower_names, groups.holders, strict=False)
+    named = [
+        ("tensor", groups.tensor),
+        ("pipeline", groups.pipeline),
+        ("modality", groups.modality),
+        ("data", groups.data),
+        *((f"tower {name}", group) for name, group in holders),
+        ("model", groups.model),
+        ("embedding", groups.embedding),
+        (WORLD, dist.group.WORLD),
+    ]
+    axes: dict[str, str] = {}
+    for axis, group in named:
+        if group is not None:
+            axes.setdefault(group.group_name, axis)
+    return axes
+
+
+def value_read_by_host(dtype: torch.dtype) -> bool | int | float:
+    """Return the value that a fake tensor has where the host reads it.
+
+    Norms are finite, counts are positive, and nothing asks the run to stop.
+    """
+    if dtype == torch.bool:
+        return False
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_iter(values) if isinstance(leaf, torch.Tensor))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _product(first: torch.Tensor, result: torch.Tensor) -> Product:
+    *batch, m, k = first.shape
+    return Product(batch[0] if batch else 1, m, k, result.shape[-1], result.element_size())
+
+
+def _attention_flops(args: Any, backward: bool) -> int:
+    # The gradient of the output comes first in backward; it has the shape of the queries.
+    batch, heads, tokens, head_dim = args[0].shape
+    pairs = batch * tokens * (tokens + 1) // 2
+    return int(4 * pairs * heads * head_dim * (_BACKWARD_OF_ATTENTION if backward else 1))
+
+
+def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the bytes that an operator reads and writes."""
+    if name in _OF_ROWS:
+        return 2 * _size(result) + sum(map(_size, _tensors((args[1:], kwargs))))
+    if name in _INTO_ROWS:
+        return 3 * _size(args[-1] if isinstance(args[-1], torch.Tensor) else args[2])
+    written = read = 0
+    for position, argument in enumerate(func._schema.arguments):
+        value = kwargs.get(argument.name)
+        if value is None and position < len(args):
+            value = args[position]
+        size = sum(map(_size, _tensors(value)))
+        if argument.is_write:
+            written += size
+        if not (argument.is_write and name in _OVERWRITING):
+            read += size
+    in_place = any(argument.is_write for argument in func._schema.arguments)
+    if not in_place:
+        written = sum(map(_size, _tensors(result)))
+    return read + written
