@@ -8,7 +8,7 @@ setup(
     packages=[*find_packages(include=["mot_megatron*"]), "mot_megatron.configs"],
     package_dir={"mot_megatron.configs": "configs"},
     package_data={
-        "mot_megatron.configs": ["**/*.toml", "**/*.md"],
+        "mot_megatron.configs": ["**/*.toml", "**/*.md", "**/*.csv"],
         "mot_megatron.data": ["*.pyi"],
     },
     include_package_data=False,

@@ -1,4 +1,4 @@
-"""Count the work and traffic of a step on many GPUs; the same as ``mot benchmark scaling``."""
+"""Count and forecast a step on many GPUs; the same as ``mot benchmark scaling``."""
 
 import sys
 

@@ -1,174 +1,20 @@
-"""Count the work and the traffic of a training step on any number of GPUs, on one CPU.
-
-Example: mot benchmark scaling rehearse --config configs/paper/7b-mot-3.toml --world-size 16,256
-
-"rehearse" runs the project's own training step as single ranks of a large world, on PyTorch's fake
-process group and fake tensors: one rank per pipeline stage and place in a modality group. All
-figures are COUNTED: bytes of every collective by axis, and FLOPs of matrix products and attention,
-per rank and step. They say nothing about time. Every sequence is one document; its tokens are
-divided among the modalities by --share. Models with experts cannot be rehearsed, and data.packing
-has no effect.
-"""
+"""``mot benchmark scaling``: dispatch to its commands."""
 
 from __future__ import annotations
 
-import argparse
-import os
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from mot_megatron.cli.arguments import add_config, add_json
-from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
-from mot_megatron.errors import ConfigError, UserError
+from mot_megatron.cli.main import Command, dispatch
 
-if TYPE_CHECKING:
-    from mot_megatron.config import Config
-    from mot_megatron.scaling.roles import Rehearsed, Role
-
-NAME = "benchmark scaling"
-PRELOAD = ["mot_megatron.scaling.rehearsal"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the command line."""
-    parser.add_argument("action", choices=["rehearse"], help="what to do")
-    add_config(parser)
-    parser.add_argument(
-        "--world-size", required=True, metavar="N[,N...]", help="numbers of ranks (GPUs)"
-    )
-    parser.add_argument(
-        "--share",
-        action="append",
-        default=[],
-        metavar="NAME=SHARE",
-        help="share of a modality's tokens; may be repeated (default: equal shares)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes (default: one per core)"
-    )
-    add_json(parser)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Rehearse every role of every size and print the ledgers."""
-    sizes = world_sizes(options.world_size)
-    say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
-    os.environ.update(QUIETLY_ON_CPU)
-
-    from mot_megatron.config_files import load_config
-    from mot_megatron.scaling.roles import check_can_be_rehearsed
-    from mot_megatron.scaling.synthetic import parse_shares
-
-    config = load_config(options.config, options.overrides)
-    shares = parse_shares(list(config.model.modalities), options.share)
-    config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
-    for size in sizes:
-        check_can_be_rehearsed(config, size)
-    found = rehearse_sizes(config, sizes, shares, options.workers or os.cpu_count() or 1)
-    if options.json:
-        print_json(
-            {str(size): [each.document() for each in roles] for size, roles in found.items()}
-        )
-    else:
-        for size, roles in found.items():
-            print("\n".join(text(size, roles)))
-    return 0
-
-
-def world_sizes(given: str) -> list[int]:
-    """Read numbers of ranks separated by commas.
-
-    Raises:
-        ConfigError: One is not a positive number.
-    """
-    sizes = []
-    for word in given.split(","):
-        if not (word.isascii() and word.isdigit() and 0 < len(word) < 8 and int(word)):
-            raise ConfigError(f"--world-size {given}: expected numbers of ranks, as in 16,64,256")
-        sizes.append(int(word))
-    return sizes
-
-
-def rehearse_sizes(
-    config: Config, sizes: Sequence[int], shares: Sequence[float], workers: int
-) -> dict[int, list[Rehearsed]]:
-    """Rehearse all roles of all sizes, several at once, each in a new process."""
-    from concurrent.futures import ProcessPoolExecutor
-
-    from torch.multiprocessing import get_context
-    from tqdm import tqdm
-
-    from mot_megatron.scaling.roles import roles_of
-
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {
-            (size, role): pool.submit(_rehearse, config, size, role, shares)
-            for size in sizes
-            for role in roles_of(config, size)
-        }
-        bar = tqdm(running.items(), "roles", ncols=100, leave=False, disable=None)
-        found: dict[int, list[Rehearsed]] = {size: [] for size in sizes}
-        try:
-            for (size, _), future in bar:
-                found[size].append(future.result())
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return found
-
-
-def _rehearse(config: Config, size: int, role: Role, shares: Sequence[float]) -> Rehearsed:
-    """Rehearse a role; runs in a process of its own."""
-    from mot_megatron.scaling.roles import rehearse_role
-
-    os.environ.update(
-        RANK=str(role.rank),
-        WORLD_SIZE=str(size),
-        LOCAL_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="1",
-    )
-    return rehearse_role(config, size, role, shares)
-
-
-def text(size: int, roles: Sequence[Rehearsed]) -> list[str]:
-    """Return the ledgers of one size, one block per role."""
-    from mot_megatron.scaling.ledger import traffic_by_axis
-
-    lines = []
-    for each in roles:
-        role, ledger = each.role, each.ledger
-        memory = ledger.memory
-        lines += [
-            "",
-            f"{size} ranks: stage {role.stage}, place {role.modality_rank} in the modality group"
-            f" (rank {role.rank}), per step of {ledger.micro_batches} micro-batches, all COUNTED",
-            f"  memory: {memory.state / 1e9:.2f} GB before the step, at most"
-            f" {memory.peak / 1e9:.2f} GB in it",
-            f"  {'part':12}{'matrix TFLOP':>14}{'attention TFLOP':>17}{'other GB':>12}"
-            f"{'kernels':>10}",
-        ]
-        lines += [
-            f"  {part:12}{work.product_flops / 1e12:14.4f}{work.attention_flops / 1e12:17.4f}"
-            f"{work.memory_bytes / 1e9:12.3f}{work.launches:10}"
-            for part, work in ledger.tally.work.items()
-        ]
-        lines.append(
-            f"  {'part':12}{'collective':16}{'axis':16}{'ranks':>6}{'times':>8}{'MB':>14}"
-        )
-        lines += [
-            f"  {part:12}{kind:16}{axis:16}{ranks:6}{count:8}{total / 1e6:14.3f}"
-            for (part, kind, axis, ranks), (count, total) in traffic_by_axis(
-                ledger.tally.traffic
-            ).items()
-        ]
-    seconds = sum(each.seconds for each in roles)
-    peak = max(each.host_bytes for each in roles)
-    return [*lines, f"  counted in {seconds:.1f} s of one core with {peak / 1e9:.2f} GB of memory"]
+COMMANDS = {
+    "rehearse": Command("scaling_rehearse", "count the work and traffic of a step"),
+    "forecast": Command("scaling_forecast", "forecast the time of a step on a machine"),
+    "accuracy": Command("scaling_accuracy", "test the forecasts on published runs"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``mot benchmark scaling``; return the exit status."""
-    return run_command(NAME, __doc__, add_arguments, run, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    return dispatch("mot benchmark scaling", COMMANDS, given)

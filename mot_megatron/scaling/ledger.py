@@ -141,6 +141,8 @@ class Ledger:
     ``ordered_micro_batches``."""
     ordered_micro_batches: int
     memory: Memory
+    members: dict[str, tuple[int, ...]]
+    """Global ranks of the group of each axis."""
 
     def flops(self) -> Counter[str]:
         """Return the FLOPs of matrix products and of attention over the step."""

@@ -67,6 +67,8 @@ _OF_ROWS = ("index", "index_select", "embedding", "gather")
 """Operators that read only as many elements of their first argument as they return."""
 _INTO_ROWS = ("index_put_", "index_add_", "scatter_add_", "index_copy_")
 """Operators in place that touch only as many elements as they are given."""
+_RUN_BACKWARD = "_engine_run_backward"
+"""Function of torch.autograd through which all backward passes start."""
 _PHASES = {"data": DATA, "optimizer": OPTIMIZER}
 
 
@@ -94,6 +96,7 @@ class LedgerRecorder(TorchDispatchMode):
         self._first_pending = 0
         self._seen_backward = False
         self._depth = 0
+        self._members: dict[str, tuple[int, ...]] = {}
         self._memory = _LiveMemory()
         self._at_last_backward = self._before_last_backward = self._tally()
 
@@ -101,7 +104,14 @@ class LedgerRecorder(TorchDispatchMode):
         """Return the ledger of the step that was recorded, of ``micro_batches``."""
         self._settle(REDUCTION)
         order = list(self._collectives)
-        return Ledger(micro_batches, self._tally(), order, micro_batches, self._memory.result)
+        return Ledger(
+            micro_batches,
+            self._tally(),
+            order,
+            micro_batches,
+            self._memory.result,
+            self._members,
+        )
 
     def of_one_micro_batch(self) -> Tally:
         """Return what happened between the starts of the last two backward passes.
@@ -141,7 +151,7 @@ class LedgerRecorder(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         """Start recording."""
-        run_backward = torch.autograd._engine_run_backward
+        run_backward = getattr(torch.autograd, _RUN_BACKWARD)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._start_backward()
@@ -158,9 +168,7 @@ class LedgerRecorder(TorchDispatchMode):
                 return wait(*args, **kwargs)
 
         self._patches = contextlib.ExitStack()
-        self._patches.enter_context(
-            mock.patch.object(torch.autograd, "_engine_run_backward", watched)
-        )
+        self._patches.enter_context(mock.patch.object(torch.autograd, _RUN_BACKWARD, watched))
         # gloo copies results while a rank waits for them.
         self._patches.enter_context(mock.patch.object(dist.Work, "wait", wait_unrecorded))
         return super().__enter__()
@@ -209,6 +217,8 @@ class LedgerRecorder(TorchDispatchMode):
         if group.size() == 1:
             return
         axis = self._axes.get(group.group_name, group.group_name)
+        if axis not in self._members:
+            self._members[axis] = tuple(dist.get_process_group_ranks(group))
         sizes = sum(_size(tensor) for tensor in _tensors(args[of_tensors]))
         self._collectives.append(Collective(part, kind, axis, group.size(), sizes))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.cli.benchmark_scaling import main, world_sizes
+from mot_megatron.cli.benchmark_scaling import main
+from mot_megatron.cli.scaling_rehearse import world_sizes
 from mot_megatron.config_files import parse_config
 from mot_megatron.errors import ConfigError
 from mot_megatron.scaling.roles import Role, roles_of
@@ -87,3 +88,30 @@ def test_numbers_of_ranks_are_checked(given: str) -> None:
     with pytest.raises(ConfigError, match="expected numbers of ranks"):
         world_sizes(given)
     assert world_sizes("16,64") == [16, 64]
+
+
+@pytest.mark.slow
+def test_a_forecast_and_its_dense_twin(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["forecast", *arguments(config_file, "2,4")[1:], "--machine=h100-sxm", "--twin"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "all times FORECAST" in lines[0]
+    assert any(line.startswith("step over the dense twin's") for line in lines)
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["machine_stamps"] == ["DATA SHEET"]
+    for one in document["forecasts"] + document["dense_twin"]:
+        assert sum(one["split_seconds"].values()) == pytest.approx(one["step_seconds"])
+    assert [one["world_size"] for one in document["forecasts"]] == [2, 4]
+
+
+def test_an_unknown_machine_is_one_line(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["forecast", *arguments(config_file, "2")[1:], "--machine=abacus"]) == 2
+    message = only_error(capsys.readouterr().err)
+    assert "machines/abacus.toml: No such file or directory; profiles in" in message
+    assert "h100-sxm" in message

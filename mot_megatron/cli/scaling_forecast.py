@@ -1,0 +1,202 @@
+"""Forecast the time of a training step on a machine that is not at hand.
+
+Example: mot benchmark scaling forecast --config configs/paper/443m-mot-3.toml
+             --world-size 16,64,256 --machine a100-80gb-efa --twin
+
+The step is rehearsed on one CPU (see mot benchmark scaling rehearse), which gives COUNTED work and
+traffic. A profile of the machine (DATA SHEET or MEASURED) and constants that were fitted to
+published runs turn the counts into a FORECAST. The error printed with it is that of published runs
+of software that the constants had not seen, as they have not seen this project's. Nothing overlaps,
+as in this project's engine, and reading data takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mot_megatron.cli.arguments import add_json
+from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.configs import config_directory
+from mot_megatron.cli.scaling_rehearse import (
+    add_work,
+    rehearse_sizes,
+    resolve,
+    world_sizes,
+)
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+    from mot_megatron.scaling.accuracy import Fitted
+    from mot_megatron.scaling.forecast import Forecast
+    from mot_megatron.scaling.machine import Machine
+
+NAME = "benchmark scaling forecast"
+COLUMNS = 6
+"""Numbers of ranks side by side."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add_work(parser)
+    parser.add_argument(
+        "--machine",
+        required=True,
+        metavar="FILE|NAME",
+        help="profile of the machine, or the name of one in configs/machines",
+    )
+    parser.add_argument(
+        "--twin",
+        action="store_true",
+        help="forecast the dense twin too: one tower with the same FLOPs per token, in the same"
+        " layout without modality parallelism",
+    )
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Rehearse, forecast and print."""
+    sizes = world_sizes(options.world_size)
+    say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
+
+    from mot_megatron.scaling.accuracy import load_fitted
+    from mot_megatron.scaling.machine import load_machine
+
+    machine = load_machine(machine_path(options.machine))
+    fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
+    config, shares = resolve(options, sizes)
+    forecasts = forecast_sizes(config, sizes, shares, machine, fitted, options.workers)
+    twins = None
+    if options.twin:
+        from mot_megatron.cli.memory import dense_twin
+
+        twins = forecast_sizes(dense_twin(config), sizes, shares, machine, fitted, options.workers)
+    if options.json:
+        print_json(document(config, forecasts, twins, machine, fitted))
+    else:
+        print(text(config, forecasts, twins, machine, fitted))
+    return 0
+
+
+def machine_path(given: str) -> Path:
+    """Return the file of a profile that was given by its path or name."""
+    path = Path(given).expanduser()
+    if path.suffix == ".toml" or path.exists():
+        return path
+    return config_directory() / "machines" / f"{given}.toml"
+
+
+def forecast_sizes(
+    config: Config,
+    sizes: Sequence[int],
+    shares: Sequence[float],
+    machine: Machine,
+    fitted: Fitted,
+    workers: int | None,
+) -> list[Forecast]:
+    """Return the forecast of every number of ranks."""
+    from mot_megatron.scaling.forecast import forecast
+
+    pieces = config.parallel.virtual_pipeline_model_parallel_size or 1
+    found = rehearse_sizes(config, sizes, shares, workers)
+    return [
+        forecast(size, roles, pieces, machine, fitted.constants) for size, roles in found.items()
+    ]
+
+
+def tokens_of(config: Config) -> int:
+    """Return the tokens of a step."""
+    return config.training.global_batch_size * config.data.seq_length
+
+
+def document(
+    config: Config,
+    forecasts: Sequence[Forecast],
+    twins: Sequence[Forecast] | None,
+    machine: Machine,
+    fitted: Fitted,
+) -> dict[str, Any]:
+    """Return everything for JSON."""
+
+    def entry(one: Forecast) -> dict[str, Any]:
+        return {
+            "world_size": one.world_size,
+            "step_seconds": one.seconds,
+            "split_seconds": dict(one.split),
+            "tokens_per_second_and_gpu": tokens_of(config) / one.seconds / one.world_size,
+            "utilization": one.utilization(machine),
+            "peak_bytes": one.peak_bytes,
+        }
+
+    found: dict[str, Any] = {
+        "stamp": "FORECAST",
+        "machine": machine.name,
+        "machine_stamps": machine.stamps,
+        "error_median": fitted.new_stack.median,
+        "error_p90": fitted.new_stack.p90,
+        "forecasts": [entry(one) for one in forecasts],
+    }
+    if twins:
+        found["dense_twin"] = [entry(one) for one in twins]
+    return found
+
+
+def text(
+    config: Config,
+    forecasts: Sequence[Forecast],
+    twins: Sequence[Forecast] | None,
+    machine: Machine,
+    fitted: Fitted,
+) -> str:
+    """Return the tables, each of at most COLUMNS numbers of ranks."""
+    lines = [
+        f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
+        "error of forecasts of published runs with software that the constants had not seen:"
+        f" {fitted.new_stack.median:.0%} (p90 {fitted.new_stack.p90:.0%})",
+    ]
+    for start in range(0, len(forecasts), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        lines += ["", *_table(config, forecasts[part], twins and twins[part], machine)]
+    lines.append("(MFU counts recomputation as work; memory is COUNTED and without fragmentation)")
+    return "\n".join(lines)
+
+
+def _table(
+    config: Config,
+    forecasts: Sequence[Forecast],
+    twins: Sequence[Forecast] | None,
+    machine: Machine,
+) -> list[str]:
+    def row(title: str, values: Sequence[str]) -> str:
+        return f"{title:32}" + "".join(f"{value:>13}" for value in values)
+
+    per_gpu = [tokens_of(config) / one.seconds / one.world_size for one in forecasts]
+    lines = [
+        row("ranks", [f"{one.world_size:,}" for one in forecasts]),
+        row("seconds per step", [f"{one.seconds:.3f}" for one in forecasts]),
+        row("tokens/s per GPU", [f"{value:,.0f}" for value in per_gpu]),
+        row("MFU", [f"{one.utilization(machine):.1%}" for one in forecasts]),
+        row("GB on the fullest rank", [f"{one.peak_bytes / 1e9:.1f}" for one in forecasts]),
+    ]
+    if any(one.peak_bytes > machine.memory_gb * 1e9 for one in forecasts):
+        lines.append(f"  more than the {machine.memory_gb:g} GB of a device: this does not fit")
+    if twins:
+        ratios = [one.seconds / twin.seconds for one, twin in zip(forecasts, twins, strict=True)]
+        lines += [
+            row("dense twin, seconds per step", [f"{twin.seconds:.3f}" for twin in twins]),
+            row("step over the dense twin's", [f"{ratio:.3f}" for ratio in ratios]),
+        ]
+    lines.append("share of the step")
+    causes = dict.fromkeys(cause for one in forecasts for cause in one.split)
+    lines += [
+        row(f"  {cause}", [f"{one.split.get(cause, 0) / one.seconds:.1%}" for one in forecasts])
+        for cause in causes
+    ]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot benchmark scaling forecast``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

@@ -1,0 +1,207 @@
+"""Count the work and the traffic of a training step on any number of GPUs, on one CPU.
+
+Example: mot benchmark scaling rehearse --config configs/paper/7b-mot-3.toml --world-size 16,256
+
+This runs the project's own training step as single ranks of a large world, on PyTorch's fake
+process group and fake tensors: one rank per pipeline stage and place in a modality group. All
+figures are COUNTED, per rank and step: FLOPs of matrix products and attention, bytes that other
+operators move, kernels, bytes of every collective by axis, and memory. They say nothing about time.
+
+Every sequence is one document. Its tokens are divided among the modalities by --share, or as in the
+corpus, or equally if there is none. Models with experts cannot be rehearsed, and data.packing has
+no effect. Operators are those of a CPU: on a GPU, attention is a single kernel as well, but other
+operators may be fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mot_megatron.cli.arguments import add_config, add_json, positive_int
+from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
+from mot_megatron.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+    from mot_megatron.scaling.roles import Rehearsed, Role
+
+NAME = "benchmark scaling rehearse"
+PRELOAD = ["mot_megatron.scaling.rehearsal"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add_work(parser)
+    add_json(parser)
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is rehearsed."""
+    add_config(parser)
+    parser.add_argument(
+        "--world-size", required=True, metavar="N[,N...]", help="numbers of ranks (GPUs)"
+    )
+    parser.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="share of a modality's tokens; may be repeated (default: as in the corpus)",
+    )
+    parser.add_argument(
+        "--workers", type=positive_int, metavar="N", help="processes (default: one per core)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Rehearse every role of every size and print the ledgers."""
+    sizes = world_sizes(options.world_size)
+    say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
+    config, shares = resolve(options, sizes)
+    found = rehearse_sizes(config, sizes, shares, options.workers)
+    if options.json:
+        print_json(
+            {str(size): [each.document() for each in roles] for size, roles in found.items()}
+        )
+    else:
+        for size, roles in found.items():
+            print("\n".join(text(size, roles)))
+    return 0
+
+
+def resolve(options: argparse.Namespace, sizes: Sequence[int]) -> tuple[Config, list[float]]:
+    """Return the configuration and the share of the tokens of each modality.
+
+    Raises:
+        ConfigError: The configuration is illegal for one of the sizes or cannot be rehearsed.
+    """
+    os.environ.update(QUIETLY_ON_CPU)
+
+    from mot_megatron.config_files import load_config
+    from mot_megatron.scaling.roles import check_can_be_rehearsed
+    from mot_megatron.scaling.synthetic import parse_shares
+
+    config = load_config(options.config, options.overrides)
+    given = options.share
+    if (config.data.corpus / "corpus.toml").exists():
+        # Imported here because it imports megatron, which takes seconds.
+        from mot_megatron.data.corpus import Corpus
+
+        description = Corpus.open(config.data.corpus).description
+        names = [modality.name for modality in description.modalities]
+        config = config.resolved_for(names, description.vocab_size)
+        tokens = description.splits["train"].tokens_per_modality
+        given = given or [f"{name}={tokens[name] / sum(tokens.values())}" for name in names]
+    shares = parse_shares(list(config.model.modalities), given)
+    config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
+    for size in sizes:
+        check_can_be_rehearsed(config, size)
+    return config, shares
+
+
+def world_sizes(given: str) -> list[int]:
+    """Read numbers of ranks separated by commas.
+
+    Raises:
+        ConfigError: One is not a positive number.
+    """
+    sizes = []
+    for word in given.split(","):
+        if not (word.isascii() and word.isdigit() and 0 < len(word) < 8 and int(word)):
+            raise ConfigError(f"--world-size {given}: expected numbers of ranks, as in 16,64,256")
+        sizes.append(int(word))
+    return sizes
+
+
+def rehearse_sizes(
+    config: Config, sizes: Sequence[int], shares: Sequence[float], workers: int | None = None
+) -> dict[int, list[Rehearsed]]:
+    """Rehearse all roles of all sizes, several at once, each in a new process.
+
+    Args:
+        config: Resolved configuration.
+        sizes: Numbers of ranks.
+        shares: Share of the tokens of each modality.
+        workers: Processes; None for one per core.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+
+    from torch.multiprocessing import get_context
+    from tqdm import tqdm
+
+    from mot_megatron.scaling.roles import roles_of
+
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    count = workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(count, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {
+            (size, role): pool.submit(_rehearse, config, size, role, shares)
+            for size in sizes
+            for role in roles_of(config, size)
+        }
+        bar = tqdm(running.items(), "roles", ncols=100, leave=False, disable=None)
+        found: dict[int, list[Rehearsed]] = {size: [] for size in sizes}
+        try:
+            for (size, _), future in bar:
+                found[size].append(future.result())
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+def _rehearse(config: Config, size: int, role: Role, shares: Sequence[float]) -> Rehearsed:
+    """Rehearse a role; runs in a process of its own."""
+    from mot_megatron.scaling.roles import rehearse_role
+
+    os.environ.update(
+        RANK=str(role.rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+    )
+    return rehearse_role(config, size, role, shares)
+
+
+def text(size: int, roles: Sequence[Rehearsed]) -> list[str]:
+    """Return the ledgers of one size, one block per role."""
+    from mot_megatron.scaling.ledger import traffic_by_axis
+
+    lines = []
+    for each in roles:
+        role, ledger = each.role, each.ledger
+        memory = ledger.memory
+        lines += [
+            "",
+            f"{size} ranks: stage {role.stage}, place {role.modality_rank} in the modality group"
+            f" (rank {role.rank}), per step of {ledger.micro_batches} micro-batches, all COUNTED",
+            f"  memory: {memory.state / 1e9:.2f} GB before the step, at most"
+            f" {memory.peak / 1e9:.2f} GB in it",
+            f"  {'part':12}{'matrix TFLOP':>14}{'attention TFLOP':>17}{'other GB':>12}"
+            f"{'kernels':>10}",
+        ]
+        lines += [
+            f"  {part:12}{work.product_flops / 1e12:14.4f}{work.attention_flops / 1e12:17.4f}"
+            f"{work.memory_bytes / 1e9:12.3f}{work.launches:10}"
+            for part, work in ledger.tally.work.items()
+        ]
+        lines.append(f"  {'part':12}{'collective':16}{'axis':16}{'ranks':>6}{'times':>8}{'MB':>14}")
+        lines += [
+            f"  {part:12}{kind:16}{axis:16}{ranks:6}{count:8}{total / 1e6:14.3f}"
+            for (part, kind, axis, ranks), (count, total) in traffic_by_axis(
+                ledger.tally.traffic
+            ).items()
+        ]
+    seconds = sum(each.seconds for each in roles)
+    peak = max(each.host_bytes for each in roles)
+    return [*lines, f"  counted in {seconds:.1f} s of one core with {peak / 1e9:.2f} GB of memory"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot benchmark scaling rehearse``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)

@@ -1,0 +1,232 @@
+"""Accuracy of the cost model on published runs, and the constants that follow from them.
+
+A family is the runs of one source. A cold forecast of a run uses constants fitted to all other
+families only. An anchored one also knows the smallest run of its series (same model, sequence
+length and precision), by which the forecasts of the larger ones are scaled. Linear extrapolation
+assumes the smallest run's tokens per second and GPU. A stack is the software of one repository,
+which may have several families; forecasts for a new stack use constants of other stacks only.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+from scipy.optimize import least_squares
+
+from mot_megatron.errors import ConfigError
+from mot_megatron.files import read_regular_file
+from mot_megatron.scaling.costs import RANGES, Constants, as_vector, from_vector
+from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.published import Run, families, step_seconds
+
+_SMALL_ERROR = 0.05
+"""Errors up to about this part count squared in a fit, larger ones linearly."""
+_PRIOR_WEIGHT = 0.015
+"""Weight of the distance to the constants' defaults, which decides where no run does."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of step times, without their signs."""
+
+    median: float
+    p90: float
+    count: int
+
+    @classmethod
+    def of(cls, errors: Sequence[float]) -> Errors:
+        """Summarize signed relative errors."""
+        sizes = np.abs(errors)
+        return cls(float(np.median(sizes)), float(np.quantile(sizes, 0.9)), len(sizes))
+
+
+@dataclass(frozen=True)
+class FamilyAccuracy:
+    """Accuracy of one family."""
+
+    source: str
+    constants: Constants
+    """Fitted to all other families."""
+    cold: list[float]
+    """Signed relative error of each run."""
+    new_stack: list[float]
+    """The same with constants fitted to all runs of other stacks."""
+    anchored: list[float]
+    """Of each run that is larger than the anchor of its series."""
+    linear: list[float]
+    """Of the same runs."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Constants for forecasts, and the errors to expect."""
+
+    constants: Constants
+    cold: Errors
+    new_stack: Errors
+    anchored: Errors
+
+
+def fit(runs: Sequence[Run], machines: Mapping[str, Machine]) -> Constants:
+    """Return the constants with which the forecasts of ``runs`` are closest, within RANGES."""
+    start = np.array(as_vector(Constants()))
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        constants = from_vector(values)
+        errors = [np.log1p(_error(run, machines, constants)) for run in runs]
+        prior = np.log(np.maximum(values, 1e-3)) - np.log(start)
+        return np.concatenate([errors, _PRIOR_WEIGHT * prior])
+
+    bounds = tuple(np.array(list(RANGES.values())).T)
+    found = least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=_SMALL_ERROR)
+    return from_vector(found.x)
+
+
+def measure_accuracy(runs: Sequence[Run], machines: Mapping[str, Machine]) -> list[FamilyAccuracy]:
+    """Return the accuracy of every family; takes some seconds per family."""
+    found = []
+    stacks = {_stack(run) for run in runs}
+    of_others = {
+        stack: fit([run for run in runs if _stack(run) != stack], machines) for stack in stacks
+    }
+    for source, members in families(runs).items():
+        constants = fit([run for run in runs if run.source != source], machines)
+        cold = [_error(run, machines, constants) for run in members]
+        new_stack = [_error(run, machines, of_others[_stack(run)]) for run in members]
+        anchored, linear = [], []
+        for series in _series(members):
+            # Of several runs on the fewest GPUs, the one with the largest micro-batch.
+            anchor = min(series, key=lambda run: (run.gpus, -run.micro_batch))
+            scale = 1 / (1 + _error(anchor, machines, constants))
+            for run in series:
+                if run.gpus > anchor.gpus:
+                    anchored.append((1 + _error(run, machines, constants)) * scale - 1)
+                    linear.append(_tokens_per_gpu_second(run) / _tokens_per_gpu_second(anchor) - 1)
+        found.append(FamilyAccuracy(source, constants, cold, new_stack, anchored, linear))
+    return found
+
+
+def _stack(run: Run) -> str:
+    return run.source.partition(" ")[0]
+
+
+def _series(runs: Sequence[Run]) -> list[list[Run]]:
+    found: dict[object, list[Run]] = {}
+    for run in runs:
+        key = (run.model, run.seq, run.fp8, run.tensor, run.hides_tensor)
+        found.setdefault(key, []).append(run)
+    return list(found.values())
+
+
+def _tokens_per_gpu_second(run: Run) -> float:
+    return run.global_batch * run.seq / run.gpus / run.step_seconds
+
+
+def _error(run: Run, machines: Mapping[str, Machine], constants: Constants) -> float:
+    return step_seconds(run, machines[run.machine], constants) / run.step_seconds - 1
+
+
+def summarize(accuracies: Sequence[FamilyAccuracy], constants: Constants) -> Fitted:
+    """Return constants fitted to all runs, with the errors of the families left out."""
+    return Fitted(
+        constants,
+        Errors.of([error for each in accuracies for error in each.cold]),
+        Errors.of([error for each in accuracies for error in each.new_stack]),
+        Errors.of([error for each in accuracies for error in each.anchored]),
+    )
+
+
+def report(accuracies: Sequence[FamilyAccuracy], fitted: Fitted) -> str:
+    """Return the accuracy as Markdown."""
+    linear = Errors.of([error for each in accuracies for error in each.linear])
+    lines = [
+        "# Accuracy of forecasts",
+        "",
+        "`mot benchmark scaling accuracy` writes this page. It forecasts the step times of"
+        " published training runs of dense models (`configs/scaling/published_runs.csv`, with"
+        " sources). The step times were MEASURED by others; the errors are"
+        " |forecast / measured - 1|.",
+        "",
+        "- **cold**: constants fitted to the other families only.",
+        "- **new stack**: constants fitted to the runs of other software only. Forecasts of this"
+        " project's steps are of this kind.",
+        "- **anchored**: cold constants, scaled by the smallest run of the same model, for its"
+        " larger runs.",
+        "- **linear**: the tokens per second and GPU of that smallest run, for its larger runs.",
+        "",
+        "| family | runs | cold | new stack | larger runs | anchored | linear |",
+        "|---|---|---|---|---|---|---|",
+        *(_row(each) for each in accuracies),
+        f"| **all** | {fitted.cold.count} | {_cell(fitted.cold)} | {_cell(fitted.new_stack)} |"
+        f" {fitted.anchored.count} | {_cell(fitted.anchored)} | {_cell(linear)} |",
+        "",
+        "Each cell has the median and the 90th percentile. The cold column of llm-foundry's two"
+        " families profits from their likeness, and they are 139 of the runs; the new-stack column"
+        " does not. Forecasts of runs in 8-bit floating point assume twice the 16-bit peak.",
+        "",
+        "The constants, fitted to all runs:",
+        "",
+        "| constant | value | range |",
+        "|---|---|---|",
+        *(
+            f"| `{field.name}` | {getattr(fitted.constants, field.name):.3g} |"
+            f" {RANGES[field.name][0]:g} to {RANGES[field.name][1]:g} |"
+            for field in fields(Constants)
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(each: FamilyAccuracy) -> str:
+    larger = [
+        _cell(Errors.of(errors) if errors else None) for errors in (each.anchored, each.linear)
+    ]
+    cells = [each.source, str(len(each.cold)), _cell(Errors.of(each.cold))]
+    cells += [_cell(Errors.of(each.new_stack)), str(len(each.anchored)), *larger]
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(errors: Errors | None) -> str:
+    return "-" if errors is None else f"{errors.median:.1%}, {errors.p90:.1%}"
+
+
+def fitted_text(fitted: Fitted) -> str:
+    """Return TOML text from which ``load_fitted`` reads an equal value."""
+    head = "# Constants of the cost model; written by: mot benchmark scaling accuracy\n"
+    values = {
+        "constants": {f.name: getattr(fitted.constants, f.name) for f in fields(Constants)},
+        "cold": _errors_table(fitted.cold),
+        "new_stack": _errors_table(fitted.new_stack),
+        "anchored": _errors_table(fitted.anchored),
+    }
+    return head + tomli_w.dumps(values)
+
+
+def _errors_table(errors: Errors) -> dict[str, float]:
+    return {"median": errors.median, "p90": errors.p90, "count": errors.count}
+
+
+def load_fitted(path: Path) -> Fitted:
+    """Read constants and errors.
+
+    Raises:
+        ConfigError: The file was not written by ``mot benchmark scaling accuracy``.
+    """
+    try:
+        tables = tomllib.loads(read_regular_file(path).decode())
+        return Fitted(
+            Constants(**tables["constants"]),
+            Errors(**tables["cold"]),
+            Errors(**tables["new_stack"]),
+            Errors(**tables["anchored"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: not written by mot benchmark scaling accuracy: {error}"
+        ) from None

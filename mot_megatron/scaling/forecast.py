@@ -1,0 +1,157 @@
+"""Forecast of a step's time from ledgers, a machine's profile and the cost model's constants.
+
+The engine is taken as it is: nothing overlaps, because DeepSpeed gathers and reduces on the stream
+that computes. A part of a step takes its computation and its traffic one after the other, or the
+host's time to start its kernels if that is longer. The ranks of a modality group wait for the
+slowest of them in every part; the split is that of their mean. The time to read and prepare data is
+not forecast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mot_megatron.scaling.costs import (
+    Constants,
+    collective_seconds,
+    group_shape,
+    traffic_seconds,
+    work_seconds,
+)
+from mot_megatron.scaling.ledger import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Collective
+from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.pipeline import pipeline_seconds
+from mot_megatron.scaling.roles import Rehearsed
+
+KERNEL_SECONDS = 5e-6
+"""Time of the host to start one kernel without CUDA graphs; an assumption, not measured here."""
+MATRICES, ATTENTION = "matrix products", "attention"
+ELEMENTWISE, LAUNCHES = "other operators", "waiting for the host"
+IMBALANCE, BUBBLE = "waiting for other towers", "pipeline bubble"
+_PIPELINE = "pipeline"
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The time of a step."""
+
+    world_size: int
+    seconds: float
+    split: Mapping[str, float]
+    """Seconds by cause; they sum to the step."""
+    flops: float
+    """FLOPs of the step over all ranks, recomputation included."""
+    peak_bytes: int
+    """Device memory of the fullest rank."""
+
+    def utilization(self, machine: Machine) -> float:
+        """Return the FLOPs per second over the peak of all devices."""
+        peak = machine.bf16_tflops * 1e12 * self.world_size
+        return self.flops / self.seconds / peak
+
+
+_Split = dict[str, float]
+"""Seconds by cause."""
+
+
+def forecast(
+    world_size: int,
+    roles: Sequence[Rehearsed],
+    pieces: int,
+    machine: Machine,
+    constants: Constants,
+) -> Forecast:
+    """Return the forecast of a step.
+
+    Args:
+        world_size: Number of ranks.
+        roles: All roles of the layout, rehearsed.
+        pieces: Pieces per pipeline stage.
+        machine: Where the step would run.
+        constants: Of the software.
+    """
+    micro_batches = roles[0].ledger.micro_batches
+    stages = 1 + max(each.role.stage for each in roles)
+
+    def slowest(part: str) -> list[_Split]:
+        """Return the split of the slowest role of every stage."""
+        found: list[list[_Split]] = [[] for _ in range(stages)]
+        for each in roles:
+            found[each.role.stage].append(_part(each, part, machine, constants))
+        return [_slowest(splits) for splits in found]
+
+    forward, backward = slowest(FORWARD), slowest(BACKWARD)
+    schedule = pipeline_seconds(
+        [_total(split) / micro_batches for split in forward],
+        [_total(split) / micro_batches for split in backward],
+        micro_batches,
+        pieces=pieces,
+        message=_message_seconds(roles, machine, constants),
+    )
+    passes = [_sum(pair) for pair in zip(forward, backward, strict=True)]
+    split = max(passes, key=_total)
+    split = {**split, BUBBLE: max(0.0, schedule - _total(split))}
+    for part in (REDUCTION, OPTIMIZER):
+        split[part] = max(_total(each) for each in slowest(part))
+    ranks = world_size / len(roles)
+    return Forecast(
+        world_size,
+        _total(split),
+        {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule},
+        flops=ranks * sum(each.ledger.flops().total() for each in roles),
+        peak_bytes=max(each.ledger.memory.peak for each in roles),
+    )
+
+
+def _part(each: Rehearsed, part: str, machine: Machine, constants: Constants) -> _Split:
+    ledger = each.ledger
+    work = ledger.tally.work[part]
+    seconds = work_seconds(work, machine, constants)
+    traffic = {
+        collective: times
+        for collective, times in ledger.tally.traffic.items()
+        if collective.part == part and collective.axis != _PIPELINE
+    }
+    nodes = int(machine.devices_per_node)
+    shapes = {axis: group_shape(ranks, nodes) for axis, ranks in ledger.members.items()}
+    split = {
+        MATRICES: seconds.matrices,
+        ATTENTION: seconds.attention,
+        ELEMENTWISE: seconds.memory,
+    }
+    for axis, spent in traffic_seconds(traffic, shapes, machine, constants).items():
+        split[f"traffic: {axis}"] = spent
+    return {**split, LAUNCHES: max(0.0, work.launches * KERNEL_SECONDS - _total(split))}
+
+
+def _slowest(splits: Sequence[_Split]) -> _Split:
+    """Return the mean split of several roles, and how long they wait for the slowest."""
+    slowest = max(map(_total, splits))
+    mean = {cause: seconds / len(splits) for cause, seconds in _sum(splits).items()}
+    return {**mean, IMBALANCE: slowest - _total(mean)}
+
+
+def _sum(splits: Sequence[_Split]) -> _Split:
+    causes = dict.fromkeys(cause for split in splits for cause in split)
+    return {cause: sum(split.get(cause, 0.0) for split in splits) for cause in causes}
+
+
+def _total(split: _Split) -> float:
+    return sum(split.values())
+
+
+def _message_seconds(roles: Sequence[Rehearsed], machine: Machine, constants: Constants) -> float:
+    """Return the seconds of the slowest message between stages."""
+    nodes = int(machine.devices_per_node)
+    slowest = 0.0
+    for each in roles:
+        messages: list[Collective] = [
+            collective for collective in each.ledger.tally.traffic if collective.axis == _PIPELINE
+        ]
+        for message in messages:
+            shape = group_shape(each.ledger.members[_PIPELINE], nodes)
+            seconds = collective_seconds(message.kind, message.num_bytes, shape, machine, constants)
+            slowest = max(slowest, seconds)
+    return slowest

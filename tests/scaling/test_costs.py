@@ -1,0 +1,181 @@
+"""Costs of work and traffic, pipeline schedules and forecasts, against closed forms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from mot_megatron.scaling.costs import (
+    Constants,
+    GroupShape,
+    collective_seconds,
+    exposed,
+    group_shape,
+    work_seconds,
+)
+from mot_megatron.scaling.forecast import BUBBLE, IMBALANCE, LAUNCHES, MATRICES, forecast
+from mot_megatron.scaling.ledger import (
+    BACKWARD,
+    FORWARD,
+    OPTIMIZER,
+    PARTS,
+    REDUCTION,
+    Collective,
+    Ledger,
+    Memory,
+    Product,
+    Tally,
+    Work,
+)
+from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.pipeline import pipeline_seconds
+from mot_megatron.scaling.roles import Rehearsed, Role
+
+MACHINE = Machine(
+    "synthetic",
+    bf16_tflops=100,
+    memory_gb=80,
+    memory_tb_per_s=2,
+    devices_per_node=8,
+    link_gb_per_s=200,
+    network_gb_per_s=80,
+)
+IDEAL = Constants(1, 1, 1, 1, latency_us=0, overlap=1)
+GB = 10**9
+
+
+def test_a_matrix_product_takes_its_flops_or_its_bytes() -> None:
+    large, thin = Product(1, 4096, 4096, 4096, 2), Product(1, 1, 4096, 4096, 2)
+    assert large.flops / 100e12 > large.num_bytes / 2e12
+    assert thin.flops / 100e12 < thin.num_bytes / 2e12
+    work = Work(products=Counter({large: 2, thin: 3}), attention_flops=10**12, memory_bytes=4 * GB)
+    half = replace(IDEAL, matrix_efficiency=0.5, attention_efficiency=0.25, memory_efficiency=0.8)
+    found = work_seconds(work, MACHINE, half)
+    expected = 2 * large.flops / 50e12 + 3 * thin.num_bytes / 1.6e12
+    assert found.matrices == pytest.approx(expected, rel=1e-9)
+    assert found.attention == pytest.approx(0.04, rel=1e-9)
+    assert found.memory == pytest.approx(0.0025, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "seconds"),
+    [
+        ("all-gather", GroupShape(8, 8), 7 / 8 / 200),
+        ("reduce-scatter", GroupShape(8, 8), 7 / 8 / 200),
+        ("all-reduce", GroupShape(8, 8), 2 * 7 / 8 / 200),
+        # All eight ranks of a node use its network together: 80 GB/s.
+        ("all-gather", GroupShape(64, 8), 63 / 64 / 80),
+        # One rank per node has an eighth of it.
+        ("all-reduce", GroupShape(8, 1), 2 * 7 / 8 / 10),
+        ("all-to-all", GroupShape(16, 8), 8 / 16 / 10),
+        ("all-to-all", GroupShape(4, 4), 3 / 4 / 200),
+        ("broadcast", GroupShape(16, 8), 1 / 80),
+        ("send", GroupShape(2, 2), 1 / 200),
+        ("send", GroupShape(2, 1), 1 / 10),
+    ],
+)
+def test_collectives_take_their_bytes_over_the_slowest_link(
+    kind: str, group: GroupShape, seconds: float
+) -> None:
+    assert collective_seconds(kind, GB, group, MACHINE, IDEAL) == pytest.approx(seconds, rel=1e-9)
+
+
+def test_latency_grows_with_the_logarithm_of_nodes() -> None:
+    constants = replace(IDEAL, latency_us=10)
+    for nodes, factor in ((1, 1), (2, 2), (32, 6)):
+        found = collective_seconds("all-gather", 0, GroupShape(8 * nodes, 8), MACHINE, constants)
+        assert found == pytest.approx(factor * 10e-6, rel=1e-9)
+
+
+def test_traffic_is_hidden_fully_in_part_or_not() -> None:
+    assert exposed(3.0, 2.0, overlap=1) == 0.0
+    assert exposed(2.0, 3.0, overlap=1) == 1.0
+    assert exposed(3.0, 2.0, overlap=0) == 2.0
+    assert exposed(3.0, 2.0, overlap=0.5) == 1.0
+
+
+def test_groups_are_seen_by_node() -> None:
+    assert group_shape(range(64), 8) == GroupShape(64, 8)
+    assert group_shape(range(0, 64, 2), 8) == GroupShape(32, 4)
+    assert group_shape([0, 8, 16, 24], 8) == GroupShape(4, 1)
+    assert group_shape([0, 1], 8) == GroupShape(2, 2)
+    assert group_shape(range(64), 8).nodes == 8
+
+
+@pytest.mark.parametrize(("stages", "batches"), [(1, 5), (2, 2), (4, 4), (4, 16), (3, 7)])
+def test_bubble_of_1f1b(stages: int, batches: int) -> None:
+    found = pipeline_seconds([1.0] * stages, [2.0] * stages, batches)
+    assert found == pytest.approx(3 * batches * (1 + (stages - 1) / batches), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stages", "batches", "pieces"), [(2, 4, 2), (4, 8, 2), (4, 16, 4), (4, 4, 2)]
+)
+def test_bubble_of_the_interleaved_schedule(stages: int, batches: int, pieces: int) -> None:
+    found = pipeline_seconds([1.0] * stages, [2.0] * stages, batches, pieces=pieces)
+    expected = 3 * batches * (1 + (stages - 1) / batches / pieces)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    # In the long run, every micro-batch takes the slowest stage's time.
+    times = [pipeline_seconds([1, 3, 1], [2, 6, 2], batches) for batches in (20, 21)]
+    assert times[1] - times[0] == pytest.approx(9, rel=1e-6)
+
+
+def test_messages_delay_the_first_and_the_last_micro_batch() -> None:
+    with_messages = pipeline_seconds([1.0] * 3, [2.0] * 3, 1, message=0.5)
+    assert with_messages == pytest.approx(3 * 3 + 4 * 0.5, rel=1e-6)
+
+
+def rehearsed(stage: int, place: int, forward: Work, **traffic: Collective) -> Rehearsed:
+    """A role with the same work in backward as in forward, over four micro-batches."""
+    work = {part: Work() for part in PARTS}
+    work[FORWARD] = work[BACKWARD] = forward
+    tally = Tally(work, Counter(dict.fromkeys(traffic.values(), 4)))
+    members = {each.axis: tuple(range(each.group_size)) for each in traffic.values()}
+    ledger = Ledger(4, tally, [], 4, Memory(1, 2), members)
+    return Rehearsed(Role(stage, place, stage), ledger, 0.0, 0)
+
+
+def test_forecast_of_one_layer_and_one_collective() -> None:
+    product = Product(1, 4096, 4096, 4096, 2)
+    gather = Collective(FORWARD, "all-gather", "data", 16, GB)
+    reduce = Collective(REDUCTION, "all-reduce", "data", 16, GB)
+    update = Collective(OPTIMIZER, "all-gather", "data", 16, GB // 2)
+    role = rehearsed(0, 0, Work(Counter({product: 4})), a=gather, b=reduce, c=update)
+    found = forecast(16, [role], 1, MACHINE, IDEAL)
+    matrices = 8 * product.flops / 100e12
+    traffic = 4 * 15 / 16 / 80 * (1 + 2 + 0.5)
+    assert found.seconds == pytest.approx(matrices + traffic, rel=1e-6)
+    assert sum(found.split.values()) == pytest.approx(found.seconds, rel=1e-9)
+    assert found.split[MATRICES] == pytest.approx(matrices, rel=1e-6)
+    assert found.split["traffic: data"] == pytest.approx(4 * 15 / 16 / 80, rel=1e-6)
+    expected = 16 * 8 * product.flops / found.seconds / (16 * 100e12)
+    assert found.utilization(MACHINE) == pytest.approx(expected, rel=1e-9)
+
+
+def test_forecast_of_stages_and_of_unequal_towers() -> None:
+    product = Product(1, 4096, 4096, 4096, 2)
+    unit = product.flops / 100e12
+    small, large = Work(Counter({product: 4})), Work(Counter({product: 12}))
+    message = Collective(FORWARD, "send", "pipeline", 2, 0)
+    roles = [
+        rehearsed(stage, place, work, m=message)
+        for stage in (0, 1)
+        for place, work in enumerate((small, large))
+    ]
+    found = forecast(4, roles, 1, MACHINE, IDEAL)
+    # Each of four micro-batches takes 3 units forward and backward on the slower place.
+    assert found.seconds == pytest.approx(6 * unit * (4 + 1), rel=1e-6)
+    assert found.split[MATRICES] == pytest.approx(2 * 8 * unit, rel=1e-6)
+    assert found.split[IMBALANCE] == pytest.approx(2 * 4 * unit, rel=1e-6)
+    assert found.split[BUBBLE] == pytest.approx(6 * unit, rel=1e-6)
+
+
+def test_many_small_kernels_wait_for_the_host() -> None:
+    role = rehearsed(0, 0, Work(launches=10**6))
+    found = forecast(1, [role], 1, MACHINE, IDEAL)
+    assert found.split == pytest.approx({LAUNCHES: 10.0})
