@@ -13,7 +13,7 @@ as in this project's engine, and reading data takes no time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_rehearse import (
     add_work,
+    configs_of,
     rehearse_sizes,
     resolve,
     world_sizes,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mot_megatron.scaling.accuracy import Fitted
     from mot_megatron.scaling.forecast import Forecast
     from mot_megatron.scaling.machine import Machine
+    from mot_megatron.scaling.roles import Rehearsed
 
 NAME = "benchmark scaling forecast"
 COLUMNS = 6
@@ -43,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_work(parser)
     parser.add_argument(
         "--machine",
+        action="append",
         required=True,
         metavar="FILE|NAME",
-        help="profile of the machine, or the name of one in configs/machines",
+        help="profile of the machine, or the name of one in configs/machines; may be repeated",
     )
     parser.add_argument(
         "--twin",
@@ -64,19 +67,28 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.scaling.accuracy import load_fitted
     from mot_megatron.scaling.machine import load_machine
 
-    machine = load_machine(machine_path(options.machine))
+    machines = [load_machine(machine_path(given)) for given in options.machine]
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
-    config, shares = resolve(options, sizes)
-    forecasts = forecast_sizes(config, sizes, shares, machine, fitted, options.workers)
-    twins = None
+    config, shares = resolve(options)
+    arms = {"model": configs_of(config, sizes, options)}
     if options.twin:
         from mot_megatron.cli.memory import dense_twin
 
-        twins = forecast_sizes(dense_twin(config), sizes, shares, machine, fitted, options.workers)
+        arms["dense twin"] = configs_of(dense_twin(config), sizes, options)
+    rehearsed = {
+        arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
+    }
+    results = []
+    for machine in machines:
+        forecasts = {
+            arm: forecast_all(arms[arm], found, machine, fitted) for arm, found in rehearsed.items()
+        }
+        show = document if options.json else text
+        results.append(show(forecasts, machine, fitted))
     if options.json:
-        print_json(document(config, forecasts, twins, machine, fitted))
+        print_json({"stamp": "FORECAST", "machines": results})
     else:
-        print(text(config, forecasts, twins, machine, fitted))
+        print("\n\n".join(map(str, results)))
     return 0
 
 
@@ -88,95 +100,70 @@ def machine_path(given: str) -> Path:
     return config_directory() / "machines" / f"{given}.toml"
 
 
-def forecast_sizes(
-    config: Config,
-    sizes: Sequence[int],
-    shares: Sequence[float],
+def forecast_all(
+    configs: Mapping[int, Config],
+    found: Mapping[int, Sequence[Rehearsed]],
     machine: Machine,
     fitted: Fitted,
-    workers: int | None,
 ) -> list[Forecast]:
     """Return the forecast of every number of ranks."""
     from mot_megatron.scaling.forecast import forecast
 
-    pieces = config.parallel.virtual_pipeline_model_parallel_size or 1
-    found = rehearse_sizes(config, sizes, shares, workers)
     return [
-        forecast(size, roles, pieces, machine, fitted.constants) for size, roles in found.items()
+        forecast(configs[size], size, roles, machine, fitted.constants)
+        for size, roles in found.items()
     ]
 
 
-def tokens_of(config: Config) -> int:
-    """Return the tokens of a step."""
-    return config.training.global_batch_size * config.data.seq_length
-
-
 def document(
-    config: Config,
-    forecasts: Sequence[Forecast],
-    twins: Sequence[Forecast] | None,
-    machine: Machine,
-    fitted: Fitted,
+    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, fitted: Fitted
 ) -> dict[str, Any]:
-    """Return everything for JSON."""
+    """Return the forecasts for one machine as values that JSON can hold."""
 
     def entry(one: Forecast) -> dict[str, Any]:
         return {
             "world_size": one.world_size,
+            "tokens": one.tokens,
             "step_seconds": one.seconds,
             "split_seconds": dict(one.split),
-            "tokens_per_second_and_gpu": tokens_of(config) / one.seconds / one.world_size,
+            "tokens_per_second_and_gpu": one.tokens_per_gpu_second,
             "utilization": one.utilization(machine),
             "peak_bytes": one.peak_bytes,
         }
 
-    found: dict[str, Any] = {
-        "stamp": "FORECAST",
+    return {
         "machine": machine.name,
         "machine_stamps": machine.stamps,
         "error_median": fitted.new_stack.median,
         "error_p90": fitted.new_stack.p90,
-        "forecasts": [entry(one) for one in forecasts],
+        "forecasts": {arm: [entry(one) for one in found] for arm, found in forecasts.items()},
     }
-    if twins:
-        found["dense_twin"] = [entry(one) for one in twins]
-    return found
 
 
-def text(
-    config: Config,
-    forecasts: Sequence[Forecast],
-    twins: Sequence[Forecast] | None,
-    machine: Machine,
-    fitted: Fitted,
-) -> str:
-    """Return the tables, each of at most COLUMNS numbers of ranks."""
+def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, fitted: Fitted) -> str:
+    """Return the tables for one machine, each of at most COLUMNS numbers of ranks."""
     lines = [
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
         "error of forecasts of published runs with software that the constants had not seen:"
         f" {fitted.new_stack.median:.0%} (p90 {fitted.new_stack.p90:.0%})",
     ]
-    for start in range(0, len(forecasts), COLUMNS):
+    model, twins = forecasts["model"], forecasts.get("dense twin", ())
+    for start in range(0, len(model), COLUMNS):
         part = slice(start, start + COLUMNS)
-        lines += ["", *_table(config, forecasts[part], twins and twins[part], machine)]
+        lines += ["", *_table(model[part], twins[part], machine)]
     lines.append("(MFU counts recomputation as work; memory is COUNTED and without fragmentation)")
     return "\n".join(lines)
 
 
-def _table(
-    config: Config,
-    forecasts: Sequence[Forecast],
-    twins: Sequence[Forecast] | None,
-    machine: Machine,
-) -> list[str]:
+def _table(forecasts: Sequence[Forecast], twins: Sequence[Forecast], machine: Machine) -> list[str]:
     def row(title: str, values: Sequence[str]) -> str:
         return f"{title:32}" + "".join(f"{value:>13}" for value in values)
 
-    per_gpu = [tokens_of(config) / one.seconds / one.world_size for one in forecasts]
     lines = [
         row("ranks", [f"{one.world_size:,}" for one in forecasts]),
+        row("tokens per step", [f"{one.tokens:,}" for one in forecasts]),
         row("seconds per step", [f"{one.seconds:.3f}" for one in forecasts]),
-        row("tokens/s per GPU", [f"{value:,.0f}" for value in per_gpu]),
+        row("tokens/s per GPU", [f"{one.tokens_per_gpu_second:,.0f}" for one in forecasts]),
         row("MFU", [f"{one.utilization(machine):.1%}" for one in forecasts]),
         row("GB on the fullest rank", [f"{one.peak_bytes / 1e9:.1f}" for one in forecasts]),
     ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_json, positive_int
@@ -52,6 +52,13 @@ def add_work(parser: argparse.ArgumentParser) -> None:
         help="share of a modality's tokens; may be repeated (default: as in the corpus)",
     )
     parser.add_argument(
+        "--micro-batches",
+        type=positive_int,
+        metavar="N",
+        help="micro-batches per rank and step, so that the global batch grows with the ranks (weak"
+        " scaling; default: training.global_batch_size for every number of ranks, strong scaling)",
+    )
+    parser.add_argument(
         "--workers", type=positive_int, metavar="N", help="processes (default: one per core)"
     )
 
@@ -60,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
     """Rehearse every role of every size and print the ledgers."""
     sizes = world_sizes(options.world_size)
     say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
-    config, shares = resolve(options, sizes)
-    found = rehearse_sizes(config, sizes, shares, options.workers)
+    config, shares = resolve(options)
+    found = rehearse_sizes(configs_of(config, sizes, options), shares, options.workers)
     if options.json:
         print_json(
             {str(size): [each.document() for each in roles] for size, roles in found.items()}
@@ -72,16 +79,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def resolve(options: argparse.Namespace, sizes: Sequence[int]) -> tuple[Config, list[float]]:
+def resolve(options: argparse.Namespace) -> tuple[Config, list[float]]:
     """Return the configuration and the share of the tokens of each modality.
 
     Raises:
-        ConfigError: The configuration is illegal for one of the sizes or cannot be rehearsed.
+        ConfigError: The configuration or a share is illegal.
     """
     os.environ.update(QUIETLY_ON_CPU)
 
     from mot_megatron.config_files import load_config
-    from mot_megatron.scaling.roles import check_can_be_rehearsed
     from mot_megatron.scaling.synthetic import parse_shares
 
     config = load_config(options.config, options.overrides)
@@ -97,9 +103,30 @@ def resolve(options: argparse.Namespace, sizes: Sequence[int]) -> tuple[Config, 
         given = given or [f"{name}={tokens[name] / sum(tokens.values())}" for name in names]
     shares = parse_shares(list(config.model.modalities), given)
     config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
-    for size in sizes:
-        check_can_be_rehearsed(config, size)
     return config, shares
+
+
+def configs_of(
+    config: Config, sizes: Sequence[int], options: argparse.Namespace
+) -> dict[int, Config]:
+    """Return the configuration for every number of ranks.
+
+    Raises:
+        ConfigError: It is illegal for one of them or cannot be rehearsed.
+    """
+    from mot_megatron.scaling.roles import check_can_be_rehearsed, with_micro_batches
+
+    configs = {}
+    for size in sizes:
+        configs[size] = config
+        if options.micro_batches:
+            parallel = config.parallel
+            model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+            # If the sizes do not divide, the check below says so.
+            data = max(1, size // model)
+            configs[size] = with_micro_batches(config, options.micro_batches, data)
+        check_can_be_rehearsed(configs[size], size)
+    return configs
 
 
 def world_sizes(given: str) -> list[int]:
@@ -117,13 +144,12 @@ def world_sizes(given: str) -> list[int]:
 
 
 def rehearse_sizes(
-    config: Config, sizes: Sequence[int], shares: Sequence[float], workers: int | None = None
+    configs: Mapping[int, Config], shares: Sequence[float], workers: int | None = None
 ) -> dict[int, list[Rehearsed]]:
     """Rehearse all roles of all sizes, several at once, each in a new process.
 
     Args:
-        config: Resolved configuration.
-        sizes: Numbers of ranks.
+        configs: Resolved configuration by number of ranks.
         shares: Share of the tokens of each modality.
         workers: Processes; None for one per core.
     """
@@ -140,11 +166,11 @@ def rehearse_sizes(
     with ProcessPoolExecutor(count, mp_context=context, max_tasks_per_child=1) as pool:
         running = {
             (size, role): pool.submit(_rehearse, config, size, role, shares)
-            for size in sizes
+            for size, config in configs.items()
             for role in roles_of(config, size)
         }
         bar = tqdm(running.items(), "roles", ncols=100, leave=False, disable=None)
-        found: dict[int, list[Rehearsed]] = {size: [] for size in sizes}
+        found: dict[int, list[Rehearsed]] = {size: [] for size in configs}
         try:
             for (size, _), future in bar:
                 found[size].append(future.result())

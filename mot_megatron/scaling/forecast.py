@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mot_megatron.config import Config
 from mot_megatron.scaling.costs import (
     Constants,
     collective_seconds,
@@ -38,6 +39,8 @@ class Forecast:
     """The time of a step."""
 
     world_size: int
+    tokens: int
+    """Tokens of the step over all ranks."""
     seconds: float
     split: Mapping[str, float]
     """Seconds by cause; they sum to the step."""
@@ -45,6 +48,11 @@ class Forecast:
     """FLOPs of the step over all ranks, recomputation included."""
     peak_bytes: int
     """Device memory of the fullest rank."""
+
+    @property
+    def tokens_per_gpu_second(self) -> float:
+        """Tokens per second and GPU."""
+        return self.tokens / self.seconds / self.world_size
 
     def utilization(self, machine: Machine) -> float:
         """Return the FLOPs per second over the peak of all devices."""
@@ -57,18 +65,18 @@ _Split = dict[str, float]
 
 
 def forecast(
+    config: Config,
     world_size: int,
     roles: Sequence[Rehearsed],
-    pieces: int,
     machine: Machine,
     constants: Constants,
 ) -> Forecast:
     """Return the forecast of a step.
 
     Args:
+        config: Resolved configuration.
         world_size: Number of ranks.
         roles: All roles of the layout, rehearsed.
-        pieces: Pieces per pipeline stage.
         machine: Where the step would run.
         constants: Of the software.
     """
@@ -87,7 +95,7 @@ def forecast(
         [_total(split) / micro_batches for split in forward],
         [_total(split) / micro_batches for split in backward],
         micro_batches,
-        pieces=pieces,
+        pieces=config.parallel.virtual_pipeline_model_parallel_size or 1,
         message=_message_seconds(roles, machine, constants),
     )
     passes = [_sum(pair) for pair in zip(forward, backward, strict=True)]
@@ -98,6 +106,7 @@ def forecast(
     ranks = world_size / len(roles)
     return Forecast(
         world_size,
+        config.training.global_batch_size * config.data.seq_length,
         _total(split),
         {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule},
         flops=ranks * sum(each.ledger.flops().total() for each in roles),

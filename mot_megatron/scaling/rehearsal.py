@@ -36,7 +36,7 @@ from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.placing import place_towers, tokens_of_towers
 from mot_megatron.scaling.ledger import Ledger, Tally, extend
 from mot_megatron.scaling.recorder import LedgerRecorder, axes_of, value_read_by_host
-from mot_megatron.scaling.roles import check_can_be_rehearsed
+from mot_megatron.scaling.roles import check_can_be_rehearsed, with_micro_batches
 from mot_megatron.scaling.synthetic import SyntheticBatches, tokens_of
 from mot_megatron.train.session import Trainer, build_placed_groups, build_trainer
 from mot_megatron.train.step import train_step
@@ -78,7 +78,9 @@ def rehearse_in_fake_world(
         # the last is special with all stages.
         if micro_batches <= 3:
             return run_in_fake_world(config, groups, shares)[0]
-        ledger, further = run_in_fake_world(_shortened(config, 3, groups), groups, shares)
+        ledger, further = run_in_fake_world(
+            with_micro_batches(config, 3, groups.data_size), groups, shares
+        )
         return extend(ledger, further, 1, micro_batches)
     # The interleaved schedule needs a multiple of the number of stages.
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
@@ -86,16 +88,10 @@ def rehearse_in_fake_world(
     if micro_batches <= 2 * few:
         return run_in_fake_world(config, groups, shares)[0]
     less, more = (
-        run_in_fake_world(_shortened(config, count, groups), groups, shares)[0]
+        run_in_fake_world(with_micro_batches(config, count, groups.data_size), groups, shares)[0]
         for count in (few, 2 * few)
     )
     return extend(more, more.tally.plus(less.tally, -1), few, micro_batches)
-
-
-def _shortened(config: Config, micro_batches: int, groups: ProcessGroups) -> Config:
-    batch = micro_batches * config.sequences_per_pass(groups.data_size)
-    training = config.training.model_copy(update={"global_batch_size": batch})
-    return config.model_copy(update={"training": training})
 
 
 def run_in_fake_world(

@@ -10,7 +10,7 @@ from typing import Any
 
 from mot_megatron.config import Config
 from mot_megatron.errors import ConfigError
-from mot_megatron.parallel.mesh import Mesh
+from mot_megatron.planning.memory import mesh_of
 from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.ledger import Ledger
 
@@ -47,18 +47,19 @@ class Rehearsed:
 
 def roles_of(config: Config, world_size: int) -> list[Role]:
     """Return the roles of a layout on ``world_size`` ranks, by stage and place."""
-    parallel = config.parallel
-    mesh = Mesh(
-        world_size,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.modality_parallel_size,
-    )
+    mesh = mesh_of(config, world_size)
     found: dict[tuple[int, int], Role] = {}
     for rank in range(world_size):
         place = (mesh.pipeline_rank(rank), mesh.modality_rank(rank))
         found.setdefault(place, Role(*place, rank))
     return [found[place] for place in sorted(found)]
+
+
+def with_micro_batches(config: Config, count: int, data_parallel_size: int) -> Config:
+    """Return the configuration with as large a global batch as ``count`` micro-batches need."""
+    batch = count * config.sequences_per_pass(data_parallel_size)
+    training = config.training.model_copy(update={"global_batch_size": batch})
+    return config.model_copy(update={"training": training})
 
 
 def check_can_be_rehearsed(config: Config, world_size: int) -> None:

@@ -94,18 +94,23 @@ def test_numbers_of_ranks_are_checked(given: str) -> None:
 def test_a_forecast_and_its_dense_twin(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["forecast", *arguments(config_file, "2,4")[1:], "--machine=h100-sxm", "--twin"]
+    command = ["forecast", *arguments(config_file, "2,4")[1:], "--twin", "--micro-batches=2"]
+    command += ["--machine=h100-sxm", "--machine=a100-40gb-roce"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     assert "all times FORECAST" in lines[0]
     assert any(line.startswith("step over the dense twin's") for line in lines)
     assert main([*command, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["machine_stamps"] == ["DATA SHEET"]
-    for one in document["forecasts"] + document["dense_twin"]:
-        assert sum(one["split_seconds"].values()) == pytest.approx(one["step_seconds"])
-    assert [one["world_size"] for one in document["forecasts"]] == [2, 4]
+    first, second = json.loads(capsys.readouterr().out)["machines"]
+    assert first["machine_stamps"] == ["DATA SHEET"]
+    for arm in ("model", "dense twin"):
+        found = first["forecasts"][arm]
+        assert [one["world_size"] for one in found] == [2, 4]
+        assert found[1]["tokens"] == 2 * found[0]["tokens"]
+        for one, slower in zip(found, second["forecasts"][arm], strict=True):
+            assert sum(one["split_seconds"].values()) == pytest.approx(one["step_seconds"])
+            assert one["step_seconds"] <= slower["step_seconds"]
 
 
 def test_an_unknown_machine_is_one_line(

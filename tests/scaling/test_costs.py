@@ -32,6 +32,7 @@ from mot_megatron.scaling.ledger import (
 from mot_megatron.scaling.machine import Machine
 from mot_megatron.scaling.pipeline import pipeline_seconds
 from mot_megatron.scaling.roles import Rehearsed, Role
+from tests.model.small_models import small_config
 
 MACHINE = Machine(
     "synthetic",
@@ -130,6 +131,9 @@ def test_messages_delay_the_first_and_the_last_micro_batch() -> None:
     assert with_messages == pytest.approx(3 * 3 + 4 * 0.5, rel=1e-6)
 
 
+CONFIG = small_config({"text": "text"})
+
+
 def rehearsed(stage: int, place: int, forward: Work, **traffic: Collective) -> Rehearsed:
     """A role with the same work in backward as in forward, over four micro-batches."""
     work = {part: Work() for part in PARTS}
@@ -146,7 +150,7 @@ def test_forecast_of_one_layer_and_one_collective() -> None:
     reduce = Collective(REDUCTION, "all-reduce", "data", 16, GB)
     update = Collective(OPTIMIZER, "all-gather", "data", 16, GB // 2)
     role = rehearsed(0, 0, Work(Counter({product: 4})), a=gather, b=reduce, c=update)
-    found = forecast(16, [role], 1, MACHINE, IDEAL)
+    found = forecast(CONFIG, 16, [role], MACHINE, IDEAL)
     matrices = 8 * product.flops / 100e12
     traffic = 4 * 15 / 16 / 80 * (1 + 2 + 0.5)
     assert found.seconds == pytest.approx(matrices + traffic, rel=1e-6)
@@ -167,7 +171,7 @@ def test_forecast_of_stages_and_of_unequal_towers() -> None:
         for stage in (0, 1)
         for place, work in enumerate((small, large))
     ]
-    found = forecast(4, roles, 1, MACHINE, IDEAL)
+    found = forecast(CONFIG, 4, roles, MACHINE, IDEAL)
     # Each of four micro-batches takes 3 units forward and backward on the slower place.
     assert found.seconds == pytest.approx(6 * unit * (4 + 1), rel=1e-6)
     assert found.split[MATRICES] == pytest.approx(2 * 8 * unit, rel=1e-6)
@@ -177,5 +181,5 @@ def test_forecast_of_stages_and_of_unequal_towers() -> None:
 
 def test_many_small_kernels_wait_for_the_host() -> None:
     role = rehearsed(0, 0, Work(launches=10**6))
-    found = forecast(1, [role], 1, MACHINE, IDEAL)
+    found = forecast(CONFIG, 1, [role], MACHINE, IDEAL)
     assert found.split == pytest.approx({LAUNCHES: 10.0})
