@@ -1,4 +1,4 @@
-"""Count and forecast a step on many GPUs; the same as ``mot benchmark scaling``."""
+"""Measure, count and forecast how training scales; the same as ``mot benchmark scaling``."""
 
 import sys
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from mot_megatron.cli.main import Command, dispatch
 
 COMMANDS = {
+    "measure": Command("scaling_measure", "time training on growing numbers of ranks"),
+    "report": Command("scaling_report", "write the report of a measurement again"),
     "rehearse": Command("scaling_rehearse", "count the work and traffic of a step"),
     "forecast": Command("scaling_forecast", "forecast the time of a step on a machine"),
     "accuracy": Command("scaling_accuracy", "test the forecasts on published runs"),

@@ -13,12 +13,13 @@ as in this project's engine, and reading data takes no time.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_json
-from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_rehearse import (
     add_work,
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
     machines = [load_machine(machine_path(given)) for given in options.machine]
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
+    os.environ.update(QUIETLY_ON_CPU)
     config, shares = resolve(options)
     arms = {"model": configs_of(config, sizes, options)}
     if options.twin:

@@ -38,18 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def add_work(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what is rehearsed."""
+def add_work(parser: argparse.ArgumentParser, *, is_rehearsal: bool = True) -> None:
+    """Add the arguments that say what is rehearsed, or trained."""
     add_config(parser)
     parser.add_argument(
         "--world-size", required=True, metavar="N[,N...]", help="numbers of ranks (GPUs)"
-    )
-    parser.add_argument(
-        "--share",
-        action="append",
-        default=[],
-        metavar="NAME=SHARE",
-        help="share of a modality's tokens; may be repeated (default: as in the corpus)",
     )
     parser.add_argument(
         "--micro-batches",
@@ -57,6 +50,16 @@ def add_work(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="micro-batches per rank and step, so that the global batch grows with the ranks (weak"
         " scaling; default: training.global_batch_size for every number of ranks, strong scaling)",
+    )
+    parser.set_defaults(share=[])
+    if not is_rehearsal:
+        return
+    parser.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="share of a modality's tokens; may be repeated (default: as in the corpus)",
     )
     parser.add_argument(
         "--workers", type=positive_int, metavar="N", help="processes (default: one per core)"
@@ -67,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     """Rehearse every role of every size and print the ledgers."""
     sizes = world_sizes(options.world_size)
     say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
+    os.environ.update(QUIETLY_ON_CPU)
     config, shares = resolve(options)
     found = rehearse_sizes(configs_of(config, sizes, options), shares, options.workers)
     if options.json:
@@ -85,8 +89,6 @@ def resolve(options: argparse.Namespace) -> tuple[Config, list[float]]:
     Raises:
         ConfigError: The configuration or a share is illegal.
     """
-    os.environ.update(QUIETLY_ON_CPU)
-
     from mot_megatron.config_files import load_config
     from mot_megatron.scaling.synthetic import parse_shares
 

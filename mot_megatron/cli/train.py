@@ -12,9 +12,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mot_megatron.cli.arguments import add_config
+from mot_megatron.cli.arguments import add_config, user_path
 from mot_megatron.errors import UserError
 from mot_megatron.job.launch import Launch, read_launch
 from mot_megatron.job.outputs import protect_outputs
@@ -39,6 +40,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_config(parser)
     parser.add_argument(
         "--local_rank", type=int, help="set by the launcher, which sets LOCAL_RANK as well"
+    )
+    parser.add_argument(
+        "--benchmark",
+        type=user_path,
+        metavar="FILE",
+        help="only time the steps: write their seconds to FILE (JSON), and nothing else; no run"
+        " folder, checkpoints, evaluation, samples or logs",
     )
     return parser.parse_args(arguments)
 
@@ -70,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report_config_error(error, launch, stop)
 
         def work(world: World, progress_report: ProgressReport) -> None:
-            run(config, world, progress_report, stop)
+            run(config, world, progress_report, stop, options.benchmark)
 
         return _run_watched(work, launch, stop)
 
@@ -141,8 +149,22 @@ def _run_watched(
     return 0
 
 
-def run(config: Config, world: World, progress_report: ProgressReport, stop: StopRequest) -> None:
-    """Check what one rank can check alone, then join the other ranks and train."""
+def run(
+    config: Config,
+    world: World,
+    progress_report: ProgressReport,
+    stop: StopRequest,
+    benchmark: Path | None = None,
+) -> None:
+    """Check what one rank can check alone, then join the other ranks and train.
+
+    Args:
+        config: Configuration.
+        world: The ranks of this job.
+        progress_report: Receives the current phase of this rank.
+        stop: Source of stop requests.
+        benchmark: Only time the steps, and write their times to this file.
+    """
     if world.rank > 0 and not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries give every rank the same warnings
     # Import these under the watchdog: they take seconds, and if one fails on a node (for example
@@ -155,6 +177,7 @@ def run(config: Config, world: World, progress_report: ProgressReport, stop: Sto
     from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device
     from mot_megatron.run.loop import train
+    from mot_megatron.run.timing import time_steps
     from mot_megatron.train.agreement import check_ranks_agree
     from mot_megatron.train.preflight import check_documents
     from mot_megatron.train.session import build_groups, resolve_config, tower_flops
@@ -171,7 +194,10 @@ def run(config: Config, world: World, progress_report: ProgressReport, stop: Sto
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
-    train(config, corpus, groups, progress_report, stop)
+    if benchmark is not None:
+        time_steps(config, corpus, groups, benchmark, progress_report, stop)
+    else:
+        train(config, corpus, groups, progress_report, stop)
     # Only after success: after an error, other ranks would fail over the closed connections
     # before they could report the cause.
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mot_megatron.checkpoint.find import finished_checkpoints
-from mot_megatron.drill.jobs import Job
+from mot_megatron.job.local_job import Job
 from mot_megatron.run.loop import STOP_FILE
 
 _FULL_DISK_BYTES = 4096

@@ -22,8 +22,8 @@ from mot_megatron.drill.faults import (
     STOPS,
     damage_the_newest_checkpoint,
 )
-from mot_megatron.drill.jobs import Ended, Job
 from mot_megatron.errors import CheckpointError, TrainingError
+from mot_megatron.job.local_job import Ended, Job
 from mot_megatron.train.state import checkpoint_directory
 
 SECONDS_TO_END = 90.0

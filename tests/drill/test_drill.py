@@ -12,9 +12,9 @@ from mot_megatron.checkpoint import open_checkpoint
 from mot_megatron.cli.drill import main
 from mot_megatron.config_files import parse_config
 from mot_megatron.drill.faults import KINDS, damage_the_newest_checkpoint
-from mot_megatron.drill.jobs import Ended
 from mot_megatron.drill.rounds import Round, Setting, find_problems, summarize
 from mot_megatron.errors import CheckpointError
+from mot_megatron.job.local_job import Ended
 from tests.checkpoint.states import save
 from tests.cli.console import only_error
 from tests.small_runs import CONFIG, write_corpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mot_megatron.cli import benchmark_scaling as scaling
 from tests.launch.entry_points import EntryPoint, Finished, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
@@ -201,3 +203,31 @@ def test_an_unknown_host_of_rank_0_is_said_at_once(config: Path, tmp_path: Path)
         finished = running.wait(60)
     assert finished.status == 2
     assert "rank 0's host 'no.such.host.invalid' is unknown here" in finished.errors
+
+
+def test_steps_are_timed_and_nothing_else_is_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["measure", f"--config={config}", "--world-size=1,2", "--micro-batches=2", "--twin"]
+    command += ["--steps=3", "--warmup=1", "--repeats=1", f"--output={tmp_path / 'scaling'}"]
+    command += [f"--set=run.directory={tmp_path / 'runs'}", "--json"]
+    assert scaling.main(command) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [(row["arm"], row["world_size"]) for row in figures["rows"]] == [
+        ("model", 1),
+        ("model", 2),
+        ("dense twin", 1),
+        ("dense twin", 2),
+    ]
+    assert all(0 < row["utilization"] < 1.5 for row in figures["rows"])
+    assert not (tmp_path / "runs").exists()
+    points = tmp_path / "scaling" / "points"
+    one, two, twin = (
+        json.loads((points / f"{name}-0.json").read_text())
+        for name in ("model-1", "model-2", "dense-twin-1")
+    )
+    assert len(one["step_seconds"]) == 4
+    assert two["micro_batches"] == one["micro_batches"] == 2
+    # The twin does the same FLOPs on the same batches.
+    assert twin["tokens"] == one["tokens"]
+    assert twin["flops"] == pytest.approx(one["flops"], rel=0.01)

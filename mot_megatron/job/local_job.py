@@ -1,4 +1,4 @@
-"""Training jobs of a drill, started by the deepspeed launcher on this machine."""
+"""Training jobs that other commands start with the deepspeed launcher, on this machine."""
 
 from __future__ import annotations
 
@@ -102,12 +102,15 @@ class Job:
         """Last step in the output, or 0."""
         return _last_step(self.output.read_text(errors="replace"))
 
-    def wait(self, seconds: float, step: int | None = None) -> bool:
+    def wait(
+        self, seconds: float, step: int | None = None, poll_seconds: float = _POLL_SECONDS
+    ) -> bool:
         """Wait until the launcher ends, or until the output shows a step.
 
         Args:
             seconds: How long to wait at most.
             step: The step; None to wait only for the end.
+            poll_seconds: Interval between looks, each of which takes some milliseconds.
 
         Returns:
             Whether the launcher has ended.
@@ -117,7 +120,7 @@ class Job:
             if step is not None and self.step >= step:
                 break
             self.descendants()
-            time.sleep(_POLL_SECONDS)
+            time.sleep(poll_seconds)
         return not self.is_running
 
     def end(self, seconds: float) -> Ended:

@@ -1,0 +1,115 @@
+"""Measure how training scales on this machine.
+
+Example: mot benchmark scaling measure --config configs/quickstart.toml --world-size 1,2
+             --micro-batches 1 --twin --output scaling
+
+For every number of ranks, training jobs are started with the deepspeed launcher, which run real
+steps on the configuration's corpus but neither save, evaluate nor log. With --twin, each is
+followed by a job of the dense twin: one tower with the same FLOPs per token, in the same layout
+without modality parallelism. All jobs are repeated, in turn. Writes report.md, scaling.json and
+scaling.png to the folder of --output.
+
+The same command continues an interrupted measurement, and runs jobs that failed again. All ranks
+are on this machine; several nodes are not supported yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mot_megatron.cli.arguments import add_json, add_output, positive_int
+from mot_megatron.cli.command import ON_CPU, choose_device, print_json, run_command, say
+from mot_megatron.cli.scaling_rehearse import add_work, configs_of, resolve, world_sizes
+from mot_megatron.errors import DataError
+
+NAME = "benchmark scaling measure"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add_work(parser, is_rehearsal=False)
+    parser.add_argument("--steps", type=positive_int, default=20, help="per job (default 20)")
+    parser.add_argument(
+        "--warmup", type=positive_int, default=5, help="steps before those (default 5)"
+    )
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="jobs per arm and size (default 3)"
+    )
+    parser.add_argument("--twin", action="store_true", help="measure the dense twin as well")
+    parser.add_argument(
+        "--job-minutes", type=positive_int, default=60, metavar="N", help="limit (default 60)"
+    )
+    add_output(parser, "folder for the records and the report")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the jobs and write the report; return 1 if a job failed."""
+    sizes = world_sizes(options.world_size)
+    say(NAME, f"{' + '.join(map(str, options.config))} on {options.world_size} ranks")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if choose_device().type == "cpu":
+        environment |= ON_CPU
+    config, _ = resolve(options)
+    if not (config.data.corpus / "corpus.toml").exists():
+        raise DataError(f"{config.data.corpus}/corpus.toml: absent; a measurement needs a corpus")
+
+    from mot_megatron.cli.memory import dense_twin
+    from mot_megatron.scaling.measure import (
+        MODEL,
+        TWIN,
+        Setting,
+        measure,
+        prepare,
+    )
+
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"corpus": config.data.corpus.resolve()})}
+    )
+    arms = {MODEL: config} | ({TWIN: dense_twin(config)} if options.twin else {})
+    setting = Setting(
+        configs={arm: configs_of(each, sizes, options) for arm, each in arms.items()},
+        warmup=options.warmup,
+        steps=options.steps,
+        repeats=options.repeats,
+        weak=options.micro_batches is not None,
+        directory=options.output.resolve(),
+        environment=environment,
+        job_seconds=60.0 * options.job_minutes,
+    )
+    prepare(setting)
+    for _ in measure(setting, lambda line: say(NAME, line)):
+        pass
+    return write_report(setting.directory, options.json)
+
+
+def write_report(directory: Path, as_json: bool) -> int:
+    """Write and print the report of a measurement; return 1 if a job failed."""
+    from mot_megatron.files import write_atomically
+    from mot_megatron.scaling.measure import read_records
+    from mot_megatron.scaling.report import document, page, plot, rows_of
+
+    description, records = read_records(directory)
+    rows = rows_of(description, records)
+    figures = document(description, rows, records)
+    text = page(description, rows, records)
+    try:
+        plot(rows, directory / "scaling.png")
+        write_atomically(directory / "report.md", text)
+        write_atomically(directory / "scaling.json", json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written: {error.strerror}") from None
+    if as_json:
+        print_json(figures)
+    else:
+        print(text)
+    return int(bool(figures["failed"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``mot benchmark scaling measure``; return the exit status."""
+    return run_command(NAME, __doc__, add_arguments, run, arguments)
