@@ -22,6 +22,7 @@ from mot_megatron.errors import ConfigError
 from mot_megatron.files import read_regular_file
 from mot_megatron.scaling.costs import RANGES, Constants, as_vector, from_vector
 from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.markdown import wrapped
 from mot_megatron.scaling.published import Run, families, step_seconds
 
 _SMALL_ERROR = 0.05
@@ -180,7 +181,7 @@ def report(accuracies: Sequence[FamilyAccuracy], fitted: Fitted) -> str:
         ),
         "",
     ]
-    return "\n".join(lines)
+    return wrapped(lines)
 
 
 def _row(each: FamilyAccuracy) -> str:

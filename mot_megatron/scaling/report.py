@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mot_megatron.errors import DataError
+from mot_megatron.scaling.markdown import wrapped
 from mot_megatron.scaling.measure import MODEL, TWIN, Point
 
 STAMP = "MEASURED"
@@ -190,7 +191,7 @@ def page(
     if failed:
         lines += ["", "## Failed jobs", ""]
         lines += [f"- {point.name}: {record['error']}" for point, record in failed.items()]
-    return "\n".join([*lines, ""])
+    return wrapped([*lines, ""])
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
