@@ -38,17 +38,17 @@ def run(options: argparse.Namespace) -> int:
         summarize,
     )
     from mot_megatron.scaling.machine import load_machine
-    from mot_megatron.scaling.published import read_runs
+    from mot_megatron.scaling.published import paper_run, read_runs
 
     folder = config_directory()
     runs = read_runs(folder / "scaling" / "published_runs.csv")
     machines = {
         name: load_machine(folder / "machines" / f"{name}.toml")
-        for name in sorted({run.machine for run in runs})
+        for name in sorted({paper_run("7B", 256).machine, *(run.machine for run in runs)})
     }
     accuracies = measure_accuracy(runs, machines)
     fitted = summarize(accuracies, fit(runs, machines))
-    page = report(accuracies, fitted)
+    page = report(accuracies, fitted, machines)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         write_atomically(options.output / "accuracy.md", page)

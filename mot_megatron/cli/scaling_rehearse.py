@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_json, positive_int
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
-from mot_megatron.errors import ConfigError, UserError
+from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
@@ -176,7 +176,7 @@ def rehearse_sizes(
         try:
             for (size, _), future in bar:
                 found[size].append(future.result())
-        except UserError:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return found

@@ -87,6 +87,8 @@ class Run:
         return max(1, round(self.global_batch / (self.data * self.micro_batch)))
 
 
+_PAPER_SIZES = {"443M": (24, 1024, 16, 2816, 6), "7B": (32, 4096, 32, 11008, 2)}
+"""Layers, hidden size, heads, feed-forward width and sequences per GPU."""
 _MACHINES = {
     "a100_80gb": "a100-80gb-1600",
     "a100_40gb": "a100-40gb-roce",
@@ -275,6 +277,47 @@ def step_seconds(run: Run, machine: Machine, constants: Constants) -> float:
 def _weights(work: Work) -> int:
     """Return the weights of a layer on one tensor-parallel rank."""
     return sum(product.k * product.n * copies for product, copies in work.products.items())
+
+
+def paper_run(size: str, gpus: int, *, towers: int = 1, experts: int = 1) -> Run:
+    """Return a run of the Mixture-of-Transformers paper (arXiv 2411.04996), fully sharded.
+
+    Its step times are not published. The gradients are taken to be reduced in bf16.
+
+    Args:
+        size: 443M or 7B.
+        gpus: Number of GPUs; the batch per GPU is the paper's.
+        towers: Towers of the model.
+        experts: Experts of its feed-forward networks.
+    """
+    layers, hidden, heads, ffn, batch = _PAPER_SIZES[size]
+    return Run(
+        source="arXiv 2411.04996",
+        model=size,
+        machine="a100-80gb-efa",
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        key_value_heads=heads,
+        ffn=ffn,
+        gated=True,
+        vocab=65536,
+        seq=4096,
+        gpus=gpus,
+        tensor=1,
+        pipeline=1,
+        context=1,
+        micro_batch=batch,
+        global_batch=batch * gpus,
+        recompute="none",
+        sharded=True,
+        fp8=False,
+        hides_tensor=False,
+        gradient_bytes=2,
+        step_seconds=0.0,
+        towers=towers,
+        experts=experts,
+    )
 
 
 def families(runs: Sequence[Run]) -> dict[str, list[Run]]:

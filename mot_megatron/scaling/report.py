@@ -73,6 +73,8 @@ def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, An
     good = {point: record for point, record in records.items() if "error" not in record}
     if not good:
         raise DataError("no job of this measurement has ended well yet")
+    # Measured anew by every job on a CPU, where other work may have slowed it.
+    peak = max(record["peak_flops_per_second"] / record["world_size"] for record in good.values())
     seconds = {point: median(record["step_seconds"][warmup:]) for point, record in good.items()}
     first: dict[str, float] = {}
     rows = []
@@ -102,7 +104,7 @@ def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, An
                 step_seconds=step,
                 tokens_per_gpu_second=rates,
                 efficiency=rates.median / base,
-                utilization=flops / step.median / some[0]["peak_flops_per_second"],
+                utilization=flops / step.median / (peak * size),
                 parts={part: value / step.median for part, value in parts.items()},
                 imbalance=median(median(record["imbalance"][warmup:]) for record in some),
                 peak_memory_bytes=max(record["peak_memory_bytes"] for record in some),
