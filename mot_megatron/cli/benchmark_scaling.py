@@ -11,6 +11,7 @@ COMMANDS = {
     "measure": Command("scaling_measure", "time training on growing numbers of ranks"),
     "report": Command("scaling_report", "write the report of a measurement again"),
     "rehearse": Command("scaling_rehearse", "count the work and traffic of a step"),
+    "calibrate": Command("scaling_calibrate", "measure a profile of this machine"),
     "forecast": Command("scaling_forecast", "forecast the time of a step on a machine"),
     "accuracy": Command("scaling_accuracy", "test the forecasts on published runs"),
 }

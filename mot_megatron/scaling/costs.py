@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
+from mot_megatron.errors import ConfigError
 from mot_megatron.scaling.ledger import Collective, Work
 from mot_megatron.scaling.machine import Machine
 
@@ -46,6 +47,26 @@ RANGES: Mapping[str, tuple[float, float]] = {
 """Physically possible values of each constant."""
 
 
+def adapted(constants: Constants, machine: Machine) -> Constants:
+    """Return the constants for a machine, some of whose rates were measured.
+
+    A measured rate is reached in full. Efficiencies stay for rates of data sheets.
+    """
+    changes: dict[str, float] = {}
+    for name, field in (
+        ("matrix_efficiency", "matrix_tflops"),
+        ("memory_efficiency", "memory_tb_per_s"),
+        ("network_efficiency", "link_gb_per_s"),
+    ):
+        if field in machine.measured:
+            changes[name] = 1.0
+    if machine.attention_tflops is not None:
+        changes["attention_efficiency"] = machine.attention_tflops / machine.matrix_tflops
+    if machine.latency_us is not None:
+        changes["latency_us"] = machine.latency_us
+    return replace(constants, **changes)
+
+
 @dataclass(frozen=True)
 class GroupShape:
     """A process group as the network sees it."""
@@ -77,13 +98,20 @@ def collective_seconds(
         group: Its group.
         machine: The machine.
         constants: Of the software.
+
+    Raises:
+        ConfigError: The group spans nodes, but the profile has no network.
     """
     n, g = group.size, group.per_node
     link = machine.link_gb_per_s * 1e9 * constants.network_efficiency
-    share = machine.network_gb_per_s / machine.devices_per_node
-    own_adapter = share * 1e9 * constants.network_efficiency
     latency = (1 + math.log2(group.nodes)) * constants.latency_us * 1e-6
     inside = group.nodes == 1
+    if machine.network_gb_per_s is None and not inside:
+        raise ConfigError(
+            f"{machine.name}: network.gb_per_s: absent, but {n} ranks need several nodes"
+        )
+    share = (machine.network_gb_per_s or 0.0) / machine.devices_per_node
+    own_adapter = share * 1e9 * constants.network_efficiency
     if kind in ("send", "receive"):
         return latency + num_bytes / (link if inside else own_adapter)
     if kind == "all-to-all":
@@ -112,7 +140,7 @@ class WorkSeconds:
 
 def work_seconds(work: Work, machine: Machine, constants: Constants) -> WorkSeconds:
     """Return the seconds that a rank's work takes on its device."""
-    peak = machine.bf16_tflops * 1e12
+    peak = machine.matrix_tflops * 1e12
     bandwidth = machine.memory_tb_per_s * 1e12 * constants.memory_efficiency
     rate = peak * constants.matrix_efficiency
     return WorkSeconds(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mot_megatron.config import Config
 from mot_megatron.scaling.costs import (
     Constants,
+    adapted,
     collective_seconds,
     group_shape,
     traffic_seconds,
@@ -56,7 +57,7 @@ class Forecast:
 
     def utilization(self, machine: Machine) -> float:
         """Return the FLOPs per second over the peak of all devices."""
-        peak = machine.bf16_tflops * 1e12 * self.world_size
+        peak = machine.matrix_tflops * 1e12 * self.world_size
         return self.flops / self.seconds / peak
 
 
@@ -80,6 +81,7 @@ def forecast(
         machine: Where the step would run.
         constants: Of the software.
     """
+    constants = adapted(constants, machine)
     micro_batches = roles[0].ledger.micro_batches
     stages = 1 + max(each.role.stage for each in roles)
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from mot_megatron.cli import benchmark_scaling as scaling
+from mot_megatron.scaling.machine import load_machine
 from tests.launch.entry_points import EntryPoint, Finished, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
@@ -231,3 +232,19 @@ def test_steps_are_timed_and_nothing_else_is_written(
     # The twin does the same FLOPs on the same batches.
     assert twin["tokens"] == one["tokens"]
     assert twin["flops"] == pytest.approx(one["flops"], rel=0.01)
+
+
+def test_a_calibrated_machine_can_be_forecast(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "mine.toml"
+    options = ["--num_accelerators", "2", "--master_port", str(free_port())]
+    command = [*options, "--module", "mot_megatron.cli.scaling_calibrate", f"--config={config}"]
+    with started(tmp_path, [*LAUNCHER, *command, f"--output={profile}"]) as job:
+        assert job.wait(120) == 0
+    assert load_machine(profile).stamps == ("MEASURED",)
+    common = [f"--config={config}", "--micro-batches=1", f"--machine={profile}"]
+    assert scaling.main(["forecast", *common, "--world-size=2"]) == 0
+    assert "(MEASURED); all times FORECAST" in capsys.readouterr().out
+    assert scaling.main(["forecast", *common, "--world-size=4"]) == 2
+    assert "network.gb_per_s: absent, but 4 ranks need several nodes" in capsys.readouterr().err

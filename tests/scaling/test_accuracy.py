@@ -118,11 +118,19 @@ PROFILE = PROFILES[0].read_text()
     ("old", "new", "words"),
     [
         ('name = "8 x A100', 'title = "8 x A100', "name: expected the machine's name"),
-        ("bf16_tflops = {", "bf16 = {", "device.bf16_tflops: absent, but forecasts need it"),
-        ("{ value = 312,", "{ value = -1,", "device.bf16_tflops.value: expected a number above 0"),
+        (
+            "matrix_tflops = {",
+            "matrices = {",
+            "device.matrix_tflops: absent, but forecasts need it",
+        ),
+        (
+            "{ value = 312,",
+            "{ value = -1,",
+            "device.matrix_tflops.value: expected a number above 0",
+        ),
         ("{ value = 312,", "{ value = true,", "expected a number above 0, found True"),
         ('stamp = "DATA SHEET"', 'stamp = "GUESS"', "stamp: expected one of DATA SHEET, MEASURED"),
-        ("{ value = 312, stamp", "{ number = 312, stamp", "device.bf16_tflops: expected {"),
+        ("{ value = 312, stamp", "{ number = 312, stamp", "device.matrix_tflops: expected {"),
         ("[node]", "[nodes]", "node.devices: absent"),
         ("[node]", "[other]\nkey = 1\n[node]", "other.key: unknown key"),
         ("[node]", "[node", "Expected ']'"),

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from mot_megatron.errors import ConfigError
+from mot_megatron.scaling.calibrate import fit_line
 from mot_megatron.scaling.costs import (
     Constants,
     GroupShape,
+    adapted,
     collective_seconds,
     exposed,
     group_shape,
@@ -36,7 +39,7 @@ from tests.model.small_models import small_config
 
 MACHINE = Machine(
     "synthetic",
-    bf16_tflops=100,
+    matrix_tflops=100,
     memory_gb=80,
     memory_tb_per_s=2,
     devices_per_node=8,
@@ -81,6 +84,35 @@ def test_collectives_take_their_bytes_over_the_slowest_link(
     kind: str, group: GroupShape, seconds: float
 ) -> None:
     assert collective_seconds(kind, GB, group, MACHINE, IDEAL) == pytest.approx(seconds, rel=1e-9)
+
+
+def test_measured_rates_are_reached_in_full() -> None:
+    constants = Constants(0.5, 0.25, 0.8, 0.6, latency_us=20, overlap=0.5)
+    assert adapted(constants, MACHINE) == constants
+    measured = replace(
+        MACHINE,
+        attention_tflops=30,
+        latency_us=7,
+        measured=frozenset({"matrix_tflops", "memory_tb_per_s", "link_gb_per_s"}),
+    )
+    assert adapted(constants, measured) == Constants(1, 0.3, 1, 1, latency_us=7, overlap=0.5)
+    assert measured.stamps == ("DATA SHEET", "MEASURED")
+
+
+def test_groups_that_span_nodes_need_a_network() -> None:
+    alone = replace(MACHINE, network_gb_per_s=None)
+    assert collective_seconds("all-gather", GB, GroupShape(8, 8), alone, IDEAL) > 0
+    with pytest.raises(ConfigError, match=r"network\.gb_per_s: absent, but 16 ranks need several"):
+        collective_seconds("all-gather", GB, GroupShape(16, 8), alone, IDEAL)
+
+
+def test_a_line_is_fitted_to_noisy_times() -> None:
+    sizes = [4**power for power in range(6, 16)]
+    noise = [1.01, 0.99] * 5
+    times = {size: (30e-6 + size / 5e9) * n for size, n in zip(sizes, noise, strict=True)}
+    line = fit_line(times)
+    assert line.latency == pytest.approx(30e-6, rel=0.02)
+    assert line.bandwidth == pytest.approx(5e9, rel=0.02)
 
 
 def test_latency_grows_with_the_logarithm_of_nodes() -> None:
