@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mot_megatron.cli.arguments import add_json, add_output, positive_int
@@ -87,9 +88,18 @@ def run(options: argparse.Namespace) -> int:
     return write_report(setting.directory, options.json)
 
 
-def write_report(directory: Path, as_json: bool) -> int:
-    """Write and print the report of a measurement; return 1 if a job failed."""
+def write_report(directory: Path, as_json: bool, slopes: Path | None = None, arm: str = "") -> int:
+    """Write and print the report of a measurement; return 1 if a job failed.
+
+    Args:
+        directory: Folder of the measurement.
+        as_json: Print the figures as JSON instead.
+        slopes: ``slopes.json`` of a comparison, for the time to the dense model's loss.
+        arm: Arm of that comparison.
+    """
     from mot_megatron.files import write_atomically
+    from mot_megatron.scaling.conclusions import times_page, times_to_loss
+    from mot_megatron.scaling.markdown import wrapped
     from mot_megatron.scaling.measure import read_records
     from mot_megatron.scaling.report import document, page, plot, rows_of
 
@@ -97,6 +107,10 @@ def write_report(directory: Path, as_json: bool) -> int:
     rows = rows_of(description, records)
     figures = document(description, rows, records)
     text = page(description, rows, records)
+    if slopes is not None:
+        times = times_to_loss(rows, slopes, arm)
+        text += wrapped([*times_page(times, slopes, arm), ""])
+        figures["time_to_dense_loss"] = [asdict(each) for each in times]
     try:
         plot(rows, directory / "scaling.png")
         write_atomically(directory / "report.md", text)

@@ -11,6 +11,7 @@ import pytest
 
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.scaling import measure as measure_module
+from mot_megatron.scaling.conclusions import regressions, times_page, times_to_loss
 from mot_megatron.scaling.measure import (
     MODEL,
     TWIN,
@@ -109,6 +110,44 @@ def test_report_has_all_figures_and_failures(tmp_path: Path) -> None:
     assert figures["failed"] == {"dense-twin-4-0": "out of memory"}
     plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_time_to_the_dense_loss_is_step_ratio_times_slope(tmp_path: Path) -> None:
+    path = tmp_path / "slopes.json"
+    match = {"arm": "mot", "modality": "text", "split": "held_out", "axis": "steps", "slope": 0.5}
+    other = {**match, "axis": "flops", "slope": 0.9, "interval": None}
+    path.write_text(json.dumps([{**match, "interval": [0.4, 0.6]}, other]))
+    records = {**RECORDS, Point(TWIN, 1, 1): record(1, [1.0, 1.0], 50)}
+    rows = rows_of(DESCRIPTION, records)
+    (found,) = times_to_loss(rows, path, "mot")
+    # Step ratios of the two repeats: 2 and 1.25.
+    assert (found.world_size, found.ratio) == (1, 0.5 * 1.625)
+    assert (found.low, found.high) == (0.4 * 1.25, 0.6 * 2)
+    assert "| text | held out | 1 | 0.500 | 0.812 (0.500 to 1.200) |" in times_page(
+        [found], path, "mot"
+    )
+    with pytest.raises(DataError, match="no slope of arm 'moe'; arms: mot"):
+        times_to_loss(rows, path, "moe")
+    with pytest.raises(DataError, match="run the measurement with --twin"):
+        times_to_loss([replace(row, ratio=None) for row in rows], path, "mot")
+    path.write_text("{}")
+    with pytest.raises(DataError, match="no slope of arm"):
+        times_to_loss(rows, path, "mot")
+    path.write_text("[1]")
+    with pytest.raises(DataError, match=r"not the slopes\.json of a comparison"):
+        times_to_loss(rows, path, "mot")
+
+
+def test_regressions_beyond_the_spread_are_named() -> None:
+    before = {Point(MODEL, 1, n): record(1, [s, s], 50) for n, s in enumerate((1.0, 1.1))}
+    within = {Point(MODEL, 1, n): record(1, [s, s], 50) for n, s in enumerate((1.05, 1.3))}
+    beyond = {Point(MODEL, 1, n): record(1, [s, s], 50) for n, s in enumerate((1.2, 1.3))}
+    old, near, new = (rows_of(DESCRIPTION, records) for records in (before, within, beyond))
+    assert regressions(old, near) == regressions(new, old) == []
+    (line,) = regressions(old, new)
+    assert line.startswith("model, 1 rank: 95 (91 to 100) tokens/s per rank before, 80 (77 to 83)")
+    with pytest.raises(DataError, match="no arm and number of ranks in common"):
+        regressions(old, [replace(new[0], world_size=8)])
 
 
 def test_nothing_to_report() -> None:
