@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mot_megatron.cli.benchmark import BENCHMARKS
+from mot_megatron.cli.benchmark_scaling import COMMANDS as SCALING
 from mot_megatron.cli.main import COMMANDS, TRAINING, main
 from tests.launch.entry_points import ROOT
 
@@ -39,7 +41,8 @@ SCRIPTS = {
 MAINTENANCE_SCRIPTS = {"draw_samples", "write_config_reference"}
 """They write files of the documentation and are no commands."""
 SINGLE = [name for name in COMMANDS if name != "benchmark"]
-ALL = [*SINGLE, *(f"benchmark {name}" for name in BENCHMARKS)]
+WITH_SCRIPT = [*SINGLE, *(f"benchmark {name}" for name in BENCHMARKS)]
+ALL = [*WITH_SCRIPT, *(f"benchmark scaling {name}" for name in SCALING)]
 
 
 def printed_by(*command: str) -> str:
@@ -115,11 +118,11 @@ def test_nothing_heavy_is_imported_for_help() -> None:
 def test_scripts_are_equivalent_to_their_commands(capsys: pytest.CaptureFixture[str]) -> None:
     scripts = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert scripts - MAINTENANCE_SCRIPTS == SCRIPTS.keys()
-    assert set(SCRIPTS.values()) | {"configs"} == set(ALL)
+    assert set(SCRIPTS.values()) | {"configs"} == set(WITH_SCRIPT)
     for script, command in SCRIPTS.items():
         usage = printed_by(f"tools/{script}.py", "--help")
         assert usage.startswith(f"usage: mot {command} "), usage
-        with pytest.raises(SystemExit):
+        with contextlib.suppress(SystemExit):
             main([*command.split(), "--help"])
         assert usage == capsys.readouterr().out
 
