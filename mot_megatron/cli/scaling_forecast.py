@@ -6,19 +6,23 @@ Example: mot benchmark scaling forecast --config configs/paper/443m-mot-3.toml
 The step is rehearsed on one CPU (see mot benchmark scaling rehearse), which gives COUNTED work and
 traffic. A profile of the machine (DATA SHEET or MEASURED) and constants that were fitted to
 published runs turn the counts into a FORECAST. The error printed with it is that of published runs
-of software that the constants had not seen, as they have not seen this project's. Nothing overlaps,
-as in this project's engine, and reading data takes no time.
+of software that the constants had not seen, as they have not seen this project's. With --anchor,
+one measured run of the model scales all forecasts, and the error is that of forecasts of larger
+published runs from the smallest. Nothing overlaps, as in this project's engine, and reading data
+takes no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mot_megatron.cli.arguments import add_json
+from mot_megatron.cli.arguments import add_json, user_path
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_rehearse import (
@@ -28,10 +32,11 @@ from mot_megatron.cli.scaling_rehearse import (
     resolve,
     world_sizes,
 )
+from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
-    from mot_megatron.scaling.accuracy import Fitted
+    from mot_megatron.scaling.accuracy import Errors, Fitted
     from mot_megatron.scaling.forecast import Forecast
     from mot_megatron.scaling.machine import Machine
     from mot_megatron.scaling.roles import Rehearsed
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 NAME = "benchmark scaling forecast"
 COLUMNS = 6
 """Numbers of ranks side by side."""
+WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forecast the dense twin too: one tower with the same FLOPs per token, in the same"
         " layout without modality parallelism",
     )
+    parser.add_argument(
+        "--anchor",
+        type=user_path,
+        metavar="DIR",
+        help="folder of a measurement of the same model on this machine (mot benchmark scaling"
+        " measure), by whose smallest run the forecasts are scaled",
+    )
     add_json(parser)
 
 
@@ -68,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.scaling.accuracy import load_fitted
     from mot_megatron.scaling.machine import load_machine
 
+    if options.anchor and len(options.machine) > 1:
+        raise ConfigError("--anchor: belongs to one machine, but several --machine are given")
     machines = [load_machine(machine_path(given)) for given in options.machine]
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
     os.environ.update(QUIETLY_ON_CPU)
@@ -80,18 +95,57 @@ def run(options: argparse.Namespace) -> int:
     rehearsed = {
         arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
     }
+    factor, expected = 1.0, cold_error(fitted)
+    if options.anchor:
+        factor, expected = anchor_factor(options, config, shares, machines[0], fitted)
     results = []
     for machine in machines:
         forecasts = {
-            arm: forecast_all(arms[arm], found, machine, fitted) for arm, found in rehearsed.items()
+            arm: [one.scaled(factor) for one in forecast_all(arms[arm], found, machine, fitted)]
+            for arm, found in rehearsed.items()
         }
         show = document if options.json else text
-        results.append(show(forecasts, machine, fitted))
+        results.append(show(forecasts, machine, expected))
     if options.json:
         print_json({"stamp": "FORECAST", "machines": results})
     else:
         print("\n\n".join(map(str, results)))
     return 0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The error to expect, and of what it was found."""
+
+    kind: str
+    errors: Errors
+
+
+def cold_error(fitted: Fitted) -> Expected:
+    """Return the error of forecasts without a measurement."""
+    kind = "forecasts of published runs with software that the constants had not seen"
+    return Expected(kind, fitted.new_stack)
+
+
+def anchor_factor(
+    options: argparse.Namespace,
+    config: Config,
+    shares: Sequence[float],
+    machine: Machine,
+    fitted: Fitted,
+) -> tuple[float, Expected]:
+    """Return the measured over the forecast step time of the anchor, and the error to expect."""
+    from mot_megatron.scaling.anchor import read_anchor
+
+    anchor = read_anchor(options.anchor, config)
+    configs = {anchor.world_size: anchor.config}
+    found = rehearse_sizes(configs, shares, options.workers)
+    (cold,) = forecast_all(configs, found, machine, fitted)
+    kind = (
+        f"forecasts of larger published runs from one, as here from {anchor.world_size} ranks with"
+        f" {anchor.seconds:.3f} s MEASURED and {cold.seconds:.3f} s FORECAST,"
+    )
+    return anchor.seconds / cold.seconds, Expected(kind, fitted.anchored)
 
 
 def machine_path(given: str) -> Path:
@@ -118,7 +172,7 @@ def forecast_all(
 
 
 def document(
-    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, fitted: Fitted
+    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected
 ) -> dict[str, Any]:
     """Return the forecasts for one machine as values that JSON can hold."""
 
@@ -136,18 +190,22 @@ def document(
     return {
         "machine": machine.name,
         "machine_stamps": machine.stamps,
-        "error_median": fitted.new_stack.median,
-        "error_p90": fitted.new_stack.p90,
+        "error_of": expected.kind,
+        "error_median": expected.errors.median,
+        "error_p90": expected.errors.p90,
         "forecasts": {arm: [entry(one) for one in found] for arm, found in forecasts.items()},
     }
 
 
-def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, fitted: Fitted) -> str:
+def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected) -> str:
     """Return the tables for one machine, each of at most COLUMNS numbers of ranks."""
     lines = [
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
-        "error of forecasts of published runs with software that the constants had not seen:"
-        f" {fitted.new_stack.median:.0%} (p90 {fitted.new_stack.p90:.0%})",
+        *textwrap.wrap(
+            f"error of {expected.kind}: {expected.errors.median:.0%} (p90"
+            f" {expected.errors.p90:.0%})",
+            WIDTH,
+        ),
     ]
     model, twins = forecasts["model"], forecasts.get("dense twin", ())
     for start in range(0, len(model), COLUMNS):

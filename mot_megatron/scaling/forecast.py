@@ -10,7 +10,7 @@ not forecast.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mot_megatron.config import Config
 from mot_megatron.scaling.costs import (
@@ -49,6 +49,11 @@ class Forecast:
     """FLOPs of the step over all ranks, recomputation included."""
     peak_bytes: int
     """Device memory of the fullest rank."""
+
+    def scaled(self, factor: float) -> Forecast:
+        """Return the forecast with all times multiplied by ``factor``."""
+        split = {cause: factor * seconds for cause, seconds in self.split.items()}
+        return replace(self, seconds=factor * self.seconds, split=split)
 
     @property
     def tokens_per_gpu_second(self) -> float:

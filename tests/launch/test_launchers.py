@@ -206,6 +206,27 @@ def test_an_unknown_host_of_rank_0_is_said_at_once(config: Path, tmp_path: Path)
     assert "rank 0's host 'no.such.host.invalid' is unknown here" in finished.errors
 
 
+def check_anchored(config: Path, measurement: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An anchored forecast of the measured step is the measured time."""
+    common = ["forecast", f"--config={config}", "--micro-batches=2", f"--anchor={measurement}"]
+    command = [*common, "--world-size=1,4", "--machine=h100-sxm", "--json"]
+    assert scaling.main(command) == 0
+    (found,) = json.loads(capsys.readouterr().out)["machines"]
+    (row,) = (
+        row
+        for row in json.loads((measurement / "scaling.json").read_text())["rows"]
+        if (row["arm"], row["world_size"]) == ("model", 1)
+    )
+    one, four = found["forecasts"]["model"]
+    assert one["step_seconds"] == pytest.approx(row["step_seconds"]["median"])
+    assert sum(four["split_seconds"].values()) == pytest.approx(four["step_seconds"])
+    assert "MEASURED" in found["error_of"]
+    assert scaling.main([*command, "--machine=a100-40gb-roce"]) == 2
+    assert "--anchor: belongs to one machine" in capsys.readouterr().err
+    assert scaling.main([*command, "--set=model.num_layers=3"]) == 2
+    assert "another model was measured: model.num_layers was 2 and is 3" in capsys.readouterr().err
+
+
 def test_steps_are_timed_and_nothing_else_is_written(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +235,7 @@ def test_steps_are_timed_and_nothing_else_is_written(
     command += [f"--set=run.directory={tmp_path / 'runs'}", "--json"]
     assert scaling.main(command) == 0
     figures = json.loads(capsys.readouterr().out)
+    check_anchored(config, tmp_path / "scaling", capsys)
     assert [(row["arm"], row["world_size"]) for row in figures["rows"]] == [
         ("model", 1),
         ("model", 2),
