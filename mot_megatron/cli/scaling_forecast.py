@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 NAME = "benchmark scaling forecast"
 COLUMNS = 6
 """Numbers of ranks side by side."""
-WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +117,8 @@ class Expected:
 
     kind: str
     errors: Errors
+    anchor: str = ""
+    """The measurement that the forecasts are scaled by; empty without one."""
 
 
 def cold_error(fitted: Fitted) -> Expected:
@@ -141,11 +141,13 @@ def anchor_factor(
     configs = {anchor.world_size: anchor.config}
     found = rehearse_sizes(configs, shares, options.workers)
     (cold,) = forecast_all(configs, found, machine, fitted)
-    kind = (
-        f"forecasts of larger published runs from one, as here from {anchor.world_size} ranks with"
-        f" {anchor.seconds:.3f} s MEASURED and {cold.seconds:.3f} s FORECAST,"
+    factor = anchor.seconds / cold.seconds
+    note = (
+        f"scaled by {factor:.3f}: on {anchor.world_size} rank(s), a step took {anchor.seconds:.3f}"
+        f" s (MEASURED), not {cold.seconds:.3f} s"
     )
-    return anchor.seconds / cold.seconds, Expected(kind, fitted.anchored)
+    kind = "forecasts of larger published runs from the smallest of the same model"
+    return factor, Expected(kind, fitted.anchored, note)
 
 
 def machine_path(given: str) -> Path:
@@ -190,6 +192,7 @@ def document(
     return {
         "machine": machine.name,
         "machine_stamps": machine.stamps,
+        "anchor": expected.anchor or None,
         "error_of": expected.kind,
         "error_median": expected.errors.median,
         "error_p90": expected.errors.p90,
@@ -199,13 +202,12 @@ def document(
 
 def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected) -> str:
     """Return the tables for one machine, each of at most COLUMNS numbers of ranks."""
+    errors = expected.errors
     lines = [
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
-        *textwrap.wrap(
-            f"error of {expected.kind}: {expected.errors.median:.0%} (p90"
-            f" {expected.errors.p90:.0%})",
-            WIDTH,
-        ),
+        *([expected.anchor] if expected.anchor else []),
+        f"error of {expected.kind}:",
+        f"  {errors.median:.0%} in the median, {errors.p90:.0%} in the worst tenth",
     ]
     model, twins = forecasts["model"], forecasts.get("dense twin", ())
     for start in range(0, len(model), COLUMNS):

@@ -220,7 +220,7 @@ def check_anchored(config: Path, measurement: Path, capsys: pytest.CaptureFixtur
     one, four = found["forecasts"]["model"]
     assert one["step_seconds"] == pytest.approx(row["step_seconds"]["median"])
     assert sum(four["split_seconds"].values()) == pytest.approx(four["step_seconds"])
-    assert "MEASURED" in found["error_of"]
+    assert "(MEASURED)" in found["anchor"]
     assert scaling.main([*command, "--machine=a100-40gb-roce"]) == 2
     assert "--anchor: belongs to one machine" in capsys.readouterr().err
     assert scaling.main([*command, "--set=model.num_layers=3"]) == 2
