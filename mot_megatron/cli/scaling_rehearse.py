@@ -208,8 +208,9 @@ def text(size: int, roles: Sequence[Rehearsed]) -> list[str]:
             "",
             f"{size} ranks: stage {role.stage}, place {role.modality_rank} in the modality group"
             f" (rank {role.rank}), per step of {ledger.micro_batches} micro-batches, all COUNTED",
-            f"  memory: {memory.state / 1e9:.2f} GB before the step, at most"
-            f" {memory.peak / 1e9:.2f} GB in it",
+            f"  memory: {memory.state / 1e9:.2f} GB before the step; at most"
+            f" {memory.peak_on_gpu / 1e9:.2f} GB on a GPU, {memory.peak / 1e9:.2f} GB on a CPU"
+            f" ({memory.peak_part})",
             f"  {'part':12}{'matrix TFLOP':>14}{'attention TFLOP':>17}{'other GB':>12}"
             f"{'kernels':>10}",
         ]

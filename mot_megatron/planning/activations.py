@@ -28,6 +28,7 @@ from mot_megatron.model.pieces import Piece, pieces_of_stage
 
 FP32, INT64 = 4, 8
 Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def forecast(
         _total(split),
         {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule},
         flops=ranks * sum(each.ledger.flops().total() for each in roles),
-        peak_bytes=max(each.ledger.memory.peak for each in roles),
+        peak_bytes=max(each.ledger.memory.peak_on_gpu for each in roles),
     )
 
 

@@ -104,7 +104,11 @@ class Memory:
     state: int = 0
     """Before the step: weights, gradients, optimizer states and other buffers."""
     peak: int = 0
-    """Largest sum of all tensors at any time in the step."""
+    """Largest sum of all tensors at any time in the step, with the operators of a CPU."""
+    peak_part: str = ""
+    """Part of the step in which that is."""
+    peak_on_gpu: int = 0
+    """The same with what a GPU's operators save for backward: its norms are fused."""
 
 
 @dataclass

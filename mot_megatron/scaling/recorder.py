@@ -146,7 +146,7 @@ class LedgerRecorder(TorchDispatchMode):
                 work.attention_calls += 1
             else:
                 work.memory_bytes += _bytes_moved(func, name, args, kwargs, result)
-        self._memory.see(result)
+        self._memory.see(result, part)
         return result
 
     def __enter__(self) -> Self:
@@ -235,11 +235,12 @@ class _LiveMemory:
                 self._add(tensor)
         self.result.state = self._now
 
-    def see(self, result: Any) -> None:
-        """Take note of the tensors that an operator has returned."""
+    def see(self, result: Any, part: str) -> None:
+        """Take note of the tensors that an operator of a part of the step has returned."""
         for tensor in _tensors(result):
             self._add(tensor)
-        self.result.peak = max(self.result.peak, self._now)
+        if self._now > self.result.peak:
+            self.result.peak, self.result.peak_part = self._now, part
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -33,6 +33,7 @@ from mot_megatron.model import model as model_module
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.planning.activations import DEVICES, activation_bytes
 from mot_megatron.planning.placing import place_towers, tokens_of_towers
 from mot_megatron.scaling.ledger import Ledger, Tally, extend
 from mot_megatron.scaling.recorder import LedgerRecorder, axes_of, value_read_by_host
@@ -101,7 +102,15 @@ def run_in_fake_world(
     # Batches have values, so that attention can read the lengths of documents.
     batches = SyntheticBatches(config, groups, shares)
     with fake_values():
-        return record_step(build_trainer(config, groups, batches))
+        ledger, further = record_step(build_trainer(config, groups, batches))
+    saved = {
+        device: activation_bytes(
+            config, groups.pipeline_rank, batches.rows, ledger.micro_batches, device
+        )
+        for device in DEVICES
+    }
+    ledger.memory.peak_on_gpu = ledger.memory.peak - saved["cpu"] + saved["cuda"]
+    return ledger, further
 
 
 def build_groups(config: Config, shares: Sequence[float]) -> ProcessGroups:

@@ -11,6 +11,7 @@ from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.planning.activations import Rows
 from mot_megatron.train.session import grouping_plan
 
 
@@ -47,6 +48,9 @@ class SyntheticBatches:
             slot_multiple=plan.slot_multiple,
             shard=plan.shard,
         )
+
+        self.rows = Rows(self._micro_batch.tower_slots, config.training.micro_batch_size * length)
+        """Rows of the micro-batch on this rank."""
 
     def next_micro_batch(self) -> MicroBatch:
         """Return the micro-batch."""

@@ -159,7 +159,10 @@ def test_output_that_nobody_reads_any_more_does_not_end_a_run(config: Path, tmp_
         shell = psutil.Process(pipe.pid)
         wait_until(lambda: (tmp_path / "stdout").read_text().count("\n") >= 4, "lines")
         (training,) = [
-            process for process in shell.children(recursive=True) if SCRIPT in process.cmdline()
+            process
+            for process in shell.children(recursive=True)
+            # "head" may have ended by now, and an ended process has no command line.
+            if SCRIPT in (process.as_dict(["cmdline"])["cmdline"] or ())
         ]
         time.sleep(1)  # further lines meet the closed pipe
         training.send_signal(signal.SIGINT)

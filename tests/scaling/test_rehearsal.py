@@ -14,7 +14,9 @@ from mot_megatron.config import Config
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.flops import step_flops
 from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.scaling.ledger import ATTENTION, MATRICES, PARTS, Ledger, Work
+from mot_megatron.planning.activations import Rows, activation_bytes
+from mot_megatron.planning.memory import mesh_of, state_bytes
+from mot_megatron.scaling.ledger import ATTENTION, FORWARD, MATRICES, PARTS, Ledger, Memory, Work
 from mot_megatron.scaling.rehearsal import (
     build_groups,
     record_step,
@@ -163,6 +165,38 @@ def rehearse_many(layouts: list[list[str]]) -> list[tuple[Ledger, Ledger]]:
             parallel_state.destroy_model_parallel()
     build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
     return ledgers
+
+
+LARGER = [
+    *("model.hidden_size=512", "model.num_attention_heads=8", "model.num_layers=4"),
+    *("model.vocab_size=16384", "data.seq_length=2048", BF16),
+]
+
+
+def rehearse_memory(overrides: list[str]) -> Memory:
+    """Rehearse one step as the first of eight ranks, in a process without other tensors."""
+    with fake_world(0, 8):
+        config = config_of(overrides)
+        memory = rehearse_in_fake_world(config, build_groups(config, SHARES), SHARES).memory
+    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+    return memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], TP2])
+def test_memory_is_that_of_the_plan(layout: list[str]) -> None:
+    (memory,) = run_ranks(rehearse_memory, 1, [*LARGER, *layout])
+    config = config_of([*LARGER, *layout])
+    state = state_bytes(config, mesh_of(config, 8), None, 0).total
+    assert memory.state == pytest.approx(state, rel=0.01)
+    tokens = config.training.micro_batch_size * 2048
+    rows = Rows(tuple(tokens_of(SHARES, tokens)), tokens)
+    saved = activation_bytes(config, 0, rows, 1, "cuda")
+    # The loss copies the bf16 logits to fp32; with few tokens, gradients of the head need more.
+    tensor = config.parallel.tensor_model_parallel_size
+    logits = 2 * tokens * config.model.num_vocabulary_rows // tensor
+    assert memory.peak_on_gpu == pytest.approx(state + saved + logits, rel=0.02)
+    assert memory.peak_part == FORWARD
 
 
 def test_experts_cannot_be_rehearsed() -> None:
