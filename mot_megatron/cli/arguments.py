@@ -46,6 +46,13 @@ def add_overrides(parser: ArgumentParser, help_text: str) -> None:
     )
 
 
+def add_local_rank(parser: ArgumentParser) -> None:
+    """Add ``--local_rank``, which the launcher gives to every process that it starts."""
+    parser.add_argument(
+        "--local_rank", type=int, help="set by the launcher, which sets LOCAL_RANK as well"
+    )
+
+
 def add_checkpoint(parser: ArgumentParser) -> None:
     """Add ``--checkpoint``, given exactly once."""
     parser.add_argument(

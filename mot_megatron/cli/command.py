@@ -34,6 +34,16 @@ BAD_INPUT = 2
 """Exit status after an error that the user can fix."""
 
 
+def hide_gpus_from_cpu_ranks() -> None:
+    """Hide the GPUs from a process whose launcher was told to use CPUs.
+
+    DeepSpeed's CPU accelerator numbers its ranks' devices in CUDA_VISIBLE_DEVICES, which would hand
+    them real GPUs. Call this before the first import that looks for CUDA, which looks only once.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def run_command(
     name: str,
     description: str | None,

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_config, add_json
 from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.corpora import resolve_from_corpus
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 NAME = "plan"
 GB = 1e9
 LISTED = 40
-TRAIN_SPLIT = "train"
 MODES = {
     "none": "without recomputation",
     "selective": "with selective recomputation",
@@ -136,8 +136,9 @@ def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
     """
     from mot_megatron.planning.placing import tokens_of_towers
 
+    config, tokens_per_modality = resolve_from_corpus(config)
     model = config.model
-    if not (config.data.corpus / "corpus.toml").exists():
+    if tokens_per_modality is None:
         if model.vocab_size is None:
             raise ConfigError(
                 f"model.vocab_size is absent, and there is no {config.data.corpus}/corpus.toml to"
@@ -145,13 +146,6 @@ def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
             )
         note = f"tokens divided equally among towers: {config.data.corpus} is missing"
         return config, (1,) * model.num_towers, note
-    # Imported here because it imports megatron, which takes seconds.
-    from mot_megatron.data.corpus import Corpus
-
-    description = Corpus.open(config.data.corpus).description
-    names = [modality.name for modality in description.modalities]
-    config = config.resolved_for(names, description.vocab_size)
-    tokens_per_modality = description.splits[TRAIN_SPLIT].tokens_per_modality
     tokens = tokens_of_towers(config.model, tokens_per_modality)
     parts = zip(config.model.tower_names, tokens, strict=True)
     note = "tokens of towers: " + ", ".join(

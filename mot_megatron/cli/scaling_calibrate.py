@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mot_megatron.cli.arguments import add_config, user_path
-from mot_megatron.cli.command import run_command, say
+from mot_megatron.cli.arguments import add_config, add_local_rank, user_path
+from mot_megatron.cli.command import hide_gpus_from_cpu_ranks, run_command, say
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.job.launch import read_launch
 
@@ -37,16 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=user_path, required=True, metavar="FILE", help="profile to write (TOML)"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help="set by the launcher, which sets LOCAL_RANK as well"
-    )
+    add_local_rank(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure on this rank; rank 0 writes the profile."""
-    # As in training: DeepSpeed numbers CPU ranks in this variable, which would hand them GPUs.
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hide_gpus_from_cpu_ranks()
     launch = read_launch(os.environ)
     if launch.size == 1:
         raise ConfigError(

@@ -78,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
     from mot_megatron.scaling.accuracy import load_fitted
     from mot_megatron.scaling.machine import load_machine
+    from mot_megatron.scaling.measure import MODEL, TWIN
 
     if options.anchor and len(options.machine) > 1:
         raise ConfigError("--anchor: belongs to one machine, but several --machine are given")
@@ -85,11 +86,11 @@ def run(options: argparse.Namespace) -> int:
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
     os.environ.update(QUIETLY_ON_CPU)
     config, shares = resolve(options)
-    arms = {"model": configs_of(config, sizes, options)}
+    arms = {MODEL: configs_of(config, sizes, options)}
     if options.twin:
         from mot_megatron.cli.memory import dense_twin
 
-        arms["dense twin"] = configs_of(dense_twin(config), sizes, options)
+        arms[TWIN] = configs_of(dense_twin(config), sizes, options)
     rehearsed = {
         arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
     }
@@ -202,6 +203,8 @@ def document(
 
 def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected) -> str:
     """Return the tables for one machine, each of at most COLUMNS numbers of ranks."""
+    from mot_megatron.scaling.measure import MODEL, TWIN
+
     errors = expected.errors
     lines = [
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
@@ -209,7 +212,7 @@ def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected
         f"error of {expected.kind}:",
         f"  {errors.median:.0%} in the median, {errors.p90:.0%} in the worst tenth",
     ]
-    model, twins = forecasts["model"], forecasts.get("dense twin", ())
+    model, twins = forecasts[MODEL], forecasts.get(TWIN, ())
     for start in range(0, len(model), COLUMNS):
         part = slice(start, start + COLUMNS)
         lines += ["", *_table(model[part], twins[part], machine)]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_json, positive_int
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
+from mot_megatron.cli.corpora import resolve_from_corpus
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,15 +95,10 @@ def resolve(options: argparse.Namespace) -> tuple[Config, list[float]]:
 
     config = load_config(options.config, options.overrides)
     given = options.share
-    if (config.data.corpus / "corpus.toml").exists():
-        # Imported here because it imports megatron, which takes seconds.
-        from mot_megatron.data.corpus import Corpus
-
-        description = Corpus.open(config.data.corpus).description
-        names = [modality.name for modality in description.modalities]
-        config = config.resolved_for(names, description.vocab_size)
-        tokens = description.splits["train"].tokens_per_modality
-        given = given or [f"{name}={tokens[name] / sum(tokens.values())}" for name in names]
+    config, tokens = resolve_from_corpus(config)
+    if tokens is not None and not given:
+        total = sum(tokens.values())
+        given = [f"{name}={tokens[name] / total}" for name in config.model.modalities]
     shares = parse_shares(list(config.model.modalities), given)
     config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
     return config, shares

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mot_megatron.cli.arguments import add_config, user_path
+from mot_megatron.cli.arguments import add_config, add_local_rank, user_path
+from mot_megatron.cli.command import hide_gpus_from_cpu_ranks
 from mot_megatron.errors import UserError
 from mot_megatron.job.launch import Launch, read_launch
 from mot_megatron.job.outputs import protect_outputs
@@ -38,9 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config(parser)
-    parser.add_argument(
-        "--local_rank", type=int, help="set by the launcher, which sets LOCAL_RANK as well"
-    )
+    add_local_rank(parser)
     parser.add_argument(
         "--benchmark",
         type=user_path,
@@ -55,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run on this rank; return 0 on success and 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
     protect_outputs()
-    # DeepSpeed's CPU accelerator numbers its ranks' devices in CUDA_VISIBLE_DEVICES, which would
-    # hand them real GPUs. Set before the first import that looks for CUDA, which looks only once.
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hide_gpus_from_cpu_ranks()
     try:
         launch = read_launch(os.environ)
     except UserError as error:

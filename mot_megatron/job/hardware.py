@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # Dense bf16 and fp32 (TF32 off) FLOP/s from NVIDIA's data sheets.
 _DATA_SHEET: dict[str, dict[str, float]] = {
@@ -107,3 +108,13 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Linux counts ru_maxrss in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory_of_fullest_rank(device: torch.device) -> int:
+    """Return the largest ``peak_memory_bytes`` of all ranks. Collective over the world.
+
+    Ranks differ in the towers and stages that they hold.
+    """
+    largest = torch.tensor(peak_memory_bytes(device), device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

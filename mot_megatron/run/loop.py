@@ -22,12 +22,12 @@ from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import CheckpointError, TrainingError, UserError
 from mot_megatron.files import write_atomically
-from mot_megatron.job.hardware import peak_flops, peak_memory_bytes
+from mot_megatron.job.hardware import peak_flops, peak_memory_of_fullest_rank
 from mot_megatron.job.outputs import write_line
 from mot_megatron.job.processes import Process
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.stop import Stopped, StopRequest
-from mot_megatron.model.flops import count_parameters, step_flops
+from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
 from mot_megatron.run.lock import RunLock
@@ -301,7 +301,7 @@ def _report(run: _Run) -> None:
     run.recent.clear()
     mfu = interval.flops_per_second / run.peak_flops
     left = interval.seconds.total * (config.training.train_steps - progress.steps)
-    memory = _fullest_rank(peak_memory_bytes(run.session.groups.device), run.session.groups)
+    memory = peak_memory_of_fullest_rank(run.session.groups.device)
     run.console.interval(progress.steps, interval, mfu, left, memory)
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
@@ -312,15 +312,7 @@ def _report(run: _Run) -> None:
 
 def _flops(config: Config, result: StepResult) -> float:
     """Return the FLOPs of the model in one step, over all ranks."""
-    counts = result.counts
-    return step_flops(config.model, counts.tower_tokens, counts.attended_pairs).total
-
-
-def _fullest_rank(num_bytes: int, groups: ProcessGroups) -> int:
-    """Return the maximum over all ranks, which differ in the towers and stages that they hold."""
-    largest = torch.tensor(num_bytes, device=groups.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+    return result.counts.flops(config.model)
 
 
 def _evaluate(run: _Run, whole: bool = False) -> HeldOut:

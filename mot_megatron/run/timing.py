@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,16 @@ from mot_megatron.job.hardware import (
     describe_machine,
     device_name,
     peak_flops,
-    peak_memory_bytes,
+    peak_memory_of_fullest_rank,
 )
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.stop import StopRequest
-from mot_megatron.model.flops import step_flops
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.train.agreement import package_versions
 from mot_megatron.train.session import build_session
 from mot_megatron.train.step import StepResult, train_step
 
 PARTS = ("data", "forward and backward", "optimizer")
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "mot_megatron")
 
 
 def time_steps(
@@ -76,8 +74,6 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     seconds = torch.stack(everyone).cpu()  # [ranks, steps, parts]
-    memory = torch.tensor(peak_memory_bytes(groups.device), device=groups.device)
-    dist.all_reduce(memory, op=dist.ReduceOp.MAX)
     names = [""] * dist.get_world_size()
     dist.all_gather_object(names, device_name(groups.device))
     precision = config.training.precision
@@ -91,16 +87,13 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
             name: [result.counts.modality_tokens[index] for result in results]
             for index, name in enumerate(config.model.modalities)
         },
-        "flops": [
-            step_flops(config.model, result.counts.tower_tokens, result.counts.attended_pairs).total
-            for result in results
-        ],
+        "flops": [result.counts.flops(config.model) for result in results],
         "imbalance": [result.counts.imbalance for result in results],
         "peak_flops_per_second": peak_flops(groups.device, precision) * dist.get_world_size(),
-        "peak_memory_bytes": int(memory),
+        "peak_memory_bytes": peak_memory_of_fullest_rank(groups.device),
         "devices": sorted(set(names)),
         "machine": describe_machine(groups.device),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(),
     }
 
 

@@ -54,10 +54,8 @@ class FamilyAccuracy:
     """Accuracy of one family."""
 
     source: str
-    constants: Constants
-    """Fitted to all other families."""
     cold: list[float]
-    """Signed relative error of each run."""
+    """Signed relative error of each run, with constants fitted to all other families."""
     new_stack: list[float]
     """The same with constants fitted to all runs of other stacks."""
     anchored: list[float]
@@ -111,7 +109,7 @@ def measure_accuracy(runs: Sequence[Run], machines: Mapping[str, Machine]) -> li
                 if run.gpus > anchor.gpus:
                     anchored.append((1 + _error(run, machines, constants)) * scale - 1)
                     linear.append(_tokens_per_gpu_second(run) / _tokens_per_gpu_second(anchor) - 1)
-        found.append(FamilyAccuracy(source, constants, cold, new_stack, anchored, linear))
+        found.append(FamilyAccuracy(source, cold, new_stack, anchored, linear))
     return found
 
 

@@ -17,6 +17,9 @@ REDUCTION, OPTIMIZER = "reduction", "optimizer"
 PARTS = (DATA, FORWARD, BACKWARD, REDUCTION, OPTIMIZER)
 MATRICES, ATTENTION = "matrix products", "attention"
 WORLD = "world"
+BACKWARD_OF_ATTENTION = 2.5
+"""Matrix products of attention's backward over those of its forward: five instead of two, because
+the kernels recompute the scores (FlashAttention-2, arXiv 2307.08691, section 3.1)."""
 
 
 class Collective(NamedTuple):

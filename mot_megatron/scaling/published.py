@@ -20,7 +20,7 @@ from mot_megatron.scaling.costs import (
     exposed,
     work_seconds,
 )
-from mot_megatron.scaling.ledger import Product, Work
+from mot_megatron.scaling.ledger import BACKWARD_OF_ATTENTION, Product, Work
 from mot_megatron.scaling.machine import Machine
 from mot_megatron.scaling.pipeline import pipeline_seconds
 
@@ -34,7 +34,6 @@ _LOGIT_BYTES = 24
 """Bytes that the loss reads and writes per token and vocabulary entry, forward and backward."""
 _ADAM_BYTES = 30
 """Bytes that AdamW reads and writes per parameter: fp32 gradient, weight, moments; bf16 weight."""
-_BACKWARD_OF_ATTENTION = 2.5
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class _Model:
         if run.fp8:
             costs.matrices /= _FP8_SPEEDUP
         forward = costs.total
-        backward = 2 * costs.matrices + _BACKWARD_OF_ATTENTION * costs.attention + 2 * costs.memory
+        backward = 2 * costs.matrices + BACKWARD_OF_ATTENTION * costs.attention + 2 * costs.memory
         backward += {
             "none": 0.0,
             "selective": costs.matrices / 2 + costs.memory,

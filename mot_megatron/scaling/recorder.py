@@ -24,6 +24,7 @@ from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.scaling.ledger import (
     BACKWARD,
+    BACKWARD_OF_ATTENTION,
     DATA,
     FORWARD,
     OPTIMIZER,
@@ -54,9 +55,6 @@ _COLLECTIVES: Mapping[str, tuple[str, int, int]] = {
 _SYNCHRONIZATIONS = ("barrier", "monitored_barrier_")
 _FACTORS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
 """Operators of matrix products, and the position of their first factor."""
-_BACKWARD_OF_ATTENTION = 2.5
-"""Matrix products of attention's backward over those of its forward: five instead of two, because
-the kernels recompute the scores (FlashAttention-2, arXiv 2307.08691, section 3.1)."""
 _WITHOUT_KERNEL = (
     *("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"),
     "_local_scalar_dense",
@@ -311,7 +309,7 @@ def _attention_flops(args: Any, backward: bool) -> int:
     # The gradient of the output comes first in backward; it has the shape of the queries.
     batch, heads, tokens, head_dim = args[0].shape
     pairs = batch * tokens * (tokens + 1) // 2
-    return int(4 * pairs * heads * head_dim * (_BACKWARD_OF_ATTENTION if backward else 1))
+    return int(4 * pairs * heads * head_dim * (BACKWARD_OF_ATTENTION if backward else 1))
 
 
 def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:

@@ -63,8 +63,13 @@ def _values(config: Config, corpus: Corpus) -> dict[str, Any]:
         **values,
         f"sha256 of {DESCRIPTION_FILE} of the corpus": corpus.fingerprint,
         "sha256 of the corpus' vocabulary and codebooks": corpus.vocabulary_digest,
-        "version": {name: _version(name) for name in _PACKAGES},
+        "version": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that determine the training, by name."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

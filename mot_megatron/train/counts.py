@@ -43,6 +43,10 @@ class GlobalCounts:
     stop: bool
     """Whether any rank was asked to stop."""
 
+    def flops(self, model: ModelConfig) -> float:
+        """Return the FLOPs of the model in the step, over all ranks."""
+        return step_flops(model, self.tower_tokens, self.attended_pairs).total
+
     @classmethod
     def gather(
         cls,
