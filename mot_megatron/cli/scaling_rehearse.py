@@ -8,9 +8,9 @@ figures are COUNTED, per rank and step: FLOPs of matrix products and attention, 
 operators move, kernels, bytes of every collective by axis, and memory. They say nothing about time.
 
 Every sequence is one document. Its tokens are divided among the modalities by --share, or as in the
-corpus, or equally if there is none. Models with experts cannot be rehearsed, and data.packing has
-no effect. Operators are those of a CPU: on a GPU, attention is a single kernel as well, but other
-operators may be fused.
+corpus, or equally if there is none. Routers are taken to give every expert as many tokens: with
+expert choice they do, with top-k the largest expert of a real step has more. Operators are those of
+a CPU: on a GPU, attention is a single kernel as well, but other operators may be fused.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def configs_of(
     """Return the configuration for every number of ranks.
 
     Raises:
-        ConfigError: It is illegal for one of them or cannot be rehearsed.
+        ConfigError: It is illegal for one of them.
     """
-    from mot_megatron.scaling.roles import check_can_be_rehearsed, with_micro_batches
+    from mot_megatron.rules import check_world_size
+    from mot_megatron.scaling.roles import with_micro_batches
 
     configs = {}
     for size in sizes:
@@ -123,7 +124,7 @@ def configs_of(
             # If the sizes do not divide, the check below says so.
             data = max(1, size // model)
             configs[size] = with_micro_batches(config, options.micro_batches, data)
-        check_can_be_rehearsed(configs[size], size)
+        check_world_size(configs[size], size)
     return configs
 
 

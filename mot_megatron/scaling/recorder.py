@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import (
     BACKWARD,
     BACKWARD_OF_ATTENTION,
@@ -65,6 +66,7 @@ _OF_ROWS = ("index", "index_select", "embedding", "gather")
 """Operators that read only as many elements of their first argument as they return."""
 _INTO_ROWS = ("index_put_", "index_add_", "scatter_add_", "index_copy_")
 """Operators in place that touch only as many elements as they are given."""
+_OF_EXPERTS = ("masked_select", "_grouped_mm")
 _RUN_BACKWARD = "_engine_run_backward"
 """Function of torch.autograd through which all backward passes start."""
 _PHASES = {"data": DATA, "optimizer": OPTIMIZER}
@@ -77,16 +79,23 @@ class LedgerRecorder(TorchDispatchMode):
         NotImplementedError: A collective occurs that the ledger does not know.
     """
 
-    def __init__(self, axes: Mapping[str, str], progress_report: ProgressReport) -> None:
+    def __init__(
+        self,
+        axes: Mapping[str, str],
+        progress_report: ProgressReport,
+        counts: KnownCounts | None = None,
+    ) -> None:
         """Record into a new ledger.
 
         Args:
             axes: Axis by name of the process group.
             progress_report: Names the phase of the step.
+            counts: How many rows experts take; needed for experts with fake tensors.
         """
         super().__init__()
         self._axes = axes
         self._progress_report = progress_report
+        self._counts = counts
         self._work = {part: Work() for part in PARTS}
         self._collectives: list[Collective] = []
         # Since the last backward: forward if another backward follows, otherwise reduction.
@@ -128,10 +137,14 @@ class LedgerRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return value_read_by_host(args[0].dtype)
-        result = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if name in _OF_EXPERTS and isinstance(args[0], FakeTensor):
+            assert self._counts is not None, "experts with fake tensors need their counts"
+            result = _fake_result(name, args, kwargs, self._counts)
+        else:
+            result = func(*args, **kwargs)
         if func.namespace == "prim":
             return result
-        name = func._overloadpacket.__name__
         part, work = self._current()
         if func.namespace == "c10d":
             self._record_collective(name, args, part)
@@ -139,6 +152,8 @@ class LedgerRecorder(TorchDispatchMode):
             work.launches += 1
             if name in _FACTORS:
                 work.products[_product(args[_FACTORS[name]], result)] += 1
+            elif name == "_grouped_mm":
+                work.products.update(_grouped_products(args[0], args[1], result))
             elif name.startswith("_scaled_dot_product"):
                 work.attention_flops += _attention_flops(args, "backward" in name)
                 work.attention_calls += 1
@@ -259,8 +274,9 @@ def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]
     """Return the role of every process group of a rank, by the group's name.
 
     A group that has several roles, such as a tower's holders if all data-parallel ranks hold it,
-    gets the first: tensor, pipeline, modality, data, tower NAME, model (tensor and pipeline),
-    embedding (first and last stage), world.
+    gets the first: tensor, pipeline, modality, data, tower NAME, expert, tensor and expert, expert
+    data (ranks with the same experts), balancing (ranks that count the experts of the same tokens),
+    model (tensor and pipeline), embedding (first and last stage), world.
     """
     assert dist.group.WORLD is not None
     # Empty without modality parallelism.
@@ -271,6 +287,7 @@ def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]
         ("modality", groups.modality),
         ("data", groups.data),
         *((f"tower {name}", group) for name, group in holders),
+        *_expert_axes(groups),
         ("model", groups.model),
         ("embedding", groups.embedding),
         (WORLD, dist.group.WORLD),
@@ -280,6 +297,16 @@ def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]
         if group is not None:
             axes.setdefault(group.group_name, axis)
     return axes
+
+
+def _expert_axes(groups: ProcessGroups) -> Iterator[tuple[str, dist.ProcessGroup]]:
+    for each in groups.experts:
+        if each is not None and each.expert.size() > 1:
+            yield "expert", each.expert
+            yield "tensor and expert", each.tensor_expert
+            yield "expert data", each.data
+    for group in groups.balancing.values():
+        yield "balancing", group
 
 
 def value_read_by_host(dtype: torch.dtype) -> bool | int | float:
@@ -303,6 +330,31 @@ def _size(tensor: torch.Tensor) -> int:
 def _product(first: torch.Tensor, result: torch.Tensor) -> Product:
     *batch, m, k = first.shape
     return Product(batch[0] if batch else 1, m, k, result.shape[-1], result.element_size())
+
+
+def _fake_result(name: str, args: Any, kwargs: Any, counts: KnownCounts) -> torch.Tensor:
+    """Return what torch cannot tell for fake tensors: it depends on values, or needs bf16."""
+    first, second = args[:2]
+    if name == "masked_select":
+        return first.new_empty(counts.selected)
+    of_weights = first.ndim == second.ndim
+    experts = [len(kwargs.get("offs", args[2] if len(args) > 2 else ()))] if of_weights else []
+    return first.new_empty([*experts, first.shape[0], second.shape[-1]])
+
+
+def _grouped_products(
+    first: torch.Tensor, second: torch.Tensor, result: torch.Tensor
+) -> Counter[Product]:
+    """Return the products of experts that take equally many rows, up to one."""
+    of_weights = first.ndim == second.ndim  # [m, r] times [r, n] gives [e, m, n]
+    rows, experts = (first.shape[1], len(result)) if of_weights else (len(first), len(second))
+    share, rest = divmod(rows, experts)
+    found: Counter[Product] = Counter()
+    for batch, count in ((rest, share + 1), (experts - rest, share)):
+        m, k = (first.shape[0], count) if of_weights else (count, first.shape[1])
+        if batch and count:
+            found[Product(batch, m, k, result.shape[-1], result.element_size())] += 1
+    return found
 
 
 def _attention_flops(args: Any, backward: bool) -> int:

@@ -3,7 +3,7 @@
 The project's own step runs: its model, its schedules, its ZeRO engine. PyTorch's fake process group
 takes the place of the other ranks, and fake tensors, which have shapes but no values, that of the
 weights and activations. What the host reads from a tensor (norms, counts) has a fixed value, so
-nothing may depend on it; experts, which send rows where the router says, cannot be rehearsed.
+nothing may depend on it; routers are taken to give every expert as many rows.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.activations import DEVICES, activation_bytes
 from mot_megatron.planning.placing import place_towers, tokens_of_towers
+from mot_megatron.rules import check_world_size
+from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import Ledger, Tally, extend
 from mot_megatron.scaling.recorder import LedgerRecorder, axes_of, value_read_by_host
-from mot_megatron.scaling.roles import check_can_be_rehearsed, with_micro_batches
+from mot_megatron.scaling.roles import with_micro_batches
 from mot_megatron.scaling.synthetic import SyntheticBatches, tokens_of
 from mot_megatron.train.session import Trainer, build_placed_groups, build_trainer
 from mot_megatron.train.step import train_step
@@ -59,9 +61,9 @@ def rehearse(config: Config, world_size: int, rank: int, shares: Sequence[float]
         shares: Share of the tokens of each modality, M of them, with the sum 1.
 
     Raises:
-        ConfigError: As ``check_can_be_rehearsed``.
+        ConfigError: The configuration is illegal on so many ranks.
     """
-    check_can_be_rehearsed(config, world_size)
+    check_world_size(config, world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     return rehearse_in_fake_world(config, build_groups(config, shares), shares)
 
@@ -101,8 +103,9 @@ def run_in_fake_world(
     """Run all micro-batches of one step; see ``record_step``."""
     # Batches have values, so that attention can read the lengths of documents.
     batches = SyntheticBatches(config, groups, shares)
-    with fake_values():
-        ledger, further = record_step(build_trainer(config, groups, batches))
+    counts = KnownCounts()
+    with fake_values(), counts.patched():
+        ledger, further = record_step(build_trainer(config, groups, batches), counts)
     saved = {
         device: activation_bytes(
             config, groups.pipeline_rank, batches.rows, ledger.micro_batches, device
@@ -121,13 +124,13 @@ def build_groups(config: Config, shares: Sequence[float]) -> ProcessGroups:
     return build_placed_groups(config, placement, CPU)
 
 
-def record_step(trainer: Trainer) -> tuple[Ledger, Tally]:
+def record_step(trainer: Trainer, counts: KnownCounts | None = None) -> tuple[Ledger, Tally]:
     """Run one training step; return its ledger and ``LedgerRecorder.of_one_micro_batch``.
 
-    Collective over the world.
+    Collective over the world. ``counts`` as for ``LedgerRecorder``.
     """
     axes = axes_of(trainer.groups, trainer.config.model.tower_names)
-    with LedgerRecorder(axes, trainer.progress_report) as recorder:
+    with LedgerRecorder(axes, trainer.progress_report, counts) as recorder:
         train_step(trainer, step=1, learning_rate=0.0)
     micro_batches = trainer.config.accumulation_steps(trainer.groups.data_size)
     return recorder.ledger(micro_batches), recorder.of_one_micro_batch()

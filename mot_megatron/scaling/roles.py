@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mot_megatron.config import Config
-from mot_megatron.errors import ConfigError
 from mot_megatron.planning.memory import mesh_of
-from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.ledger import Ledger
 
 
@@ -60,20 +58,6 @@ def with_micro_batches(config: Config, count: int, data_parallel_size: int) -> C
     batch = count * config.sequences_per_pass(data_parallel_size)
     training = config.training.model_copy(update={"global_batch_size": batch})
     return config.model_copy(update={"training": training})
-
-
-def check_can_be_rehearsed(config: Config, world_size: int) -> None:
-    """Check that a configuration is legal on a number of ranks and that it can be rehearsed.
-
-    Raises:
-        ConfigError: It is illegal, or one of the model's towers has experts.
-    """
-    check_world_size(config, world_size)
-    if config.model.has_experts:
-        raise ConfigError(
-            "model.towers: a model with experts cannot be rehearsed, because the router decides"
-            " how many rows a rank sends"
-        )
 
 
 def rehearse_role(

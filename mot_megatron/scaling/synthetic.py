@@ -8,6 +8,7 @@ import numpy as np
 
 from mot_megatron.config import Config
 from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.budget import tower_budgets
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
@@ -32,15 +33,14 @@ class SyntheticBatches:
         """
         model, length = config.model, config.data.seq_length
         plan = grouping_plan(config, groups)
-        sequences = config.training.micro_batch_size
-        if plan.shard is not None:
-            sequences = plan.batches_per_group * sequences
-        kinds = np.repeat(np.arange(len(shares)), tokens_of(shares, length))
+        batches = 1 if plan.shard is None else plan.batches_per_group
+        kinds = np.tile(_modalities(config, shares), (batches, 1))
+        sequences = len(kinds)
         # The ids 0, 1, ... stand for the modalities.
         modality_of_id = np.zeros(model.num_vocabulary_rows, dtype=np.int8)
         modality_of_id[: len(shares)] = np.arange(len(shares))
         self._micro_batch = build_micro_batch(
-            np.tile(kinds, (sequences, 1)),
+            kinds,
             np.zeros((sequences, length), dtype=np.int64),
             modality_of_id,
             plan.towers_of_modalities,
@@ -48,13 +48,31 @@ class SyntheticBatches:
             slot_multiple=plan.slot_multiple,
             shard=plan.shard,
         )
-
         self.rows = Rows(self._micro_batch.tower_slots, config.training.micro_batch_size * length)
         """Rows of the micro-batch on this rank."""
 
     def next_micro_batch(self) -> MicroBatch:
         """Return the micro-batch."""
         return self._micro_batch
+
+
+def _modalities(config: Config, shares: Sequence[float]) -> np.ndarray:
+    """Return the modality of every position of a micro-batch, [b, s]."""
+    sequences, length = config.training.micro_batch_size, config.data.seq_length
+    if config.data.packing != "budget":
+        return np.tile(np.repeat(np.arange(len(shares)), tokens_of(shares, length)), (sequences, 1))
+    # Budgets are those of towers, in whole tokens of a micro-batch.
+    of_towers = np.zeros((1, config.model.num_towers), dtype=np.int64)
+    towers = np.asarray(config.model.towers_of_modalities)
+    parts = np.rint(np.asarray(shares) * 2**40).astype(np.int64)
+    np.add.at(of_towers[0], towers, parts)
+    found = []
+    for tower, budget in enumerate(tower_budgets(of_towers, sequences * length)):
+        its = np.flatnonzero(towers == tower)
+        if len(its) and budget:
+            within = parts[its] / parts[its].sum()
+            found.append(np.repeat(its, tokens_of(within.tolist(), budget)))
+    return np.concatenate(found).reshape(sequences, length)
 
 
 def tokens_of(shares: Sequence[float], length: int) -> list[int]:

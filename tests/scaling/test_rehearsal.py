@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mot_megatron.config import Config
+from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.flops import step_flops
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.planning.activations import Rows, activation_bytes
 from mot_megatron.planning.memory import mesh_of, state_bytes
+from mot_megatron.scaling.balanced_routing import balanced_routing
 from mot_megatron.scaling.ledger import ATTENTION, FORWARD, MATRICES, PARTS, Ledger, Memory, Work
 from mot_megatron.scaling.rehearsal import (
     build_groups,
@@ -23,9 +26,9 @@ from mot_megatron.scaling.rehearsal import (
     rehearse_in_fake_world,
     run_in_fake_world,
 )
-from mot_megatron.scaling.roles import check_can_be_rehearsed
 from mot_megatron.scaling.synthetic import SyntheticBatches, parse_shares, tokens_of
-from mot_megatron.train.session import build_trainer
+from mot_megatron.train.session import build_session, build_trainer, resolve_config
+from tests.data.corpora import random_documents, write_corpus
 from tests.fake_world import fake_world
 from tests.model.small_models import small_config
 from tests.ranks import run_ranks
@@ -38,6 +41,9 @@ TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 PIECES = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4"]
 MP2 = ["parallel.modality_parallel_size=2"]
+EP2 = "parallel.expert_model_parallel_size=2"
+TOP_K = ["model.towers.text.experts={num_moe_experts=4, routing='topk', topk=2}"]
+CHOICE = ["model.towers.text.experts={num_moe_experts=4, routing='expert_choice'}"]
 
 
 def zero(stage: int) -> str:
@@ -56,6 +62,12 @@ LAYOUTS = {
     "modality, heads": [*MP2, "parallel.attention_exchange=heads"],
     "tensor and modality": [*TP2, *MP2, BF16],
     "pipeline and modality": [*PP2, *MP2],
+    "experts, top-k": TOP_K,
+    "experts, expert-parallel": [*TOP_K, EP2],
+    "experts, tensor and expert-parallel": [*TOP_K, EP2, *TP2, BF16, "model.ffn_hidden_size=48"],
+    "expert choice, expert-parallel": [*CHOICE, EP2],
+    "expert choice in pipelines": [*CHOICE, *PP2],
+    "experts and modality": [*TOP_K, EP2, *MP2],
     "full recomputation": [*TP2, "training.recompute=full"],
     "selective recomputation": ["training.recompute=selective"],
 }
@@ -72,7 +84,8 @@ def record_all(layouts: list[list[str]]) -> list[Ledger]:
         config = config_of(overrides)
         groups = build_groups(config, SHARES)
         batches = SyntheticBatches(config, groups, SHARES)
-        ledgers.append(record_step(build_trainer(config, groups, batches))[0])
+        with balanced_routing():
+            ledgers.append(record_step(build_trainer(config, groups, batches))[0])
         parallel_state.destroy_model_parallel()
     return ledgers
 
@@ -128,6 +141,46 @@ def test_rehearsed_modality_group_of_three_equals_a_real_one() -> None:
     layouts = [["parallel.modality_parallel_size=3", "training.global_batch_size=6"]]
     mine, theirs = (run_ranks(f, 3, layouts, timeout=300) for f in (rehearse_all, record_all))
     assert_equal(mine, theirs, ["three modality ranks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], MP2], ids=["data", "modality"])
+def test_rehearsed_budgets_are_those_of_a_corpus(tmp_path: Path, layout: list[str]) -> None:
+    documents = random_documents(400, longest=12)
+    corpus = write_corpus(tmp_path / "corpus", train=documents, validation=documents[:20])
+    overrides = [
+        *("data.packing=budget", "training.micro_batch_size=2", "data.seq_length=48"),
+        *("training.global_batch_size=8", f"data.corpus={corpus.directory}", *layout),
+    ]
+    real = run_ranks(record_corpus, 2, overrides, timeout=300)
+    rehearsed = run_ranks(rehearse_corpus, 2, overrides, timeout=300)
+    for own, expected in zip(rehearsed, real, strict=True):
+        assert own.order == expected.order
+        assert own.order
+        for part in PARTS:
+            # The lengths of documents, and thereby the pairs that attend, are those of the corpus.
+            assert own.tally.work[part].products == expected.tally.work[part].products
+
+
+def open_corpus(overrides: list[str]) -> tuple[Config, Corpus, list[float]]:
+    config = small_config(THREE, "model.vocab_size=200", *overrides)
+    corpus = Corpus.open(config.data.corpus)
+    tokens = corpus.description.splits["train"].tokens_per_modality
+    config = resolve_config(config, corpus)
+    return config, corpus, [tokens[name] / sum(tokens.values()) for name in config.model.modalities]
+
+
+def record_corpus(overrides: list[str]) -> Ledger:
+    config, corpus, shares = open_corpus(overrides)
+    return record_step(build_session(config, corpus, build_groups(config, shares)))[0]
+
+
+def rehearse_corpus(overrides: list[str]) -> Ledger:
+    config, _, shares = open_corpus(overrides)
+    with fake_world(dist.get_rank(), dist.get_world_size()):
+        ledger = run_in_fake_world(config, build_groups(config, shares), shares)[0]
+    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+    return ledger
 
 
 @pytest.mark.slow
@@ -197,12 +250,6 @@ def test_memory_is_that_of_the_plan(layout: list[str]) -> None:
     logits = 2 * tokens * config.model.num_vocabulary_rows // tensor
     assert memory.peak_on_gpu == pytest.approx(state + saved + logits, rel=0.02)
     assert memory.peak_part == FORWARD
-
-
-def test_experts_cannot_be_rehearsed() -> None:
-    config = config_of(["model.towers.text.experts={num_moe_experts=4}"])
-    with pytest.raises(ConfigError, match="a model with experts cannot be rehearsed"):
-        check_can_be_rehearsed(config, 8)
 
 
 def test_shares_are_divided_into_whole_tokens() -> None:
