@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -393,6 +393,14 @@ class LoggingConfig(Section):
     or the measured speed of a matrix multiplication on other devices."""
 
 
+class ScalingConfig(Section):
+    """Settings of scaling benchmarks; training ignores them."""
+
+    layouts: dict[PositiveInt, dict[str, Any]] = {}
+    """By number of ranks, tables of the configuration that replace its values there, as in
+    `64 = { parallel = { modality_parallel_size = 2 } }`."""
+
+
 class Config(Section):
     """The whole configuration file."""
 
@@ -405,6 +413,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    scaling: ScalingConfig = ScalingConfig()
 
     @property
     def run_directory(self) -> Path:

@@ -76,6 +76,25 @@ def _build(files: Sequence[tuple[str, _Tree]], overrides: list[str] | None) -> C
     return config
 
 
+def for_world_size(config: Config, world_size: int) -> Config:
+    """Return the configuration with the values of ``scaling.layouts`` for a number of ranks.
+
+    Raises:
+        ConfigError: The values are illegal.
+    """
+    changes = config.scaling.layouts.get(world_size)
+    if not changes:
+        return config
+    source = f"scaling.layouts.{world_size}"
+    tree = _merge(config.model_dump(mode="json", exclude_none=True), changes)
+    try:
+        changed = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {first_problem(error, _keys_at)}") from error
+    check(changed, source)
+    return changed
+
+
 def as_arguments(override: str) -> tuple[str, str]:
     """Return the two words of a command line that stand for an override."""
     return ("--unset", override[1:]) if override.startswith("-") else ("--set", override)

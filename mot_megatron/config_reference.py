@@ -110,8 +110,11 @@ def _type_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ", ".join(f"`{_toml(value)}`" for value in arguments)
     if origin is tuple:
         return f"array of {_plural(_type_in_words(arguments[0]))}"
+    if annotation == dict[str, Any]:
+        return "table"
     if origin is dict:
-        return f"table of {_plural(_type_in_words(arguments[1]))} by name"
+        key = "name" if arguments[0] is str else "number"
+        return f"table of {_plural(_type_in_words(arguments[1]))} by {key}"
     if annotation is str:
         return _string_in_words(metadata)
     return " ".join([_WORDS[annotation], *_bounds(metadata)])

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 NAME = "memory"
 ENVIRONMENT = {**QUIETLY_ON_CPU, "GLOO_SOCKET_IFNAME": "lo"}
 PRELOAD = ["mot_megatron.benchmark.measure"]
-DENSE = "dense"
 SAME_REPLICAS, SAME_RANKS = "dense_same_replicas", "dense_same_ranks"
 SAME = {
     SAME_REPLICAS: " (as many model replicas: ranks / modality-parallel size)",
@@ -100,6 +99,8 @@ def run(options: argparse.Namespace) -> int:
 
 def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
     """Return the worlds to measure, by their names in the report; the configuration is first."""
+    from mot_megatron.planning.arms import dense_twin
+
     modality = config.parallel.modality_parallel_size
     twin = dense_twin(config)
     worlds = {"measured": checked(World(config, num_ranks))}
@@ -107,29 +108,6 @@ def worlds_of(config: Config, num_ranks: int) -> dict[str, World]:
         worlds[SAME_REPLICAS] = checked(World(twin, num_ranks // modality))
     worlds[SAME_RANKS] = checked(World(twin, num_ranks))
     return worlds
-
-
-def dense_twin(config: Config) -> Config:
-    """Return the same model with one plain tower, held by every data-parallel rank."""
-    from mot_megatron.config import ModalityConfig
-
-    model, parallel = config.model, config.parallel
-    modalities = {
-        name: ModalityConfig(tower=DENSE, loss_weight=modality.loss_weight)
-        for name, modality in model.modalities.items()
-    }
-    plain = {
-        "modality_parallel_size": 1,
-        "placement": "auto",
-        "attention_exchange": "sequence",
-        "expert_model_parallel_size": 1,
-    }
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update={"modalities": modalities, "towers": {}}),
-            "parallel": parallel.model_copy(update=plain),
-        }
-    )
 
 
 def checked(world: World) -> World:

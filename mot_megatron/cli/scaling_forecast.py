@@ -1,7 +1,7 @@
 """Forecast the time of a training step on a machine that is not at hand.
 
 Example: mot benchmark scaling forecast --config configs/paper/443m-mot-3.toml
-             --world-size 16,64,256 --machine a100-80gb-efa --twin
+             --world-size 16,64,256 --machine a100-80gb-efa --arms dense
 
 The step is rehearsed on one CPU (see mot benchmark scaling rehearse), which gives COUNTED work and
 traffic. A profile of the machine (DATA SHEET or MEASURED) and constants that were fitted to
@@ -25,8 +25,9 @@ from mot_megatron.cli.arguments import add_json, user_path
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_rehearse import (
+    add_arms,
     add_work,
-    configs_of,
+    arms_at_sizes,
     rehearse_sizes,
     resolve,
     world_sizes,
@@ -55,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|NAME",
         help="profile of the machine, or the name of one in configs/machines; may be repeated",
     )
-    parser.add_argument(
-        "--twin",
-        action="store_true",
-        help="forecast the dense twin too: one tower with the same FLOPs per token, in the same"
-        " layout without modality parallelism",
-    )
+    add_arms(parser)
     parser.add_argument(
         "--anchor",
         type=user_path,
@@ -78,7 +74,6 @@ def run(options: argparse.Namespace) -> int:
 
     from mot_megatron.scaling.accuracy import load_fitted
     from mot_megatron.scaling.machine import load_machine
-    from mot_megatron.scaling.measure import MODEL, TWIN
 
     if options.anchor and len(options.machine) > 1:
         raise ConfigError("--anchor: belongs to one machine, but several --machine are given")
@@ -86,11 +81,7 @@ def run(options: argparse.Namespace) -> int:
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
     os.environ.update(QUIETLY_ON_CPU)
     config, shares = resolve(options)
-    arms = {MODEL: configs_of(config, sizes, options)}
-    if options.twin:
-        from mot_megatron.cli.memory import dense_twin
-
-        arms[TWIN] = configs_of(dense_twin(config), sizes, options)
+    arms = arms_at_sizes(config, sizes, options)
     rehearsed = {
         arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
     }
@@ -153,7 +144,7 @@ def anchor_factor(
 
 def machine_path(given: str) -> Path:
     """Return the file of a profile that was given by its path or name."""
-    path = Path(given).expanduser()
+    path = user_path(given)
     if path.suffix == ".toml" or path.exists():
         return path
     return config_directory() / "machines" / f"{given}.toml"
@@ -203,8 +194,6 @@ def document(
 
 def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected) -> str:
     """Return the tables for one machine, each of at most COLUMNS numbers of ranks."""
-    from mot_megatron.scaling.measure import MODEL, TWIN
-
     errors = expected.errors
     lines = [
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
@@ -212,15 +201,19 @@ def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected
         f"error of {expected.kind}:",
         f"  {errors.median:.0%} in the median, {errors.p90:.0%} in the worst tenth",
     ]
-    model, twins = forecasts[MODEL], forecasts.get(TWIN, ())
-    for start in range(0, len(model), COLUMNS):
+    sizes = len(next(iter(forecasts.values())))
+    for start in range(0, sizes, COLUMNS):
         part = slice(start, start + COLUMNS)
-        lines += ["", *_table(model[part], twins[part], machine)]
+        lines += ["", *_table({arm: each[part] for arm, each in forecasts.items()}, machine)]
     lines.append("(MFU counts recomputation as work; memory is COUNTED and without fragmentation)")
     return "\n".join(lines)
 
 
-def _table(forecasts: Sequence[Forecast], twins: Sequence[Forecast], machine: Machine) -> list[str]:
+def _table(of_arms: Mapping[str, Sequence[Forecast]], machine: Machine) -> list[str]:
+    from mot_megatron.planning.arms import MODEL, TWIN
+
+    forecasts, twins = of_arms[MODEL], of_arms.get(TWIN)
+
     def row(title: str, values: Sequence[str]) -> str:
         return f"{title:32}" + "".join(f"{value:>13}" for value in values)
 
@@ -234,12 +227,13 @@ def _table(forecasts: Sequence[Forecast], twins: Sequence[Forecast], machine: Ma
     ]
     if any(one.peak_bytes > machine.memory_gb * 1e9 for one in forecasts):
         lines.append(f"  more than the {machine.memory_gb:g} GB of a device: this does not fit")
-    if twins:
-        ratios = [one.seconds / twin.seconds for one, twin in zip(forecasts, twins, strict=True)]
-        lines += [
-            row("dense twin, seconds per step", [f"{twin.seconds:.3f}" for twin in twins]),
-            row("step over the dense twin's", [f"{ratio:.3f}" for ratio in ratios]),
-        ]
+    for arm, found in of_arms.items():
+        if arm != MODEL:
+            lines.append(row(f"{arm}, seconds per step", [f"{one.seconds:.3f}" for one in found]))
+        if twins and arm != TWIN:
+            ratios = [one.seconds / twin.seconds for one, twin in zip(found, twins, strict=True)]
+            title = "step over the dense twin's" if arm == MODEL else f"{arm} over the dense twin"
+            lines.append(row(title, [f"{ratio:.3f}" for ratio in ratios]))
     lines.append("share of the step")
     causes = dict.fromkeys(cause for one in forecasts for cause in one.split)
     lines += [

@@ -1,12 +1,12 @@
 """Measure how training scales on this machine.
 
 Example: mot benchmark scaling measure --config configs/quickstart.toml --world-size 1,2
-             --micro-batches 1 --twin --output scaling
+             --micro-batches 1 --arms dense --output scaling
 
 For every number of ranks, training jobs are started with the deepspeed launcher, which run real
-steps on the configuration's corpus but neither save, evaluate nor log. With --twin, each is
-followed by a job of the dense twin: one tower with the same FLOPs per token, in the same layout
-without modality parallelism. All jobs are repeated, in turn. Writes report.md, scaling.json and
+steps on the configuration's corpus but neither save, evaluate nor log. With --arms, each is
+followed by jobs of the models to compare with. All jobs are repeated, in turn. The configuration's
+[scaling.layouts] may give a layout for every number of ranks. Writes report.md, scaling.json and
 scaling.png to the folder of --output.
 
 The same command continues an interrupted measurement, and runs jobs that failed again. All ranks
@@ -24,7 +24,13 @@ from pathlib import Path
 
 from mot_megatron.cli.arguments import add_json, add_output, positive_int
 from mot_megatron.cli.command import ON_CPU, choose_device, print_json, run_command, say
-from mot_megatron.cli.scaling_rehearse import add_work, configs_of, resolve, world_sizes
+from mot_megatron.cli.scaling_rehearse import (
+    add_arms,
+    add_work,
+    arms_at_sizes,
+    resolve,
+    world_sizes,
+)
 from mot_megatron.errors import DataError
 
 NAME = "benchmark scaling measure"
@@ -40,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=positive_int, default=3, help="jobs per arm and size (default 3)"
     )
-    parser.add_argument("--twin", action="store_true", help="measure the dense twin as well")
+    add_arms(parser)
     parser.add_argument(
         "--job-minutes", type=positive_int, default=60, metavar="N", help="limit (default 60)"
     )
@@ -59,21 +65,13 @@ def run(options: argparse.Namespace) -> int:
     if not (config.data.corpus / "corpus.toml").exists():
         raise DataError(f"{config.data.corpus}/corpus.toml: absent; a measurement needs a corpus")
 
-    from mot_megatron.cli.memory import dense_twin
-    from mot_megatron.scaling.measure import (
-        MODEL,
-        TWIN,
-        Setting,
-        measure,
-        prepare,
-    )
+    from mot_megatron.scaling.measure import Setting, measure, prepare
 
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"corpus": config.data.corpus.resolve()})}
     )
-    arms = {MODEL: config} | ({TWIN: dense_twin(config)} if options.twin else {})
     setting = Setting(
-        configs={arm: configs_of(each, sizes, options) for arm, each in arms.items()},
+        configs=arms_at_sizes(config, sizes, options),
         warmup=options.warmup,
         steps=options.steps,
         repeats=options.repeats,

@@ -39,6 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_arms(parser: argparse.ArgumentParser) -> None:
+    """Add ``--arms``."""
+    parser.add_argument(
+        "--arms",
+        default="",
+        metavar="NAME[,NAME...]",
+        help="models to compare with, in the same layout and on the same batches: dense (the dense"
+        " twin: one tower with the same FLOPs per token, without modality parallelism), moe-4x"
+        " (the twin with four experts per layer), hybrid (the model with four experts per layer in"
+        " the text's tower)",
+    )
+
+
 def add_work(parser: argparse.ArgumentParser, *, is_rehearsal: bool = True) -> None:
     """Add the arguments that say what is rehearsed, or trained."""
     add_config(parser)
@@ -104,26 +117,47 @@ def resolve(options: argparse.Namespace) -> tuple[Config, list[float]]:
     return config, shares
 
 
+def arms_at_sizes(
+    config: Config, sizes: Sequence[int], options: argparse.Namespace
+) -> dict[str, dict[int, Config]]:
+    """Return the configuration of every arm and number of ranks, with equal batches.
+
+    Raises:
+        ConfigError: An arm is unknown, or illegal for a number of ranks.
+    """
+    from mot_megatron.planning.arms import arms_of
+    from mot_megatron.rules import check, check_world_size
+
+    found: dict[str, dict[int, Config]] = {}
+    for size, of_size in configs_of(config, sizes, options).items():
+        for arm, each in arms_of(of_size, options.arms).items():
+            check(each, arm)
+            check_world_size(each, size)
+            found.setdefault(arm, {})[size] = each
+    return found
+
+
 def configs_of(
     config: Config, sizes: Sequence[int], options: argparse.Namespace
 ) -> dict[int, Config]:
-    """Return the configuration for every number of ranks.
+    """Return the configuration for every number of ranks, as ``scaling.layouts`` says.
 
     Raises:
         ConfigError: It is illegal for one of them.
     """
+    from mot_megatron.config_files import for_world_size
     from mot_megatron.rules import check_world_size
     from mot_megatron.scaling.roles import with_micro_batches
 
     configs = {}
     for size in sizes:
-        configs[size] = config
+        configs[size] = for_world_size(config, size)
         if options.micro_batches:
-            parallel = config.parallel
+            parallel = configs[size].parallel
             model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
             # If the sizes do not divide, the check below says so.
             data = max(1, size // model)
-            configs[size] = with_micro_batches(config, options.micro_batches, data)
+            configs[size] = with_micro_batches(configs[size], options.micro_batches, data)
         check_world_size(configs[size], size)
     return configs
 

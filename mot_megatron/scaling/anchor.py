@@ -9,7 +9,8 @@ from typing import Any
 from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.errors import ConfigError
-from mot_megatron.scaling.measure import DESCRIPTION_FILE, MODEL, read_records
+from mot_megatron.planning.arms import MODEL
+from mot_megatron.scaling.measure import DESCRIPTION_FILE, read_records
 from mot_megatron.scaling.report import rows_of
 
 

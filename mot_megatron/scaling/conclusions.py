@@ -10,6 +10,7 @@ from typing import Any
 
 from mot_megatron.errors import DataError
 from mot_megatron.files import read_regular_file
+from mot_megatron.planning.arms import MODEL
 from mot_megatron.scaling.report import Row
 
 
@@ -54,9 +55,11 @@ def times_to_loss(rows: Sequence[Row], path: Path, arm: str) -> list[TimeToLoss]
         raise DataError(f"{path}: not the slopes.json of a comparison: {error}") from None
     if not mine:
         raise DataError(f"{path}: no slope of arm {arm!r}; arms: {', '.join(arms)}")
-    measured = [(row.world_size, row.ratio) for row in rows if row.ratio is not None]
+    measured = [
+        (row.world_size, row.ratio) for row in rows if row.arm == MODEL and row.ratio is not None
+    ]
     if not measured:
-        raise DataError("no step ratio was measured; run the measurement with --twin")
+        raise DataError("no step ratio was measured; run the measurement with --arms dense")
     found = []
     for match in mine:
         interval = match["interval"]

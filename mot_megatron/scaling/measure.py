@@ -13,7 +13,6 @@ from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.files import read_regular_file, write_atomically
 from mot_megatron.job.local_job import Job
 
-MODEL, TWIN = "model", "dense twin"
 DESCRIPTION_FILE = "measurement.json"
 _POLL_SECONDS = 2.0
 """How often to look for the end of a job; looking takes time from ranks on the CPU."""

@@ -13,11 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mot_megatron.errors import DataError
+from mot_megatron.planning.arms import HYBRID, MIXTURE, MODEL, TWIN
 from mot_megatron.scaling.markdown import wrapped
-from mot_megatron.scaling.measure import MODEL, TWIN, Point
+from mot_megatron.scaling.measure import Point
 
 STAMP = "MEASURED"
-_COLORS = {MODEL: "#0072B2", TWIN: "#4D4D4D"}
+_COLORS = {MODEL: "#0072B2", TWIN: "#4D4D4D", MIXTURE: "#D55E00", HYBRID: "#009E73"}
 _PARTS = {"data": "#E69F00", "forward and backward": "#0072B2", "optimizer": "#009E73"}
 _WAITING, _WAITING_COLOR = "other ranks", "#CC79A7"
 
@@ -79,7 +80,8 @@ def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, An
     first: dict[str, float] = {}
     rows = []
     for arm, size in sorted(
-        {(point.arm, point.world_size) for point in good}, key=lambda key: (key[0] != MODEL, key[1])
+        {(point.arm, point.world_size) for point in good},
+        key=lambda key: (list(_COLORS).index(key[0]), key[1]),
     ):
         mine = [point for point in good if (point.arm, point.world_size) == (arm, size)]
         some = [good[point] for point in mine]
@@ -94,7 +96,7 @@ def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, An
         twins = {
             point: Point(TWIN, size, point.repeat)
             for point in mine
-            if arm == MODEL and Point(TWIN, size, point.repeat) in good
+            if arm != TWIN and Point(TWIN, size, point.repeat) in good
         }
         rows.append(
             Row(
@@ -228,12 +230,17 @@ def _plot_rates(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _plot_ratio(axes: Axes, rows: Sequence[Row]) -> None:
-    mine = [(row.world_size, row.ratio) for row in rows if row.ratio]
-    sizes = [size for size, _ in mine]
-    middle = [ratio.median for _, ratio in mine]
-    below = [ratio.median - ratio.low for _, ratio in mine]
-    above = [ratio.high - ratio.median for _, ratio in mine]
-    axes.errorbar(sizes, middle, (below, above), color=_COLORS[MODEL], marker="o", capsize=3)
+    arms = list(dict.fromkeys(row.arm for row in rows if row.ratio))
+    for arm in arms:
+        mine = [(row.world_size, row.ratio) for row in rows if row.arm == arm and row.ratio]
+        sizes = [size for size, _ in mine]
+        middle = [ratio.median for _, ratio in mine]
+        below = [ratio.median - ratio.low for _, ratio in mine]
+        above = [ratio.high - ratio.median for _, ratio in mine]
+        color = _COLORS[arm]
+        axes.errorbar(sizes, middle, (below, above), color=color, marker="o", capsize=3, label=arm)
+    if len(arms) > 1:
+        axes.legend(frameon=False, loc="lower left")
     axes.axhline(1.0, color=_COLORS[TWIN], linestyle=":", linewidth=1)
     axes.set(title="Step time over the dense twin's", ylabel="ratio", ylim=(0, None))
     _rank_axis(axes, rows)

@@ -65,7 +65,9 @@ def test_one_role_per_stage_and_place() -> None:
     [
         ("8,x", [], "--world-size 8,x: expected numbers of ranks, as in 16,64,256"),
         ("7", ["parallel.tensor_model_parallel_size=2"], "the world size 7 is not divisible by"),
-        ("4", ["model.towers.text.experts={num_moe_experts=4}"], "cannot be rehearsed"),
+        ("4", ["scaling.layouts.4={parallel={zero=1}}"], "scaling.layouts.4: parallel.zero"),
+        ("4", ["scaling.layouts.4={parallel={zero_stage=4}}"], "zero_stage = 4: input should be"),
+        ("4", ["scaling.layouts.four={}"], "scaling.layouts.four"),
         ("4", ["-model.vocab_size"], "model.vocab_size is absent"),
     ],
 )
@@ -94,7 +96,8 @@ def test_numbers_of_ranks_are_checked(given: str) -> None:
 def test_a_forecast_and_its_dense_twin(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["forecast", *arguments(config_file, "2,4")[1:], "--twin", "--micro-batches=2"]
+    command = ["forecast", *arguments(config_file, "2,4")[1:], "--arms=dense,moe-4x,hybrid"]
+    command += ["--micro-batches=2"]
     command += ["--machine=h100-sxm", "--machine=a100-40gb-roce"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -233,8 +233,14 @@ def check_anchored(config: Path, measurement: Path, capsys: pytest.CaptureFixtur
 def test_steps_are_timed_and_nothing_else_is_written(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["measure", f"--config={config}", "--world-size=1,2", "--micro-batches=2", "--twin"]
-    command += ["--steps=3", "--warmup=1", "--repeats=1", f"--output={tmp_path / 'scaling'}"]
+    command = ["measure", f"--config={config}", "--world-size=1,2", "--micro-batches=2"]
+    command += [
+        "--arms=dense",
+        "--steps=3",
+        "--warmup=1",
+        "--repeats=1",
+        f"--output={tmp_path / 'scaling'}",
+    ]
     command += [f"--set=run.directory={tmp_path / 'runs'}", "--json"]
     assert scaling.main(command) == 0
     figures = json.loads(capsys.readouterr().out)

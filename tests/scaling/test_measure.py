@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from mot_megatron.errors import ConfigError, DataError
+from mot_megatron.planning.arms import MODEL, TWIN
 from mot_megatron.scaling import measure as measure_module
 from mot_megatron.scaling.conclusions import regressions, times_page, times_to_loss
 from mot_megatron.scaling.measure import (
-    MODEL,
-    TWIN,
     Point,
     Setting,
     measure,
@@ -128,7 +127,7 @@ def test_time_to_the_dense_loss_is_step_ratio_times_slope(tmp_path: Path) -> Non
     )
     with pytest.raises(DataError, match="no slope of arm 'moe'; arms: mot"):
         times_to_loss(rows, path, "moe")
-    with pytest.raises(DataError, match="run the measurement with --twin"):
+    with pytest.raises(DataError, match="run the measurement with --arms dense"):
         times_to_loss([replace(row, ratio=None) for row in rows], path, "mot")
     path.write_text("{}")
     with pytest.raises(DataError, match="no slope of arm"):
