@@ -14,6 +14,11 @@ communication, the criteria are in turn: the number of ranks per pass (tensor-pa
 pipeline stages), tensor-parallel ranks, pieces per stage, the exchange between modality-parallel
 ranks (none, then sequences, then heads), and the ZeRO stage.
 
+With --best, they are sorted by the forecast time of a step on --machine instead, estimated from
+rehearsals of one and two layers; an estimate is within a tenth of mot benchmark scaling forecast.
+Each layout has the least recomputation with which it fits in 90% of the machine's memory, or in
+--memory-gb. The time of an offloaded optimizer is not included.
+
 Memory is that of the rank that needs the most, in GB of 10^9 bytes. On the device, it includes the
 model state as DeepSpeed stores it, with padding, and activations as autograd stores them on a GPU.
 It does not include buffers of collectives, temporary tensors and fragmentation; leave a tenth of
@@ -37,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from mot_megatron.cli.arguments import add_config, add_json
 from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.cli.corpora import resolve_from_corpus
+from mot_megatron.cli.plan_best import FILL, best, documents, machine_and_constants, text
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,9 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-gb",
         type=float,
-        required=True,
         metavar="GB",
-        help="memory of one GPU, in units of 10^9 bytes",
+        help="memory of one GPU, in units of 10^9 bytes (with --machine: 90%% of the profile's)",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="rank the layouts by the forecast time of a step on --machine",
+    )
+    parser.add_argument(
+        "--machine",
+        metavar="FILE|NAME",
+        help="profile of the machine, or the name of one in configs/machines; needed for --best",
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     add_json(parser)
@@ -78,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the layouts; return 1 if none fits."""
+    machine, fitted = machine_and_constants(options) if options.best else (None, None)
+    if machine is not None:
+        options.gpus_per_node = int(machine.devices_per_node)
+        options.memory_gb = options.memory_gb or FILL * machine.memory_gb
+    if options.memory_gb is None:
+        raise ConfigError("--memory-gb is needed without --best")
     for name in ("world_size", "memory_gb", "gpus_per_node"):
         if getattr(options, name) <= 0:
             flag = name.replace("_", "-")
@@ -89,6 +110,14 @@ def run(options: argparse.Namespace) -> int:
     memory = options.memory_gb * GB
     config, tokens, note = resolve(load_config(options.config, options.overrides))
     plans = plan_all(config, tokens, options)
+    notes = [note, *without_samples(config)]
+    if machine is not None and fitted is not None:
+        found = best(config, plans, tokens, machine, fitted, memory)
+        if options.json:
+            print_json({"stamp": "FORECAST", "machine": machine.name, "best": documents(found)})
+        else:
+            print(text(found, notes, machine, fitted, memory, options.world_size))
+        return 0 if found else 1
     plans.sort(key=lambda layout: layout.order(memory))
     fitting = [layout for layout in plans if layout.recompute_for(memory)]
     others = [layout for layout in plans if not layout.recompute_for(memory)]
@@ -97,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
         shares = [count / sum(tokens) for count in tokens]
         print_json({"token_shares": shares, "fitting": found, "not_fitting": len(others)})
     else:
-        print(report(fitting, [note, *without_samples(config)], memory))
+        print(report(fitting, notes, memory))
         print(shortfall(others, memory))
     return 0 if fitting else 1
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from mot_megatron.cli.arguments import add_config, add_json, positive_int
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
@@ -28,6 +28,8 @@ from mot_megatron.errors import ConfigError
 if TYPE_CHECKING:
     from mot_megatron.config import Config
     from mot_megatron.scaling.roles import Rehearsed, Role
+
+Key = TypeVar("Key", bound=Hashable)
 
 NAME = "benchmark scaling rehearse"
 PRELOAD = ["mot_megatron.scaling.rehearsal"]
@@ -179,10 +181,24 @@ def world_sizes(given: str) -> list[int]:
 def rehearse_sizes(
     configs: Mapping[int, Config], shares: Sequence[float], workers: int | None = None
 ) -> dict[int, list[Rehearsed]]:
-    """Rehearse all roles of all sizes, several at once, each in a new process.
+    """Rehearse all roles of all sizes, as ``rehearse_all``.
 
     Args:
         configs: Resolved configuration by number of ranks.
+        shares: Share of the tokens of each modality.
+        workers: Processes; None for one per core.
+    """
+    worlds = {size: (config, size) for size, config in configs.items()}
+    return rehearse_all(worlds, shares, workers)
+
+
+def rehearse_all(
+    worlds: Mapping[Key, tuple[Config, int]], shares: Sequence[float], workers: int | None = None
+) -> dict[Key, list[Rehearsed]]:
+    """Rehearse all roles of several worlds, several at once, each in a new process.
+
+    Args:
+        worlds: Resolved configuration and number of ranks, by any key.
         shares: Share of the tokens of each modality.
         workers: Processes; None for one per core.
     """
@@ -198,15 +214,15 @@ def rehearse_sizes(
     count = workers or os.cpu_count() or 1
     with ProcessPoolExecutor(count, mp_context=context, max_tasks_per_child=1) as pool:
         running = {
-            (size, role): pool.submit(_rehearse, config, size, role, shares)
-            for size, config in configs.items()
+            (key, role): pool.submit(_rehearse, config, size, role, shares)
+            for key, (config, size) in worlds.items()
             for role in roles_of(config, size)
         }
         bar = tqdm(running.items(), "roles", ncols=100, leave=False, disable=None)
-        found: dict[int, list[Rehearsed]] = {size: [] for size in configs}
+        found: dict[Key, list[Rehearsed]] = {key: [] for key in worlds}
         try:
-            for (size, _), future in bar:
-                found[size].append(future.result())
+            for (key, _), future in bar:
+                found[key].append(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

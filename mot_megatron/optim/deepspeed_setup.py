@@ -11,7 +11,7 @@ import deepspeed.ops
 import torch.distributed as dist
 
 from mot_megatron.optim.owners import has_owned_towers
-from mot_megatron.optim.settings import OptimizerSettings
+from mot_megatron.optim.settings import LARGEST_BUCKET, OptimizerSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 NEVER = 2**62
 """Optimizer steps between DeepSpeed's own progress lines: effectively none are printed."""
-LARGEST_BUCKET = 200_000_000
-"""Maximum number of elements in one collective, unless a single parameter is larger.
-
-It must be even, because DeepSpeed's all-gathers require it.
-"""
 
 
 class Topology:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LARGEST_BUCKET = 200_000_000
+"""Maximum number of elements in one collective, unless a single parameter is larger.
+
+It must be even, because DeepSpeed's all-gathers require it.
+"""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

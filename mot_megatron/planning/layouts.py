@@ -185,7 +185,7 @@ def plan(
     placement = place_towers(config, tower_tokens)
     ranks = list(_representative_ranks(config, mesh, placement))
     states = {rank: state_bytes(config, mesh, placement, rank) for rank in ranks}
-    rows = {rank: _rows(config, mesh, placement, tower_tokens, rank) for rank in ranks}
+    rows = {rank: rows_of_rank(config, mesh, placement, tower_tokens, rank) for rank in ranks}
     saved = {
         (rank, mode): _activations(config, mesh, rank, rows[rank], mode, device)
         for rank in ranks
@@ -231,7 +231,7 @@ def _representative_ranks(config: Config, mesh: Mesh, placement: Placement | Non
             yield ((stage * mesh.data) + replica * mesh.modality + place) * mesh.tensor
 
 
-def _rows(
+def rows_of_rank(
     config: Config,
     mesh: Mesh,
     placement: Placement | None,

@@ -15,13 +15,20 @@ from dataclasses import dataclass, replace
 from mot_megatron.config import Config
 from mot_megatron.scaling.costs import (
     Constants,
+    WorkSeconds,
     adapted,
     collective_seconds,
     group_shape,
     traffic_seconds,
     work_seconds,
 )
-from mot_megatron.scaling.ledger import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Collective
+from mot_megatron.scaling.ledger import (
+    BACKWARD,
+    FORWARD,
+    OPTIMIZER,
+    REDUCTION,
+    Collective,
+)
 from mot_megatron.scaling.machine import Machine
 from mot_megatron.scaling.pipeline import pipeline_seconds
 from mot_megatron.scaling.roles import Rehearsed
@@ -66,7 +73,7 @@ class Forecast:
         return self.flops / self.seconds / peak
 
 
-_Split = dict[str, float]
+Split = dict[str, float]
 """Seconds by cause."""
 
 
@@ -87,44 +94,81 @@ def forecast(
         constants: Of the software.
     """
     constants = adapted(constants, machine)
-    micro_batches = roles[0].ledger.micro_batches
     stages = 1 + max(each.role.stage for each in roles)
-
-    def slowest(part: str) -> list[_Split]:
-        """Return the split of the slowest role of every stage."""
-        found: list[list[_Split]] = [[] for _ in range(stages)]
+    parts: dict[str, list[list[Split]]] = {}
+    for part in (FORWARD, BACKWARD, REDUCTION, OPTIMIZER):
+        parts[part] = [[] for _ in range(stages)]
         for each in roles:
-            found[each.role.stage].append(_part(each, part, machine, constants))
-        return [_slowest(splits) for splits in found]
-
-    forward, backward = slowest(FORWARD), slowest(BACKWARD)
-    schedule = pipeline_seconds(
-        [_total(split) / micro_batches for split in forward],
-        [_total(split) / micro_batches for split in backward],
-        micro_batches,
-        pieces=config.parallel.virtual_pipeline_model_parallel_size or 1,
-        message=_message_seconds(roles, machine, constants),
+            parts[part][each.role.stage].append(_part(each, part, machine, constants))
+    split = step_split(
+        parts,
+        roles[0].ledger.micro_batches,
+        config.parallel.virtual_pipeline_model_parallel_size or 1,
+        _message_seconds(roles, machine, constants),
     )
-    passes = [_sum(pair) for pair in zip(forward, backward, strict=True)]
-    split = max(passes, key=_total)
-    split = {**split, BUBBLE: max(0.0, schedule - _total(split))}
-    for part in (REDUCTION, OPTIMIZER):
-        split[part] = max(_total(each) for each in slowest(part))
     ranks = world_size / len(roles)
     return Forecast(
         world_size,
         config.training.global_batch_size * config.data.seq_length,
         _total(split),
-        {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule},
+        split,
         flops=ranks * sum(each.ledger.flops().total() for each in roles),
         peak_bytes=max(each.ledger.memory.peak_on_gpu for each in roles),
     )
 
 
-def _part(each: Rehearsed, part: str, machine: Machine, constants: Constants) -> _Split:
+def step_split(
+    parts: Mapping[str, Sequence[Sequence[Split]]],
+    micro_batches: int,
+    pieces: int,
+    message: float,
+) -> Split:
+    """Return the seconds of a step by cause.
+
+    Args:
+        parts: By part of the step, for each pipeline stage, the seconds of all micro-batches on
+            each place in a modality group.
+        micro_batches: Micro-batches per step.
+        pieces: Pieces per stage.
+        message: Seconds of a message between stages.
+    """
+    slowest = {
+        part: [_slowest(splits) for splits in of_stages] for part, of_stages in parts.items()
+    }
+    schedule = pipeline_seconds(
+        [_total(split) / micro_batches for split in slowest[FORWARD]],
+        [_total(split) / micro_batches for split in slowest[BACKWARD]],
+        micro_batches,
+        pieces=pieces,
+        message=message,
+    )
+    passes = [_sum(pair) for pair in zip(slowest[FORWARD], slowest[BACKWARD], strict=True)]
+    split = max(passes, key=_total)
+    split = {**split, BUBBLE: max(0.0, schedule - _total(split))}
+    for part in (REDUCTION, OPTIMIZER):
+        split[part] = max(_total(each) for each in slowest[part])
+    return {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule}
+
+
+def part_split(seconds: WorkSeconds, launches: float, traffic: Split) -> Split:
+    """Return the seconds of a part of a step by cause, with those of waiting for the host.
+
+    Args:
+        seconds: Of computation.
+        launches: Number of kernels that the host starts.
+        traffic: Seconds by axis.
+    """
+    split = {
+        MATRICES: seconds.matrices,
+        ATTENTION: seconds.attention,
+        ELEMENTWISE: seconds.memory,
+        **{f"traffic: {axis}": spent for axis, spent in traffic.items()},
+    }
+    return {**split, LAUNCHES: max(0.0, launches * KERNEL_SECONDS - _total(split))}
+
+
+def _part(each: Rehearsed, part: str, machine: Machine, constants: Constants) -> Split:
     ledger = each.ledger
-    work = ledger.tally.work[part]
-    seconds = work_seconds(work, machine, constants)
     traffic = {
         collective: times
         for collective, times in ledger.tally.traffic.items()
@@ -132,29 +176,27 @@ def _part(each: Rehearsed, part: str, machine: Machine, constants: Constants) ->
     }
     nodes = int(machine.devices_per_node)
     shapes = {axis: group_shape(ranks, nodes) for axis, ranks in ledger.members.items()}
-    split = {
-        MATRICES: seconds.matrices,
-        ATTENTION: seconds.attention,
-        ELEMENTWISE: seconds.memory,
-    }
-    for axis, spent in traffic_seconds(traffic, shapes, machine, constants).items():
-        split[f"traffic: {axis}"] = spent
-    return {**split, LAUNCHES: max(0.0, work.launches * KERNEL_SECONDS - _total(split))}
+    work = ledger.tally.work[part]
+    return part_split(
+        work_seconds(work, machine, constants),
+        work.launches,
+        traffic_seconds(traffic, shapes, machine, constants),
+    )
 
 
-def _slowest(splits: Sequence[_Split]) -> _Split:
+def _slowest(splits: Sequence[Split]) -> Split:
     """Return the mean split of several roles, and how long they wait for the slowest."""
     slowest = max(map(_total, splits))
     mean = {cause: seconds / len(splits) for cause, seconds in _sum(splits).items()}
     return {**mean, IMBALANCE: slowest - _total(mean)}
 
 
-def _sum(splits: Sequence[_Split]) -> _Split:
+def _sum(splits: Sequence[Split]) -> Split:
     causes = dict.fromkeys(cause for split in splits for cause in split)
     return {cause: sum(split.get(cause, 0.0) for split in splits) for cause in causes}
 
 
-def _total(split: _Split) -> float:
+def _total(split: Split) -> float:
     return sum(split.values())
 
 

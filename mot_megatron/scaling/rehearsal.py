@@ -77,8 +77,7 @@ def rehearse_in_fake_world(
     """
     micro_batches = config.accumulation_steps(groups.data_size)
     if groups.pipeline_size == 1:
-        # The first is special with ZeRO-3, which then learns in which order it needs the weights;
-        # the last is special with all stages.
+        # With ZeRO-2 and 3, the first and the last are special, in other ways.
         if micro_batches <= 3:
             return run_in_fake_world(config, groups, shares)[0]
         ledger, further = run_in_fake_world(
@@ -125,13 +124,15 @@ def build_groups(config: Config, shares: Sequence[float]) -> ProcessGroups:
 
 
 def record_step(trainer: Trainer, counts: KnownCounts | None = None) -> tuple[Ledger, Tally]:
-    """Run one training step; return its ledger and ``LedgerRecorder.of_one_micro_batch``.
+    """Run a typical training step; return its ledger and ``LedgerRecorder.of_one_micro_batch``.
 
     Collective over the world. ``counts`` as for ``LedgerRecorder``.
     """
     axes = axes_of(trainer.groups, trainer.config.model.tower_names)
-    with LedgerRecorder(axes, trainer.progress_report, counts) as recorder:
-        train_step(trainer, step=1, learning_rate=0.0)
+    # In its first step, ZeRO-3 learns in which order it needs the weights.
+    for step in range(1, 3 if trainer.config.parallel.zero_stage == 3 else 2):
+        with LedgerRecorder(axes, trainer.progress_report, counts) as recorder:
+            train_step(trainer, step=step, learning_rate=0.0)
     micro_batches = trainer.config.accumulation_steps(trainer.groups.data_size)
     return recorder.ledger(micro_batches), recorder.of_one_micro_batch()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,31 @@ def test_explicit_layers_and_placement_are_kept_for_their_sizes(config_file: Pat
     assert placed[2].shares == ((1.0, 0.5, 0.0), (0.0, 0.5, 1.0))
     assert placed[4] is not None  # "auto", because the two entries do not apply to four ranks
     assert placed[4].num_copies == 4  # balanced: one tower per rank
+
+
+@pytest.mark.slow
+def test_the_best_layouts_are_ranked_by_time(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--config", str(config_file), "--world-size=8", "--best", "--machine=h100-sxm"]
+    command += ["--set", VOCABULARY]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    lines = output.splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    rows = [line.split() for line in lines if " none " in line]
+    seconds = [float(row[9]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == 10
+    layouts = tomllib.loads(output[output.index("[scaling.") :])["scaling"]["layouts"]
+    assert set(layouts["8"]) == {"parallel", "training"}
+
+
+def test_the_best_layouts_need_a_machine(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--config", str(config_file), "--world-size=8", "--set", VOCABULARY]
+    assert main([*command, "--best"]) == 2
+    assert "--best needs --machine" in only_error(capsys.readouterr().err)
+    assert main(command) == 2
+    assert "--memory-gb is needed without --best" in only_error(capsys.readouterr().err)

@@ -1,0 +1,176 @@
+"""``mot plan --best``: the layouts that fit, ranked by the forecast time of a step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from mot_megatron.cli.command import QUIETLY_ON_CPU
+from mot_megatron.cli.configs import config_directory
+from mot_megatron.cli.scaling_forecast import machine_path
+from mot_megatron.cli.scaling_rehearse import rehearse_all
+from mot_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+    from mot_megatron.planning.layouts import Plan
+    from mot_megatron.scaling.accuracy import Fitted
+    from mot_megatron.scaling.estimate import Estimate
+    from mot_megatron.scaling.machine import Machine
+
+SHOWN = 10
+FILL = 0.9
+"""Part of a device's memory that a layout may need; collectives, temporary tensors and
+fragmentation need the rest."""
+CAUSES = {
+    "matrix": ("matrix products", "attention"),
+    "other": ("other operators",),
+    "host": ("waiting for the host",),
+    "tensor": ("traffic: tensor",),
+    "towers": ("traffic: modality", "waiting for other towers"),
+    "expert": ("traffic: expert",),
+    "bubble": ("pipeline bubble",),
+}
+"""Columns of the table; the rest is reduction of gradients, gathering of weights and optimizer."""
+
+
+def best(
+    config: Config,
+    plans: Sequence[Plan],
+    tokens: Sequence[int],
+    machine: Machine,
+    fitted: Fitted,
+    memory: float,
+) -> list[Estimate]:
+    """Return the layouts that fit, the fastest first.
+
+    Args:
+        config: Resolved configuration.
+        plans: Its legal layouts.
+        tokens: Tokens of each tower, K of them; only their proportions count.
+        machine: Where the step would run.
+        fitted: Constants of the cost model.
+        memory: Bytes that a layout may need.
+    """
+    from tqdm import tqdm
+
+    from mot_megatron.planning.layouts import RECOMPUTE
+    from mot_megatron.scaling.estimate import base_configs, base_of, estimate
+
+    os.environ.update(QUIETLY_ON_CPU)
+    worlds = {key: (each, 1) for key, each in base_configs(config).items()}
+    rehearsed = {
+        key: roles[0].ledger for key, roles in rehearse_all(worlds, shares(config, tokens)).items()
+    }
+    bases = {mode: base_of(rehearsed[mode, 1], rehearsed[mode, 2]) for mode in RECOMPUTE}
+    fitting = [(plan, plan.recompute_for(memory)) for plan in plans]
+    bar = tqdm(fitting, "forecasts", ncols=100, leave=False, delay=5, disable=None)
+    found = [
+        estimate(plan, mode, bases[mode], tokens, machine, fitted.constants)
+        for plan, mode in bar
+        if mode is not None
+    ]
+    return sorted(found, key=lambda each: each.seconds)
+
+
+def shares(config: Config, tokens: Sequence[int]) -> list[float]:
+    """Divide each tower's share of the tokens equally among its modalities."""
+    towers = config.model.towers_of_modalities
+    return [tokens[tower] / sum(tokens) / towers.count(tower) for tower in towers]
+
+
+def machine_and_constants(options: argparse.Namespace) -> tuple[Machine, Fitted]:
+    """Read the machine of ``--machine`` and the fitted constants.
+
+    Raises:
+        ConfigError: A file is absent or wrong.
+    """
+    from mot_megatron.scaling.accuracy import load_fitted
+    from mot_megatron.scaling.machine import load_machine
+
+    if not options.machine:
+        raise ConfigError("--best needs --machine, which gives the rates for the forecast")
+    constants = config_directory() / "scaling" / "constants.toml"
+    return load_machine(machine_path(options.machine)), load_fitted(constants)
+
+
+def text(
+    found: Sequence[Estimate],
+    notes: Sequence[str],
+    machine: Machine,
+    fitted: Fitted,
+    memory: float,
+    world_size: int,
+) -> str:
+    """Return the table of the fastest layouts, and the fastest as part of a configuration."""
+    errors = fitted.new_stack
+    head = (
+        f"{'tp':>3}{'pp':>4}{'vpp':>4}{'mp':>3}{'ep':>3} {'exch':5}{'zero':>4} {'recompute':10}"
+        f"{'GB':>6}{'seconds':>9}{'tok/s/GPU':>10}"
+        + "".join(f"{name:>7}" for name in CAUSES)
+        + f"{'weight':>7}"
+    )
+    lines = [
+        *notes,
+        f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
+        f"{len(found)} layouts fit in {memory / 1e9:.4g} GB; the fastest are:",
+        f"error of forecasts of published runs with software that the constants had not seen:"
+        f" {errors.median:.0%} in the median,",
+        f"  {errors.p90:.0%} in the worst tenth",
+        "shares of the step: matrix (products and attention), other (operators), host (waiting for"
+        " it), tensor",
+        "(parallelism), towers (exchange, and waiting for others), expert (dispatch), bubble (of"
+        " pipelines), weight",
+        "(the rest: reduction of gradients, gathering of weights, optimizer)",
+        head,
+        *(_line(each) for each in found[:SHOWN]),
+    ]
+    if found:
+        lines += ["", "the first, for a configuration file:", "", layout_toml(found[0], world_size)]
+    return "\n".join(lines).rstrip()
+
+
+def _line(found: Estimate) -> str:
+    parallel = found.plan.config.parallel
+    exchange = {"sequence": "seq", "heads": "heads"}[parallel.attention_exchange]
+    tokens = found.plan.config.training.global_batch_size * found.plan.config.data.seq_length
+    rate = tokens / found.seconds / found.plan.mesh.world_size
+    shares = {
+        name: sum(found.split.get(cause, 0.0) for cause in causes) / found.seconds
+        for name, causes in CAUSES.items()
+    }
+    shares["weight"] = 1 - sum(shares.values())
+    return (
+        f"{parallel.tensor_model_parallel_size:3}{parallel.pipeline_model_parallel_size:4}"
+        f"{parallel.virtual_pipeline_model_parallel_size or '-':>4}"
+        f"{parallel.modality_parallel_size:3}{parallel.expert_model_parallel_size:3}"
+        f" {exchange if parallel.modality_parallel_size > 1 else '-':5}{parallel.zero_stage:4}"
+        f" {found.recompute:10}{found.plan.needed[found.recompute] / 1e9:6.1f}{found.seconds:9.3f}"
+        f"{rate:10,.0f}" + "".join(f"{abs(share):7.1%}" for share in shares.values())
+    )
+
+
+def layout_toml(found: Estimate, world_size: int) -> str:
+    """Return the layout as an entry of ``[scaling.layouts]``."""
+    from mot_megatron.scaling.estimate import overrides_of
+
+    return tomli_w.dumps({"scaling": {"layouts": {str(world_size): overrides_of(found)}}})
+
+
+def documents(found: Sequence[Estimate]) -> list[Mapping[str, Any]]:
+    """Return the layouts for JSON."""
+    from mot_megatron.scaling.estimate import overrides_of
+
+    return [
+        {
+            **overrides_of(each),
+            "step_seconds": each.seconds,
+            "split_seconds": dict(each.split),
+            "needed": each.plan.needed[each.recompute],
+        }
+        for each in found
+    ]
