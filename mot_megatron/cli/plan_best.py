@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mot_megatron.scaling.machine import Machine
 
 SHOWN = 10
+_WHOLE = 10**9
+"""Shares of modalities are given to the planner as parts of this many tokens."""
 FILL = 0.9
 """Part of a device's memory that a layout may need; collectives, temporary tensors and
 fragmentation need the rest."""
@@ -75,6 +77,55 @@ def best(
         if mode is not None
     ]
     return sorted(found, key=lambda each: each.seconds)
+
+
+def with_best_layouts(
+    config: Config,
+    sizes: Sequence[int],
+    shares_of_modalities: Sequence[float],
+    micro_batches: int | None,
+    machine: Machine,
+    fitted: Fitted,
+) -> Config:
+    """Return the configuration with the fastest layout of each number of ranks in ``scaling``.
+
+    Args:
+        config: Resolved configuration.
+        sizes: Numbers of ranks.
+        shares_of_modalities: Share of the tokens of each modality.
+        micro_batches: Micro-batches per rank; None for the configuration's global batch. All
+            layouts get the same global batch, whatever their number of data-parallel ranks.
+        machine: Where the steps would run.
+        fitted: Constants of the cost model.
+
+    Raises:
+        ConfigError: No layout of a number of ranks is legal and fits.
+    """
+    from mot_megatron.planning.layouts import legal_layouts, plan
+    from mot_megatron.planning.placing import tokens_of_towers
+    from mot_megatron.scaling.estimate import overrides_of
+
+    counts = [round(share * _WHOLE) for share in shares_of_modalities]
+    tokens = tokens_of_towers(config.model, dict(zip(config.model.modalities, counts, strict=True)))
+    layouts: dict[int, dict[str, Any]] = {}
+    for size in sizes:
+        training: dict[str, Any] = {}
+        if micro_batches:
+            batch = micro_batches * config.training.micro_batch_size * size
+            training["global_batch_size"] = batch
+        of_size = config.model_copy(
+            update={"training": config.training.model_copy(update=training)}
+        )
+        legal = legal_layouts(of_size, size, int(machine.devices_per_node), tokens)
+        plans = [plan(layout, size, tokens) for layout in legal]
+        found = best(of_size, plans, tokens, machine, fitted, FILL * machine.memory_gb * 1e9)
+        if not found:
+            raise ConfigError(f"--best: no layout of {size} ranks is legal and fits {machine.name}")
+        layouts[size] = overrides_of(found[0])
+        layouts[size]["training"].update(training)
+    return config.model_copy(
+        update={"scaling": config.scaling.model_copy(update={"layouts": layouts})}
+    )
 
 
 def shares(config: Config, tokens: Sequence[int]) -> list[float]:

@@ -18,6 +18,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, sa
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_rehearse import (
     add_arms,
+    add_best,
     add_work,
     arms_at_sizes,
     rehearse_sizes,
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="profile of the machine, or the name of one in configs/machines; may be repeated",
     )
     add_arms(parser)
+    add_best(parser)
     parser.add_argument(
         "--anchor",
         type=user_path,
@@ -75,13 +78,26 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.scaling.accuracy import load_fitted
     from mot_megatron.scaling.machine import load_machine
 
-    if options.anchor and len(options.machine) > 1:
-        raise ConfigError("--anchor: belongs to one machine, but several --machine are given")
+    for flag in ("anchor", "best"):
+        if getattr(options, flag) and len(options.machine) > 1:
+            raise ConfigError(f"--{flag}: belongs to one machine, but several --machine are given")
     machines = [load_machine(machine_path(given)) for given in options.machine]
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
     os.environ.update(QUIETLY_ON_CPU)
     config, shares = resolve(options)
-    arms = arms_at_sizes(config, sizes, options)
+    choose = None
+    if options.best:
+        from mot_megatron.cli.plan_best import with_best_layouts
+
+        choose = partial(
+            with_best_layouts,
+            sizes=sizes,
+            shares_of_modalities=shares,
+            micro_batches=options.micro_batches,
+            machine=machines[0],
+            fitted=fitted,
+        )
+    arms = arms_at_sizes(config, sizes, options, choose)
     rehearsed = {
         arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
     }
@@ -179,6 +195,7 @@ def document(
             "tokens_per_second_and_gpu": one.tokens_per_gpu_second,
             "utilization": one.utilization(machine),
             "peak_bytes": one.peak_bytes,
+            "layout": dict(one.layout),
         }
 
     return {
@@ -219,6 +236,7 @@ def _table(of_arms: Mapping[str, Sequence[Forecast]], machine: Machine) -> list[
 
     lines = [
         row("ranks", [f"{one.world_size:,}" for one in forecasts]),
+        *(row(*line) for line in _layout_rows(forecasts)),
         row("tokens per step", [f"{one.tokens:,}" for one in forecasts]),
         row("seconds per step", [f"{one.seconds:.3f}" for one in forecasts]),
         row("tokens/s per GPU", [f"{one.tokens_per_gpu_second:,.0f}" for one in forecasts]),
@@ -230,6 +248,9 @@ def _table(of_arms: Mapping[str, Sequence[Forecast]], machine: Machine) -> list[
     for arm, found in of_arms.items():
         if arm != MODEL:
             lines.append(row(f"{arm}, seconds per step", [f"{one.seconds:.3f}" for one in found]))
+            # The arms have equal layouts apart from modality parallelism, unless each has its best.
+            if any(_differs(one, other) for one, other in zip(forecasts, found, strict=True)):
+                lines += [row(f"  {name}", values) for name, values in _layout_rows(found)]
         if twins and arm != TWIN:
             ratios = [one.seconds / twin.seconds for one, twin in zip(found, twins, strict=True)]
             title = "step over the dense twin's" if arm == MODEL else f"{arm} over the dense twin"
@@ -241,6 +262,21 @@ def _table(of_arms: Mapping[str, Sequence[Forecast]], machine: Machine) -> list[
         for cause in causes
     ]
     return lines
+
+
+def _differs(one: Forecast, other: Forecast) -> bool:
+    ignored = ("modality-parallel size", "exchange")
+    return any(one.layout[name] != other.layout[name] for name in one.layout if name not in ignored)
+
+
+def _layout_rows(forecasts: Sequence[Forecast]) -> list[tuple[str, list[str]]]:
+    """Return the sizes of the layouts, without those that are 1 everywhere."""
+    return [
+        (name, [str(one.layout[name]) for one in forecasts])
+        for name in forecasts[0].layout
+        if name == "ZeRO stage"
+        or any(one.layout[name] not in (1, "-", "none") for one in forecasts)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from mot_megatron.cli.arguments import add_config, add_json, positive_int
@@ -51,6 +51,17 @@ def add_arms(parser: argparse.ArgumentParser) -> None:
         " twin: one tower with the same FLOPs per token, without modality parallelism), moe-4x"
         " (the twin with four experts per layer), hybrid (the model with four experts per layer in"
         " the text's tower)",
+    )
+
+
+def add_best(parser: argparse.ArgumentParser) -> None:
+    """Add ``--best``."""
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="give every arm and number of ranks the layout that mot plan --best finds for"
+        " --machine, instead of the configuration's; --micro-batches then counts those of pure data"
+        " parallelism",
     )
 
 
@@ -120,17 +131,33 @@ def resolve(options: argparse.Namespace) -> tuple[Config, list[float]]:
 
 
 def arms_at_sizes(
-    config: Config, sizes: Sequence[int], options: argparse.Namespace
+    config: Config,
+    sizes: Sequence[int],
+    options: argparse.Namespace,
+    choose: Callable[[Config], Config] | None = None,
 ) -> dict[str, dict[int, Config]]:
     """Return the configuration of every arm and number of ranks, with equal batches.
+
+    Args:
+        config: Resolved configuration.
+        sizes: Numbers of ranks.
+        options: Command line with ``add_work`` and ``add_arms``.
+        choose: Gives a configuration the layouts of all numbers of ranks, with their global
+            batches; None for those of the configuration.
 
     Raises:
         ConfigError: An arm is unknown, or illegal for a number of ranks.
     """
+    from mot_megatron.config_files import for_world_size
     from mot_megatron.planning.arms import arms_of
     from mot_megatron.rules import check, check_world_size
 
     found: dict[str, dict[int, Config]] = {}
+    if choose is not None:
+        for arm, each in arms_of(config, options.arms).items():
+            chosen = choose(each)
+            found[arm] = {size: for_world_size(chosen, size) for size in sizes}
+        return found
     for size, of_size in configs_of(config, sizes, options).items():
         for arm, each in arms_of(of_size, options.arms).items():
             check(each, arm)

@@ -56,6 +56,8 @@ class Forecast:
     """FLOPs of the step over all ranks, recomputation included."""
     peak_bytes: int
     """Device memory of the fullest rank."""
+    layout: Mapping[str, str | int]
+    """Names and sizes of the layout."""
 
     def scaled(self, factor: float) -> Forecast:
         """Return the forecast with all times multiplied by ``factor``."""
@@ -114,7 +116,24 @@ def forecast(
         split,
         flops=ranks * sum(each.ledger.flops().total() for each in roles),
         peak_bytes=max(each.ledger.memory.peak_on_gpu for each in roles),
+        layout=layout_of(config),
     )
+
+
+def layout_of(config: Config) -> dict[str, str | int]:
+    """Return the layout of a configuration by short names, for tables."""
+    parallel = config.parallel
+    exchange = parallel.modality_parallel_size > 1
+    return {
+        "tensor-parallel size": parallel.tensor_model_parallel_size,
+        "pipeline stages": parallel.pipeline_model_parallel_size,
+        "pieces per stage": parallel.virtual_pipeline_model_parallel_size or 1,
+        "modality-parallel size": parallel.modality_parallel_size,
+        "exchange": parallel.attention_exchange if exchange else "-",
+        "expert-parallel size": parallel.expert_model_parallel_size,
+        "ZeRO stage": parallel.zero_stage,
+        "recomputation": config.training.recompute,
+    }
 
 
 def step_split(
