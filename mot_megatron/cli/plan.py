@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the layouts; return 1 if none fits."""
-    machine, fitted = machine_and_constants(options) if options.best else (None, None)
+    machine, fitted = machine_and_constants(options.machine) if options.best else (None, None)
     if machine is not None:
         options.gpus_per_node = int(machine.devices_per_node)
         options.memory_gb = options.memory_gb or FILL * machine.memory_gb

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -134,8 +133,8 @@ def shares(config: Config, tokens: Sequence[int]) -> list[float]:
     return [tokens[tower] / sum(tokens) / towers.count(tower) for tower in towers]
 
 
-def machine_and_constants(options: argparse.Namespace) -> tuple[Machine, Fitted]:
-    """Read the machine of ``--machine`` and the fitted constants.
+def machine_and_constants(given: str | Sequence[str] | None) -> tuple[Machine, Fitted]:
+    """Read the machine of ``--machine``, by its path or name, and the fitted constants.
 
     Raises:
         ConfigError: A file is absent or wrong.
@@ -143,10 +142,11 @@ def machine_and_constants(options: argparse.Namespace) -> tuple[Machine, Fitted]
     from mot_megatron.scaling.accuracy import load_fitted
     from mot_megatron.scaling.machine import load_machine
 
-    if not options.machine:
+    if not given:
         raise ConfigError("--best needs --machine, which gives the rates for the forecast")
+    given = given if isinstance(given, str) else given[0]
     constants = config_directory() / "scaling" / "constants.toml"
-    return load_machine(machine_path(options.machine)), load_fitted(constants)
+    return load_machine(machine_path(given)), load_fitted(constants)
 
 
 def text(

@@ -17,8 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +29,18 @@ from mot_megatron.cli.scaling_rehearse import (
     add_best,
     add_work,
     arms_at_sizes,
+    chooser,
     rehearse_sizes,
     resolve,
     world_sizes,
 )
+from mot_megatron.cli.scaling_report import add_slopes
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
     from mot_megatron.scaling.accuracy import Errors, Fitted
+    from mot_megatron.scaling.conclusions import TimeToLoss
     from mot_megatron.scaling.forecast import Forecast
     from mot_megatron.scaling.machine import Machine
     from mot_megatron.scaling.roles import Rehearsed
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_arms(parser)
     add_best(parser)
+    add_slopes(parser)
     parser.add_argument(
         "--anchor",
         type=user_path,
@@ -85,26 +88,14 @@ def run(options: argparse.Namespace) -> int:
     fitted = load_fitted(config_directory() / "scaling" / "constants.toml")
     os.environ.update(QUIETLY_ON_CPU)
     config, shares = resolve(options)
-    choose = None
-    if options.best:
-        from mot_megatron.cli.plan_best import with_best_layouts
-
-        choose = partial(
-            with_best_layouts,
-            sizes=sizes,
-            shares_of_modalities=shares,
-            micro_batches=options.micro_batches,
-            machine=machines[0],
-            fitted=fitted,
-        )
-    arms = arms_at_sizes(config, sizes, options, choose)
+    arms = arms_at_sizes(config, sizes, options, chooser(options, sizes, shares))
     rehearsed = {
         arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
     }
     factor, expected = 1.0, cold_error(fitted)
     if options.anchor:
         factor, expected = anchor_factor(options, config, shares, machines[0], fitted)
-    results = []
+    results: list[Any] = []
     for machine in machines:
         forecasts = {
             arm: [one.scaled(factor) for one in forecast_all(arms[arm], found, machine, fitted)]
@@ -112,6 +103,12 @@ def run(options: argparse.Namespace) -> int:
         }
         show = document if options.json else text
         results.append(show(forecasts, machine, expected))
+        if options.slopes:
+            times = times_of(forecasts, options)
+            if options.json:
+                results[-1]["time_to_dense_loss"] = [asdict(each) for each in times]
+            else:
+                results[-1] += "\n" + times_text(times, options)
     if options.json:
         print_json({"stamp": "FORECAST", "machines": results})
     else:
@@ -262,6 +259,35 @@ def _table(of_arms: Mapping[str, Sequence[Forecast]], machine: Machine) -> list[
         for cause in causes
     ]
     return lines
+
+
+def times_of(
+    forecasts: Mapping[str, Sequence[Forecast]], options: argparse.Namespace
+) -> list[TimeToLoss]:
+    """Return the times to the dense model's loss by the forecast step ratios."""
+    from mot_megatron.planning.arms import MODEL, TWIN
+    from mot_megatron.scaling.conclusions import times_to_loss
+    from mot_megatron.scaling.report import Spread
+
+    ratios = {
+        one.world_size: Spread.of([one.seconds / twin.seconds])
+        for one, twin in zip(forecasts[MODEL], forecasts.get(TWIN, ()), strict=False)
+    }
+    return times_to_loss(ratios, options.slopes, options.arm)
+
+
+def times_text(times: Sequence[TimeToLoss], options: argparse.Namespace) -> str:
+    """Return the times to the dense model's loss as lines."""
+    lines = [
+        f"time to the dense twin's loss over the twin's (step ratio FORECAST times fraction of its"
+        f" steps, {times[0].stamp}, arm {options.arm}):",
+    ]
+    lines += [
+        f"  {each.modality:10} {each.world_size:6,} ranks: {each.slope:.3f} of the steps,"
+        f" {each.ratio:.3f} of the time"
+        for each in times
+    ]
+    return "\n".join(lines)
 
 
 def _differs(one: Forecast, other: Forecast) -> bool:

@@ -6,11 +6,12 @@ Example: mot benchmark scaling measure --config configs/quickstart.toml --world-
 For every number of ranks, training jobs are started with the deepspeed launcher, which run real
 steps on the configuration's corpus but neither save, evaluate nor log. With --arms, each is
 followed by jobs of the models to compare with. All jobs are repeated, in turn. The configuration's
-[scaling.layouts] may give a layout for every number of ranks. Writes report.md, scaling.json and
-scaling.png to the folder of --output.
+[scaling.layouts] may give a layout for every number of ranks. Writes report.md, scaling.json,
+plots and a TensorBoard log to the folder of --output.
 
-The same command continues an interrupted measurement, and runs jobs that failed again. All ranks
-are on this machine; several nodes are not supported yet.
+After the steps that count, each job splits the time of three more by cause. The same command
+continues an interrupted measurement, and runs jobs that failed again. Ranks are on this machine,
+on those of a host file or on those of a SLURM job; all of them must see the folder of --output.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mot_megatron.cli.arguments import add_json, add_output, positive_int
+from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
 from mot_megatron.cli.command import ON_CPU, choose_device, print_json, run_command, say
 from mot_megatron.cli.scaling_rehearse import (
     add_arms,
+    add_best,
     add_work,
     arms_at_sizes,
+    chooser,
     resolve,
     world_sizes,
 )
 from mot_megatron.errors import DataError
+from mot_megatron.job.hosts import hosts_of_slurm, read_hostfile
 
 NAME = "benchmark scaling measure"
 
@@ -47,6 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=positive_int, default=3, help="jobs per arm and size (default 3)"
     )
     add_arms(parser)
+    add_best(parser)
+    parser.add_argument(
+        "--machine",
+        metavar="FILE|NAME",
+        help="profile of this machine, or the name of one in configs/machines; needed for --best",
+    )
+    parser.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="train on one synthetic batch instead of the corpus, with the shares of --share",
+    )
+    hosts = parser.add_mutually_exclusive_group()
+    hosts.add_argument(
+        "--hostfile",
+        type=user_path,
+        metavar="FILE",
+        help="machines, of which each job takes the first ones that it needs, over ssh; this one"
+        " is the first (default: this machine alone)",
+    )
+    hosts.add_argument(
+        "--slurm", action="store_true", help="the machines are those of this SLURM job"
+    )
     parser.add_argument(
         "--job-minutes", type=positive_int, default=60, metavar="N", help="limit (default 60)"
     )
@@ -61,17 +87,27 @@ def run(options: argparse.Namespace) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if choose_device().type == "cpu":
         environment |= ON_CPU
-    config, _ = resolve(options)
-    if not (config.data.corpus / "corpus.toml").exists():
-        raise DataError(f"{config.data.corpus}/corpus.toml: absent; a measurement needs a corpus")
+    hosts = read_hostfile(options.hostfile) if options.hostfile else None
+    if options.slurm:
+        hosts = hosts_of_slurm(os.environ)
+    for size in sizes if hosts else ():
+        hosts.check(size)
+    config, shares = resolve(options)
+    corpus = config.data.corpus.resolve()
+    if not options.synthetic and not (corpus / "corpus.toml").exists():
+        raise DataError(
+            f"{corpus}/corpus.toml: absent; a measurement needs a corpus, or --synthetic"
+        )
 
     from mot_megatron.scaling.measure import Setting, measure, prepare
 
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"corpus": config.data.corpus.resolve()})}
-    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"corpus": corpus})})
+    names = config.model.modalities
+    given = [f"{name}={share!r}" for name, share in zip(names, shares, strict=True)]
     setting = Setting(
-        configs=arms_at_sizes(config, sizes, options),
+        configs=arms_at_sizes(config, sizes, options, chooser(options, sizes, shares)),
+        hosts=hosts,
+        synthetic=",".join(given) if options.synthetic else "",
         warmup=options.warmup,
         steps=options.steps,
         repeats=options.repeats,
@@ -96,21 +132,23 @@ def write_report(directory: Path, as_json: bool, slopes: Path | None = None, arm
         arm: Arm of that comparison.
     """
     from mot_megatron.files import write_atomically
-    from mot_megatron.scaling.conclusions import times_page, times_to_loss
+    from mot_megatron.scaling.conclusions import ratios_of, times_page, times_to_loss
     from mot_megatron.scaling.markdown import wrapped
     from mot_megatron.scaling.measure import read_records
-    from mot_megatron.scaling.report import document, page, plot, rows_of
+    from mot_megatron.scaling.report import STAMP, document, page, plot, rows_of
+    from mot_megatron.scaling.scalars import write_scalars
 
     description, records = read_records(directory)
     rows = rows_of(description, records)
     figures = document(description, rows, records)
     text = page(description, rows, records)
     if slopes is not None:
-        times = times_to_loss(rows, slopes, arm)
-        text += wrapped([*times_page(times, slopes, arm), ""])
+        times = times_to_loss(ratios_of(rows), slopes, arm)
+        text += wrapped([*times_page(times, slopes, arm, STAMP), ""])
         figures["time_to_dense_loss"] = [asdict(each) for each in times]
     try:
         plot(rows, directory / "scaling.png")
+        write_scalars(rows, directory / "tensorboard")
         write_atomically(directory / "report.md", text)
         write_atomically(directory / "scaling.json", json.dumps(figures, indent=1) + "\n")
     except OSError as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from mot_megatron.cli.arguments import add_config, add_json, positive_int
@@ -78,9 +79,7 @@ def add_work(parser: argparse.ArgumentParser, *, is_rehearsal: bool = True) -> N
         help="micro-batches per rank and step, so that the global batch grows with the ranks (weak"
         " scaling; default: training.global_batch_size for every number of ranks, strong scaling)",
     )
-    parser.set_defaults(share=[])
-    if not is_rehearsal:
-        return
+    parser.set_defaults(workers=None)
     parser.add_argument(
         "--share",
         action="append",
@@ -88,9 +87,10 @@ def add_work(parser: argparse.ArgumentParser, *, is_rehearsal: bool = True) -> N
         metavar="NAME=SHARE",
         help="share of a modality's tokens; may be repeated (default: as in the corpus)",
     )
-    parser.add_argument(
-        "--workers", type=positive_int, metavar="N", help="processes (default: one per core)"
-    )
+    if is_rehearsal:
+        parser.add_argument(
+            "--workers", type=positive_int, metavar="N", help="processes (default: one per core)"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -164,6 +164,30 @@ def arms_at_sizes(
             check_world_size(each, size)
             found.setdefault(arm, {})[size] = each
     return found
+
+
+def chooser(
+    options: argparse.Namespace, sizes: Sequence[int], shares: Sequence[float]
+) -> Callable[[Config], Config] | None:
+    """Return how ``--best`` gives a configuration the best layouts; None without it.
+
+    Raises:
+        ConfigError: There is no machine, or its profile is wrong.
+    """
+    if not options.best:
+        return None
+    # Imported here because that module imports this one.
+    from mot_megatron.cli.plan_best import machine_and_constants, with_best_layouts
+
+    machine, fitted = machine_and_constants(options.machine)
+    return partial(
+        with_best_layouts,
+        sizes=sizes,
+        shares_of_modalities=shares,
+        micro_batches=options.micro_batches,
+        machine=machine,
+        fitted=fitted,
+    )
 
 
 def configs_of(

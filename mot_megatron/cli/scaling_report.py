@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mot_megatron.cli.arguments import add_json, user_path
 from mot_megatron.cli.command import print_json, run_command
+from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_measure import write_report
 from mot_megatron.errors import ConfigError
 
@@ -33,13 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="one or two folders that mot benchmark scaling measure has written",
     )
-    parser.add_argument(
-        "--slopes", type=user_path, metavar="FILE", help="slopes.json of a comparison"
-    )
-    parser.add_argument(
-        "--arm", default="mot", metavar="NAME", help="arm of that comparison (default mot)"
-    )
+    add_slopes(parser)
     add_json(parser)
+
+
+def add_slopes(parser: argparse.ArgumentParser) -> None:
+    """Add ``--slopes`` and ``--arm``."""
+    parser.add_argument(
+        "--slopes",
+        type=slopes_path,
+        metavar="FILE|paper",
+        help="slopes.json of a comparison, or those that the paper has published: adds the time to"
+        " the dense model's loss",
+    )
+    parser.add_argument(
+        "--arm",
+        default="mot",
+        metavar="NAME",
+        help="arm with the same architecture (default mot; of the paper for example mot-7b)",
+    )
+
+
+def slopes_path(given: str) -> Path:
+    """Return the file of slopes that was given by its path, or of the paper's."""
+    if given == "paper":
+        return config_directory() / "scaling" / "paper_slopes.json"
+    return user_path(given)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -47,7 +47,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only time the steps: write their seconds to FILE (JSON), and nothing else; no run"
         " folder, checkpoints, evaluation, samples or logs",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--synthetic",
+        metavar="NAME=SHARE[,...]",
+        help="with --benchmark: instead of the corpus, one batch with these shares of the tokens of"
+        " each modality, as in text=0.5,image=0.5",
+    )
+    options = parser.parse_args(arguments)
+    if options.synthetic is not None and options.benchmark is None:
+        parser.error("--synthetic needs --benchmark")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report_config_error(error, launch, stop)
 
         def work(world: World, progress_report: ProgressReport) -> None:
-            run(config, world, progress_report, stop, options.benchmark)
+            if options.synthetic is not None:
+                run_on_synthetic(config, world, progress_report, stop, options)
+            else:
+                run(config, world, progress_report, stop, options.benchmark)
 
         return _run_watched(work, launch, stop)
 
@@ -176,7 +188,12 @@ def run(
     from mot_megatron.run.timing import time_steps
     from mot_megatron.train.agreement import check_ranks_agree
     from mot_megatron.train.preflight import check_documents
-    from mot_megatron.train.session import build_groups, resolve_config, tower_flops
+    from mot_megatron.train.session import (
+        build_groups,
+        build_session,
+        resolve_config,
+        tower_flops,
+    )
 
     check_device(config, works_on_gpus())
     corpus = Corpus.open(config.data.corpus)
@@ -191,11 +208,41 @@ def run(
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
     if benchmark is not None:
-        time_steps(config, corpus, groups, benchmark, progress_report, stop)
+        session = build_session(config, corpus, groups, progress_report)
+        time_steps(session, benchmark, stop)
     else:
         train(config, corpus, groups, progress_report, stop)
     # Only after success: after an error, other ranks would fail over the closed connections
     # before they could report the cause.
+    dist.destroy_process_group()
+
+
+def run_on_synthetic(
+    config: Config,
+    world: World,
+    progress_report: ProgressReport,
+    stop: StopRequest,
+    options: argparse.Namespace,
+) -> None:
+    """Join the other ranks and time steps on synthetic batches; as ``run``."""
+    import torch.distributed as dist
+
+    from mot_megatron.job.distributed import join_world, works_on_gpus
+    from mot_megatron.rules import check_device
+    from mot_megatron.run.timing import time_steps
+    from mot_megatron.scaling.synthetic import SyntheticBatches, build_groups, parse_shares
+    from mot_megatron.train.agreement import check_ranks_agree
+    from mot_megatron.train.session import build_trainer
+
+    check_device(config, works_on_gpus())
+    config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
+    given = [share for share in options.synthetic.split(",") if share]
+    shares = parse_shares(list(config.model.modalities), given)
+    device = join_world(world)
+    check_ranks_agree(config, None)
+    groups = build_groups(config, shares, device)
+    batches = SyntheticBatches(config, groups, shares)
+    time_steps(build_trainer(config, groups, batches, progress_report), options.benchmark, stop)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Training jobs that other commands start with the deepspeed launcher, on this machine."""
+"""Training jobs that other commands start with the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mot_megatron.job.hosts import LAUNCHER, Hosts
 from mot_megatron.job.processes import descendants_of, session_of
 
-_LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
 _POLL_SECONDS = 0.05
 
 
@@ -42,6 +41,7 @@ class Job:
         world_size: int,
         output: Path,
         environment: Mapping[str, str],
+        hosts: Hosts | None = None,
     ) -> None:
         """Start the job.
 
@@ -50,20 +50,19 @@ class Job:
             world_size: Number of ranks.
             output: File for the output of all processes.
             environment: All environment variables of the job.
+            hosts: Machines on which it runs; None for this one alone.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.output = output
         self._begin = time.monotonic()
+        launcher = [*LAUNCHER, "--num_accelerators", str(world_size), "--master_port", str(port)]
+        if hosts is not None:
+            launcher = hosts.command(world_size, port, output.with_suffix(".hosts"))
         with output.open("wb") as stream:
             self.process = subprocess.Popen(
-                [
-                    *_LAUNCHER,
-                    *("--quiet", "--num_accelerators", str(world_size)),
-                    *("--master_port", str(port), "--module", "mot_megatron.cli.train"),
-                    *arguments,
-                ],
+                [*launcher, "--module", "mot_megatron.cli.train", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch.distributed as dist
 
 from mot_megatron.checkpoint.agreement import on_first_rank
 from mot_megatron.config import Config
-from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import (
@@ -20,51 +20,63 @@ from mot_megatron.job.hardware import (
     peak_flops,
     peak_memory_of_fullest_rank,
 )
-from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.stop import StopRequest
+from mot_megatron.parallel.axes import axes_of
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.run.step_clock import CAUSES, StepClock, split_step
 from mot_megatron.train.agreement import package_versions
-from mot_megatron.train.session import build_session
+from mot_megatron.train.session import Trainer, build_schedule
 from mot_megatron.train.step import StepResult, train_step
 
 PARTS = ("data", "forward and backward", "optimizer")
 
 
-def time_steps(
-    config: Config,
-    corpus: Corpus,
-    groups: ProcessGroups,
-    output: Path,
-    progress_report: ProgressReport,
-    stop: StopRequest,
-) -> None:
+SPLIT_STEPS = 3
+"""Additional steps, whose time is split by cause."""
+
+
+def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
     """Run ``training.train_steps`` steps and write their times. Collective over the world.
 
     Nothing else is written: no run folder, no checkpoint. The seconds of a part of a step are the
-    mean over ranks; those of a whole step belong to the slowest rank.
+    mean over ranks; those of a whole step belong to the slowest rank. SPLIT_STEPS further steps are
+    split by cause on every rank.
 
     Args:
-        config: Resolved configuration.
-        corpus: The corpus that it names.
-        groups: Process groups of this rank.
+        trainer: Model, optimizer and data.
         output: JSON file, written by rank 0.
-        progress_report: Receives the current phase of this rank.
         stop: Source of stop requests.
 
     Raises:
         TrainingError: A stop was requested, or the file cannot be written.
     """
-    session = build_session(config, corpus, groups, progress_report)
-    results = []
-    for step in range(1, config.training.train_steps + 1):
-        rate = session.schedule.at(step - 1)
-        results.append(train_step(session, step=step, learning_rate=rate, stop=stop.requested))
-        if results[-1].counts.stop:
-            raise TrainingError(
-                f"stopped after step {step}/{config.training.train_steps}; no times were written"
-            )
+    config, groups = trainer.config, trainer.groups
+    schedule = build_schedule(config)
+    count = config.training.train_steps
+    axes = axes_of(groups, config.model.tower_names)
+    clock = StepClock(axes, trainer.progress_report, groups.device)
+    results, splits = [], []
+    for step in range(1, count + SPLIT_STEPS + 1):
+        rate = schedule.at(min(step, count) - 1)
+        with clock if step > count else contextlib.nullcontext():
+            result = train_step(trainer, step=step, learning_rate=rate, stop=stop.requested)
+        if result.counts.stop:
+            raise TrainingError(f"stopped after step {step}/{count}; no times were written")
+        if step > count:
+            splits.append(split_step(result.seconds, clock.take()))
+        else:
+            results.append(result)
     document = _document(config, groups, results)
+    document["split"] = _gathered(splits)
     on_first_rank(lambda: _write(output, document))
+
+
+def _gathered(splits: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Return the seconds by cause, for each rank the mean over its steps. Collective."""
+    mine = {cause: sum(split[cause] for split in splits) / len(splits) for cause in CAUSES}
+    everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {cause: [split[cause] for split in everyone] for cause in CAUSES}
 
 
 def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) -> dict[str, Any]:
@@ -79,6 +91,7 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
     precision = config.training.precision
     return {
         "world_size": dist.get_world_size(),
+        "positions": config.training.global_batch_size * config.data.seq_length,
         "parallel": config.parallel.model_dump(mode="json", exclude_none=True),
         "micro_batches": config.accumulation_steps(groups.data_size),
         "step_seconds": seconds.sum(2).amax(0).tolist(),

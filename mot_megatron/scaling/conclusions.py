@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from mot_megatron.errors import DataError
 from mot_megatron.files import read_regular_file
 from mot_megatron.planning.arms import MODEL
-from mot_megatron.scaling.report import Row
+from mot_megatron.scaling.report import Row, Spread
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class TimeToLoss:
 
     modality: str
     split: str
+    stamp: str
+    """Where the slope comes from: MEASURED, or PAPER for published ones."""
     world_size: int
     slope: float
     """Fraction of the dense model's steps."""
@@ -30,16 +32,16 @@ class TimeToLoss:
     high: float | None
 
 
-def times_to_loss(rows: Sequence[Row], path: Path, arm: str) -> list[TimeToLoss]:
-    """Multiply measured step ratios with the slopes of step matching.
+def times_to_loss(ratios: Mapping[int, Spread], path: Path, arm: str) -> list[TimeToLoss]:
+    """Multiply step ratios with the slopes of step matching.
 
     Args:
-        rows: Of a measurement with the dense twin.
+        ratios: Step time over that of the dense twin, by number of ranks.
         path: ``slopes.json`` of a comparison.
         arm: The comparison's arm with the measured architecture.
 
     Raises:
-        DataError: The file has no slopes of the arm, or no row has a step ratio.
+        DataError: The file has no slopes of the arm, or there is no step ratio.
     """
     try:
         matches: list[dict[str, Any]] = json.loads(read_regular_file(path))
@@ -55,19 +57,17 @@ def times_to_loss(rows: Sequence[Row], path: Path, arm: str) -> list[TimeToLoss]
         raise DataError(f"{path}: not the slopes.json of a comparison: {error}") from None
     if not mine:
         raise DataError(f"{path}: no slope of arm {arm!r}; arms: {', '.join(arms)}")
-    measured = [
-        (row.world_size, row.ratio) for row in rows if row.arm == MODEL and row.ratio is not None
-    ]
-    if not measured:
-        raise DataError("no step ratio was measured; run the measurement with --arms dense")
+    if not ratios:
+        raise DataError("no step ratio is known; run the command with --arms dense")
     found = []
     for match in mine:
         interval = match["interval"]
-        for size, ratio in measured:
+        for size, ratio in ratios.items():
             found.append(
                 TimeToLoss(
                     modality=match["modality"],
                     split=match["split"],
+                    stamp=match.get("stamp", "MEASURED"),
                     world_size=size,
                     slope=match["slope"],
                     ratio=match["slope"] * ratio.median,
@@ -78,13 +78,19 @@ def times_to_loss(rows: Sequence[Row], path: Path, arm: str) -> list[TimeToLoss]
     return found
 
 
-def times_page(times: Sequence[TimeToLoss], path: Path, arm: str) -> list[str]:
-    """Return the lines of a section of the report."""
+def ratios_of(rows: Sequence[Row]) -> dict[int, Spread]:
+    """Return the measured step ratios of the model by number of ranks."""
+    return {row.world_size: row.ratio for row in rows if row.arm == MODEL and row.ratio}
+
+
+def times_page(times: Sequence[TimeToLoss], path: Path, arm: str, stamp: str) -> list[str]:
+    """Return the lines of a section of a report whose step ratios have a stamp."""
+    slopes = times[0].stamp
     lines = [
         "",
         "## Time to the dense model's loss",
         "",
-        f"Step ratio (MEASURED here) times the fraction of the dense model's steps (MEASURED, arm"
+        f"Step ratio ({stamp}) times the fraction of the dense model's steps ({slopes}, arm"
         f" {arm} of `{path}`), with the product of the ends of both intervals: below 1, the model"
         " reaches the dense model's loss sooner. The two belong together only if both were measured"
         " for the same architecture.",

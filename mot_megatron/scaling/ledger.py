@@ -16,7 +16,6 @@ DATA, FORWARD, BACKWARD = "data", "forward", "backward"
 REDUCTION, OPTIMIZER = "reduction", "optimizer"
 PARTS = (DATA, FORWARD, BACKWARD, REDUCTION, OPTIMIZER)
 MATRICES, ATTENTION = "matrix products", "attention"
-WORLD = "world"
 BACKWARD_OF_ATTENTION = 2.5
 """Matrix products of attention's backward over those of its forward: five instead of two, because
 the kernels recompute the scores (FlashAttention-2, arXiv 2307.08691, section 3.1)."""
@@ -30,7 +29,7 @@ class Collective(NamedTuple):
     kind: str
     """all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, reduce, send or receive."""
     axis: str
-    """The process group by its role; see ``recorder.axes_of``."""
+    """The process group by its role; see ``parallel.axes.axes_of``."""
     group_size: int
     num_bytes: int
     """Bytes of the whole tensor: the result of an all-gather, the input of a reduce-scatter, what

@@ -11,6 +11,7 @@ from typing import Any
 from mot_megatron.config import Config
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.files import read_regular_file, write_atomically
+from mot_megatron.job.hosts import Hosts
 from mot_megatron.job.local_job import Job
 
 DESCRIPTION_FILE = "measurement.json"
@@ -51,6 +52,10 @@ class Setting:
     environment: Mapping[str, str]
     job_seconds: float
     """How long a job may take."""
+    hosts: Hosts | None = None
+    """Machines of the jobs; None for this one alone."""
+    synthetic: str = ""
+    """Shares of the tokens of modalities in synthetic batches; empty for the corpus."""
 
     def points(self) -> list[Point]:
         """Return the jobs in their order, in which arms and sizes alternate."""
@@ -67,6 +72,7 @@ class Setting:
             "weak": self.weak,
             "warmup": self.warmup,
             "steps": self.steps,
+            "synthetic": self.synthetic,
             "arms": {
                 arm: {
                     str(size): config.model_dump(mode="json", exclude={"run"})
@@ -145,11 +151,15 @@ def _run(setting: Setting, point: Point, record: Path) -> str | None:
     path = record.with_suffix(".toml")
     write_atomically(path, config.model_copy(update={"training": training}).to_toml())
     record.unlink(missing_ok=True)
+    arguments = [f"--config={path}", f"--benchmark={record}"]
+    if setting.synthetic:
+        arguments.append(f"--synthetic={setting.synthetic}")
     job = Job(
-        [f"--config={path}", f"--benchmark={record}"],
+        arguments,
         point.world_size,
         record.with_suffix(".log"),
         setting.environment,
+        setting.hosts,
     )
     try:
         timed_out = not job.wait(setting.job_seconds, poll_seconds=_POLL_SECONDS)

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 from unittest import mock
 
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 
 from mot_megatron.job.progress_report import ProgressReport
-from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import (
     BACKWARD,
@@ -31,7 +30,6 @@ from mot_megatron.scaling.ledger import (
     OPTIMIZER,
     PARTS,
     REDUCTION,
-    WORLD,
     Collective,
     Ledger,
     Memory,
@@ -268,45 +266,6 @@ class _LiveMemory:
 
         self._alive[key] = weakref.ref(storage, forget)
         self._now += size
-
-
-def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]:
-    """Return the role of every process group of a rank, by the group's name.
-
-    A group that has several roles, such as a tower's holders if all data-parallel ranks hold it,
-    gets the first: tensor, pipeline, modality, data, tower NAME, expert, tensor and expert, expert
-    data (ranks with the same experts), balancing (ranks that count the experts of the same tokens),
-    model (tensor and pipeline), embedding (first and last stage), world.
-    """
-    assert dist.group.WORLD is not None
-    # Empty without modality parallelism.
-    holders = zip(tower_names, groups.holders, strict=False)
-    named = [
-        ("tensor", groups.tensor),
-        ("pipeline", groups.pipeline),
-        ("modality", groups.modality),
-        ("data", groups.data),
-        *((f"tower {name}", group) for name, group in holders),
-        *_expert_axes(groups),
-        ("model", groups.model),
-        ("embedding", groups.embedding),
-        (WORLD, dist.group.WORLD),
-    ]
-    axes: dict[str, str] = {}
-    for axis, group in named:
-        if group is not None:
-            axes.setdefault(group.group_name, axis)
-    return axes
-
-
-def _expert_axes(groups: ProcessGroups) -> Iterator[tuple[str, dist.ProcessGroup]]:
-    for each in groups.experts:
-        if each is not None and each.expert.size() > 1:
-            yield "expert", each.expert
-            yield "tensor and expert", each.tensor_expert
-            yield "expert data", each.data
-    for group in groups.balancing.values():
-        yield "balancing", group
 
 
 def value_read_by_host(dtype: torch.dtype) -> bool | int | float:

@@ -32,19 +32,18 @@ from mot_megatron.config import Config
 from mot_megatron.model import model as model_module
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
 from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.parallel.axes import axes_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.activations import DEVICES, activation_bytes
-from mot_megatron.planning.placing import place_towers, tokens_of_towers
 from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import Ledger, Tally, extend
-from mot_megatron.scaling.recorder import LedgerRecorder, axes_of, value_read_by_host
+from mot_megatron.scaling.recorder import LedgerRecorder, value_read_by_host
 from mot_megatron.scaling.roles import with_micro_batches
-from mot_megatron.scaling.synthetic import SyntheticBatches, tokens_of
-from mot_megatron.train.session import Trainer, build_placed_groups, build_trainer
+from mot_megatron.scaling.synthetic import SyntheticBatches, build_groups
+from mot_megatron.train.session import Trainer, build_trainer
 from mot_megatron.train.step import train_step
 
-CPU = torch.device("cpu")
 _GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
@@ -65,7 +64,7 @@ def rehearse(config: Config, world_size: int, rank: int, shares: Sequence[float]
     """
     check_world_size(config, world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return rehearse_in_fake_world(config, build_groups(config, shares), shares)
+    return rehearse_in_fake_world(config, build_groups(config, shares, torch.device("cpu")), shares)
 
 
 def rehearse_in_fake_world(
@@ -113,14 +112,6 @@ def run_in_fake_world(
     }
     ledger.memory.peak_on_gpu = ledger.memory.peak - saved["cpu"] + saved["cuda"]
     return ledger, further
-
-
-def build_groups(config: Config, shares: Sequence[float]) -> ProcessGroups:
-    """Build the process groups of a configuration for synthetic batches. Collective."""
-    counts = tokens_of(shares, config.data.seq_length)
-    tokens = dict(zip(config.model.modalities, counts, strict=True))
-    placement = place_towers(config, tokens_of_towers(config.model, tokens))
-    return build_placed_groups(config, placement, CPU)
 
 
 def record_step(trainer: Trainer, counts: KnownCounts | None = None) -> tuple[Ledger, Tally]:

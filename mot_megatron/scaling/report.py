@@ -12,14 +12,25 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mot_megatron.config import Config
 from mot_megatron.errors import DataError
 from mot_megatron.planning.arms import HYBRID, MIXTURE, MODEL, TWIN
+from mot_megatron.planning.layouts import plan
+from mot_megatron.planning.placing import tokens_of_towers
 from mot_megatron.scaling.markdown import wrapped
 from mot_megatron.scaling.measure import Point
+from mot_megatron.scaling.split import mean_split, median_of, split_page, splits_of
 
 STAMP = "MEASURED"
 _COLORS = {MODEL: "#0072B2", TWIN: "#4D4D4D", MIXTURE: "#D55E00", HYBRID: "#009E73"}
 _PARTS = {"data": "#E69F00", "forward and backward": "#0072B2", "optimizer": "#009E73"}
+_CAUSES = (
+    *("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#4D4D4D"),
+    *("#999999", "#882255", "#DDCC77"),
+)
+"""Colors of the causes of a split, in their order."""
+_VISIBLE = 0.005
+"""Share below which a cause is left out of a plot."""
 _WAITING, _WAITING_COLOR = "other ranks", "#CC79A7"
 
 
@@ -62,6 +73,12 @@ class Row:
     peak_memory_bytes: int
     ratio: Spread | None
     """Step time over that of the dense twin, repeat by repeat; None without one."""
+    modality_tokens_per_second: dict[str, float]
+    """Tokens per second of each modality, over all ranks."""
+    splits: dict[str, dict[str, float]]
+    """Share of the step by role of a rank and cause; empty if it was not measured."""
+    planned_memory_bytes: int | None
+    """Device memory of the fullest rank by ``mot plan``, COUNTED; None without a configuration."""
 
 
 def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, Any]]) -> list[Row]:
@@ -113,9 +130,31 @@ def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, An
                 ratio=Spread.of([seconds[point] / seconds[twin] for point, twin in twins.items()])
                 if twins
                 else None,
+                modality_tokens_per_second={
+                    name: median(
+                        sum(record["tokens"][name][warmup:]) / sum(record["step_seconds"][warmup:])
+                        for record in some
+                    )
+                    for name in some[0]["tokens"]
+                },
+                splits=median_of([splits_of(record) for record in some]),
+                planned_memory_bytes=_planned(description, arm, size, some[0]),
             )
         )
     return rows
+
+
+def _planned(
+    description: Mapping[str, Any], arm: str, size: int, record: Mapping[str, Any]
+) -> int | None:
+    """Return the memory that the planner expects for the tokens of a job."""
+    values = description.get("arms", {}).get(arm, {}).get(str(size))
+    if values is None:
+        return None
+    config = Config.model_validate({**values, "run": {"name": "planned"}})
+    tokens = {name: sum(counts) for name, counts in record["tokens"].items()}
+    planned = plan(config, size, tokens_of_towers(config.model, tokens))
+    return planned.needed[config.training.recompute]
 
 
 def _rate(record: Mapping[str, Any], warmup: int) -> float:
@@ -163,21 +202,25 @@ def page(
         "![Tokens per second, step ratio and parts of the step](scaling.png)",
         "",
         "| arm | ranks | repeats | seconds per step | tokens/s per rank | efficiency | MFU |"
-        " memory, GB | step over dense twin's |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " memory, GB | planned, GB | step over dense twin's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratio = row.ratio.text(3) if row.ratio else ""
+        planned = row.planned_memory_bytes
         lines.append(
             f"| {row.arm} | {row.world_size} | {row.repeats} | {row.step_seconds.text(3)} |"
             f" {row.tokens_per_gpu_second.text()} | {row.efficiency:.1%} | {row.utilization:.1%} |"
-            f" {row.peak_memory_bytes / 1e9:.2f} | {ratio} |"
+            f" {row.peak_memory_bytes / 1e9:.2f} |"
+            f" {'' if planned is None else f'{planned / 1e9:.2f}'} | {ratio} |"
         )
     lines += [
         "",
         "Efficiency is tokens per second and rank over those on the fewest ranks. MFU counts the"
         " active FLOPs without recomputation, over the data sheet's peak of a GPU or the measured"
-        " speed of a large matrix product of a CPU.",
+        " speed of a large matrix product of a CPU. Planned memory (COUNTED, by `mot plan`) is that"
+        " of weights, gradients, optimizer and activations on a GPU; on a CPU, the measured memory"
+        " is that of the whole process.",
         "",
         "## Parts of a step",
         "",
@@ -191,6 +234,7 @@ def page(
             f"| {row.arm} | {row.world_size} | {' | '.join(shares)} | {rest} |"
             f" {row.imbalance:.3f} |"
         )
+    lines += split_page([(row.arm, row.world_size, row.splits) for row in rows])
     failed = {point: record for point, record in records.items() if "error" in record}
     if failed:
         lines += ["", "## Failed jobs", ""]
@@ -249,6 +293,9 @@ def _plot_ratio(axes: Axes, rows: Sequence[Row]) -> None:
 def _plot_parts(axes: Axes, rows: Sequence[Row]) -> None:
     names = [str(row.world_size) for row in rows]
     base = [0.0] * len(rows)
+    if all(row.splits for row in rows):
+        _plot_splits(axes, names, [mean_split(row.splits) for row in rows])
+        return
     for part, color in _PARTS.items():
         shares = [row.parts[part] for row in rows]
         axes.bar(names, shares, bottom=base, color=color, width=0.6, label=part)
@@ -256,6 +303,19 @@ def _plot_parts(axes: Axes, rows: Sequence[Row]) -> None:
     rest = [max(0.0, 1 - low) for low in base]
     axes.bar(names, rest, bottom=base, color=_WAITING_COLOR, width=0.6, label=_WAITING)
     axes.set(title="Parts of the model's step", xlabel="ranks", ylabel="share", ylim=(0, 1))
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def _plot_splits(axes: Axes, names: Sequence[str], splits: Sequence[Mapping[str, float]]) -> None:
+    base = [0.0] * len(names)
+    for number, cause in enumerate(splits[0]):
+        shares = [max(0.0, split[cause]) for split in splits]
+        if max(shares) < _VISIBLE:
+            continue
+        color = _CAUSES[number % len(_CAUSES)]
+        axes.bar(names, shares, bottom=base, color=color, width=0.6, label=cause)
+        base = [low + share for low, share in zip(base, shares, strict=True)]
+    axes.set(title="Where the model's step goes", xlabel="ranks", ylabel="share", ylim=(0, 1))
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 

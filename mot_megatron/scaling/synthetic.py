@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from mot_megatron.config import Config
 from mot_megatron.data.batches import build_micro_batch
@@ -13,7 +14,8 @@ from mot_megatron.errors import ConfigError
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.activations import Rows
-from mot_megatron.train.session import grouping_plan
+from mot_megatron.planning.placing import place_towers, tokens_of_towers
+from mot_megatron.train.session import build_placed_groups, grouping_plan
 
 
 class SyntheticBatches:
@@ -73,6 +75,14 @@ def _modalities(config: Config, shares: Sequence[float]) -> np.ndarray:
             within = parts[its] / parts[its].sum()
             found.append(np.repeat(its, tokens_of(within.tolist(), budget)))
     return np.concatenate(found).reshape(sequences, length)
+
+
+def build_groups(config: Config, shares: Sequence[float], device: torch.device) -> ProcessGroups:
+    """Build the process groups of a configuration for synthetic batches. Collective."""
+    counts = tokens_of(shares, config.data.seq_length)
+    tokens = dict(zip(config.model.modalities, counts, strict=True))
+    placement = place_towers(config, tokens_of_towers(config.model, tokens))
+    return build_placed_groups(config, placement, device)
 
 
 def tokens_of(shares: Sequence[float], length: int) -> list[int]:

@@ -18,7 +18,7 @@ from mot_megatron.errors import ConfigError
 _PACKAGES = ("mot_megatron", "torch", "megatron-core", "deepspeed")
 
 
-def check_ranks_agree(config: Config, corpus: Corpus) -> None:
+def check_ranks_agree(config: Config, corpus: Corpus | None) -> None:
     """Compare what this rank was started with to the other ranks.
 
     Ranks that differ would train on without an error, on other data or with another learning rate,
@@ -29,7 +29,7 @@ def check_ranks_agree(config: Config, corpus: Corpus) -> None:
 
     Args:
         config: Resolved configuration of this rank.
-        corpus: The corpus that it names, opened on this rank.
+        corpus: The corpus that it names, opened on this rank; None for synthetic batches.
 
     Raises:
         ConfigError: Two ranks differ; raised on every rank, with the first difference.
@@ -56,15 +56,14 @@ def check_ranks_agree(config: Config, corpus: Corpus) -> None:
     )
 
 
-def _values(config: Config, corpus: Corpus) -> dict[str, Any]:
+def _values(config: Config, corpus: Corpus | None) -> dict[str, Any]:
     values = json.loads(config.model_dump_json())
     del values["data"]["corpus"]
-    return {
-        **values,
-        f"sha256 of {DESCRIPTION_FILE} of the corpus": corpus.fingerprint,
-        "sha256 of the corpus' vocabulary and codebooks": corpus.vocabulary_digest,
-        "version": package_versions(),
-    }
+    values["version"] = package_versions()
+    if corpus is not None:
+        values[f"sha256 of {DESCRIPTION_FILE} of the corpus"] = corpus.fingerprint
+        values["sha256 of the corpus' vocabulary and codebooks"] = corpus.vocabulary_digest
+    return values
 
 
 def package_versions() -> dict[str, str | None]:

@@ -12,7 +12,7 @@ import pytest
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.planning.arms import MODEL, TWIN
 from mot_megatron.scaling import measure as measure_module
-from mot_megatron.scaling.conclusions import regressions, times_page, times_to_loss
+from mot_megatron.scaling.conclusions import ratios_of, regressions, times_page, times_to_loss
 from mot_megatron.scaling.measure import (
     Point,
     Setting,
@@ -55,6 +55,7 @@ def record(world_size: int, seconds: list[float], tokens: int) -> dict[str, Any]
         "imbalance": [1.0, 1.25, 1.25],
         "peak_flops_per_second": 100 * world_size,
         "peak_memory_bytes": 10**9,
+        "positions": 2 * tokens + 5,
         "devices": ["abacus"],
         "versions": {"torch": "1"},
     }
@@ -118,23 +119,23 @@ def test_time_to_the_dense_loss_is_step_ratio_times_slope(tmp_path: Path) -> Non
     path.write_text(json.dumps([{**match, "interval": [0.4, 0.6]}, other]))
     records = {**RECORDS, Point(TWIN, 1, 1): record(1, [1.0, 1.0], 50)}
     rows = rows_of(DESCRIPTION, records)
-    (found,) = times_to_loss(rows, path, "mot")
+    (found,) = times_to_loss(ratios_of(rows), path, "mot")
     # Step ratios of the two repeats: 2 and 1.25.
     assert (found.world_size, found.ratio) == (1, 0.5 * 1.625)
     assert (found.low, found.high) == (0.4 * 1.25, 0.6 * 2)
     assert "| text | held out | 1 | 0.500 | 0.812 (0.500 to 1.200) |" in times_page(
-        [found], path, "mot"
+        [found], path, "mot", "MEASURED"
     )
     with pytest.raises(DataError, match="no slope of arm 'moe'; arms: mot"):
-        times_to_loss(rows, path, "moe")
-    with pytest.raises(DataError, match="run the measurement with --arms dense"):
-        times_to_loss([replace(row, ratio=None) for row in rows], path, "mot")
+        times_to_loss(ratios_of(rows), path, "moe")
+    with pytest.raises(DataError, match="run the command with --arms dense"):
+        times_to_loss({}, path, "mot")
     path.write_text("{}")
     with pytest.raises(DataError, match="no slope of arm"):
-        times_to_loss(rows, path, "mot")
+        times_to_loss(ratios_of(rows), path, "mot")
     path.write_text("[1]")
     with pytest.raises(DataError, match=r"not the slopes\.json of a comparison"):
-        times_to_loss(rows, path, "mot")
+        times_to_loss(ratios_of(rows), path, "mot")
 
 
 def test_regressions_beyond_the_spread_are_named() -> None:

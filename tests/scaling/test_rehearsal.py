@@ -21,18 +21,23 @@ from mot_megatron.planning.memory import mesh_of, state_bytes
 from mot_megatron.scaling.balanced_routing import balanced_routing
 from mot_megatron.scaling.ledger import ATTENTION, FORWARD, MATRICES, PARTS, Ledger, Memory, Work
 from mot_megatron.scaling.rehearsal import (
-    build_groups,
     record_step,
     rehearse_in_fake_world,
     run_in_fake_world,
 )
-from mot_megatron.scaling.synthetic import SyntheticBatches, parse_shares, tokens_of
+from mot_megatron.scaling.synthetic import (
+    SyntheticBatches,
+    build_groups,
+    parse_shares,
+    tokens_of,
+)
 from mot_megatron.train.session import build_session, build_trainer, resolve_config
 from tests.data.corpora import random_documents, write_corpus
 from tests.fake_world import fake_world
 from tests.model.small_models import small_config
 from tests.ranks import run_ranks
 
+CPU = torch.device("cpu")
 THREE = {"text": "text", "image": "image", "speech": "speech"}
 SHARES = [0.25, 0.4, 0.35]
 COMMON = ["data.seq_length=48", "training.global_batch_size=8"]
@@ -82,7 +87,7 @@ def record_all(layouts: list[list[str]]) -> list[Ledger]:
     ledgers = []
     for overrides in layouts:
         config = config_of(overrides)
-        groups = build_groups(config, SHARES)
+        groups = build_groups(config, SHARES, CPU)
         batches = SyntheticBatches(config, groups, SHARES)
         with balanced_routing():
             ledgers.append(record_step(build_trainer(config, groups, batches))[0])
@@ -97,10 +102,10 @@ def rehearse_all(layouts: list[list[str]]) -> list[Ledger]:
     with fake_world(rank, size):
         for overrides in layouts:
             config = config_of(overrides)
-            groups = build_groups(config, SHARES)
+            groups = build_groups(config, SHARES, CPU)
             ledgers.append(run_in_fake_world(config, groups, SHARES)[0])
             parallel_state.destroy_model_parallel()
-    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+    build_single_process_groups(CPU)  # run_ranks destroys a world at the end
     return ledgers
 
 
@@ -172,14 +177,14 @@ def open_corpus(overrides: list[str]) -> tuple[Config, Corpus, list[float]]:
 
 def record_corpus(overrides: list[str]) -> Ledger:
     config, corpus, shares = open_corpus(overrides)
-    return record_step(build_session(config, corpus, build_groups(config, shares)))[0]
+    return record_step(build_session(config, corpus, build_groups(config, shares, CPU)))[0]
 
 
 def rehearse_corpus(overrides: list[str]) -> Ledger:
     config, _, shares = open_corpus(overrides)
     with fake_world(dist.get_rank(), dist.get_world_size()):
-        ledger = run_in_fake_world(config, build_groups(config, shares), shares)[0]
-    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+        ledger = run_in_fake_world(config, build_groups(config, shares, CPU), shares)[0]
+    build_single_process_groups(CPU)  # run_ranks destroys a world at the end
     return ledger
 
 
@@ -212,11 +217,11 @@ def rehearse_many(layouts: list[list[str]]) -> list[tuple[Ledger, Ledger]]:
     with fake_world(7 * dist.get_rank(), 8):
         for overrides in layouts:
             config = config_of([*overrides, "training.global_batch_size=64"])
-            groups = build_groups(config, SHARES)
+            groups = build_groups(config, SHARES, CPU)
             whole = run_in_fake_world(config, groups, SHARES)[0]
             ledgers.append((rehearse_in_fake_world(config, groups, SHARES), whole))
             parallel_state.destroy_model_parallel()
-    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+    build_single_process_groups(CPU)  # run_ranks destroys a world at the end
     return ledgers
 
 
@@ -230,8 +235,8 @@ def rehearse_memory(overrides: list[str]) -> Memory:
     """Rehearse one step as the first of eight ranks, in a process without other tensors."""
     with fake_world(0, 8):
         config = config_of(overrides)
-        memory = rehearse_in_fake_world(config, build_groups(config, SHARES), SHARES).memory
-    build_single_process_groups(torch.device("cpu"))  # run_ranks destroys a world at the end
+        memory = rehearse_in_fake_world(config, build_groups(config, SHARES, CPU), SHARES).memory
+    build_single_process_groups(CPU)  # run_ranks destroys a world at the end
     return memory
 
 
