@@ -15,13 +15,14 @@ takes no time.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mot_megatron.cli.arguments import add_json, user_path
+from mot_megatron.cli.arguments import add_json, add_output, user_path
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.cli.scaling_rehearse import (
@@ -35,7 +36,7 @@ from mot_megatron.cli.scaling_rehearse import (
     world_sizes,
 )
 from mot_megatron.cli.scaling_report import add_slopes
-from mot_megatron.errors import ConfigError
+from mot_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_arms(parser)
     add_best(parser)
     add_slopes(parser)
+    add_output(parser, "folder for report.md, forecast.json and a plot per machine", required=False)
     parser.add_argument(
         "--anchor",
         type=user_path,
@@ -95,25 +97,75 @@ def run(options: argparse.Namespace) -> int:
     factor, expected = 1.0, cold_error(fitted)
     if options.anchor:
         factor, expected = anchor_factor(options, config, shares, machines[0], fitted)
-    results: list[Any] = []
+    documents: list[dict[str, Any]] = []
+    texts: list[str] = []
     for machine in machines:
         forecasts = {
             arm: [one.scaled(factor) for one in forecast_all(arms[arm], found, machine, fitted)]
             for arm, found in rehearsed.items()
         }
-        show = document if options.json else text
-        results.append(show(forecasts, machine, expected))
+        documents.append(document(forecasts, machine, expected))
+        texts.append(text(forecasts, machine, expected))
         if options.slopes:
             times = times_of(forecasts, options)
-            if options.json:
-                results[-1]["time_to_dense_loss"] = [asdict(each) for each in times]
-            else:
-                results[-1] += "\n" + times_text(times, options)
+            documents[-1]["time_to_dense_loss"] = [asdict(each) for each in times]
+            texts[-1] += "\n" + times_text(times, options)
+        if options.output:
+            write_plot(forecasts, machine, options.output, len(documents))
+    figures = {"stamp": "FORECAST", "machines": documents}
+    if options.output:
+        write_report(options, figures, texts)
     if options.json:
-        print_json({"stamp": "FORECAST", "machines": results})
+        print_json(figures)
     else:
-        print("\n\n".join(map(str, results)))
+        print("\n\n".join(texts))
     return 0
+
+
+def write_plot(
+    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, directory: Path, number: int
+) -> None:
+    """Draw the forecasts for the machine with a number.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    from mot_megatron.scaling.forecast_plot import plot_forecasts
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        plot_forecasts(forecasts, machine.name, directory / f"forecast-{number}.png")
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written: {error.strerror}") from None
+
+
+def write_report(
+    options: argparse.Namespace, figures: Mapping[str, Any], texts: Sequence[str]
+) -> None:
+    """Write report.md and forecast.json.
+
+    Raises:
+        DataError: A file cannot be written.
+    """
+    from mot_megatron.files import write_atomically
+    from mot_megatron.scaling.markdown import wrapped
+
+    names = " + ".join(f"`{path.name}`" for path in options.config)
+    lines = [
+        f"# Forecasts for {names}",
+        "",
+        "Written by `mot benchmark scaling forecast`. Work, traffic and memory are COUNTED, rates"
+        " of machines are from their DATA SHEET or MEASURED as said, all times FORECAST.",
+    ]
+    for number, table in enumerate(texts, 1):
+        lines += ["", f"![Plots of the table below](forecast-{number}.png)", ""]
+        lines += ["```text", *table.splitlines(), "```"]
+    try:
+        write_atomically(options.output / "report.md", wrapped([*lines, ""]))
+        document = json.dumps(figures, indent=1) + "\n"
+        write_atomically(options.output / "forecast.json", document)
+    except OSError as error:
+        raise DataError(f"{options.output}: cannot be written: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,8 @@ def text(size: int, roles: Sequence[Rehearsed]) -> list[str]:
             f"{work.memory_bytes / 1e9:12.3f}{work.launches:10}"
             for part, work in ledger.tally.work.items()
         ]
+        towers = ", ".join(f"{name} {n / 1e12:.4f}" for name, n in ledger.tower_flops.items())
+        lines.append(f"  of the matrix TFLOP, by tower and without recomputation: {towers}")
         lines.append(f"  {'part':12}{'collective':16}{'axis':16}{'ranks':>6}{'times':>8}{'MB':>14}")
         lines += [
             f"  {part:12}{kind:16}{axis:16}{ranks:6}{count:8}{total / 1e6:14.3f}"

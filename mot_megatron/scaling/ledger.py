@@ -149,6 +149,9 @@ class Ledger:
     memory: Memory
     members: dict[str, tuple[int, ...]]
     """Global ranks of the group of each axis."""
+    tower_flops: dict[str, int] = field(default_factory=dict)
+    """FLOPs of the matrix products of each tower by the closed form, without recomputation. The
+    others of the ledger are those of the head, of components shared by towers and of routers."""
 
     def flops(self) -> Counter[str]:
         """Return the FLOPs of matrix products and of attention over the step."""
@@ -165,6 +168,7 @@ class Ledger:
         return {
             "micro_batches": self.micro_batches,
             "flops": dict(self.flops()),
+            "tower_flops": self.tower_flops,
             "work": {part: work.document() for part, work in self.tally.work.items()},
             "traffic": [
                 {**each._asdict(), "times": times} for each, times in self.tally.traffic.items()
@@ -186,7 +190,15 @@ def extend(ledger: Ledger, tally: Tally, per: int, micro_batches: int) -> Ledger
     """
     times, rest = divmod(micro_batches - ledger.micro_batches, per)
     assert not rest, (ledger.micro_batches, per, micro_batches)
-    return replace(ledger, micro_batches=micro_batches, tally=ledger.tally.plus(tally, times))
+    return replace(
+        ledger,
+        micro_batches=micro_batches,
+        tally=ledger.tally.plus(tally, times),
+        tower_flops={
+            name: flops * micro_batches // ledger.micro_batches
+            for name, flops in ledger.tower_flops.items()
+        },
+    )
 
 
 def traffic_by_axis(traffic: Mapping[Collective, int]) -> dict[tuple[str, str, str, int], tuple]:

@@ -7,14 +7,18 @@ from collections.abc import Iterable
 
 _WIDTH = 120
 _WHOLE = ("|", "#", "!", "<")
-"""Beginnings of lines that are not broken: rows of tables, headings, images."""
+"""Beginnings of lines that are not broken: rows of tables, headings, images. Neither are those of
+blocks of code."""
 
 
 def wrapped(lines: Iterable[str]) -> str:
     """Return lines as the text of a page; long sentences are broken at spaces."""
     found: list[str] = []
+    verbatim = False
     for line in lines:
-        if line.startswith(_WHOLE) or not line:
+        is_fence = line.startswith("```")
+        verbatim ^= is_fence
+        if verbatim or is_fence or line.startswith(_WHOLE) or not line:
             found.append(line)
         else:
             indent = "  " if line.startswith("- ") else ""

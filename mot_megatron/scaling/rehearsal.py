@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,9 @@ from torch.utils import _foreach_utils
 from mot_megatron.config import Config
 from mot_megatron.model import model as model_module
 from mot_megatron.model.attention_core import AttentionCore, build_attention_core
+from mot_megatron.model.flops import step_flops
 from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.pieces import pieces_of_stage
 from mot_megatron.parallel.axes import axes_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.activations import DEVICES, activation_bytes
@@ -111,6 +114,13 @@ def run_in_fake_world(
         for device in DEVICES
     }
     ledger.memory.peak_on_gpu = ledger.memory.peak - saved["cpu"] + saved["cuda"]
+    flops = step_flops(config.model, batches.rows.towers, attended_pairs=0).towers
+    layers = sum(len(piece.layers) for piece in pieces_of_stage(config, groups.pipeline_rank))
+    share = Fraction(layers, config.model.num_layers) / groups.tensor_size
+    ledger.tower_flops = {
+        name: int(share * tower) * ledger.micro_batches
+        for name, tower in zip(config.model.tower_names, flops, strict=True)
+    }
     return ledger, further
 
 

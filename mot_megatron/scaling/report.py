@@ -22,7 +22,7 @@ from mot_megatron.scaling.measure import Point
 from mot_megatron.scaling.split import mean_split, median_of, split_page, splits_of
 
 STAMP = "MEASURED"
-_COLORS = {MODEL: "#0072B2", TWIN: "#4D4D4D", MIXTURE: "#D55E00", HYBRID: "#009E73"}
+ARM_COLORS = {MODEL: "#0072B2", TWIN: "#4D4D4D", MIXTURE: "#D55E00", HYBRID: "#009E73"}
 _PARTS = {"data": "#E69F00", "forward and backward": "#0072B2", "optimizer": "#009E73"}
 _CAUSES = (
     *("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#4D4D4D"),
@@ -98,7 +98,7 @@ def rows_of(description: Mapping[str, Any], records: Mapping[Point, dict[str, An
     rows = []
     for arm, size in sorted(
         {(point.arm, point.world_size) for point in good},
-        key=lambda key: (list(_COLORS).index(key[0]), key[1]),
+        key=lambda key: (list(ARM_COLORS).index(key[0]), key[1]),
     ):
         mine = [point for point in good if (point.arm, point.world_size) == (arm, size)]
         some = [good[point] for point in mine]
@@ -264,12 +264,12 @@ def _plot_rates(axes: Axes, rows: Sequence[Row]) -> None:
         below = [rate.median - rate.low for rate in rates]
         above = [rate.high - rate.median for rate in rates]
         middle = [rate.median for rate in rates]
-        color = _COLORS[arm]
+        color = ARM_COLORS[arm]
         axes.errorbar(sizes, middle, (below, above), color=color, marker="o", capsize=3, label=arm)
         axes.axhline(middle[0], color=color, linestyle=":", linewidth=1)
     axes.set(title="Throughput", ylabel="tokens/s per rank", ylim=(0, None))
     axes.plot([], [], color="gray", linestyle=":", label="ideal")
-    _rank_axis(axes, rows)
+    rank_axis(axes, [row.world_size for row in rows])
     axes.legend(frameon=False, loc="lower left")
 
 
@@ -281,20 +281,20 @@ def _plot_ratio(axes: Axes, rows: Sequence[Row]) -> None:
         middle = [ratio.median for _, ratio in mine]
         below = [ratio.median - ratio.low for _, ratio in mine]
         above = [ratio.high - ratio.median for _, ratio in mine]
-        color = _COLORS[arm]
+        color = ARM_COLORS[arm]
         axes.errorbar(sizes, middle, (below, above), color=color, marker="o", capsize=3, label=arm)
     if len(arms) > 1:
         axes.legend(frameon=False, loc="lower left")
-    axes.axhline(1.0, color=_COLORS[TWIN], linestyle=":", linewidth=1)
+    axes.axhline(1.0, color=ARM_COLORS[TWIN], linestyle=":", linewidth=1)
     axes.set(title="Step time over the dense twin's", ylabel="ratio", ylim=(0, None))
-    _rank_axis(axes, rows)
+    rank_axis(axes, [row.world_size for row in rows])
 
 
 def _plot_parts(axes: Axes, rows: Sequence[Row]) -> None:
     names = [str(row.world_size) for row in rows]
     base = [0.0] * len(rows)
     if all(row.splits for row in rows):
-        _plot_splits(axes, names, [mean_split(row.splits) for row in rows])
+        plot_splits(axes, names, [mean_split(row.splits) for row in rows])
         return
     for part, color in _PARTS.items():
         shares = [row.parts[part] for row in rows]
@@ -306,7 +306,8 @@ def _plot_parts(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
-def _plot_splits(axes: Axes, names: Sequence[str], splits: Sequence[Mapping[str, float]]) -> None:
+def plot_splits(axes: Axes, names: Sequence[str], splits: Sequence[Mapping[str, float]]) -> None:
+    """Draw a stacked bar of shares for each of ``names``; causes that are small are left out."""
     base = [0.0] * len(names)
     for number, cause in enumerate(splits[0]):
         shares = [max(0.0, split[cause]) for split in splits]
@@ -319,8 +320,9 @@ def _plot_splits(axes: Axes, names: Sequence[str], splits: Sequence[Mapping[str,
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
-def _rank_axis(axes: Axes, rows: Sequence[Row]) -> None:
-    sizes = sorted({row.world_size for row in rows})
+def rank_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """Give a plot a logarithmic axis of numbers of ranks."""
+    sizes = sorted(set(sizes))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mot_megatron.cli import benchmark_scaling as scaling
 from tests.launch.entry_points import ROOT, run_entry_point, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
@@ -41,7 +42,7 @@ printf 'localhost\\nnode-b\\n'
 """
 SRUN = """#!/usr/bin/env bash
 [ "$1 $2" = "--ntasks-per-node=1 --kill-on-bad-exit=1" ] || exit 9
-shift 2
+while [[ "$1" = --* ]]; do shift; done
 status=0
 for node in 0 1; do SLURM_NODEID=$node setsid "$@" & done
 for node in 0 1; do wait -n || status=$?; done
@@ -114,6 +115,37 @@ def test_two_node_job_resumes_under_slurm_after_a_lost_rank(config: Path, tmp_pa
     assert losses(runs) == pytest.approx(losses(alone), abs=1e-3)
 
 
+def test_scaling_is_measured_on_the_nodes_of_a_slurm_job(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    put_stand_ins(tmp_path)
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "localhost,node-b",
+        "SLURM_JOB_ID": "7",
+        "RANKS_PER_NODE": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    command = ["measure", f"--config={config}", "--world-size=2", "--micro-batches=1", "--slurm"]
+    command += ["--synthetic", "--share=text=0.5", "--share=image=0.5", "--steps=2", "--warmup=1"]
+    command += ["--repeats=1", f"--output={tmp_path / 'scaling'}", "--json"]
+    assert scaling.main(command) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["world_size"] == 2
+    (split,) = row["splits"].values()
+    assert sum(split.values()) == pytest.approx(1)
+    assert split["gradient reduction"] > 0
+    rates = row["modality_tokens_per_second"]
+    assert rates["text"] == rates["image"] > 0
+    assert rates["speech"] == 0
+    hosts = tmp_path / "scaling" / "points" / "model-2-0.hosts"
+    assert hosts.read_text() == "localhost slots=1\nnode-b slots=1\n"
+
+
 def stop_under_slurm(folder: Path, arguments: list[str]) -> None:
     """Send the signal that SLURM sends before the time limit to all processes of the job step."""
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
@@ -142,14 +174,18 @@ def assert_clean_end(folder: Path, job: subprocess.Popen[bytes]) -> None:
     assert not (ROOT / "hostfile.slurm-7").exists()
 
 
+def put_stand_ins(folder: Path) -> None:
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+
+
 def slurm_job(
     folder: Path, arguments: list[str]
 ) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Run launch/slurm.sbatch on two nodes, with stand-ins for srun and scontrol."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (folder / "bin").mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
+    put_stand_ins(folder)
     environment = {
         "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
         "PYTHON": sys.executable,

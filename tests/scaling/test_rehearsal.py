@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,10 @@ TOP_K = ["model.towers.text.experts={num_moe_experts=4, routing='topk', topk=2}"
 CHOICE = ["model.towers.text.experts={num_moe_experts=4, routing='expert_choice'}"]
 
 
+RANKS = (0, 3, 5, 6)
+"""Of eight ranks, two of each tensor-parallel rank, pipeline stage and modality rank."""
+
+
 def zero(stage: int) -> str:
     return f"parallel.zero_stage={stage}"
 
@@ -67,8 +71,6 @@ LAYOUTS = {
     "modality, heads": [*MP2, "parallel.attention_exchange=heads"],
     "tensor and modality": [*TP2, *MP2, BF16],
     "pipeline and modality": [*PP2, *MP2],
-    "experts, top-k": TOP_K,
-    "experts, expert-parallel": [*TOP_K, EP2],
     "experts, tensor and expert-parallel": [*TOP_K, EP2, *TP2, BF16, "model.ffn_hidden_size=48"],
     "expert choice, expert-parallel": [*CHOICE, EP2],
     "expert choice in pipelines": [*CHOICE, *PP2],
@@ -95,9 +97,9 @@ def record_all(layouts: list[list[str]]) -> list[Ledger]:
     return ledgers
 
 
-def rehearse_all(layouts: list[list[str]]) -> list[Ledger]:
-    """Rehearse a step of this rank in every layout."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+def rehearse_all(layouts: list[list[str]], ranks: Sequence[int], size: int) -> list[Ledger]:
+    """Rehearse a step of one of ``ranks`` in every layout."""
+    rank = ranks[dist.get_rank()]
     ledgers = []
     with fake_world(rank, size):
         for overrides in layouts:
@@ -111,8 +113,8 @@ def rehearse_all(layouts: list[list[str]]) -> list[Ledger]:
 
 @pytest.fixture(scope="module")
 def rehearsed() -> list[list[Ledger]]:
-    """The ledgers of eight rehearsed ranks, in every layout."""
-    return run_ranks(rehearse_all, 8, list(LAYOUTS.values()), timeout=580)
+    """The ledgers of some of eight ranks, rehearsed in every layout."""
+    return run_ranks(rehearse_all, len(RANKS), list(LAYOUTS.values()), RANKS, 8, timeout=580)
 
 
 def assert_equal(
@@ -137,14 +139,20 @@ def assert_equal_work(rehearsed: Work, real: Work) -> None:
 
 @pytest.mark.slow
 def test_rehearsed_ranks_equal_real_ones(rehearsed: list[list[Ledger]]) -> None:
-    real = run_ranks(record_all, 8, list(LAYOUTS.values()), timeout=580)
-    assert_equal(rehearsed, real, LAYOUTS)
+    # Few layouts per process: torch never stops the threads of a process group.
+    names = list(LAYOUTS)
+    for first in range(0, len(names), 6):
+        some = slice(first, first + 6)
+        real = run_ranks(record_all, 8, [LAYOUTS[name] for name in names[some]], timeout=300)
+        mine = [ledgers[some] for ledgers in rehearsed]
+        assert_equal(mine, [real[rank] for rank in RANKS], names[some])
 
 
 @pytest.mark.slow
 def test_rehearsed_modality_group_of_three_equals_a_real_one() -> None:
     layouts = [["parallel.modality_parallel_size=3", "training.global_batch_size=6"]]
-    mine, theirs = (run_ranks(f, 3, layouts, timeout=300) for f in (rehearse_all, record_all))
+    mine = run_ranks(rehearse_all, 3, layouts, range(3), 3, timeout=300)
+    theirs = run_ranks(record_all, 3, layouts, timeout=300)
     assert_equal(mine, theirs, ["three modality ranks"])
 
 
@@ -192,10 +200,14 @@ def rehearse_corpus(overrides: list[str]) -> Ledger:
 @pytest.mark.parametrize("name", ["tensor and modality", "pipeline", "data, ZeRO-3"])
 def test_flops_of_all_ranks_equal_the_closed_form(rehearsed: list[list[Ledger]], name: str) -> None:
     number = list(LAYOUTS).index(name)
-    total = sum((ledgers[number].flops() for ledgers in rehearsed), start=Counter[str]())
+    # RANKS are half of the eight, and have every role equally often.
+    some = [ledgers[number] for ledgers in rehearsed] * 2
+    total = sum((ledger.flops() for ledger in some), start=Counter[str]())
     tokens = [8 * count for count in tokens_of(SHARES, 48)]
     expected = step_flops(config_of([]).model, tokens, 8 * 48 * 49 // 2)
     assert total[MATRICES] == sum(expected.towers) + expected.head
+    of_towers = sum(sum(ledger.tower_flops.values()) for ledger in some)
+    assert of_towers == sum(expected.towers)
     # The closed form leaves out the scores that a kernel's backward computes again.
     assert total[ATTENTION] == pytest.approx(expected.attention * 7 / 6)
 
