@@ -16,7 +16,7 @@ from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
-    from mot_megatron.planning.layouts import Plan
+    from mot_megatron.planning.layouts import Plan, Recompute
     from mot_megatron.scaling.accuracy import Fitted
     from mot_megatron.scaling.estimate import Estimate
     from mot_megatron.scaling.machine import Machine
@@ -68,12 +68,12 @@ def best(
         key: roles[0].ledger for key, roles in rehearse_all(worlds, shares(config, tokens)).items()
     }
     bases = {mode: base_of(rehearsed[mode, 1], rehearsed[mode, 2]) for mode in RECOMPUTE}
-    fitting = [(plan, plan.recompute_for(memory)) for plan in plans]
+    fitting: list[tuple[Plan, Recompute]] = [
+        (plan, mode) for plan in plans if (mode := plan.recompute_for(memory)) is not None
+    ]
     bar = tqdm(fitting, "forecasts", ncols=100, leave=False, delay=5, disable=None)
     found = [
-        estimate(plan, mode, bases[mode], tokens, machine, fitted.constants)
-        for plan, mode in bar
-        if mode is not None
+        estimate(plan, mode, bases[mode], tokens, machine, fitted.constants) for plan, mode in bar
     ]
     return sorted(found, key=lambda each: each.seconds)
 

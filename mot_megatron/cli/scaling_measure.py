@@ -90,8 +90,9 @@ def run(options: argparse.Namespace) -> int:
     hosts = read_hostfile(options.hostfile) if options.hostfile else None
     if options.slurm:
         hosts = hosts_of_slurm(os.environ)
-    for size in sizes if hosts else ():
-        hosts.check(size)
+    if hosts is not None:
+        for size in sizes:
+            hosts.check(size)
     config, shares = resolve(options)
     corpus = config.data.corpus.resolve()
     if not options.synthetic and not (corpus / "corpus.toml").exists():

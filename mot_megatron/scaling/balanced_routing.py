@@ -38,9 +38,8 @@ def tokens_per_expert(settings: ExpertsConfig, num_tokens: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _assignment(settings: ExpertsConfig, num_tokens: int) -> np.ndarray:
+def _assignment(counts: tuple[int, ...], num_tokens: int) -> np.ndarray:
     """Return [N, E] bool: experts take successive tokens, and begin anew after the last."""
-    counts = tokens_per_expert(settings, num_tokens)
     assigned = np.zeros((num_tokens, len(counts)), dtype=bool)
     first = 0
     for expert, count in enumerate(counts):
@@ -114,8 +113,12 @@ class KnownCounts:
         dispatcher.output_splits_tp = of_ranks.sum(axis=1).view(_OnHost)
         dispatcher.num_global_tokens_per_local_expert = local.reshape(-1, held)
         chunks = np.arange(held * size * tensor_size)
-        dispatcher.sort_input_by_local_experts = chunks.reshape(-1, held).T.ravel()
-        dispatcher.restore_output_by_local_experts = chunks.reshape(held, -1).T.ravel()
+        orders = {
+            "sort_input_by_local_experts": chunks.reshape(-1, held).T.ravel(),
+            "restore_output_by_local_experts": chunks.reshape(held, -1).T.ravel(),
+        }
+        for name, order in orders.items():
+            setattr(dispatcher, name, order)
 
 
 class _OnHost(np.ndarray):
@@ -133,6 +136,6 @@ def _pool_rank(router: Router) -> int:
 def _of_ranks(router: Router, rows: int, num_tokens: int) -> list[np.ndarray]:
     """Return the assignment of the tokens of every rank of the pool, which have ``rows`` each."""
     size = 1 if router.pool_group is None else router.pool_group.size()
-    assigned = _assignment(router.settings, num_tokens)
+    assigned = _assignment(tuple(tokens_per_expert(router.settings, num_tokens)), num_tokens)
     # Only the last rows are without a token.
     return [assigned[rank * rows : (rank + 1) * rows] for rank in range(size)]

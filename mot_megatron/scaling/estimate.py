@@ -8,7 +8,7 @@ and rows. The result goes through the same cost model as a forecast, and is with
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -205,7 +205,7 @@ class _Layout:
         return {part: self._split(part, stage, rank, weights) for part in _PARTS}
 
     def _split(self, part: str, stage: int, rank: int, weights: Mapping[str, _Held]) -> Split:
-        traffic: Counter[str] = Counter()
+        traffic: defaultdict[str, float] = defaultdict(float)
         work, launches = WorkSeconds(), 0.0
         if part in (FORWARD, BACKWARD):
             work, launches = self._pass(part, stage, rank)

@@ -130,10 +130,13 @@ def record_step(trainer: Trainer, counts: KnownCounts | None = None) -> tuple[Le
     Collective over the world. ``counts`` as for ``LedgerRecorder``.
     """
     axes = axes_of(trainer.groups, trainer.config.model.tower_names)
-    # In its first step, ZeRO-3 learns in which order it needs the weights.
-    for step in range(1, 3 if trainer.config.parallel.zero_stage == 3 else 2):
-        with LedgerRecorder(axes, trainer.progress_report, counts) as recorder:
-            train_step(trainer, step=step, learning_rate=0.0)
+    if trainer.config.parallel.zero_stage == 3:
+        # In its first step, it learns in which order it needs the weights. Fake tensors need a
+        # recorder, which gives the values that the host reads.
+        with LedgerRecorder(axes, trainer.progress_report, counts):
+            train_step(trainer, step=1, learning_rate=0.0)
+    with LedgerRecorder(axes, trainer.progress_report, counts) as recorder:
+        train_step(trainer, step=2, learning_rate=0.0)
     micro_batches = trainer.config.accumulation_steps(trainer.groups.data_size)
     return recorder.ledger(micro_batches), recorder.of_one_micro_batch()
 

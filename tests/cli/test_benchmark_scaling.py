@@ -94,8 +94,9 @@ def test_numbers_of_ranks_are_checked(given: str) -> None:
 
 @pytest.mark.slow
 def test_a_forecast_and_its_dense_twin(
-    config_file: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = tmp_path / "report"
     command = ["forecast", *arguments(config_file, "2,4")[1:], "--arms=dense,moe-4x,hybrid"]
     command += ["--micro-batches=2"]
     command += ["--machine=h100-sxm", "--machine=a100-40gb-roce"]
@@ -104,9 +105,16 @@ def test_a_forecast_and_its_dense_twin(
     assert max(map(len, lines)) <= 120
     assert "all times FORECAST" in lines[0]
     assert any(line.startswith("step over the dense twin's") for line in lines)
+    command += ["--slopes=paper", "--arm=mot-443m", f"--output={folder}"]
     assert main([*command, "--json"]) == 0
+    assert all((folder / f"forecast-{number}.png").stat().st_size > 10_000 for number in (1, 2))
+    assert "all times FORECAST" in (folder / "report.md").read_text()
     first, second = json.loads(capsys.readouterr().out)["machines"]
     assert first["machine_stamps"] == ["DATA SHEET"]
+    image = first["time_to_dense_loss"][0]
+    step = [first["forecasts"][arm][0]["step_seconds"] for arm in ("model", "dense twin")]
+    assert (image["modality"], image["stamp"], image["slope"]) == ("image", "PAPER", 0.271)
+    assert image["ratio"] == pytest.approx(0.271 * step[0] / step[1])
     for arm in ("model", "dense twin"):
         found = first["forecasts"][arm]
         assert [one["world_size"] for one in found] == [2, 4]

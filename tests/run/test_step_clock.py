@@ -30,8 +30,10 @@ LATE = 0.3
 
 def time_collectives() -> dict[tuple[str, str], float]:
     """Let rank 1 come late to a sum over the world, and to one that is awaited later."""
-    other = dist.new_group([0, 1])
-    axes = {dist.group.WORLD.group_name: "world", other.group_name: "tensor"}
+    world, other = dist.group.WORLD, dist.new_group([0, 1])
+    assert isinstance(world, dist.ProcessGroup)
+    assert isinstance(other, dist.ProcessGroup)
+    axes: dict[str, str] = {world.group_name: "world", other.group_name: "tensor"}
     report = ProgressReport()
     report.enter("forward and backward", 1)
     dist.barrier()
