@@ -42,7 +42,17 @@ from typing import TYPE_CHECKING, Any
 from mot_megatron.cli.arguments import add_config, add_json
 from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.cli.corpora import resolve_from_corpus
-from mot_megatron.cli.plan_best import FILL, best, documents, machine_and_constants, text
+from mot_megatron.cli.plan_best import (
+    FILL,
+    LAYOUT_HEAD,
+    best,
+    documents,
+    layout_columns,
+    machine_and_constants,
+    modality_shares,
+    rehearse_layers,
+    text,
+)
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,11 +68,10 @@ MODES = {
     "full": "with full recomputation",
 }
 HEAD = (
-    f"{'tp':>3}{'pp':>4}{'vpp':>4}{'mp':>3}{'ep':>3} {'exch':5}{'zero':>5}{'dp':>5}{'accum':>6}"
+    f"{LAYOUT_HEAD}{'dp':>5}{'accum':>6}"
     f"{'tokens':>10}{'weights':>9}{'grads':>8}{'optim':>8}{'act':>8}{'select':>8}{'full':>8}"
     f"{'need':>8}{'start':>7}{'resume':>7}"
 )
-EXCHANGES = {"sequence": "seq", "heads": "heads"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +121,8 @@ def run(options: argparse.Namespace) -> int:
     plans = plan_all(config, tokens, options)
     notes = [note, *without_samples(config)]
     if machine is not None and fitted is not None:
-        found = best(config, plans, tokens, machine, fitted, memory)
+        bases = rehearse_layers(config, modality_shares(config, tokens))
+        found = best(plans, bases, tokens, machine, fitted, memory)
         if options.json:
             print_json({"stamp": "FORECAST", "machine": machine.name, "best": documents(found)})
         else:
@@ -206,13 +216,7 @@ def report(fitting: Sequence[Plan], notes: Sequence[str], memory: float) -> str:
 
 def line(layout: Plan, memory: float) -> str:
     """Return the table row of a layout, with the columns of HEAD."""
-    parallel = layout.config.parallel
-    is_exchanging = parallel.modality_parallel_size > 1
-    exchange = EXCHANGES[parallel.attention_exchange] if is_exchanging else "-"
-    sizes = f"{parallel.tensor_model_parallel_size:3}{parallel.pipeline_model_parallel_size:4}"
-    sizes += f"{parallel.virtual_pipeline_model_parallel_size or '-':>4}"
-    sizes += f"{parallel.modality_parallel_size:3}{parallel.expert_model_parallel_size:3}"
-    sizes += f" {exchange:5}{parallel.zero_stage:5}"
+    sizes = layout_columns(layout.config.parallel)
     sizes += f"{layout.mesh.data:5}{layout.accumulation:6}{layout.tokens:10,}"
     state = layout.state
     values = [state.gradients, state.optimizer, *layout.activations.values()]

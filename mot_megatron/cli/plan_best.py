@@ -15,10 +15,10 @@ from mot_megatron.cli.scaling_rehearse import rehearse_all
 from mot_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mot_megatron.config import Config
+    from mot_megatron.config import Config, ParallelConfig
     from mot_megatron.planning.layouts import Plan, Recompute
     from mot_megatron.scaling.accuracy import Fitted
-    from mot_megatron.scaling.estimate import Estimate
+    from mot_megatron.scaling.estimate import Base, Estimate
     from mot_megatron.scaling.machine import Machine
 
 SHOWN = 10
@@ -27,6 +27,8 @@ _WHOLE = 10**9
 FILL = 0.9
 """Part of a device's memory that a layout may need; collectives, temporary tensors and
 fragmentation need the rest."""
+LAYOUT_HEAD = f"{'tp':>3}{'pp':>4}{'vpp':>4}{'mp':>3}{'ep':>3} {'exch':5}{'zero':>5}"
+EXCHANGES = {"sequence": "seq", "heads": "heads"}
 CAUSES = {
     "matrix": ("matrix products", "attention"),
     "other": ("other operators",),
@@ -39,9 +41,27 @@ CAUSES = {
 """Columns of the table; the rest is reduction of gradients, gathering of weights and optimizer."""
 
 
+def rehearse_layers(config: Config, shares: Sequence[float]) -> dict[Recompute, Base]:
+    """Count the work of a layer and of the rest of a model, by recomputation.
+
+    It is the same in all layouts, on any number of ranks and with any global batch.
+
+    Args:
+        config: Resolved configuration.
+        shares: Share of the tokens of each modality.
+    """
+    from mot_megatron.planning.layouts import RECOMPUTE
+    from mot_megatron.scaling.estimate import base_configs, base_of
+
+    os.environ.update(QUIETLY_ON_CPU)
+    worlds = {key: (each, 1) for key, each in base_configs(config).items()}
+    found = {key: roles[0].ledger for key, roles in rehearse_all(worlds, shares).items()}
+    return {mode: base_of(found[mode, 1], found[mode, 2]) for mode in RECOMPUTE}
+
+
 def best(
-    config: Config,
     plans: Sequence[Plan],
+    bases: Mapping[Recompute, Base],
     tokens: Sequence[int],
     machine: Machine,
     fitted: Fitted,
@@ -50,8 +70,8 @@ def best(
     """Return the layouts that fit, the fastest first.
 
     Args:
-        config: Resolved configuration.
-        plans: Its legal layouts.
+        plans: Legal layouts.
+        bases: Work of the model; see ``rehearse_layers``.
         tokens: Tokens of each tower, K of them; only their proportions count.
         machine: Where the step would run.
         fitted: Constants of the cost model.
@@ -59,15 +79,8 @@ def best(
     """
     from tqdm import tqdm
 
-    from mot_megatron.planning.layouts import RECOMPUTE
-    from mot_megatron.scaling.estimate import base_configs, base_of, estimate
+    from mot_megatron.scaling.estimate import estimate
 
-    os.environ.update(QUIETLY_ON_CPU)
-    worlds = {key: (each, 1) for key, each in base_configs(config).items()}
-    rehearsed = {
-        key: roles[0].ledger for key, roles in rehearse_all(worlds, shares(config, tokens)).items()
-    }
-    bases = {mode: base_of(rehearsed[mode, 1], rehearsed[mode, 2]) for mode in RECOMPUTE}
     fitting: list[tuple[Plan, Recompute]] = [
         (plan, mode) for plan in plans if (mode := plan.recompute_for(memory)) is not None
     ]
@@ -106,6 +119,7 @@ def with_best_layouts(
 
     counts = [round(share * _WHOLE) for share in shares_of_modalities]
     tokens = tokens_of_towers(config.model, dict(zip(config.model.modalities, counts, strict=True)))
+    bases = rehearse_layers(config, shares_of_modalities)
     layouts: dict[int, dict[str, Any]] = {}
     for size in sizes:
         training: dict[str, Any] = {}
@@ -117,7 +131,7 @@ def with_best_layouts(
         )
         legal = legal_layouts(of_size, size, int(machine.devices_per_node), tokens)
         plans = [plan(layout, size, tokens) for layout in legal]
-        found = best(of_size, plans, tokens, machine, fitted, FILL * machine.memory_gb * 1e9)
+        found = best(plans, bases, tokens, machine, fitted, FILL * machine.memory_gb * 1e9)
         if not found:
             raise ConfigError(f"--best: no layout of {size} ranks is legal and fits {machine.name}")
         layouts[size] = overrides_of(found[0])
@@ -127,7 +141,7 @@ def with_best_layouts(
     )
 
 
-def shares(config: Config, tokens: Sequence[int]) -> list[float]:
+def modality_shares(config: Config, tokens: Sequence[int]) -> list[float]:
     """Divide each tower's share of the tokens equally among its modalities."""
     towers = config.model.towers_of_modalities
     return [tokens[tower] / sum(tokens) / towers.count(tower) for tower in towers]
@@ -160,7 +174,7 @@ def text(
     """Return the table of the fastest layouts, and the fastest as part of a configuration."""
     errors = fitted.new_stack
     head = (
-        f"{'tp':>3}{'pp':>4}{'vpp':>4}{'mp':>3}{'ep':>3} {'exch':5}{'zero':>4} {'recompute':10}"
+        f"{LAYOUT_HEAD} {'recompute':10}"
         f"{'GB':>6}{'seconds':>9}{'tok/s/GPU':>10}"
         + "".join(f"{name:>7}" for name in CAUSES)
         + f"{'weight':>7}"
@@ -187,7 +201,6 @@ def text(
 
 def _line(found: Estimate) -> str:
     parallel = found.plan.config.parallel
-    exchange = {"sequence": "seq", "heads": "heads"}[parallel.attention_exchange]
     tokens = found.plan.config.training.global_batch_size * found.plan.config.data.seq_length
     rate = tokens / found.seconds / found.plan.mesh.world_size
     shares = {
@@ -196,12 +209,21 @@ def _line(found: Estimate) -> str:
     }
     shares["weight"] = 1 - sum(shares.values())
     return (
+        f"{layout_columns(parallel)} {found.recompute:10}"
+        f"{found.plan.needed[found.recompute] / 1e9:6.1f}{found.seconds:9.3f}{rate:10,.0f}"
+        + "".join(f"{abs(share):7.1%}" for share in shares.values())
+    )
+
+
+def layout_columns(parallel: ParallelConfig) -> str:
+    """Return the sizes of a layout, with the columns of LAYOUT_HEAD."""
+    is_exchanging = parallel.modality_parallel_size > 1
+    exchange = EXCHANGES[parallel.attention_exchange] if is_exchanging else "-"
+    return (
         f"{parallel.tensor_model_parallel_size:3}{parallel.pipeline_model_parallel_size:4}"
         f"{parallel.virtual_pipeline_model_parallel_size or '-':>4}"
         f"{parallel.modality_parallel_size:3}{parallel.expert_model_parallel_size:3}"
-        f" {exchange if parallel.modality_parallel_size > 1 else '-':5}{parallel.zero_stage:4}"
-        f" {found.recompute:10}{found.plan.needed[found.recompute] / 1e9:6.1f}{found.seconds:9.3f}"
-        f"{rate:10,.0f}" + "".join(f"{abs(share):7.1%}" for share in shares.values())
+        f" {exchange:5}{parallel.zero_stage:5}"
     )
 
 

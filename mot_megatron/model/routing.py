@@ -301,10 +301,9 @@ class ExpertChoiceRouter(Router):
     def _choose(
         self, logits: torch.Tensor, pool: RoutingPool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        settings = self.settings
-        wanted = settings.experts_per_token * pool.num_tokens / settings.num_moe_experts
         scores = self._scores(logits).masked_fill(~pool.filled[:, None], -math.inf)
-        return self.largest_of_pool(scores, min(pool.num_tokens, _rounded_up(wanted)))
+        share = self.settings.experts_per_token
+        return self.largest_of_pool(scores, expert_rows(self.settings, pool.num_tokens, share))
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the scores by which experts choose: softmax over a token's experts, or logits."""
@@ -365,8 +364,7 @@ class TopKRouter(Router):
         if settings.aux_loss_coefficient > 0 and torch.is_grad_enabled():
             losses["aux_loss"] = self._balancing_loss(logits, assigned, pool)
         if settings.capacity_factor is not None and not self.mode.causal:
-            share = pool.num_tokens * k / settings.num_moe_experts
-            capacity = min(pool.num_tokens, _rounded_up(settings.capacity_factor * share))
+            capacity = expert_rows(settings, pool.num_tokens, settings.capacity_factor * k)
             _, kept = self.largest_of_pool(weights.detach(), capacity)
             weights, assigned = weights * kept, assigned & kept
         return self.with_losses(Routing(weights, assigned), logits, pool, losses)
@@ -404,9 +402,13 @@ def check_can_be_causal(model: ModelConfig) -> None:
             )
 
 
-def _rounded_up(number: float) -> int:
-    """Round up to a whole number, ignoring a rounding error just above one."""
-    return math.ceil(number - 1e-6)
+def expert_rows(settings: ExpertsConfig, num_tokens: int, per_token: float) -> int:
+    """Return how many of a pool's tokens an expert takes if each token has ``per_token`` experts.
+
+    Rounded up, ignoring a rounding error just above a whole number, and at most all of them.
+    """
+    rows = per_token * num_tokens / settings.num_moe_experts
+    return min(num_tokens, math.ceil(rows - 1e-6))
 
 
 def router_class(config: ExpertsConfig) -> type[Router]:

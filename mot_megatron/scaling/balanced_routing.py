@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -19,20 +18,19 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mot_megatron.config import ExpertsConfig
-from mot_megatron.model.routing import Router, Routing, RoutingPool
+from mot_megatron.model.routing import Router, Routing, RoutingPool, expert_rows
 
 
 def tokens_per_expert(settings: ExpertsConfig, num_tokens: int) -> list[int]:
     """Return how many of a pool's tokens each expert takes; they differ by one at most."""
     num_experts = settings.num_moe_experts
     if settings.routing == "expert_choice":
-        wanted = settings.experts_per_token * num_tokens / num_experts
-        return [min(num_tokens, math.ceil(wanted - 1e-6))] * num_experts
-    pairs = num_tokens * (settings.topk or 1)
-    share, rest = divmod(pairs, num_experts)
+        return [expert_rows(settings, num_tokens, settings.experts_per_token)] * num_experts
+    topk = settings.topk or 1
+    share, rest = divmod(num_tokens * topk, num_experts)
     counts = [share + (expert < rest) for expert in range(num_experts)]
     if settings.capacity_factor is not None:
-        capacity = math.ceil(settings.capacity_factor * pairs / num_experts - 1e-6)
+        capacity = expert_rows(settings, num_tokens, settings.capacity_factor * topk)
         counts = [min(count, capacity) for count in counts]
     return counts
 

@@ -28,11 +28,10 @@ from mot_megatron.scaling.costs import (
     group_shape,
     work_seconds,
 )
-from mot_megatron.scaling.forecast import Split, part_split, step_split
+from mot_megatron.scaling.forecast import TIMED_PARTS, Split, part_split, step_split
 from mot_megatron.scaling.ledger import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Ledger, Work
 from mot_megatron.scaling.machine import Machine
 
-_PARTS = (FORWARD, BACKWARD, REDUCTION, OPTIMIZER)
 _LAYERS = (1, 2)
 _AXES = (
     "tensor_model_parallel_size",
@@ -136,7 +135,9 @@ def estimate(
         for stage, kind in enumerate(kinds)
         if kinds.index(kind) == stage
     }
-    parts = {part: [[place[part] for place in of_kind[kind]] for kind in kinds] for part in _PARTS}
+    parts = {
+        part: [[place[part] for place in of_kind[kind]] for kind in kinds] for part in TIMED_PARTS
+    }
     message = 0.0
     if mesh.pipeline > 1:
         shape = layout.shape(mesh.pipeline_groups()[0])
@@ -202,7 +203,7 @@ class _Layout:
         """Return the seconds of each part of the step, over all micro-batches, on a rank."""
         rank = (stage * self.plan.mesh.data + place) * self.plan.mesh.tensor
         weights = self._weights(rank)
-        return {part: self._split(part, stage, rank, weights) for part in _PARTS}
+        return {part: self._split(part, stage, rank, weights) for part in TIMED_PARTS}
 
     def _split(self, part: str, stage: int, rank: int, weights: Mapping[str, _Held]) -> Split:
         traffic: defaultdict[str, float] = defaultdict(float)

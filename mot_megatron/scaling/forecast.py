@@ -38,6 +38,8 @@ KERNEL_SECONDS = 5e-6
 MATRICES, ATTENTION = "matrix products", "attention"
 ELEMENTWISE, LAUNCHES = "other operators", "waiting for the host"
 IMBALANCE, BUBBLE = "waiting for other towers", "pipeline bubble"
+TIMED_PARTS = (FORWARD, BACKWARD, REDUCTION, OPTIMIZER)
+"""Parts of a step that are forecast; reading data takes no time."""
 _PIPELINE = "pipeline"
 _ROUNDING = 1e-9
 
@@ -98,7 +100,7 @@ def forecast(
     constants = adapted(constants, machine)
     stages = 1 + max(each.role.stage for each in roles)
     parts: dict[str, list[list[Split]]] = {}
-    for part in (FORWARD, BACKWARD, REDUCTION, OPTIMIZER):
+    for part in TIMED_PARTS:
         parts[part] = [[] for _ in range(stages)]
         for each in roles:
             parts[part][each.role.stage].append(_part(each, part, machine, constants))
