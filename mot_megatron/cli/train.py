@@ -228,6 +228,7 @@ def run_on_synthetic(
     import torch.distributed as dist
 
     from mot_megatron.job.distributed import join_world, works_on_gpus
+    from mot_megatron.job.hardware import disable_malloc_trim
     from mot_megatron.rules import check_device
     from mot_megatron.run.timing import time_steps
     from mot_megatron.scaling.synthetic import SyntheticBatches, build_groups, parse_shares
@@ -240,6 +241,8 @@ def run_on_synthetic(
     shares = parse_shares(list(config.model.modalities), given)
     device = join_world(world)
     check_ranks_agree(config, None)
+    if device.type == "cpu":
+        disable_malloc_trim()
     groups = build_groups(config, shares, device)
     batches = SyntheticBatches(config, groups, shares)
     time_steps(build_trainer(config, groups, batches, progress_report), options.benchmark, stop)
