@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mot_megatron.rules import check_world_size
 
     if launch.size > 1:
-        StartNotes(launch.key, launch.port).write(launch.rank, launch.local_rank)
+        clear = launch.local_rank == 0 and launch.host_key_may_recur
+        StartNotes(launch.host_key).write(launch.rank, clear)
     with StopRequest(launch.launchers) as stop:
         try:
             # Before the slow imports: most mistakes are found here, in less than a second.

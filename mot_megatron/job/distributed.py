@@ -33,6 +33,8 @@ class World:
     """Port of rank 0's store."""
     key: bytes
     """Secret that the ranks of one launch share; see ``Launch.key``."""
+    host_key: bytes
+    """The same of the ranks on this host; see ``Launch.host_key``."""
     store: Store
     """Key-value store hosted by rank 0, shared by all ranks. Anyone who reaches the port can read
     it."""
@@ -99,7 +101,14 @@ def find_world(launch: Launch) -> World:
             ) from error
         raise TrainingError(f"no connection to rank 0 at {place}: {_first_line(error)}") from error
     return World(
-        launch.rank, launch.size, launch.local_rank, launch.address, launch.port, launch.key, store
+        launch.rank,
+        launch.size,
+        launch.local_rank,
+        launch.address,
+        launch.port,
+        launch.key,
+        launch.host_key,
+        store,
     )
 
 

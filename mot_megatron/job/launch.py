@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,6 +19,8 @@ SECRET_VARIABLE = "MOT_JOB_SECRET"
 """Environment variable with a secret of the user's choice, the same on all nodes of one launch."""
 
 _SHARED_VARIABLES = (SECRET_VARIABLE, "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+_STEP_VARIABLE = "SLURM_STEP_ID"
+_RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 _LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 _RUNNERS = ("deepspeed", "ds", "deepspeed.launcher.runner")
 _LARGEST_PORT = 65535
@@ -40,6 +43,10 @@ class Launch:
     """Processes that started this one and without which it should stop, innermost first."""
     identifiers: tuple[str | None, ...] = ()
     """Values of the variables that tell one launch from another on all of its nodes."""
+    step: str | None = None
+    """SLURM's job step; None outside SLURM."""
+    restart: str | None = None
+    """How often torchrun has restarted the ranks of this node; None without torchrun."""
 
     @property
     def key(self) -> bytes:
@@ -50,7 +57,26 @@ class Launch:
         share it. Two launches of the same size on the same nodes need one of the variables.
         """
         launcher = asdict(self.launchers[0]) if self.is_on_one_node and self.launchers else None
-        return hashlib.sha256(json.dumps([self.size, self.identifiers, launcher]).encode()).digest()
+        return _digest([self.size, self.identifiers, launcher])
+
+    @property
+    def host_key(self) -> bytes:
+        """Secret that only the ranks of one launch on one host share.
+
+        It covers ``key`` and what may differ between the hosts of one launch: the launcher's
+        process, SLURM's job step and torchrun's count of restarts.
+        """
+        launcher = asdict(self.launchers[0]) if self.launchers else None
+        return _digest([self.key.hex(), self.port, launcher, self.step, self.restart])
+
+    @property
+    def host_key_may_recur(self) -> bool:
+        """Whether a later launch may have the same ``host_key``: a shell started the ranks."""
+        return not self.launchers and self.step is None
+
+
+def _digest(values: list[Any]) -> bytes:
+    return hashlib.sha256(json.dumps(values).encode()).digest()
 
 
 def read_launch(variables: Mapping[str, str]) -> Launch:
@@ -81,6 +107,8 @@ def read_launch(variables: Mapping[str, str]) -> Launch:
         is_on_one_node=local_size == str(size),
         launchers=_find_launchers(),
         identifiers=tuple(variables.get(name) for name in _SHARED_VARIABLES),
+        step=variables.get(_STEP_VARIABLE),
+        restart=variables.get(_RESTART_VARIABLE),
     )
 
 

@@ -29,23 +29,25 @@ class StartNotes:
     dies while it starts is then found only after the time in which all ranks must join.
     """
 
-    def __init__(self, key: bytes, port: int) -> None:
-        """Look at the notes of a launch.
+    def __init__(self, host_key: bytes) -> None:
+        """Look at the notes of the launch with this ``Launch.host_key``."""
+        self._folder = Path(tempfile.gettempdir()) / f"mot_megatron-{os.getuid()}"
+        self._launch = hashlib.sha256(b"start notes" + host_key).hexdigest()[:32]
+
+    def write(self, rank: int, clear: bool) -> None:
+        """Leave the note of this process.
 
         Args:
-            key: Secret of the launch; see ``Launch.key``.
-            port: Port of rank 0's store, which tells apart launches with the same key.
+            rank: This process's rank.
+            clear: Remove the notes of dead processes first, which an earlier launch with the same
+                key may have left. A rank of this launch that has died by then is then found only
+                after the time in which all ranks must join.
         """
-        self._folder = Path(tempfile.gettempdir()) / f"mot_megatron-{os.getuid()}"
-        self._launch = f"{hashlib.sha256(b'start notes' + key).hexdigest()[:32]}.{port}"
-
-    def write(self, rank: int, local_rank: int) -> None:
-        """Leave the note of this process; local rank 0 removes those of an earlier launch."""
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, exist_ok=True)
             if not self._is_own():
                 return
-            if local_rank == 0:
+            if clear:
                 for peer in self.find_dead():
                     self.remove(peer.rank)
             note = asdict(Peer.of_this_process(rank))

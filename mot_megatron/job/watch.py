@@ -68,7 +68,7 @@ class Watchdog:
         self._world = world
         self._progress_report = progress_report
         self._peer = Peer.of_this_process(world.rank)
-        self._notes = StartNotes(world.key, world.port)
+        self._notes = StartNotes(world.host_key)
         self._all_joined = False
         self._hub: WatchHub | None = None
         self._hub_peer: Peer | None = None

@@ -124,6 +124,7 @@ class WatchHub:
         self._accept_again: float | None = None
         """When to accept connections again; None while they are accepted."""
         self._joined: set[int] = set()
+        self._died_before_joining: set[int] = set()
         self._monitor = HeartbeatMonitor(HEARTBEAT_TIMEOUT_SECONDS)
         self._started = self._last_beat = self._last_told = time.monotonic()
         self._first_failure: tuple[float, int] | None = None
@@ -168,10 +169,11 @@ class WatchHub:
         return len(self._joined) == self._world_size
 
     def _finished(self) -> bool:
+        nobody_is_missing = len(self._joined | self._died_before_joining) == self._world_size
         # After a verdict rank 0 waits for the hub, so the hub must not wait for rank 0.
-        if self._all_joined and set(self._clients) <= ({0} if self._verdict else set()):
+        if nobody_is_missing and set(self._clients) <= ({0} if self._verdict else set()):
             return True
-        limit = _FAREWELL_SECONDS if self._all_joined else _LATECOMER_SECONDS
+        limit = _FAREWELL_SECONDS if nobody_is_missing else _LATECOMER_SECONDS
         return self._verdict is not None and time.monotonic() - self._issued_at > limit
 
     def _accept(self) -> None:
@@ -223,6 +225,7 @@ class WatchHub:
         elif message["kind"] == "dead before joining":
             dead = Peer(**message["peer"])
             if dead.rank not in self._joined:
+                self._died_before_joining.add(dead.rank)
                 self._issue(lost(dead, "start", reporter=0))
         return True
 

@@ -14,12 +14,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.multiprocessing import get_context
 
 from mot_megatron.errors import ConfigError
 from mot_megatron.job import distributed, handshake, heartbeats, launch, verdict, watch, watch_hub
+from mot_megatron.job.processes import Process
 from mot_megatron.job.progress_report import Phase, ProgressReport
 from mot_megatron.job.start_notes import StartNotes
 from tests.ranks import ENVIRONMENT, PRELOAD
@@ -89,8 +91,11 @@ def _rank(rank: int, port: int, folder: Path, event: str) -> None:
     watch.HEARTBEAT_TIMEOUT_SECONDS = watch_hub.HEARTBEAT_TIMEOUT_SECONDS = (
         HEARTBEAT_TIMEOUT_SECONDS
     )
-    place = launch.Launch(rank, RANKS, rank, "127.0.0.1", port, is_on_one_node=True, launchers=())
-    StartNotes(place.key, port).write(rank, local_rank=rank)
+    launchers = (Process.of(os.getppid()),)
+    place = launch.Launch(
+        rank, RANKS, rank, "127.0.0.1", port, is_on_one_node=True, launchers=launchers
+    )
+    StartNotes(place.host_key).write(rank, clear=rank == 0 and place.host_key_may_recur)
     if event == "die before joining":
         os._exit(7)
     world = distributed.find_world(place)
@@ -196,8 +201,8 @@ def test_a_rank_that_dies_before_joining_ends_all_ranks(tmp_path: Path, victim: 
     with Job(tmp_path, "die before joining", victim) as job:
         expected: list[int | None] = [verdict.LOST_STATUS] * RANKS
         expected[victim] = 7
-        # The hub waits a while for latecomers.
-        assert job.wait(10 + watch_hub._LATECOMER_SECONDS) == expected
+        # The hub does not wait for a dead latecomer.
+        assert job.wait(20) == expected
         line = f"error: rank {victim} (host HOST, pid {job.pid(victim)}) died during start\n"
         assert job.errors() == {0: line.replace("HOST", socket.gethostname())}
 
@@ -206,21 +211,41 @@ def test_notes_of_an_earlier_launch_count_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    notes = StartNotes(KEY, 1234)
-    notes.write(rank=1, local_rank=1)
+    notes = StartNotes(KEY)
+    notes.write(rank=1, clear=False)
     assert notes.find_dead() == []
     (path,) = tmp_path.rglob("*.json")
     dead = {**asdict(verdict.Peer.of_this_process(1)), "started": "0"}
     path.write_text(json.dumps(dead))
     assert [peer.rank for peer in notes.find_dead()] == [1]
-    assert StartNotes(KEY, 1235).find_dead() == []
-    assert StartNotes(b"of another launch", 1234).find_dead() == []
+    assert StartNotes(b"of another launch").find_dead() == []
     path.with_name(path.name.replace(".1.json", ".2.json")).write_text("[" * 3000)
-    notes.write(rank=0, local_rank=0)
+    notes.write(rank=0, clear=False)
+    assert [peer.rank for peer in notes.find_dead()] == [1]
+    notes.write(rank=0, clear=True)
     assert notes.find_dead() == []
     path.parent.chmod(0o777)  # anyone could have written what is there
     path.write_text(json.dumps(dead))
     assert notes.find_dead() == []
+
+
+def test_only_ranks_of_one_launch_on_one_host_share_notes() -> None:
+    def host_key(**changes: Any) -> bytes:
+        fields: dict[str, Any] = {
+            "launchers": (Process("host", 1, "2"),),
+            "step": "3",
+            "restart": "4",
+            **changes,
+        }
+        return launch.Launch(0, 8, 0, "127.0.0.1", 1234, is_on_one_node=False, **fields).host_key
+
+    other = {"launchers": (Process("host", 1, "3"),), "step": "4", "restart": "5"}
+    keys = [host_key(), *(host_key(**{name: value}) for name, value in other.items())]
+    assert len(set(keys)) == 4
+    assert host_key() == keys[0]
+    # A shell that starts ranks by hand, twice.
+    place = launch.Launch(0, 8, 0, "127.0.0.1", 1234, is_on_one_node=False, launchers=())
+    assert place.host_key_may_recur
 
 
 def test_ranks_that_never_start_are_named() -> None:
