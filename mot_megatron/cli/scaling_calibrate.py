@@ -5,8 +5,9 @@ Example: deepspeed --num_gpus 8 --module mot_megatron.cli.scaling_calibrate
 
 Start it with the launcher, like training: on one node, or on all nodes of a hostfile for the
 network as well. The slowest rank counts. Measured are matrix products at the shapes of the
-configuration's layers, causal attention, copies in memory, and all-gathers of growing size within
-a node and between nodes. It takes a minute or two, and no rank should have other work.
+configuration's layers, causal attention, copies in memory, the start of an operator, every kind of
+collective over the groups of every axis of the configuration's layout, and messages within a node
+and between nodes. It takes a few minutes, and no rank should have other work.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from mot_megatron.config import Config
+    from mot_megatron.scaling.machine import MeasuredGroup
 
 NAME = "benchmark scaling calibrate"
 
@@ -54,11 +56,13 @@ def run(options: argparse.Namespace) -> int:
 
     import torch.distributed as dist
 
-    from mot_megatron.config_files import load_config
+    from mot_megatron.config_files import for_world_size, load_config
     from mot_megatron.files import write_atomically
     from mot_megatron.job.distributed import find_world, join_world
+    from mot_megatron.rules import check_world_size
 
-    config = load_config(options.config, options.overrides)
+    config = for_world_size(load_config(options.config, options.overrides), launch.size)
+    check_world_size(config, launch.size)
     device = join_world(find_world(launch))
     text = profile(config, device)
     if launch.rank == 0:
@@ -74,11 +78,12 @@ def run(options: argparse.Namespace) -> int:
 def profile(config: Config, device: torch.device) -> str:
     """Measure, and return the profile as TOML. Collective over the world."""
     from mot_megatron.job.hardware import device_name
-    from mot_megatron.scaling.calibrate import device_rates, link_rates, ranks_per_node
+    from mot_megatron.scaling.calibrate import device_rates, ranks_per_node
+    from mot_megatron.scaling.calibrate_links import measured_links
 
     per_node, nodes = ranks_per_node()
     rates = device_rates(config, device)
-    links = link_rates(per_node, nodes, device)
+    links = measured_links(config, per_node, nodes, device)
     name = f"{per_node} x {device_name(device)}"
     source = f"calibrated {datetime.date.today():%Y-%m-%d} in {config.training.precision}"
     numbers = {
@@ -87,6 +92,7 @@ def profile(config: Config, device: torch.device) -> str:
             "attention_tflops": rates.attention / 1e12,
             "memory_gb": memory_bytes(device, per_node) / 1e9,
             "memory_tb_per_s": rates.memory / 1e12,
+            "launch_us": 1e6 / rates.launches,
         },
         "node": {"devices": per_node, "link_gb_per_s": links.within / 1e9},
         "network": {
@@ -101,7 +107,26 @@ def profile(config: Config, device: torch.device) -> str:
             f'{key} = {{ value = {value:.6g}, stamp = "MEASURED", source = "{source}" }}'
             for key, value in values.items()
         ]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *(entry(group, source) for group in links.groups), ""])
+
+
+def entry(group: MeasuredGroup, source: str) -> str:
+    """Return the table of a measured group."""
+    latencies = ", ".join(f"{kind} = {1e6 * it.latency:.4g}" for kind, it in group.lines.items())
+    rates = ", ".join(f"{kind} = {it.bandwidth / 1e9:.4g}" for kind, it in group.lines.items())
+    return "\n".join(
+        [
+            "",
+            "[[groups]]",
+            f'axes = "{group.axes}"',
+            f"size = {group.shape.size}",
+            f"per_node = {group.shape.per_node}",
+            'stamp = "MEASURED"',
+            f'source = "{source}"',
+            f"latency_us = {{ {latencies} }}",
+            f"gb_per_s = {{ {rates} }}",
+        ]
+    )
 
 
 def memory_bytes(device: torch.device, per_node: int) -> int:

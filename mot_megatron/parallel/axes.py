@@ -15,7 +15,14 @@ TOWER = "tower "
 
 
 def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]:
-    """Return the role of every process group of a rank, by the group's name.
+    """Return the role of every process group of a rank, by the group's name."""
+    return {group.group_name: axis for axis, group in groups_by_axis(groups, tower_names)}
+
+
+def groups_by_axis(
+    groups: ProcessGroups, tower_names: Iterable[str]
+) -> list[tuple[str, dist.ProcessGroup]]:
+    """Return the role of every process group of a rank, and the group.
 
     A group that has several roles, such as a tower's holders if all data-parallel ranks hold it,
     gets the first: tensor, pipeline, modality, data, tower NAME, expert, tensor and expert, expert
@@ -36,11 +43,11 @@ def axes_of(groups: ProcessGroups, tower_names: Iterable[str]) -> dict[str, str]
         ("embedding", groups.embedding),
         (WORLD, dist.group.WORLD),
     ]
-    axes: dict[str, str] = {}
+    found: dict[str, tuple[str, dist.ProcessGroup]] = {}
     for axis, group in named:
         if group is not None:
-            axes.setdefault(group.group_name, axis)
-    return axes
+            found.setdefault(group.group_name, (axis, group))
+    return list(found.values())
 
 
 def _expert_axes(groups: ProcessGroups) -> Iterator[tuple[str, dist.ProcessGroup]]:

@@ -1,16 +1,14 @@
-"""Calibration of a machine: microbenchmarks whose results make a machine's profile.
+"""Calibration of devices: microbenchmarks whose results go into a machine's profile.
 
-Every rank measures its own device, and all ranks together the links between them. Rates are those
-that the software reaches, at the shapes of a configuration's layers.
+Every rank measures its own device. Rates are those that the software reaches, at the shapes of a
+configuration's layers.
 """
 
 from __future__ import annotations
 
-import math
 import socket
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,18 +25,8 @@ _ROUNDS = 9
 _ROUND_SECONDS = 0.05
 """A round repeats an operation until it has taken about this long."""
 _COPIED_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
-_SIZES = {"cpu": (1 << 12, 1 << 24), "cuda": (1 << 12, 1 << 30)}
-"""Smallest and largest message in bytes."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """Seconds of a collective: latency plus bytes over bandwidth."""
-
-    latency: float
-    """Seconds."""
-    bandwidth: float
-    """Bytes per second."""
+_STARTED = 1000
+"""Operators that are started in a row; a GPU's queue holds about that many."""
 
 
 def matrix_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
@@ -91,43 +79,25 @@ def memory_rate(device: torch.device) -> float:
     return 2 * 4 * source.numel() / seconds_of(lambda: target.copy_(source), device)
 
 
-def collective_line(group: dist.ProcessGroup, device: torch.device) -> Line:
-    """Return latency and bandwidth of all-gathers over a group. Collective over the group.
-
-    The bandwidth is what a rank receives.
-    """
-    # torch 2.13 deprecates the name that earlier versions have.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    size = dist.get_world_size(group)
-    lowest, highest = _SIZES[device.type]
-    times: dict[float, float] = {}
-    num_bytes = lowest
-    while num_bytes <= highest:
-        own = torch.ones(num_bytes // size, dtype=torch.uint8, device=device)
-        whole = torch.empty(own.numel() * size, dtype=torch.uint8, device=device)
-
-        def gather(whole: torch.Tensor = whole, own: torch.Tensor = own) -> None:
-            dist.all_gather_into_tensor(whole, own, group=group)
-
-        seconds = torch.tensor(seconds_of(gather, device, repeats=5), device=device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
-        times[whole.numel() * (size - 1) / size] = float(seconds)
-        num_bytes *= 4
-    return fit_line(times)
-
-
-def fit_line(seconds: Mapping[float, float]) -> Line:
-    """Fit latency and bandwidth to seconds by bytes, so that relative errors are small."""
-    sizes = np.array(list(seconds))
-    times = np.array(list(seconds.values()))
-    # Least squares of (latency + size / bandwidth) / time - 1.
-    matrix = np.stack([1 / times, sizes / times], axis=1)
-    latency, per_byte = np.linalg.lstsq(matrix, np.ones_like(times), rcond=None)[0]
-    return Line(max(float(latency), 1e-7), 1 / max(float(per_byte), 1e-15))
+def launch_seconds(device: torch.device) -> float:
+    """Return the seconds of the host to start one small operator, without autograd."""
+    small = torch.zeros(1, device=device)
+    times = []
+    for _ in range(_ROUNDS):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(_STARTED):
+            small.add_(1.0)
+        times.append((time.perf_counter() - begin) / _STARTED)
+    synchronize(device)
+    return float(np.median(times))
 
 
 def seconds_of(
-    operation: Callable[[], object], device: torch.device, repeats: int | None = None
+    operation: Callable[[], object],
+    device: torch.device,
+    repeats: int | None = None,
+    rounds: int = _ROUNDS,
 ) -> float:
     """Return the median seconds of an operation.
 
@@ -136,6 +106,7 @@ def seconds_of(
         device: The device.
         repeats: Operations per round; None to choose them by time, which ranks would do
             differently.
+        rounds: Rounds, of which the median counts.
     """
 
     def timed(count: int) -> float:
@@ -148,7 +119,7 @@ def seconds_of(
 
     once = timed(2)
     count = repeats or max(1, round(_ROUND_SECONDS / max(once, 1e-7)))
-    return float(np.median([timed(count) for _ in range(_ROUNDS)]))
+    return float(np.median([timed(count) for _ in range(rounds)]))
 
 
 @dataclass(frozen=True)
@@ -161,18 +132,8 @@ class DeviceRates:
     """FLOPs of attention."""
     memory: float
     """Bytes that copies read and write."""
-
-
-@dataclass(frozen=True)
-class LinkRates:
-    """Rates of the slowest rank's links, in bytes per second."""
-
-    within: float
-    """Of one device within a node."""
-    between: float | None
-    """Of one node to others; None on a single node."""
-    latency: float
-    """Seconds of latency of a collective per node, as in ``costs.collective_seconds``."""
+    launches: float
+    """Operators that the host starts."""
 
 
 def device_rates(config: Config, device: torch.device) -> DeviceRates:
@@ -182,20 +143,9 @@ def device_rates(config: Config, device: torch.device) -> DeviceRates:
         matrix_rate(config, device, dtype),
         attention_rate(config, device, dtype),
         memory_rate(device),
+        1 / launch_seconds(device),
     )
     return DeviceRates(*_slowest(mine, device))
-
-
-def link_rates(per_node: int, nodes: int, device: torch.device) -> LinkRates:
-    """Measure all-gathers within every node, and over all. Collective over the world."""
-    within, _ = dist.new_subgroups(per_node)
-    world = dist.group.WORLD
-    assert isinstance(within, dist.ProcessGroup)
-    assert world is not None
-    lines = [collective_line(group, device) for group in (within, world)[: min(nodes, 2)]]
-    bandwidths = _slowest([line.bandwidth for line in lines], device)
-    latency = lines[-1].latency / (1 + math.log2(nodes))
-    return LinkRates(bandwidths[0], bandwidths[1] if nodes > 1 else None, latency)
 
 
 def ranks_per_node() -> tuple[int, int]:

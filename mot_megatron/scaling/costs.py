@@ -9,12 +9,12 @@ the adapters of all their ranks, and a latency per node.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields, replace
 
 from mot_megatron.errors import ConfigError
 from mot_megatron.scaling.ledger import Collective, Work
-from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.machine import GroupShape, Machine
 
 
 @dataclass(frozen=True)
@@ -67,30 +67,13 @@ def adapted(constants: Constants, machine: Machine) -> Constants:
     return replace(constants, **changes)
 
 
-@dataclass(frozen=True)
-class GroupShape:
-    """A process group as the network sees it."""
-
-    size: int
-    per_node: int
-    """Ranks of the group on each of its nodes."""
-
-    @property
-    def nodes(self) -> int:
-        """Nodes that the group spans."""
-        return math.ceil(self.size / self.per_node)
-
-
-def group_shape(ranks: Sequence[int], devices_per_node: int) -> GroupShape:
-    """Return the shape of a group of global ranks, which fill nodes in ascending order."""
-    nodes = {rank // devices_per_node for rank in ranks}
-    return GroupShape(len(ranks), math.ceil(len(ranks) / len(nodes)))
-
-
 def collective_seconds(
     kind: str, num_bytes: int, group: GroupShape, machine: Machine, constants: Constants
 ) -> float:
     """Return the seconds of one collective or message alone on the machine.
+
+    A measured group of the same shape gives latency and bandwidth as they are. One of another shape
+    gives them times the ratio by which the formulas of the module's docstring tell the two apart.
 
     Args:
         kind: As in ``Collective``.
@@ -102,26 +85,40 @@ def collective_seconds(
     Raises:
         ConfigError: The group spans nodes, but the profile has no network.
     """
+    if machine.network_gb_per_s is None and group.nodes > 1:
+        raise ConfigError(
+            f"{machine.name}: network.gb_per_s: absent, but {group.size} ranks need several nodes"
+        )
+    kind = "send" if kind == "receive" else kind
+    per_byte = _seconds_per_byte(kind, group, machine, constants)
+    measured = machine.group_like(kind, group)
+    if measured is None:
+        return _depth(group) * constants.latency_us * 1e-6 + num_bytes * per_byte
+    line, known = measured.lines[kind], measured.shape
+    per_byte /= _seconds_per_byte(kind, known, machine, constants) * line.bandwidth
+    return _depth(group) / _depth(known) * line.latency + num_bytes * per_byte
+
+
+def _depth(group: GroupShape) -> float:
+    return 1 + math.log2(group.nodes)
+
+
+def _seconds_per_byte(
+    kind: str, group: GroupShape, machine: Machine, constants: Constants
+) -> float:
     n, g = group.size, group.per_node
     link = machine.link_gb_per_s * 1e9 * constants.network_efficiency
-    latency = (1 + math.log2(group.nodes)) * constants.latency_us * 1e-6
-    inside = group.nodes == 1
-    if machine.network_gb_per_s is None and not inside:
-        raise ConfigError(
-            f"{machine.name}: network.gb_per_s: absent, but {n} ranks need several nodes"
-        )
     share = (machine.network_gb_per_s or 0.0) / machine.devices_per_node
     own_adapter = share * 1e9 * constants.network_efficiency
-    if kind in ("send", "receive"):
-        return latency + num_bytes / (link if inside else own_adapter)
+    inside = group.nodes == 1
+    if kind == "send":
+        return 1 / (link if inside else own_adapter)
     if kind == "all-to-all":
-        within = num_bytes * (g - 1) / n / link
-        between = num_bytes * (n - g) / n / own_adapter
-        return latency + max(within, between)
+        within, between = (g - 1) / n / link, (n - g) / n
+        return within if inside else max(within, between / own_adapter)
     rate = link if inside else min(link, g * own_adapter)
     passes = 2 if kind == "all-reduce" else 1
-    whole = num_bytes if kind in ("broadcast", "reduce") else num_bytes * (n - 1) / n
-    return latency + passes * whole / rate
+    return passes * (1 if kind in ("broadcast", "reduce") else (n - 1) / n) / rate
 
 
 @dataclass

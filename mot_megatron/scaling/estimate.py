@@ -21,16 +21,14 @@ from mot_megatron.planning.layouts import RECOMPUTE, Plan, Recompute, rows_of_ra
 from mot_megatron.planning.memory import FP32, held_by_rank
 from mot_megatron.scaling.costs import (
     Constants,
-    GroupShape,
     WorkSeconds,
     adapted,
     collective_seconds,
-    group_shape,
     work_seconds,
 )
 from mot_megatron.scaling.forecast import TIMED_PARTS, Split, part_split, step_split
 from mot_megatron.scaling.ledger import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Ledger, Work
-from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.machine import GroupShape, Machine, group_shape
 
 _LAYERS = (1, 2)
 _AXES = (
@@ -222,7 +220,8 @@ class _Layout:
                 traffic["tensor"] += times * each
         if part in (REDUCTION, OPTIMIZER):
             work = WorkSeconds(memory=self._weight_bytes(part, weights) / self._bandwidth)
-        return part_split(work, launches, {axis: s for axis, s in traffic.items() if s})
+        starting = launches * self.machine.launch_us * 1e-6
+        return part_split(work, starting, {axis: s for axis, s in traffic.items() if s})
 
     @property
     def _bandwidth(self) -> float:

@@ -18,7 +18,6 @@ from mot_megatron.scaling.costs import (
     WorkSeconds,
     adapted,
     collective_seconds,
-    group_shape,
     traffic_seconds,
     work_seconds,
 )
@@ -29,12 +28,10 @@ from mot_megatron.scaling.ledger import (
     REDUCTION,
     Collective,
 )
-from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.machine import Machine, group_shape
 from mot_megatron.scaling.pipeline import pipeline_seconds
 from mot_megatron.scaling.roles import Rehearsed
 
-KERNEL_SECONDS = 5e-6
-"""Time of the host to start one kernel without CUDA graphs; an assumption, not measured here."""
 MATRICES, ATTENTION = "matrix products", "attention"
 ELEMENTWISE, LAUNCHES = "other operators", "waiting for the host"
 IMBALANCE, BUBBLE = "waiting for other towers", "pipeline bubble"
@@ -171,12 +168,12 @@ def step_split(
     return {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule}
 
 
-def part_split(seconds: WorkSeconds, launches: float, traffic: Split) -> Split:
+def part_split(seconds: WorkSeconds, starting: float, traffic: Split) -> Split:
     """Return the seconds of a part of a step by cause, with those of waiting for the host.
 
     Args:
         seconds: Of computation.
-        launches: Number of kernels that the host starts.
+        starting: Seconds in which the host starts the kernels.
         traffic: Seconds by axis.
     """
     split = {
@@ -185,7 +182,7 @@ def part_split(seconds: WorkSeconds, launches: float, traffic: Split) -> Split:
         ELEMENTWISE: seconds.memory,
         **{f"traffic: {axis}": spent for axis, spent in traffic.items()},
     }
-    return {**split, LAUNCHES: max(0.0, launches * KERNEL_SECONDS - _total(split))}
+    return {**split, LAUNCHES: max(0.0, starting - _total(split))}
 
 
 def _part(each: Rehearsed, part: str, machine: Machine, constants: Constants) -> Split:
@@ -200,7 +197,7 @@ def _part(each: Rehearsed, part: str, machine: Machine, constants: Constants) ->
     work = ledger.tally.work[part]
     return part_split(
         work_seconds(work, machine, constants),
-        work.launches,
+        work.launches * machine.launch_us * 1e-6,
         traffic_seconds(traffic, shapes, machine, constants),
     )
 

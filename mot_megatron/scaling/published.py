@@ -15,13 +15,12 @@ from pathlib import Path
 
 from mot_megatron.scaling.costs import (
     Constants,
-    GroupShape,
     collective_seconds,
     exposed,
     work_seconds,
 )
 from mot_megatron.scaling.ledger import BACKWARD_OF_ATTENTION, Product, Work
-from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.machine import GroupShape, Machine
 from mot_megatron.scaling.pipeline import pipeline_seconds
 
 _WEIGHT_BYTES = 2

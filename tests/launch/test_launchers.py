@@ -29,6 +29,8 @@ from tests.launch.jobs import (
 
 pytestmark = pytest.mark.slow
 
+COLLECTIVES = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "reduce"]
+
 
 def arguments_of(config: Path, runs: Path, steps: int) -> list[str]:
     settings = [
@@ -273,7 +275,13 @@ def test_a_calibrated_machine_can_be_forecast(
     command = [*options, "--module", "mot_megatron.cli.scaling_calibrate", f"--config={config}"]
     with started(tmp_path, [*LAUNCHER, *command, f"--output={profile}"]) as job:
         assert job.wait(120) == 0
-    assert load_machine(profile).stamps == ("MEASURED",)
+    machine = load_machine(profile)
+    assert machine.stamps == ("MEASURED",)
+    assert "launch_us" in machine.measured
+    world, message = machine.groups
+    assert world.axes == "data, world, node"
+    assert {*world.lines} == {*COLLECTIVES}
+    assert {*message.lines} == {"send"}
     common = [f"--config={config}", "--micro-batches=1", f"--machine={profile}"]
     assert scaling.main(["forecast", *common, "--world-size=2"]) == 0
     assert "(MEASURED); all times FORECAST" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from mot_megatron.scaling.accuracy import (
     summarize,
 )
 from mot_megatron.scaling.costs import RANGES, Constants, as_vector
-from mot_megatron.scaling.machine import load_machine
+from mot_megatron.scaling.machine import Line, load_machine
 from mot_megatron.scaling.published import Run, paper_run, read_runs, step_seconds
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -140,6 +140,44 @@ def test_faults_of_a_profile_are_one_line(tmp_path: Path, old: str, new: str, wo
     assert old in PROFILE
     path = tmp_path / "mine.toml"
     path.write_text(PROFILE.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load_machine(path)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+GROUP = """
+[[groups]]
+axes = "node"
+size = 8
+per_node = 8
+stamp = "MEASURED"
+source = "calibrated"
+latency_us = { all-gather = 5 }
+gb_per_s = { all-gather = 100 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("size = 8", "sizes = 8", "groups: expected the keys axes, gb_per_s, latency_us, per_node"),
+        ("size = 8", "size = 0", "groups.size: expected a number above 0, found 0"),
+        ("MEASURED", "DATA SHEET", "groups.stamp: expected MEASURED"),
+        ("{ all-gather = 5 }", "{ reduce = 5 }", "expected tables with the same keys"),
+        ("{ all-gather = 5 }", "5", "expected tables with the same keys"),
+        ("100 }", "'much' }", "groups.gb_per_s.all-gather: expected a number above 0"),
+        ("[[groups]]", "[groups]", "groups: expected tables [[groups]]"),
+    ],
+)
+def test_faults_of_measured_groups_are_one_line(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(PROFILE + GROUP)
+    (group,) = load_machine(path).groups
+    assert group.lines["all-gather"] == Line(5e-6, 100e9)
+    path.write_text(PROFILE + GROUP.replace(old, new, 1))
     with pytest.raises(ConfigError) as caught:
         load_machine(path)
     assert words in str(caught.value)

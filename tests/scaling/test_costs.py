@@ -8,14 +8,12 @@ from dataclasses import replace
 import pytest
 
 from mot_megatron.errors import ConfigError
-from mot_megatron.scaling.calibrate import fit_line
+from mot_megatron.scaling.calibrate_links import fit_line
 from mot_megatron.scaling.costs import (
     Constants,
-    GroupShape,
     adapted,
     collective_seconds,
     exposed,
-    group_shape,
     work_seconds,
 )
 from mot_megatron.scaling.forecast import BUBBLE, IMBALANCE, LAUNCHES, MATRICES, forecast
@@ -32,7 +30,7 @@ from mot_megatron.scaling.ledger import (
     Tally,
     Work,
 )
-from mot_megatron.scaling.machine import Machine
+from mot_megatron.scaling.machine import GroupShape, Line, Machine, MeasuredGroup, group_shape
 from mot_megatron.scaling.pipeline import pipeline_seconds
 from mot_megatron.scaling.roles import Rehearsed, Role
 from tests.model.small_models import small_config
@@ -97,6 +95,33 @@ def test_measured_rates_are_reached_in_full() -> None:
     )
     assert adapted(constants, measured) == Constants(1, 0.3, 1, 1, latency_us=7, overlap=0.5)
     assert measured.stamps == ("DATA SHEET", "MEASURED")
+
+
+def test_measured_groups_give_the_cost_of_groups_like_them() -> None:
+    """Within a node and between nodes, in their own shape and in others."""
+    lines = {"all-gather": Line(30e-6, 50e9), "send": Line(9e-6, 20e9)}
+    known = (
+        MeasuredGroup("tensor", GroupShape(2, 2), {"all-gather": Line(1e-6, 400e9)}),
+        MeasuredGroup("node", GroupShape(8, 8), {"all-gather": Line(5e-6, 100e9)}),
+        MeasuredGroup("world", GroupShape(16, 8), lines),
+    )
+    machine = replace(MACHINE, groups=known)
+
+    def seconds(kind: str, size: int, per_node: int) -> float:
+        return collective_seconds(kind, GB, GroupShape(size, per_node), machine, IDEAL)
+
+    # Their own shapes.
+    assert seconds("all-gather", 2, 2) == pytest.approx(1e-6 + 1 / 400, rel=1e-9)
+    assert seconds("all-gather", 16, 8) == pytest.approx(30e-6 + 1 / 50, rel=1e-9)
+    # 4 is as far from 2 as from 8; the first counts. A rank receives 3/4 instead of 1/2.
+    assert seconds("all-gather", 4, 4) == pytest.approx(1e-6 + (3 / 4) / (1 / 2) / 400, rel=1e-9)
+    # Eight nodes instead of two: four instead of two latencies.
+    expected = 2 * 30e-6 + (63 / 64) / (15 / 16) / 50
+    assert seconds("all-gather", 64, 8) == pytest.approx(expected, rel=1e-9)
+    # A message between nodes was measured, one within a node was not.
+    assert seconds("receive", 4, 1) == pytest.approx(1.5 * 9e-6 + 1 / 20, rel=1e-9)
+    assert seconds("send", 2, 2) == pytest.approx(1 / 200, rel=1e-9)
+    assert seconds("all-reduce", 8, 8) == pytest.approx(2 * 7 / 8 / 200, rel=1e-9)
 
 
 def test_groups_that_span_nodes_need_a_network() -> None:
