@@ -172,7 +172,8 @@ def text(
     world_size: int,
 ) -> str:
     """Return the table of the fastest layouts, and the fastest as part of a configuration."""
-    errors = fitted.new_stack
+    from mot_megatron.scaling.accuracy import expected_cold
+
     head = (
         f"{LAYOUT_HEAD} {'recompute':10}"
         f"{'GB':>6}{'seconds':>9}{'tok/s/GPU':>10}"
@@ -183,9 +184,7 @@ def text(
         *notes,
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
         f"{len(found)} layouts fit in {memory / 1e9:.4g} GB; the fastest are:",
-        f"error of forecasts of published runs with software that the constants had not seen:"
-        f" {errors.median:.0%} in the median,",
-        f"  {errors.p90:.0%} in the worst tenth",
+        *expected_cold(fitted).lines(),
         "shares of the step: matrix (products and attention), other (operators), host (waiting for"
         " it), tensor",
         "(parallelism), towers (exchange, and waiting for others), expert (dispatch), bubble (of"

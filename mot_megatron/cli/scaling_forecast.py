@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from mot_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
-    from mot_megatron.scaling.accuracy import Errors, Fitted
+    from mot_megatron.scaling.accuracy import Expected, Fitted
     from mot_megatron.scaling.conclusions import TimeToLoss
     from mot_megatron.scaling.forecast import Forecast
     from mot_megatron.scaling.machine import Machine
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     sizes = world_sizes(options.world_size)
     say(NAME, f"rehearsing {' + '.join(map(str, options.config))} on {options.world_size} ranks")
 
-    from mot_megatron.scaling.accuracy import load_fitted
+    from mot_megatron.scaling.accuracy import expected_anchored, expected_cold, load_fitted
     from mot_megatron.scaling.machine import load_machine
 
     for flag in ("anchor", "best"):
@@ -94,9 +94,10 @@ def run(options: argparse.Namespace) -> int:
     rehearsed = {
         arm: rehearse_sizes(configs, shares, options.workers) for arm, configs in arms.items()
     }
-    factor, expected = 1.0, cold_error(fitted)
+    factor, anchor, expected = 1.0, "", expected_cold(fitted)
     if options.anchor:
-        factor, expected = anchor_factor(options, config, shares, machines[0], fitted)
+        factor, anchor = anchor_factor(options, config, shares, machines[0], fitted)
+        expected = expected_anchored(fitted)
     documents: list[dict[str, Any]] = []
     texts: list[str] = []
     for machine in machines:
@@ -104,8 +105,8 @@ def run(options: argparse.Namespace) -> int:
             arm: [one.scaled(factor) for one in forecast_all(arms[arm], found, machine, fitted)]
             for arm, found in rehearsed.items()
         }
-        documents.append(document(forecasts, machine, expected))
-        texts.append(text(forecasts, machine, expected))
+        documents.append(document(forecasts, machine, anchor, expected))
+        texts.append(text(forecasts, machine, anchor, expected))
         if options.slopes:
             times = times_of(forecasts, options)
             documents[-1]["time_to_dense_loss"] = [asdict(each) for each in times]
@@ -168,30 +169,14 @@ def write_report(
         raise DataError(f"{options.output}: cannot be written: {error.strerror}") from None
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The error to expect, and of what it was found."""
-
-    kind: str
-    errors: Errors
-    anchor: str = ""
-    """The measurement that the forecasts are scaled by; empty without one."""
-
-
-def cold_error(fitted: Fitted) -> Expected:
-    """Return the error of forecasts without a measurement."""
-    kind = "forecasts of published runs with software that the constants had not seen"
-    return Expected(kind, fitted.new_stack)
-
-
 def anchor_factor(
     options: argparse.Namespace,
     config: Config,
     shares: Sequence[float],
     machine: Machine,
     fitted: Fitted,
-) -> tuple[float, Expected]:
-    """Return the measured over the forecast step time of the anchor, and the error to expect."""
+) -> tuple[float, str]:
+    """Return the measured over the forecast step time of the anchor, and both in words."""
     from mot_megatron.scaling.anchor import read_anchor
 
     anchor = read_anchor(options.anchor, config)
@@ -203,8 +188,7 @@ def anchor_factor(
         f"scaled by {factor:.3f}: on {anchor.world_size} rank(s), a step took {anchor.seconds:.3f}"
         f" s (MEASURED), not {cold.seconds:.3f} s"
     )
-    kind = "forecasts of larger published runs from the smallest of the same model"
-    return factor, Expected(kind, fitted.anchored, note)
+    return factor, note
 
 
 def machine_path(given: str) -> Path:
@@ -231,7 +215,7 @@ def forecast_all(
 
 
 def document(
-    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected
+    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, anchor: str, expected: Expected
 ) -> dict[str, Any]:
     """Return the forecasts for one machine as values that JSON can hold."""
 
@@ -250,7 +234,7 @@ def document(
     return {
         "machine": machine.name,
         "machine_stamps": machine.stamps,
-        "anchor": expected.anchor or None,
+        "anchor": anchor or None,
         "error_of": expected.kind,
         "error_median": expected.errors.median,
         "error_p90": expected.errors.p90,
@@ -258,14 +242,14 @@ def document(
     }
 
 
-def text(forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, expected: Expected) -> str:
+def text(
+    forecasts: Mapping[str, Sequence[Forecast]], machine: Machine, anchor: str, expected: Expected
+) -> str:
     """Return the tables for one machine, each of at most COLUMNS numbers of ranks."""
-    errors = expected.errors
     lines = [
         f"on {machine.name} ({', '.join(machine.stamps)}); all times FORECAST",
-        *([expected.anchor] if expected.anchor else []),
-        f"error of {expected.kind}:",
-        f"  {errors.median:.0%} in the median, {errors.p90:.0%} in the worst tenth",
+        *([anchor] if anchor else []),
+        *expected.lines(),
     ]
     sizes = len(next(iter(forecasts.values())))
     for start in range(0, sizes, COLUMNS):

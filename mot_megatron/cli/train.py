@@ -25,7 +25,10 @@ from mot_megatron.job.stop import StopRequest
 from mot_megatron.job.verdict import USER_ERROR_STATUS, report_user_error
 
 if TYPE_CHECKING:
+    import torch
+
     from mot_megatron.config import Config
+    from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.distributed import World
     from mot_megatron.job.progress_report import ProgressReport
 
@@ -181,13 +184,11 @@ def run(
     import torch.distributed as dist
 
     from mot_megatron.data.corpus import Corpus
-    from mot_megatron.job.distributed import join_world, works_on_gpus
-    from mot_megatron.job.hardware import disable_malloc_trim
+    from mot_megatron.job.distributed import works_on_gpus
     from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device
     from mot_megatron.run.loop import train
     from mot_megatron.run.timing import time_steps
-    from mot_megatron.train.agreement import check_ranks_agree
     from mot_megatron.train.preflight import check_documents
     from mot_megatron.train.session import (
         build_groups,
@@ -200,11 +201,7 @@ def run(
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
-    device = join_world(world)
-    check_ranks_agree(config, corpus)
-    if device.type == "cpu":
-        disable_malloc_trim()
-    groups = build_groups(config, corpus, device)
+    groups = build_groups(config, corpus, join(world, config, corpus))
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)
         print(placement_table(config, groups.mesh, groups.placement, flops), flush=True)
@@ -218,6 +215,19 @@ def run(
     dist.destroy_process_group()
 
 
+def join(world: World, config: Config, corpus: Corpus | None) -> torch.device:
+    """Join the other ranks, check that all agree, and return the device of this one."""
+    from mot_megatron.job.distributed import join_world
+    from mot_megatron.job.hardware import disable_malloc_trim
+    from mot_megatron.train.agreement import check_ranks_agree
+
+    device = join_world(world)
+    check_ranks_agree(config, corpus)
+    if device.type == "cpu":
+        disable_malloc_trim()
+    return device
+
+
 def run_on_synthetic(
     config: Config,
     world: World,
@@ -228,23 +238,17 @@ def run_on_synthetic(
     """Join the other ranks and time steps on synthetic batches; as ``run``."""
     import torch.distributed as dist
 
-    from mot_megatron.job.distributed import join_world, works_on_gpus
-    from mot_megatron.job.hardware import disable_malloc_trim
+    from mot_megatron.job.distributed import works_on_gpus
     from mot_megatron.rules import check_device
     from mot_megatron.run.timing import time_steps
     from mot_megatron.scaling.synthetic import SyntheticBatches, build_groups, parse_shares
-    from mot_megatron.train.agreement import check_ranks_agree
     from mot_megatron.train.session import build_trainer
 
     check_device(config, works_on_gpus())
     config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
     given = [share for share in options.synthetic.split(",") if share]
     shares = parse_shares(list(config.model.modalities), given)
-    device = join_world(world)
-    check_ranks_agree(config, None)
-    if device.type == "cpu":
-        disable_malloc_trim()
-    groups = build_groups(config, shares, device)
+    groups = build_groups(config, shares, join(world, config, None))
     batches = SyntheticBatches(config, groups, shares)
     time_steps(build_trainer(config, groups, batches, progress_report), options.benchmark, stop)
     dist.destroy_process_group()

@@ -74,6 +74,33 @@ class Fitted:
     anchored: Errors
 
 
+@dataclass(frozen=True)
+class Expected:
+    """The error to expect of forecasts, and of what it was found."""
+
+    kind: str
+    errors: Errors
+
+    def lines(self) -> list[str]:
+        """Return the error in words."""
+        return [
+            f"error of {self.kind}:",
+            f"  {self.errors.median:.0%} in the median, {self.errors.p90:.0%} in the worst tenth",
+        ]
+
+
+def expected_cold(fitted: Fitted) -> Expected:
+    """Return the error of forecasts without a measurement."""
+    kind = "forecasts of published runs with software that the constants had not seen"
+    return Expected(kind, fitted.new_stack)
+
+
+def expected_anchored(fitted: Fitted) -> Expected:
+    """Return the error of forecasts that a measurement of a smaller run scales."""
+    kind = "forecasts of larger published runs from the smallest of the same model"
+    return Expected(kind, fitted.anchored)
+
+
 def fit(runs: Sequence[Run], machines: Mapping[str, Machine]) -> Constants:
     """Return the constants with which the forecasts of ``runs`` are closest, within RANGES."""
     start = np.array(as_vector(Constants()))
