@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import nn
 
 from mot_megatron.config import Config
@@ -21,7 +26,7 @@ from mot_megatron.model.initialization import initialize_parameters
 from mot_megatron.model.layer import Layer, LayerInputs, Stream, run_layer
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.norm import RMSNorm
-from mot_megatron.model.objectives import sum_losses, token_losses
+from mot_megatron.model.objectives import Labels, VocabularyShard, Weighting, head_losses
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.routing import (
@@ -72,6 +77,32 @@ class Embedding(nn.Module):
         return self.lookup(token_ids)
 
 
+class _VocabularyLinear(ColumnParallelLinear):
+    """Projection to logits, or to losses without storing logits.
+
+    The loss is computed inside of the module that has the weight, because ZeRO-3 gathers the weight
+    for this module's forward.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor | None,
+        labels: Labels | None = None,
+        weighting: Weighting | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return logits, or with labels what ``head_losses`` returns."""
+        if labels is None or weighting is None:
+            return super().forward(rows, weight=weight)[:1]
+        if self.sequence_parallel:
+            rows = gather_from_sequence_parallel_region(rows, group=self.tp_group)
+        else:
+            rows = copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
+        weight = self.weight if weight is None else weight
+        shard = VocabularyShard(self.tp_group, self.tp_group.rank())
+        return head_losses(rows, weight, labels, weighting, shard)
+
+
 class Head(nn.Module):
     """Projection to the vocabulary; its weight may be tied to the embedding."""
 
@@ -79,7 +110,7 @@ class Head(nn.Module):
         self, num_rows: int, hidden_size: int, linears: ParallelLinears, own_weight: bool
     ) -> None:
         super().__init__()
-        self.linear = ColumnParallelLinear(
+        self.linear = _VocabularyLinear(
             hidden_size,
             num_rows,
             config=linears.megatron_config,
@@ -95,7 +126,17 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """Project [g, h] (sequence parallel: [g / tp, h]) to logits [g, V / tp]."""
-        return self.linear(x, weight=weight)[0]
+        return self.linear(x, weight)[0]
+
+    def losses(
+        self, x: torch.Tensor, weight: torch.Tensor | None, labels: Labels, weighting: Weighting
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of losses; see ``head_losses``.
+
+        Collectives over the tensor-parallel group: also an all-reduce of the gradient of ``x`` in
+        backward (sequence parallel: an all-gather in forward, a reduce-scatter in backward).
+        """
+        return self.linear(x, weight, labels, weighting)
 
 
 class MixtureOfTransformers(nn.Module):
@@ -257,11 +298,12 @@ class MixtureOfTransformers(nn.Module):
         return self._logits(self.hidden_states(micro_batch, attend))
 
     def _logits(self, stream: Stream) -> torch.Tensor:
-        rows = torch.cat(self.final_norm(stream))
-        weight = None
-        if not self.config.untie_embeddings_and_output_weights:
-            weight = self.embedding.lookup.weight
-        return self.head(rows, weight)
+        return self.head(torch.cat(self.final_norm(stream)), self._tied_weight())
+
+    def _tied_weight(self) -> torch.Tensor | None:
+        if self.config.untie_embeddings_and_output_weights:
+            return None
+        return self.embedding.lookup.weight
 
     def sequence_logits(
         self, micro_batch: MicroBatch, attend: AttentionCore | None = None
@@ -317,14 +359,14 @@ class MixtureOfTransformers(nn.Module):
         return stream
 
     def _losses(self, stream: Stream, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        labels = self._stream_order(micro_batch.labels, micro_batch)
-        modalities = self._stream_order(micro_batch.label_modalities, micro_batch)
-        cross_entropy, log_z = token_losses(
-            self._logits(stream), labels, self.groups.tensor, self.groups.tensor_rank
+        labels = Labels(
+            self._stream_order(micro_batch.labels, micro_batch),
+            self._stream_order(micro_batch.label_modalities, micro_batch),
+            sum(micro_batch.modality_labels),
         )
-        # Chameleon, section 2.4.3.
-        z_loss = self.config.z_loss_coefficient * log_z.square()
-        return sum_losses(cross_entropy, z_loss, labels, modalities, self.loss_weights)
+        weighting = Weighting(self.loss_weights, self.config.z_loss_coefficient)
+        rows = torch.cat(self.final_norm(stream))
+        return self.head.losses(rows, self._tied_weight(), labels, weighting)
 
     def _own_rows(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """Select from [g] in grouped order the entries of this rank's rows."""

@@ -1,101 +1,199 @@
 """Next-token loss per modality, with z-loss, over a vocabulary split by tensor parallelism.
 
-Functions return sums, never means: the mean is over the tokens of the *global* batch, and a
+The logits of a micro-batch would be its largest tensor, so the head and the loss run together, on
+one chunk of rows after the other: forward computes the losses and at once the gradients, and no
+logits remain for backward. Rows without a label are skipped.
+
+The function returns sums, never means: the mean is over the tokens of the *global* batch, and a
 micro-batch does not know their number.
+
+Letters: g rows, of which n have labels, h hidden size, V vocabulary rows, M modalities.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 
 from mot_megatron.model.micro_batch import NO_LABEL
 
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 29}
+"""Size of a chunk's logits in fp32: on a CPU that of a core's cache, on a GPU enough rows for
+efficient matrix products."""
 
-def token_losses(
-    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, rank: int
+
+@dataclass(frozen=True)
+class Labels:
+    """What the rows of a micro-batch should predict."""
+
+    ids: torch.Tensor
+    """[g] int64: global ids, or NO_LABEL."""
+    modalities: torch.Tensor
+    """[g] int64: the modality index of each label."""
+    count: int
+    """n: rows with a label. The host knows it, so that no kernel has to be waited for."""
+
+    def rows(self) -> torch.Tensor:
+        """Return the indices of the rows with a label, in ascending order, [n]."""
+        unlabeled = (self.ids == NO_LABEL).to(torch.uint8)
+        return torch.argsort(unlabeled, stable=True)[: self.count]
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How the losses of tokens are summed."""
+
+    of_modalities: torch.Tensor
+    """[M] fp32."""
+    z_loss_coefficient: float
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The part of the vocabulary whose logits this rank computes."""
+
+    group: dist.ProcessGroup
+    """The tensor-parallel group."""
+    rank: int
+    """This rank's index in it."""
+
+
+def head_losses(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    labels: Labels,
+    weighting: Weighting,
+    shard: VocabularyShard,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the cross entropy and log-partition of every row, in fp32.
+    """Project rows to logits and sum their losses.
 
-    Collectives over ``group``: two small all-reduces in forward, none in backward.
+    Collectives over the tensor-parallel group: two small all-reduces per chunk in forward, none in
+    backward. The gradient of ``rows`` is this rank's part of a sum over the group.
 
     Args:
-        logits: [g, V / tp], this rank's shard of the vocabulary; overwritten if fp32.
-        labels: [g] int64 global ids; the losses of rows with NO_LABEL are meaningless.
-        group: The tensor-parallel group.
-        rank: This rank's index in it.
+        rows: [g, h], the same on all ranks of the group.
+        weight: [V / tp, h], this rank's shard of the vocabulary.
+        labels: Of the rows.
+        weighting: Of the losses.
+        shard: Which part of the vocabulary ``weight`` has.
 
     Returns:
-        Cross entropy [g] in nats, and log Z [g] with Z = sum exp(logits).
+        The sum over labels of weight * (cross entropy + coefficient * log^2 Z) in fp32, with Z =
+        sum exp(logits) (Chameleon, arXiv 2405.09818, section 2.4.3); and the detached sums of cross
+        entropy in nats per modality, [M] fp64: an fp32 sum of 65,000 rows is off by 3e-6.
     """
-    return _TokenLosses.apply(logits, labels.clamp(min=0), group, rank)
+    return _HeadLosses.apply(rows, weight, labels, weighting, shard, torch.is_grad_enabled())
 
 
-class _TokenLosses(torch.autograd.Function):
-    """megatron's vocabulary-parallel loss with a second output, log Z, for the z-loss.
-
-    megatron's own function does not return log Z, and reconstructing it from the target's logit
-    would take two more passes over the logits.
-    """
+class _HeadLosses(torch.autograd.Function):
+    """Losses and, if they are needed, gradients in forward; backward scales the gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup, rank: int
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        labels: Labels,
+        weighting: Weighting,
+        shard: VocabularyShard,
+        differentiable: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = logits.float()
-        maximum = logits.amax(dim=-1)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        start = rank * logits.shape[-1]
-        mask, local_targets, target_logits, sum_exp, exp = (
-            VocabParallelCrossEntropy.calculate_predicted_logits(
-                logits, targets, maximum, start, start + logits.shape[-1]
-            )
-        )
-        sums = torch.stack((target_logits, sum_exp))
-        dist.all_reduce(sums, group=group)
-        target_logits, sum_exp = sums
-        log_sum = sum_exp.log()
-        ctx.save_for_backward(exp, sum_exp, mask, local_targets)
-        return log_sum - target_logits, log_sum + maximum
+        kept = labels.rows()
+        of_rows = of_weight = None
+        if differentiable:
+            of_rows = torch.zeros_like(rows)
+            of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        sums = torch.zeros_like(weighting.of_modalities, dtype=torch.float64)
+        for part in _chunks(kept, weight):
+            inputs = rows.index_select(0, part)
+            modalities = labels.modalities.index_select(0, part)
+            weights = weighting.of_modalities.index_select(0, modalities)
+            losses = _ChunkLosses.of(inputs, weight, labels.ids.index_select(0, part), shard)
+            z_loss = weighting.z_loss_coefficient * losses.log_z.square()
+            total += (weights * (losses.cross_entropy + z_loss)).sum(dtype=torch.float64)
+            sums.index_add_(0, modalities, losses.cross_entropy.double())
+            if of_rows is not None and of_weight is not None:
+                of_log_z = 2 * weighting.z_loss_coefficient * weights * losses.log_z
+                gradient = losses.gradient(weights, of_log_z).to(rows.dtype)
+                of_rows.index_copy_(0, part, gradient @ weight)
+                if weight.dtype == torch.float32:
+                    of_weight.addmm_(gradient.t(), inputs)
+                else:
+                    of_weight += gradient.t() @ inputs
+        if of_rows is not None:
+            ctx.save_for_backward(of_rows, of_weight)
+            ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(sums)
+        return total.float(), sums
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_rows, of_weight = ctx.saved_tensors
+        scale = gradients[0]
+        # In place: they are as large as the rows and the weight, and of no other use.
+        scaled = of_weight.mul_(scale).to(ctx.weight_dtype)
+        return of_rows.mul_(scale), scaled, None, None, None, None
+
+
+def _chunks(kept: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Divide the labeled rows into chunks."""
+    vocabulary, hidden = weight.shape
+    device = weight.device.type
+    # Every chunk reads and writes the gradient of the weight, which is as large as the logits of as
+    # many rows as the hidden size. On a GPU, CHUNK_BYTES are more.
+    fewest = hidden if device == "cpu" else 1
+    size = max(fewest, CHUNK_BYTES[device] // (4 * vocabulary))
+    return iter(kept.split(size) if len(kept) else ())
+
+
+@dataclass(frozen=True)
+class _ChunkLosses:
+    """Losses of a chunk of rows, all of which have labels."""
+
+    cross_entropy: torch.Tensor
+    """[n] fp32."""
+    log_z: torch.Tensor
+    """[n] fp32."""
+    exp: torch.Tensor
+    """[n, V / tp] fp32: exp(logits - maximum); ``gradient`` overwrites it."""
+    sum_exp: torch.Tensor
+    """[n]: its sum over the whole vocabulary."""
+    targets: torch.Tensor
+    """[n, 1]: the label's index in this shard; 0 if another shard has it."""
+    is_elsewhere: torch.Tensor
+    """[n] bool."""
+
+    @classmethod
+    def of(
+        cls, rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, shard: VocabularyShard
+    ) -> _ChunkLosses:
+        """Compute the losses; collective over the shard's group."""
+        logits = (rows @ weight.t()).float()
+        maximum = logits.amax(dim=-1)
+        if shard.group.size() > 1:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=shard.group)
+        logits.sub_(maximum[:, None])
+        size = logits.shape[-1]
+        targets = ids - shard.rank * size
+        is_elsewhere = (targets < 0) | (targets >= size)
+        targets = targets.masked_fill(is_elsewhere, 0)[:, None]
+        of_targets = logits.gather(1, targets)[:, 0].masked_fill(is_elsewhere, 0.0)
+        exp = logits.exp_()
+        sums = torch.stack((of_targets, exp.sum(dim=-1)))
+        if shard.group.size() > 1:
+            dist.all_reduce(sums, group=shard.group)
+        of_targets, sum_exp = sums
+        log_sum = sum_exp.log()
+        return cls(log_sum - of_targets, log_sum + maximum, exp, sum_exp, targets, is_elsewhere)
+
+    def gradient(self, of_cross_entropy: torch.Tensor, of_log_z: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the logits, given those of the losses; in place of ``exp``."""
         # d cross entropy / d logits = softmax - onehot(target); d log Z / d logits = softmax.
-        of_cross_entropy, of_log_z = gradients
-        exp, sum_exp, mask, local_targets = ctx.saved_tensors
-        gradient = exp.mul_(((of_cross_entropy + of_log_z) / sum_exp)[:, None])
-        rows = torch.arange(gradient.shape[0], device=gradient.device)
-        gradient[rows, local_targets] -= of_cross_entropy.masked_fill(mask, 0.0)
-        return gradient, None, None, None
-
-
-def sum_losses(
-    cross_entropy: torch.Tensor,
-    z_loss: torch.Tensor,
-    labels: torch.Tensor,
-    label_modalities: torch.Tensor,
-    loss_weights: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the losses: one weighted sum to differentiate, and one plain sum per modality to report.
-
-    Args:
-        cross_entropy: [g].
-        z_loss: [g].
-        labels: [g]; rows with NO_LABEL are ignored.
-        label_modalities: [g], the modality index of each row.
-        loss_weights: [M], one per modality.
-
-    Returns:
-        The sum over labels of weight * (cross entropy + z-loss), and the detached sums of cross
-        entropy in nats per modality, [M] fp64: an fp32 sum of 65,000 rows is off by 3e-6.
-    """
-    labeled = labels != NO_LABEL
-    weights = torch.where(labeled, loss_weights[label_modalities], 0.0)
-    total = torch.sum(weights * (cross_entropy + z_loss))
-    counted = torch.where(labeled, cross_entropy.detach().double(), 0.0)
-    sums = torch.zeros_like(loss_weights, dtype=torch.float64)
-    sums.index_add_(0, label_modalities, counted)
-    return total, sums
+        gradient = self.exp.mul_(((of_cross_entropy + of_log_z) / self.sum_exp)[:, None])
+        at_targets = -of_cross_entropy.masked_fill(self.is_elsewhere, 0.0)
+        return gradient.scatter_add_(1, self.targets, at_targets[:, None])

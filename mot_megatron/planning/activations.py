@@ -2,7 +2,7 @@
 
 This counts what each operation saves: a linear layer its input; RMSNorm its input (and on a CPU,
 which has no fused kernel, the normalized rows, both in fp32); SwiGLU its two halves and the result
-of silu; attention q, k, v, its output and the softmax normalizers; the loss its softmax.
+of silu; attention q, k, v, its output and the softmax normalizers; head and loss their gradients.
 Temporary tensors within an operation, and buffers for communication, are not counted.
 
 For experts, the load is assumed to be balanced: each token of a tower uses the mean number of
@@ -247,8 +247,8 @@ def _core(z: _Sizes, saved: bool) -> int:
 
 def _head(z: _Sizes) -> int:
     """Return the bytes of the final norm, the projection to the vocabulary and the loss."""
-    per_row = z.vocabulary * FP32 + INT64 + 2 * FP32 + 1  # softmax, targets, log Z, weights, mask
-    return _norm(z, z.s * z.h, z.s) + z.s * z.h * z.element + z.g * per_row
+    # Forward computes the gradients, of all rows and of the weight, and saves nothing else.
+    return _norm(z, z.s * z.h, z.s) + z.g * z.h * z.element + z.vocabulary * z.h * FP32
 
 
 def _schedule(stage: int, stages: int, pieces: int, micro_batches: int) -> list[tuple[int, bool]]:

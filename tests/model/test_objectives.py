@@ -1,126 +1,156 @@
-"""Cross entropy, log-partition and z-loss equal torch's, on one rank and split over two."""
+"""Losses and gradients of head and loss in chunks equal torch's, on one rank and split over two."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mot_megatron.model import objectives
 from mot_megatron.model.micro_batch import NO_LABEL
-from mot_megatron.model.objectives import sum_losses, token_losses
+from mot_megatron.model.objectives import Labels, VocabularyShard, Weighting, head_losses
 from mot_megatron.parallel.groups import build_single_process_groups
 from tests.model.small_models import single_rank_model, small_config
 from tests.ranks import run_ranks
 
-VOCABULARY, ROWS = 48, 20
+MODALITIES = 3
+WEIGHTS = (2.0, 1.0, 0.5)
 
 
-def example() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(ROWS, VOCABULARY, generator=generator)
-    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
-    labels[[3, 11]] = NO_LABEL
-    return logits, labels
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a random example."""
+
+    rows: int
+    hidden: int
+    vocabulary: int
+    z_coefficient: float
+    unlabeled: float = 0.3
+    dtype: torch.dtype = torch.float32
 
 
-def with_gradient(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    group: dist.ProcessGroup,
-    rank: int,
-    z_coefficient: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    leaf = logits.clone().requires_grad_()
-    # The loss overwrites its input, which autograd forbids for a leaf.
-    cross_entropy, log_z = token_losses(leaf * 1.0, labels, group, rank)
-    labeled = labels != NO_LABEL
-    total = torch.where(labeled, cross_entropy + z_coefficient * log_z.square(), 0.0)
-    (total * torch.arange(1.0, ROWS + 1)).sum().backward()
-    assert leaf.grad is not None
-    return cross_entropy.detach()[labeled], log_z.detach(), leaf.grad
+@dataclass(frozen=True)
+class Result:
+    total: torch.Tensor
+    sums: torch.Tensor
+    of_rows: torch.Tensor
+    of_weight: torch.Tensor
 
 
-def plain(z_coefficient: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits, labels = example()
-    leaf = logits.requires_grad_()
-    cross_entropy = F.cross_entropy(leaf, labels, reduction="none", ignore_index=NO_LABEL)
-    log_z = torch.logsumexp(leaf, dim=-1)
-    labeled = labels != NO_LABEL
-    total = torch.where(labeled, cross_entropy + z_coefficient * log_z.square(), 0.0)
-    (total * torch.arange(1.0, ROWS + 1)).sum().backward()
-    assert leaf.grad is not None
-    return cross_entropy.detach()[labeled], log_z.detach(), leaf.grad
+def example(case: Case) -> tuple[torch.Tensor, torch.Tensor, Labels]:
+    """Return rows that are not contiguous, the whole weight, and labels."""
+    generator = torch.Generator().manual_seed(case.rows)
+    rows = torch.randn(case.rows, 2 * case.hidden, generator=generator)[:, ::2]
+    weight = 0.7 * torch.randn(case.vocabulary, case.hidden, generator=generator)
+    ids = torch.randint(0, case.vocabulary, (case.rows,), generator=generator)
+    ids[torch.rand(case.rows, generator=generator) < case.unlabeled] = NO_LABEL
+    modalities = torch.randint(0, MODALITIES, (case.rows,), generator=generator)
+    labels = Labels(ids, modalities, int((ids != NO_LABEL).sum()))
+    return rows.to(case.dtype), weight.to(case.dtype), labels
 
 
-def test_losses_equal_torchs_on_one_rank() -> None:
-    groups = build_single_process_groups(torch.device("cpu"))
-    for z_coefficient in (0.0, 0.01):
-        actual = with_gradient(*example(), groups.tensor, 0, z_coefficient)
-        for value, expected in zip(actual, plain(z_coefficient), strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+def chunked(case: Case, shard: VocabularyShard) -> Result:
+    """Return what this rank computes; the upper gradient is not one."""
+    rows, weight, labels = example(case)
+    size = case.vocabulary // shard.group.size()
+    weight = weight[shard.rank * size : (shard.rank + 1) * size]
+    rows, weight = rows.requires_grad_(), weight.clone().requires_grad_()
+    weighting = Weighting(torch.tensor(WEIGHTS), case.z_coefficient)
+    total, sums = head_losses(rows, weight, labels, weighting, shard)
+    (total / 7).backward()
+    assert rows.grad is not None
+    assert weight.grad is not None
+    return Result(total.detach(), sums, rows.grad, weight.grad)
 
 
-def split_vocabulary(z_coefficient: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits, labels = example()
-    rank = dist.get_rank()
-    part = logits.chunk(2, dim=-1)[rank].contiguous()
+def plain(case: Case) -> Result:
+    """Compute the same in fp64, with torch's functions and all logits at once."""
+    rows, weight, labels = example(case)
+    rows, weight = rows.double().requires_grad_(), weight.double().requires_grad_()
+    logits = rows @ weight.t()
+    cross_entropy = F.cross_entropy(logits, labels.ids, reduction="none", ignore_index=NO_LABEL)
+    z_loss = case.z_coefficient * torch.logsumexp(logits, dim=-1).square()
+    labeled = labels.ids != NO_LABEL
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)[labels.modalities]
+    total = torch.where(labeled, weights * (cross_entropy + z_loss), 0.0).sum()
+    (total / 7).backward()
+    sums = torch.zeros(MODALITIES, dtype=torch.float64)
+    sums.index_add_(0, labels.modalities, cross_entropy.detach())
+    assert rows.grad is not None
+    assert weight.grad is not None
+    return Result(total.detach(), sums, rows.grad, weight.grad)
+
+
+def assert_equal(actual: Result, expected: Result, tolerance: float = 1e-6) -> None:
+    """Compare relative to the largest entry, as sums of many rows have entries near zero."""
+    for name in ("total", "sums", "of_rows", "of_weight"):
+        one, other = getattr(actual, name).double(), getattr(expected, name)
+        scale = max(float(other.abs().max()), 1e-30) if other.numel() else 1.0
+        torch.testing.assert_close(one / scale, other / scale, rtol=0, atol=tolerance, msg=name)
+
+
+def alone() -> VocabularyShard:
+    return VocabularyShard(build_single_process_groups(torch.device("cpu")).tensor, 0)
+
+
+CASES = (
+    Case(20, 6, 48, 0.0),
+    Case(61, 5, 90, 0.01),
+    Case(33, 7, 34, 1e-3, unlabeled=1.0),
+    Case(16, 4, 12, 1e-3, unlabeled=0.0),
+    Case(1, 3, 10, 0.5, unlabeled=0.0),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 11, 1 << 20])
+def test_losses_and_gradients_equal_torchs(
+    case: Case, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one chunk, in several with a rest, and without any label."""
+    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", chunk_bytes)
+    assert_equal(chunked(case, alone()), plain(case))
+
+
+def shards_of_cases() -> list[Result]:
+    objectives.CHUNK_BYTES["cpu"] = 1 << 11
     assert dist.group.WORLD is not None
-    return with_gradient(part, labels, dist.group.WORLD, rank, z_coefficient)
+    return [chunked(case, VocabularyShard(dist.group.WORLD, dist.get_rank())) for case in CASES]
 
 
-def test_losses_equal_torchs_with_the_vocabulary_split_over_two_ranks() -> None:
-    results = run_ranks(split_vocabulary, 2, 0.01)
-    cross_entropy, log_z, gradient = plain(0.01)
-    for rank, (of_cross_entropy, of_log_z, of_gradient) in enumerate(results):
-        torch.testing.assert_close(of_cross_entropy, cross_entropy, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(of_log_z, log_z, rtol=1e-5, atol=1e-5)
-        expected = gradient.chunk(2, dim=-1)[rank]
-        torch.testing.assert_close(of_gradient, expected, rtol=1e-5, atol=1e-5)
+def test_losses_and_gradients_equal_torchs_with_the_vocabulary_split_over_two_ranks() -> None:
+    first, second = run_ranks(shards_of_cases, 2)
+    for case, one, other in zip(CASES, first, second, strict=True):
+        assert one.total == other.total
+        assert torch.equal(one.sums, other.sums)
+        of_weight = torch.cat((one.of_weight, other.of_weight))
+        whole = Result(one.total, one.sums, one.of_rows + other.of_rows, of_weight)
+        assert_equal(whole, plain(case))
 
 
-def test_bf16_logits_give_fp32_losses_and_a_bf16_gradient() -> None:
-    groups = build_single_process_groups(torch.device("cpu"))
-    logits, labels = example()
-    leaf = logits.bfloat16().requires_grad_()
-    before = leaf.detach().clone()
-    cross_entropy, log_z = token_losses(leaf, labels, groups.tensor, 0)
-    cross_entropy.sum().backward()
-    assert (cross_entropy.dtype, log_z.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(log_z, torch.logsumexp(before.float(), dim=-1))
-    assert torch.equal(leaf.detach(), before)
-    assert leaf.grad is not None
-    assert leaf.grad.dtype == torch.bfloat16
+def test_bf16_weights_have_fp32_losses_and_gradients_of_their_own_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", 1 << 11)
+    case = Case(61, 32, 90, 0.01, dtype=torch.bfloat16)
+    actual = chunked(case, alone())
+    assert (actual.total.dtype, actual.sums.dtype) == (torch.float32, torch.float64)
+    assert (actual.of_rows.dtype, actual.of_weight.dtype) == (torch.bfloat16, torch.bfloat16)
+    # Logits and gradients are rounded to 8 bits.
+    assert_equal(actual, plain(case), tolerance=2e-2)
 
 
-def test_loss_is_weighted_by_the_modality_of_the_label() -> None:
-    cross_entropy = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
-    z_loss = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5])
-    labels = torch.tensor([7, NO_LABEL, 8, 9, NO_LABEL])
-    modalities = torch.tensor([0, 0, 2, 2, 0])
-    total, sums = sum_losses(
-        cross_entropy, z_loss, labels, modalities, torch.tensor([2.0, 1.0, 0.5])
-    )
-    assert total.item() == 2 * 1.5 + 0.5 * 3.5 + 0.5 * 4.5
-    assert sums.tolist() == [1.0, 0.0, 7.0]
-    total.backward()
-    assert cross_entropy.grad is not None
-    assert cross_entropy.grad.tolist() == [2.0, 0.0, 0.5, 0.5, 0.0]
-
-
-def test_no_labels_give_a_zero_loss_and_a_zero_gradient() -> None:
-    cross_entropy = torch.tensor([1.0, 2.0, 3.0])
-    total, sums = sum_losses(
-        cross_entropy.requires_grad_(),
-        torch.zeros(3),
-        torch.full((3,), NO_LABEL),
-        torch.zeros(3, dtype=torch.int64),
-        torch.ones(2),
-    )
-    assert sums.tolist() == [0.0, 0.0]
-    assert total.item() == 0.0
-    total.backward()
-    assert cross_entropy.grad is not None
-    assert not cross_entropy.grad.any()
+def test_no_gradient_is_computed_where_none_is_needed() -> None:
+    rows, weight, labels = example(CASES[0])
+    weighting = Weighting(torch.tensor(WEIGHTS), 0.0)
+    rows.requires_grad_()
+    with torch.no_grad():
+        total, sums = head_losses(rows, weight, labels, weighting, alone())
+    assert not total.requires_grad
+    assert torch.equal(sums, chunked(CASES[0], alone()).sums)
 
 
 def test_loss_weights_stay_fp32_in_a_bf16_model() -> None:
