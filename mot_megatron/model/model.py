@@ -84,6 +84,8 @@ class _VocabularyLinear(ColumnParallelLinear):
     for this module's forward.
     """
 
+    shard: VocabularyShard
+
     def forward(  # type: ignore[override]
         self,
         rows: torch.Tensor,
@@ -95,12 +97,12 @@ class _VocabularyLinear(ColumnParallelLinear):
         if labels is None or weighting is None:
             return super().forward(rows, weight=weight)[:1]
         if self.sequence_parallel:
-            rows = gather_from_sequence_parallel_region(rows, group=self.tp_group)
+            rows = gather_from_sequence_parallel_region(rows, group=self.shard.group)
         else:
-            rows = copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
+            rows = copy_to_tensor_model_parallel_region(rows, group=self.shard.group)
         weight = self.weight if weight is None else weight
-        shard = VocabularyShard(self.tp_group, self.tp_group.rank())
-        return head_losses(rows, weight, labels, weighting, shard)
+        assert weight is not None
+        return head_losses(rows, weight, labels, weighting, self.shard)
 
 
 class Head(nn.Module):
@@ -119,6 +121,7 @@ class Head(nn.Module):
             skip_weight_param_allocation=not own_weight,
             tp_group=linears.groups.tensor,
         )
+        self.linear.shard = VocabularyShard(linears.groups.tensor, linears.groups.tensor_rank)
         if own_weight:
             set_sharding(
                 self.linear.weight, ParameterSharding((num_rows, hidden_size), shard_dim=0)

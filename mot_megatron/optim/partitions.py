@@ -1,8 +1,8 @@
 """Access to gradients, fp32 weights and AdamW state, with one interface for all ZeRO stages.
 
-This is the only file that accesses the internals of DeepSpeed's optimizers. "Full" means everything
-that a tensor-parallel rank holds of a parameter. "Local" means this rank's part of it under ZeRO,
-which shards it over the parameter's owners: the data-parallel ranks that hold it.
+Only this file and reduction.py access the internals of DeepSpeed's optimizers. "Full" means
+everything that a tensor-parallel rank holds of a parameter. "Local" means this rank's part of it
+under ZeRO, which shards it over the parameter's owners: the data-parallel ranks that hold it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mot_megatron.parallel.buckets import largest_bucket
+
 LARGEST_BUCKET = 200_000_000
 """Maximum number of elements in one collective, unless a single parameter is larger.
 
@@ -36,3 +38,11 @@ class OptimizerSettings:
     """Micro-batches per optimizer step on each data-parallel rank."""
     micro_batch_size: int
     """Sequences per micro-batch on each data-parallel rank."""
+
+    @property
+    def elements_reduced_together(self) -> int | None:
+        """Maximum number of elements in a parameter group; None: no maximum.
+
+        In the other cases, DeepSpeed has buckets that are not parameter groups.
+        """
+        return largest_bucket(self.zero_stage, self.precision, self.offload)

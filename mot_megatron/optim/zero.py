@@ -9,7 +9,8 @@ pipeline stage.
 With bf16, weights and gradients are bf16 in forward and backward, and the optimizer keeps fp32
 weights. Gradients are summed in fp32, over micro-batches and over ranks, because a bf16 sum loses
 the small gradients of single micro-batches. With ZeRO-1, DeepSpeed then uses its BF16_Optimizer,
-which keeps a full fp32 gradient on every rank; ZeRO-2 and ZeRO-3 keep this rank's part.
+which keeps a full fp32 gradient on every rank, and ``BucketReduction`` reduces it under backward;
+ZeRO-2 and ZeRO-3 keep this rank's part.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import nn
 
 from mot_megatron.model.sharding import is_replica, tower_of
@@ -38,6 +40,7 @@ from mot_megatron.optim.norms import StepNorms, step_norms
 from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers
 from mot_megatron.optim.parameter_groups import parameter_groups
 from mot_megatron.optim.partitions import MOMENTS, Flat, Partition, Replicated, Scattered
+from mot_megatron.optim.reduction import BucketReduction
 from mot_megatron.optim.settings import OptimizerSettings
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ class ZeroEngine:
             parameter.register_hook(functools.partial(self._mark_reached, name))
         owned = by_owners(self._parameters.values(), groups)
         self._adamw = GatedAdamW(
-            parameter_groups(owned, settings.weight_decay),
+            parameter_groups(owned, settings.weight_decay, settings.elements_reduced_together),
             lr=0.0,  # set in every step
             betas=settings.betas,
             eps=settings.eps,
@@ -145,6 +148,9 @@ class ZeroEngine:
             return Replicated(parameters, self._adamw, self._groups.data_rank)
         if self._settings.zero_stage == 3:
             return Scattered(parameters, optimizer, self._groups.data_rank)
+        if isinstance(optimizer, BF16_Optimizer):
+            steps = self._settings.gradient_accumulation_steps
+            BucketReduction(self._engine, optimizer, parameters, steps)
         flat = Flat(parameters, optimizer)
         if self._settings.zero_stage == 2 and has_owned_towers(self._groups):
             flat.reduce_at_once()

@@ -2,8 +2,9 @@
 
 DeepSpeed stores a rank's parameters in one flat buffer per group. A group has the parameters with
 the same owners; matrices and vectors are in separate groups, and with expert parallelism an expert
-has fewer owners than its tower. Each buffer is padded so that the owners get equal pieces at even
-offsets. ZeRO-3 pads each parameter instead. With this padding, the numbers are exact.
+has fewer owners than its tower. ZeRO-1 in bf16 divides large groups. Each buffer is padded so that
+the owners get equal pieces at even offsets. ZeRO-3 pads each parameter instead. With this padding,
+the numbers are exact.
 
 Communication buffers are not counted: a rank needs one for gradients, of the size of its weights
 but at most 200 M elements, and with ZeRO-3 the gathered weights of a layer. DeepSpeed's host copies
@@ -15,11 +16,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from mot_megatron.config import Config
 from mot_megatron.model.inventory import HeldParameter, held_parameters
 from mot_megatron.model.sharding import SHARED
+from mot_megatron.parallel.buckets import buckets, largest_bucket
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.planning.activations import Rows
@@ -163,15 +165,21 @@ def _buffers(
         stride = expert_size if parameter.experts else 1
         sizes[holders, stride, len(parameter.shape) > 1].append(parameter.size)
     group, place = divmod(mesh.data_rank(rank), mesh.modality)
-    return [
-        _Buffer(
-            tuple(of_group),
-            # With expert parallelism, only every stride-th holder has the same experts.
-            owners=mesh.data // mesh.modality * len(holders) // stride,
-            owner=(group * len(holders) + holders.index(place)) // stride,
-        )
-        for (holders, stride, _), of_group in sizes.items()
-    ]
+    parallel, precision = config.parallel, config.training.precision
+    largest = largest_bucket(parallel.zero_stage, precision, parallel.offload)
+    found = []
+    for (holders, stride, _), of_group in sizes.items():
+        following = iter(of_group)
+        found += [
+            _Buffer(
+                tuple(islice(following, count)),
+                # With expert parallelism, only every stride-th holder has the same experts.
+                owners=mesh.data // mesh.modality * len(holders) // stride,
+                owner=(group * len(holders) + holders.index(place)) // stride,
+            )
+            for count in buckets(of_group, largest)
+        ]
+    return found
 
 
 def _flat(config: Config, buffers: Sequence[_Buffer], weight: int) -> StateBytes:

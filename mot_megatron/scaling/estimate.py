@@ -17,6 +17,7 @@ from typing import Any
 from mot_megatron.config import Config
 from mot_megatron.model.pieces import pieces_of_stage
 from mot_megatron.optim.settings import LARGEST_BUCKET
+from mot_megatron.parallel.buckets import REDUCED_TOGETHER
 from mot_megatron.planning.layouts import RECOMPUTE, Plan, Recompute, rows_of_rank
 from mot_megatron.planning.memory import FP32, held_by_rank
 from mot_megatron.scaling.costs import (
@@ -26,7 +27,13 @@ from mot_megatron.scaling.costs import (
     collective_seconds,
     work_seconds,
 )
-from mot_megatron.scaling.forecast import TIMED_PARTS, Split, part_split, step_split
+from mot_megatron.scaling.forecast import (
+    TIMED_PARTS,
+    Split,
+    part_split,
+    reduces_under_backward,
+    step_split,
+)
 from mot_megatron.scaling.ledger import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Ledger, Work
 from mot_megatron.scaling.machine import GroupShape, Machine, group_shape
 
@@ -141,7 +148,8 @@ def estimate(
         shape = layout.shape(mesh.pipeline_groups()[0])
         message = layout.seconds("send", layout.row_bytes / mesh.tensor, shape)
     pieces = config.parallel.virtual_pipeline_model_parallel_size or 1
-    split = step_split(parts, plan.accumulation, pieces, message)
+    overlap = constants.overlap if layout.reduces_under_backward else 0.0
+    split = step_split(parts, plan.accumulation, pieces, message, overlap)
     return Estimate(plan, recompute, sum(split.values()), split)
 
 
@@ -178,6 +186,11 @@ class _Layout:
         """Positions of a micro-batch."""
         config = self.plan.config
         return config.training.micro_batch_size * config.data.seq_length
+
+    @property
+    def reduces_under_backward(self) -> bool:
+        """Whether the engine reduces gradients under the last backward pass."""
+        return reduces_under_backward(self.plan.config)
 
     @property
     def row_bytes(self) -> int:
@@ -347,6 +360,9 @@ class _Layout:
         if stage == 3 and part == OPTIMIZER:
             # Small weights stay gathered; each is gathered when it has changed.
             return self.seconds("all-gather", self.element * held.vectors, shape, held.vectors)
+        if stage == 1 and part == REDUCTION and self.reduces_under_backward:
+            buckets = math.ceil(held.size / REDUCED_TOGETHER)
+            return self.seconds("reduce-scatter", gradients, shape, buckets)
         if (stage == 2 and part == BACKWARD) or (stage < 2 and part == REDUCTION):
             return self.seconds("all-reduce", gradients, shape)
         if stage in (1, 2) and part == OPTIMIZER:
@@ -361,7 +377,8 @@ class _Layout:
         """Return the bytes moved in memory by the reduction or the optimizer."""
         size = sum(held.size for held in weights.values())
         if part == REDUCTION:
-            return _REDUCED_BYTES * size if self._zero_stage < 2 else 0.0
+            copies = self._zero_stage < 2 and not self.reduces_under_backward
+            return _REDUCED_BYTES * size if copies else 0.0
         if self._zero_stage == 0:
             return (_CLIPPED_BYTES + _UPDATED_BYTES) * size
         updated = sum(held.size / held.shape.size for held in weights.values())

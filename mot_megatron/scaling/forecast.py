@@ -1,6 +1,7 @@
 """Forecast of a step's time from ledgers, a machine's profile and the cost model's constants.
 
-The engine is taken as it is: nothing overlaps, because DeepSpeed gathers and reduces on the stream
+The engine is taken as it is. ZeRO-1 in bf16 reduces gradients under the last backward pass, which
+hides a part of them; nothing else overlaps, because DeepSpeed gathers and reduces on the stream
 that computes. A part of a step takes its computation and its traffic one after the other, or the
 host's time to start its kernels if that is longer. The ranks of a modality group wait for the
 slowest of them in every part; the split is that of their mean. The time to read and prepare data is
@@ -13,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mot_megatron.config import Config
+from mot_megatron.parallel.buckets import largest_bucket
 from mot_megatron.scaling.costs import (
     Constants,
     WorkSeconds,
     adapted,
     collective_seconds,
+    exposed,
     traffic_seconds,
     work_seconds,
 )
@@ -106,6 +109,7 @@ def forecast(
         roles[0].ledger.micro_batches,
         config.parallel.virtual_pipeline_model_parallel_size or 1,
         _message_seconds(roles, machine, constants),
+        constants.overlap if reduces_under_backward(config) else 0.0,
     )
     ranks = world_size / len(roles)
     return Forecast(
@@ -117,6 +121,13 @@ def forecast(
         peak_bytes=max(each.ledger.memory.peak_on_gpu for each in roles),
         layout=layout_of(config),
     )
+
+
+def reduces_under_backward(config: Config) -> bool:
+    """Return whether the engine reduces gradients under the last backward pass."""
+    parallel = config.parallel
+    limit = largest_bucket(parallel.zero_stage, config.training.precision, parallel.offload)
+    return limit is not None
 
 
 def layout_of(config: Config) -> dict[str, str | int]:
@@ -140,6 +151,7 @@ def step_split(
     micro_batches: int,
     pieces: int,
     message: float,
+    overlap: float,
 ) -> Split:
     """Return the seconds of a step by cause.
 
@@ -149,6 +161,7 @@ def step_split(
         micro_batches: Micro-batches per step.
         pieces: Pieces per stage.
         message: Seconds of a message between stages.
+        overlap: Part of the last backward's computation that hides the reduction of gradients.
     """
     slowest = {
         part: [_slowest(splits) for splits in of_stages] for part, of_stages in parts.items()
@@ -163,8 +176,11 @@ def step_split(
     passes = [_sum(pair) for pair in zip(slowest[FORWARD], slowest[BACKWARD], strict=True)]
     split = max(passes, key=_total)
     split = {**split, BUBBLE: max(0.0, schedule - _total(split))}
-    for part in (REDUCTION, OPTIMIZER):
-        split[part] = max(_total(each) for each in slowest[part])
+    split[REDUCTION] = max(
+        exposed(_computation(backward) / micro_batches, _total(reduction), overlap)
+        for backward, reduction in zip(slowest[BACKWARD], slowest[REDUCTION], strict=True)
+    )
+    split[OPTIMIZER] = max(_total(each) for each in slowest[OPTIMIZER])
     return {cause: seconds for cause, seconds in split.items() if seconds > _ROUNDING * schedule}
 
 
@@ -216,6 +232,10 @@ def _sum(splits: Sequence[Split]) -> Split:
 
 def _total(split: Split) -> float:
     return sum(split.values())
+
+
+def _computation(split: Split) -> float:
+    return sum(split.get(cause, 0.0) for cause in (MATRICES, ATTENTION, ELEMENTWISE))
 
 
 def _message_seconds(roles: Sequence[Rehearsed], machine: Machine, constants: Constants) -> float:

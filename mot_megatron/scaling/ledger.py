@@ -1,8 +1,8 @@
 """The ledger of a training step: the work and the traffic of one rank, counted.
 
-A step has five parts: data, forward, backward, reduction (of gradients, after the last backward)
-and optimizer. Everything that autograd runs is backward, recomputation included. Collectives over a
-group of one rank send nothing and are left out.
+A step has five parts: data, forward, backward, reduction (of gradients, after the last backward or
+under it) and optimizer. Everything else that autograd runs is backward, recomputation included.
+Collectives over a group of one rank send nothing and are left out.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 
 from mot_megatron.job.progress_report import ProgressReport
+from mot_megatron.optim import reduction
 from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import (
     BACKWARD,
@@ -230,6 +231,8 @@ class LedgerRecorder(TorchDispatchMode):
         axis = self._axes.get(group.group_name, group.group_name)
         if axis not in self._members:
             self._members[axis] = tuple(dist.get_process_group_ranks(group))
+        if part == BACKWARD and reduction.is_starting():
+            part = REDUCTION
         sizes = sum(_size(tensor) for tensor in _tensors(args[of_tensors]))
         self._collectives.append(Collective(part, kind, axis, group.size(), sizes))
 
