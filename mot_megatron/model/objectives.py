@@ -21,9 +21,8 @@ import torch.distributed as dist
 
 from mot_megatron.model.micro_batch import NO_LABEL
 
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 29}
-"""Size of a chunk's logits in fp32: on a CPU that of a core's cache, on a GPU enough rows for
-efficient matrix products."""
+CHUNK_BYTES = 1 << 20
+"""Size of a chunk's logits in fp32, that of a CPU core's cache, unless the hidden size is large."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,8 @@ class _HeadLosses(torch.autograd.Function):
                     of_weight.addmm_(gradient.t(), inputs)
                 else:
                     of_weight += gradient.t() @ inputs
+                del gradient
+            del losses  # before those of the next chunk are computed
         if of_rows is not None:
             ctx.save_for_backward(of_rows, of_weight)
             ctx.weight_dtype = weight.dtype
@@ -143,11 +144,9 @@ class _HeadLosses(torch.autograd.Function):
 def _chunks(kept: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Divide the labeled rows into chunks."""
     vocabulary, hidden = weight.shape
-    device = weight.device.type
     # Every chunk reads and writes the gradient of the weight, which is as large as the logits of as
-    # many rows as the hidden size. On a GPU, CHUNK_BYTES are more.
-    fewest = hidden if device == "cpu" else 1
-    size = max(fewest, CHUNK_BYTES[device] // (4 * vocabulary))
+    # many rows as the hidden size. That many also make efficient matrix products on a GPU.
+    size = max(hidden, CHUNK_BYTES // (4 * vocabulary))
     return iter(kept.split(size) if len(kept) else ())
 
 

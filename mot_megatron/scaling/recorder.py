@@ -53,7 +53,7 @@ _COLLECTIVES: Mapping[str, tuple[str, int, int]] = {
 }
 """By name in torch.ops.c10d: kind, and positions of the group and of the counted tensors."""
 _SYNCHRONIZATIONS = ("barrier", "monitored_barrier_")
-_FACTORS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
+_FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1}
 """Operators of matrix products, and the position of their first factor."""
 _WITHOUT_KERNEL = (
     *("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"),

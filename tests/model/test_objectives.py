@@ -111,12 +111,12 @@ def test_losses_and_gradients_equal_torchs(
     case: Case, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one chunk, in several with a rest, and without any label."""
-    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setattr(objectives, "CHUNK_BYTES", chunk_bytes)
     assert_equal(chunked(case, alone()), plain(case))
 
 
 def shards_of_cases() -> list[Result]:
-    objectives.CHUNK_BYTES["cpu"] = 1 << 11
+    objectives.CHUNK_BYTES = 1 << 11
     assert dist.group.WORLD is not None
     return [chunked(case, VocabularyShard(dist.group.WORLD, dist.get_rank())) for case in CASES]
 
@@ -134,7 +134,7 @@ def test_losses_and_gradients_equal_torchs_with_the_vocabulary_split_over_two_ra
 def test_bf16_weights_have_fp32_losses_and_gradients_of_their_own_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", 1 << 11)
+    monkeypatch.setattr(objectives, "CHUNK_BYTES", 1 << 11)
     case = Case(61, 32, 90, 0.01, dtype=torch.bfloat16)
     actual = chunked(case, alone())
     assert (actual.total.dtype, actual.sums.dtype) == (torch.float32, torch.float64)
