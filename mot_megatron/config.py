@@ -358,6 +358,12 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What to recompute in backward instead of storing its activations. none: nothing; selective:
     the attention core; full: whole layers."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of which traces are written to the run's folder, for TensorBoard's
+    profiler plugin and Perfetto, with a table of operators; absent: none. Where the time of the
+    next step went is printed. All these steps are slower."""
+    profile_ranks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    """Ranks that write traces."""
 
 
 class CheckpointConfig(Section):

@@ -77,6 +77,10 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"training.global_batch_size = {size} is not divisible by {what} = {factors};"
             f" nearest legal: {_nearest_multiples(size, per_step)}"
         )
+    if beyond := [rank for rank in config.training.profile_ranks if rank >= world_size]:
+        raise ConfigError(
+            f"training.profile_ranks has {beyond[0]}; allowed: 0 to {world_size - 1}, the ranks"
+        )
     if size // per_step > MOST_ACCUMULATION_STEPS:
         raise ConfigError(
             f"training.global_batch_size = {size} needs {size // per_step} micro-batches per step"
@@ -433,6 +437,13 @@ def _check_training(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: every model.modalities.*.loss_weight is 0; at least one must be above 0"
         )
+    if config.training.profile_steps is not None:
+        first, last = config.training.profile_steps
+        if not first <= last < config.training.train_steps:
+            raise ConfigError(
+                f"{source}: training.profile_steps = [{first}, {last}]; expected the first and the"
+                f" last step, below training.train_steps = {config.training.train_steps}"
+            )
     if config.logging.sample_interval_steps is not None and (
         parallel.pipeline_model_parallel_size > 1 or parallel.modality_parallel_size > 1
     ):

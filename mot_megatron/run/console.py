@@ -48,6 +48,10 @@ class Console:
         if self.on:
             self.bar.write(line)
 
+    def say_here(self, line: str) -> None:
+        """Print a line above the progress bar, whichever rank this is."""
+        self.bar.write(line)
+
     def advance(self) -> None:
         """Advance the progress bar by one step."""
         self.bar.update()

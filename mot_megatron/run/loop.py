@@ -32,6 +32,7 @@ from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
 from mot_megatron.run.lock import RunLock
 from mot_megatron.run.metrics import TensorBoardLog
+from mot_megatron.run.profile import StepProfiler
 from mot_megatron.run.routing_log import RoutingLog, expert_charts
 from mot_megatron.run.samples import log_samples
 from mot_megatron.run.summary import has_summary, mark_stale, write_summary
@@ -63,6 +64,7 @@ class _Run:
     """Whether points and samples of the last step are in the log already."""
     routing: RoutingLog | None
     """Statistics of the routers; None without experts."""
+    profiler: StepProfiler
     saved_steps: int | None = None
     """Steps done at the last save; None before the first."""
     recent: list[StepResult] = field(default_factory=list)
@@ -208,7 +210,10 @@ def _start(
         peak_flops=_peak_flops(session),
         logged=finished,
         routing=routing,
+        profiler=StepProfiler(session, config.run_directory, console.say_here),
     )
+    # A run that stops among the traced steps writes what it has.
+    stack.callback(run.profiler.close)
     _announce(run, search.checkpoint)
     if saved is not None:
         _announce_changes(run, saved)
@@ -274,12 +279,14 @@ def _one_step(run: _Run) -> StepResult:
             " while this job was suspended; this job ends without saving"
         )
     try:
-        result = train_step(
-            session,
-            step=progress.steps + 1,
-            learning_rate=session.schedule.at(progress.steps),
-            stop=run.stop.requested,
-        )
+        with run.profiler.around(progress.steps + 1) as add:
+            result = train_step(
+                session,
+                step=progress.steps + 1,
+                learning_rate=session.schedule.at(progress.steps),
+                stop=run.stop.requested,
+            )
+            add(result)
     except TrainingError as error:
         kept = "none was saved yet"
         if run.saved_steps is not None:
