@@ -136,8 +136,11 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_rows, of_weight = ctx.saved_tensors
         scale = gradients[0]
-        # In place: they are as large as the rows and the weight, and of no other use.
-        scaled = of_weight.mul_(scale).to(ctx.weight_dtype)
+        # In place if possible: they are as large as the rows and the weight, and of no other use.
+        scaled = of_weight
+        if ctx.weight_dtype != of_weight.dtype:
+            scaled = torch.empty_like(of_weight, dtype=ctx.weight_dtype)
+        torch.mul(of_weight, scale, out=scaled)
         return of_rows.mul_(scale), scaled, None, None, None, None
 
 
