@@ -44,16 +44,16 @@ class BucketReduction:
         """
         self._optimizer = optimizer
         self._groups: list[dist.ProcessGroup] = list(optimizer.real_dp_process_group)
-        self._sizes = [steps * len(members) for members in optimizer.bf16_groups]
+        self._expected = [steps * len(members) for members in optimizer.bf16_groups]
         self._handles: dict[int, dist.Work | None] = {}
-        self._missing = list(self._sizes)
+        self._missing = list(self._expected)
         position = {parameter: index for index, parameter in enumerate(parameters)}
-        tied = [any(map(_is_tied, members)) for members in optimizer.bf16_groups]
         # What two pipeline stages hold is summed over them first, by ``ZeroEngine``.
-        self._waits_for_end = tied
+        waits = [any(map(is_tied, members)) for members in optimizer.bf16_groups]
+        self._waits_for_end = waits
 
         def order(bucket: int) -> tuple[bool, int]:
-            return tied[bucket], -min(position[p] for p in optimizer.bf16_groups[bucket])
+            return waits[bucket], -min(position[p] for p in optimizer.bf16_groups[bucket])
 
         self._order = sorted(range(len(self._groups)), key=order)
         accumulate = optimizer.accumulate_hp_grads_and_remove_lp
@@ -100,8 +100,9 @@ class BucketReduction:
             if handle is not None:
                 handle.wait()
         self._handles.clear()
-        self._missing = list(self._sizes)
+        self._missing = list(self._expected)
 
 
-def _is_tied(parameter: nn.Parameter) -> bool:
+def is_tied(parameter: nn.Parameter) -> bool:
+    """Return whether the first and the last pipeline stage both hold a parameter."""
     return getattr(parameter, "tied_across_stages", False)

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import nn
 
 from mot_megatron.model.sharding import is_replica, tower_of
@@ -40,7 +39,7 @@ from mot_megatron.optim.norms import StepNorms, step_norms
 from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers
 from mot_megatron.optim.parameter_groups import parameter_groups
 from mot_megatron.optim.partitions import MOMENTS, Flat, Partition, Replicated, Scattered
-from mot_megatron.optim.reduction import BucketReduction
+from mot_megatron.optim.reduction import BucketReduction, is_tied
 from mot_megatron.optim.settings import OptimizerSettings
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ class ZeroEngine:
             return Replicated(parameters, self._adamw, self._groups.data_rank)
         if self._settings.zero_stage == 3:
             return Scattered(parameters, optimizer, self._groups.data_rank)
-        if isinstance(optimizer, BF16_Optimizer):
+        if self._settings.elements_reduced_together is not None:
             steps = self._settings.gradient_accumulation_steps
             BucketReduction(self._engine, optimizer, parameters, steps)
         flat = Flat(parameters, optimizer)
@@ -219,7 +218,7 @@ class ZeroEngine:
         self._check_reached()
         self._reached.clear()
         for parameter in self._parameters.values():
-            if getattr(parameter, "tied_across_stages", False):
+            if is_tied(parameter):
                 gradient = self._partition.unreduced(parameter)
                 dist.all_reduce(gradient, group=self._groups.embedding)
         self._engine.set_gradient_accumulation_boundary(True)

@@ -38,27 +38,29 @@ class StepProfiler:
         training, rank = trainer.config.training, trainer.groups.rank
         steps = training.profile_steps if rank in training.profile_ranks else None
         self._first, self._last = steps or (0, 0)
-        self._rank = rank
-        self._prints = rank == training.profile_ranks[0]
+        self._prints = steps is not None and rank == training.profile_ranks[0]
+        self._trainer = trainer
         self._say = say
         self._stem = directory / "traces" / f"rank_{rank}.{self._first}"
-        axes = axes_of(trainer.groups, trainer.config.model.tower_names)
         self._on_gpu = trainer.groups.device.type == "cuda"
-        self._clock = StepClock(axes, trainer.progress_report, trainer.groups.device)
         self._profile: profile | None = None
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[Callable[[StepResult], None]]:
         """Record a step, if it is one of the chosen, and write the trace after the last.
 
-        The step after the last is divided by cause. This slows it down and would distort the trace.
+        The step after the last is divided by cause on the rank that prints. This slows it down and
+        would distort the trace.
 
         Yields:
             A function to call with the result of the step.
         """
-        if self._first and step == self._last + 1:
-            with self._clock:
-                yield self._divide
+        if self._prints and step == self._last + 1:
+            trainer = self._trainer
+            axes = axes_of(trainer.groups, trainer.config.model.tower_names)
+            clock = StepClock(axes, trainer.progress_report, trainer.groups.device)
+            with clock:
+                yield lambda result: self._say_split(split_step(result.seconds, clock.take()))
             return
         if self._first <= step <= self._last:
             self._start()
@@ -97,10 +99,9 @@ class StepProfiler:
         if self._prints:
             self._say(f"traced from step {self._first} on: {trace}")
 
-    def _divide(self, result: StepResult) -> None:
-        split = split_step(result.seconds, self._clock.take())
-        if self._prints:
-            self._say(f"step {self._last + 1} on rank {self._rank}:\n{split_text(split)}")
+    def _say_split(self, split: Mapping[str, float]) -> None:
+        rank = self._trainer.groups.rank
+        self._say(f"step {self._last + 1} on rank {rank}:\n{split_text(split)}")
 
 
 def split_text(split: Mapping[str, float]) -> str:

@@ -360,7 +360,7 @@ class _Layout:
         if stage == 3 and part == OPTIMIZER:
             # Small weights stay gathered; each is gathered when it has changed.
             return self.seconds("all-gather", self.element * held.vectors, shape, held.vectors)
-        if stage == 1 and part == REDUCTION and self.reduces_under_backward:
+        if part == REDUCTION and self.reduces_under_backward:
             buckets = math.ceil(held.size / REDUCED_TOGETHER)
             return self.seconds("reduce-scatter", gradients, shape, buckets)
         if (stage == 2 and part == BACKWARD) or (stage < 2 and part == REDUCTION):
