@@ -28,6 +28,7 @@ from mot_megatron.job.processes import Process
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.stop import Stopped, StopRequest
 from mot_megatron.model.flops import count_parameters
+from mot_megatron.parallel.gather import values_of_all_ranks
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
 from mot_megatron.run.lock import RunLock
@@ -164,9 +165,7 @@ def _start(
     Raises:
         Stopped: A stop was requested meanwhile.
     """
-    processes: list[Process] = [Process.of(os.getpid())] * groups.mesh.world_size
-    dist.all_gather_object(processes, processes[0])
-    lock.name_ranks(processes)
+    lock.name_ranks(values_of_all_ranks(Process.of(os.getpid())))
     search = resolve_resume(checkpoint_directory(config.run_directory))
     saved = read_saved_config(search.checkpoint) if search.checkpoint else None
     if saved is not None:

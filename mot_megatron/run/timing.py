@@ -22,6 +22,7 @@ from mot_megatron.job.hardware import (
 )
 from mot_megatron.job.stop import StopRequest
 from mot_megatron.parallel.axes import axes_of
+from mot_megatron.parallel.gather import values_of_all_ranks
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.step_clock import CAUSES, StepClock, split_step
 from mot_megatron.train.agreement import package_versions
@@ -74,8 +75,7 @@ def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
 def _gathered(splits: list[dict[str, float]]) -> dict[str, list[float]]:
     """Return the seconds by cause, for each rank the mean over its steps. Collective."""
     mine = {cause: sum(split[cause] for split in splits) / len(splits) for cause in CAUSES}
-    everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = values_of_all_ranks(mine)
     return {cause: [split[cause] for split in everyone] for cause in CAUSES}
 
 
@@ -86,8 +86,6 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     seconds = torch.stack(everyone).cpu()  # [ranks, steps, parts]
-    names = [""] * dist.get_world_size()
-    dist.all_gather_object(names, device_name(groups.device))
     precision = config.training.precision
     return {
         "world_size": dist.get_world_size(),
@@ -104,7 +102,7 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
         "imbalance": [result.counts.imbalance for result in results],
         "peak_flops_per_second": peak_flops(groups.device, precision) * dist.get_world_size(),
         "peak_memory_bytes": peak_memory_of_fullest_rank(groups.device),
-        "devices": sorted(set(names)),
+        "devices": sorted(set(values_of_all_ranks(device_name(groups.device)))),
         "machine": describe_machine(groups.device),
         "versions": package_versions(),
     }

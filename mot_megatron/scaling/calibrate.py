@@ -19,6 +19,7 @@ from torch.nn import functional
 from mot_megatron.config import Config
 from mot_megatron.errors import ConfigError
 from mot_megatron.job.hardware import synchronize
+from mot_megatron.parallel.gather import values_of_all_ranks
 
 _ROUNDS = 9
 """Repeats of a measurement, of which the median counts."""
@@ -154,8 +155,7 @@ def ranks_per_node() -> tuple[int, int]:
     Raises:
         ConfigError: Nodes have different numbers of ranks, a single one, or are mixed.
     """
-    hosts = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = values_of_all_ranks(socket.gethostname())
     count = hosts.count(hosts[0])
     if count < 2 or hosts != [host for host in dict.fromkeys(hosts) for _ in range(count)]:
         raise ConfigError(

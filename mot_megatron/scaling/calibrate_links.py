@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ import torch.distributed as dist
 
 from mot_megatron.config import Config
 from mot_megatron.parallel.axes import WORLD, groups_by_axis
+from mot_megatron.parallel.gather import values_of_all_ranks
 from mot_megatron.scaling.calibrate import seconds_of
 from mot_megatron.scaling.machine import GroupShape, Line, MeasuredGroup, group_shape
 from mot_megatron.scaling.synthetic import build_groups, parse_shares
-
-_T = TypeVar("_T")
 
 _NODE, _AND = "node", ", "
 _MESSAGE = "send"
@@ -85,7 +83,7 @@ def measured_groups(
         device: This rank's device.
     """
     members = {axis: tuple(dist.get_process_group_ranks(each)) for axis, each in groups.items()}
-    of_ranks = _gathered(members)
+    of_ranks = values_of_all_ranks(members)
     found = []
     for axes in _distinct(of_ranks):
         dist.barrier()
@@ -98,7 +96,7 @@ def measured_groups(
         largest = max((shape for shape in shapes if shape), key=lambda shape: shape.size)
         everyone = [
             of_rank
-            for of_rank, shape in zip(_gathered(lines), shapes, strict=True)
+            for of_rank, shape in zip(values_of_all_ranks(lines), shapes, strict=True)
             if shape == largest
         ]
         found.append(MeasuredGroup(_AND.join(axes), largest, _slowest(everyone)))
@@ -118,7 +116,7 @@ def measured_messages(per_node: int, nodes: int, device: torch.device) -> list[M
         dist.barrier()
         lines = {_MESSAGE: message_line(peer, device)} if in_pair else {}
         shape = GroupShape(2, 2 if distance == 1 else 1)
-        everyone = [each for each in _gathered(lines) if each]
+        everyone = [each for each in values_of_all_ranks(lines) if each]
         found.append(MeasuredGroup("message", shape, _slowest(everyone)))
     return found
 
@@ -187,13 +185,6 @@ def _timed(operation: Callable[[], object], num_bytes: int, device: torch.device
     """Return the median seconds; all ranks repeat equally often."""
     small = num_bytes <= _REPEATED_BYTES
     return seconds_of(operation, device, repeats=5 if small else 1, rounds=7 if small else 3)
-
-
-def _gathered(own: _T) -> list[_T]:
-    """Return the value of every rank of the world."""
-    values: list[_T] = [own] * dist.get_world_size()
-    dist.all_gather_object(values, own)
-    return values
 
 
 def _distinct(of_ranks: Sequence[Mapping[str, tuple[int, ...]]]) -> list[list[str]]:

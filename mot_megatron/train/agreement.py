@@ -8,12 +8,11 @@ import socket
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch.distributed as dist
-
 from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import ConfigError
+from mot_megatron.parallel.gather import values_of_all_ranks
 
 _PACKAGES = ("mot_megatron", "torch", "megatron-core", "deepspeed")
 
@@ -41,10 +40,10 @@ def check_ranks_agree(config: Config, corpus: Corpus | None) -> None:
         "values": {"": _values(config, corpus)},
     }
     digest = hashlib.sha256(json.dumps(mine["values"], sort_keys=True).encode()).hexdigest()
-    digests = _gather(digest)
+    digests = values_of_all_ranks(digest)
     if len(set(digests)) == 1:
         return
-    everyone = _gather(mine)
+    everyone = values_of_all_ranks(mine)
     rank = next(rank for rank, other in enumerate(digests) if other != digests[0])
     differences = differing_keys(everyone[0]["values"], everyone[rank]["values"])
     key, (first, second) = next(iter(differences.items()))
@@ -76,12 +75,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _gather(value: Any) -> list[Any]:
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _show(value: object) -> str:
