@@ -14,7 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """Act as ``rank`` of a world whose collectives do nothing, and destroy the world at the end."""
     leave_world()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size
+    )
     try:
         yield
     finally:

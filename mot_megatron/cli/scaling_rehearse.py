@@ -3,7 +3,8 @@
 Example: mot benchmark scaling rehearse --config configs/paper/7b-mot-3.toml --world-size 16,256
 
 This runs the project's own training step as single ranks of a large world, on PyTorch's fake
-process group and fake tensors: one rank per pipeline stage and place in a modality group. All
+process group and tensors without values: one rank per pipeline stage and place in a modality
+group. All
 figures are COUNTED, per rank and step: FLOPs of matrix products and attention, bytes that other
 operators move, kernels, bytes of every collective by axis, and memory. They say nothing about time.
 

@@ -64,7 +64,7 @@ def balanced_routing() -> Iterator[None]:
 
 
 class KnownCounts:
-    """The numbers that the host reads from routings in a world of fake tensors."""
+    """The numbers that the host reads from routings in a world of tensors without values."""
 
     def __init__(self) -> None:
         self._counts = np.zeros((1, 1), dtype=np.int64)
@@ -105,7 +105,7 @@ class KnownCounts:
         local = np.repeat(self._counts[:, None, first : first + held], size, axis=1)
         of_ranks = local.sum(axis=2)  # [tensor-parallel, expert-parallel]
         own = self._counts[self._rank].reshape(size, held).sum(axis=1)
-        # Arrays, because operators would make tensors fake before megatron reads them.
+        # Arrays, because operators would take the values of tensors before megatron reads them.
         dispatcher.input_splits = own.view(_OnHost)
         dispatcher.output_splits = of_ranks[self._rank].view(_OnHost)
         dispatcher.output_splits_tp = of_ranks.sum(axis=1).view(_OnHost)

@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -38,6 +37,7 @@ from mot_megatron.scaling.ledger import (
     Tally,
     Work,
 )
+from mot_megatron.scaling.valueless import value_read_by_host
 
 _COLLECTIVES: Mapping[str, tuple[str, int, int]] = {
     "allreduce_": ("all-reduce", 1, 0),
@@ -57,6 +57,7 @@ _FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1}
 """Operators of matrix products, and the position of their first factor."""
 _WITHOUT_KERNEL = (
     *("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"),
+    "scalar_tensor",
     "_local_scalar_dense",
 )
 _OVERWRITING = ("copy_", "fill_", "zero_", "random_", "normal_", "uniform_")
@@ -89,7 +90,7 @@ class LedgerRecorder(TorchDispatchMode):
         Args:
             axes: Axis by name of the process group.
             progress_report: Names the phase of the step.
-            counts: How many rows experts take; needed for experts with fake tensors.
+            counts: How many rows experts take; needed for experts without values.
         """
         super().__init__()
         self._axes = axes
@@ -130,15 +131,19 @@ class LedgerRecorder(TorchDispatchMode):
         empty = Tally({part: Work() for part in PARTS}, Counter())
         return empty.plus(Tally(self._work, Counter(self._collectives)), 1)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under a recorder, and skipping takes long
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and record it."""
         del types
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return value_read_by_host(args[0].dtype)
         name = func._overloadpacket.__name__
-        if name in _OF_EXPERTS and isinstance(args[0], FakeTensor):
-            assert self._counts is not None, "experts with fake tensors need their counts"
+        if name in _OF_EXPERTS and args[0].is_meta:
+            assert self._counts is not None, "experts without values need their counts"
             result = _fake_result(name, args, kwargs, self._counts)
         else:
             result = func(*args, **kwargs)
@@ -271,16 +276,6 @@ class _LiveMemory:
         self._now += size
 
 
-def value_read_by_host(dtype: torch.dtype) -> bool | int | float:
-    """Return the value that a fake tensor has where the host reads it.
-
-    Norms are finite, counts are positive, and nothing asks the run to stop.
-    """
-    if dtype == torch.bool:
-        return False
-    return 1.0 if dtype.is_floating_point else 1
-
-
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_iter(values) if isinstance(leaf, torch.Tensor))
 
@@ -295,7 +290,7 @@ def _product(first: torch.Tensor, result: torch.Tensor) -> Product:
 
 
 def _fake_result(name: str, args: Any, kwargs: Any, counts: KnownCounts) -> torch.Tensor:
-    """Return what torch cannot tell for fake tensors: it depends on values, or needs bf16."""
+    """Return what torch cannot tell without values: it depends on values, or needs bf16."""
     first, second = args[:2]
     if name == "masked_select":
         return first.new_empty(counts.selected)

@@ -1,7 +1,7 @@
 """Rehearse a training step as one rank of a world of any size, in one process on a CPU.
 
 The project's own step runs: its model, its schedules, its ZeRO engine. PyTorch's fake process group
-takes the place of the other ranks, and fake tensors, which have shapes but no values, that of the
+takes the place of the other ranks, and tensors with shapes but without values that of the
 weights and activations. What the host reads from a tensor (norms, counts) has a fixed value, so
 nothing may depend on it; routers are taken to give every expert as many rows.
 """
@@ -24,10 +24,7 @@ import deepspeed.runtime.zero.stage3 as ds_stage3
 import deepspeed.runtime.zero.utils as ds_utils
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils import _foreach_utils
 
 from mot_megatron.config import Config
 from mot_megatron.model import model as model_module
@@ -41,9 +38,10 @@ from mot_megatron.planning.activations import DEVICES, activation_bytes
 from mot_megatron.rules import check_world_size
 from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import Ledger, Tally, extend
-from mot_megatron.scaling.recorder import LedgerRecorder, value_read_by_host
+from mot_megatron.scaling.recorder import LedgerRecorder
 from mot_megatron.scaling.roles import with_micro_batches
 from mot_megatron.scaling.synthetic import SyntheticBatches, build_groups
+from mot_megatron.scaling.valueless import FAKE_BACKEND, with_values, without_values
 from mot_megatron.train.session import Trainer, build_trainer
 from mot_megatron.train.step import train_step
 
@@ -66,7 +64,7 @@ def rehearse(config: Config, world_size: int, rank: int, shares: Sequence[float]
         ConfigError: The configuration is illegal on so many ranks.
     """
     check_world_size(config, world_size)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(FAKE_BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
     return rehearse_in_fake_world(config, build_groups(config, shares, torch.device("cpu")), shares)
 
 
@@ -105,7 +103,7 @@ def run_in_fake_world(
     # Batches have values, so that attention can read the lengths of documents.
     batches = SyntheticBatches(config, groups, shares)
     counts = KnownCounts()
-    with fake_values(), counts.patched():
+    with in_shapes(), counts.patched():
         ledger, further = record_step(build_trainer(config, groups, batches), counts)
     saved = {
         device: activation_bytes(
@@ -142,18 +140,12 @@ def record_step(trainer: Trainer, counts: KnownCounts | None = None) -> tuple[Le
 
 
 @contextlib.contextmanager
-def fake_values() -> Iterator[None]:
-    """Make all new tensors fake, and keep libraries from needing their values."""
-
-    def convert_in_place(module: nn.Module, convert: Callable[[Any], Any], *_: Any) -> nn.Module:
-        # torch cannot swap the fake tensor of a parameter that others refer to.
-        for parameter in module.parameters():
-            parameter.data = convert(parameter.data)
-        return module
+def in_shapes() -> Iterator[None]:
+    """Give new tensors shapes alone, and keep libraries from needing values."""
 
     def attend_on_real_lengths(micro_batch: MicroBatch, _backend: str) -> AttentionCore:
         # The documents' lengths are values. On a CPU, only this core has a backward pass.
-        with unset_fake_temporarily():
+        with with_values():
             return build_attention_core(micro_batch, "sdpa")
 
     def gather_own(gathered: list[Any], own: Any, group: Any = None) -> None:
@@ -170,15 +162,8 @@ def fake_values() -> Iterator[None]:
 
     coordinator = ds_coordinator.PartitionedParameterCoordinator
     patches: list[AbstractContextManager[Any]] = [
-        mock.patch.object(nn.Module, "_apply", convert_in_place),
         mock.patch.object(model_module, "build_attention_core", attend_on_real_lengths),
         mock.patch.object(dist, "all_gather_object", gather_own),
-        mock.patch.object(FakeTensor, "tolist", _values_of),
-        mock.patch.object(
-            _foreach_utils,
-            "_foreach_supported_types",
-            [*_foreach_utils._foreach_supported_types, FakeTensor],
-        ),
         mock.patch.object(ds_parameters.AllGatherCoalescedHandle, "wait", _wait_in_one_piece),
         mock.patch.object(coordinator, _GATHER, _with_one_slice(getattr(coordinator, _GATHER))),
         mock.patch.object(ds_stage3, "reduce_scatter_coalesced", _reduce_scatter_in_one_piece),
@@ -191,7 +176,7 @@ def fake_values() -> Iterator[None]:
         # DeepSpeed looks at the addresses of tensors, which torch warns of.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(without_values())
         yield
 
 
@@ -223,9 +208,9 @@ def _reduce_scatter_in_one_piece(
 def _with_one_slice(gather: Callable[..., Any]) -> Callable[..., Any]:
     """Make DeepSpeed's all-gathers take one slice of their buffer instead of one per rank.
 
-    The slices have equal sizes, and fake tensors have no values by which they could differ.
+    The slices have equal sizes, and tensors have no values by which they could differ.
     """
-    narrow = FakeTensor.narrow
+    narrow = torch.Tensor.narrow
 
     def gather_with_one_slice(*args: Any, **kwargs: Any) -> Any:
         previous: list[Any] = [None, None]
@@ -235,7 +220,7 @@ def _with_one_slice(gather: Callable[..., Any]) -> Callable[..., Any]:
                 previous[:] = (id(tensor), dim, length), narrow(tensor, dim, start, length)
             return previous[1]
 
-        with mock.patch.object(FakeTensor, "narrow", narrow_once):
+        with mock.patch.object(torch.Tensor, "narrow", narrow_once):
             return gather(*args, **kwargs)
 
     return gather_with_one_slice
@@ -258,10 +243,3 @@ def _wait_in_one_piece(handle: Any, handle_dependency: bool = True) -> None:
         parameter.data = whole.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
         parameter.ds_status = ds_parameters.ZeroParamStatus.AVAILABLE
     handle.complete = True
-
-
-def _values_of(tensor: torch.Tensor) -> Any:
-    """Return what the host reads from a fake tensor of one or more dimensions."""
-    if tensor.ndim > 1:
-        return [_values_of(row) for row in tensor]
-    return [value_read_by_host(tensor.dtype)] * tensor.numel()
