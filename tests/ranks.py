@@ -8,6 +8,7 @@ test receives the return value of every rank.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import tempfile
@@ -26,6 +27,11 @@ PRELOAD = [
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel",
     "deepspeed",
+    # What most functions of the tests import, so that their ranks need not.
+    "pytest",
+    "tensorboard.backend.event_processing.event_accumulator",
+    "mot_megatron.run.loop",
+    "mot_megatron.scaling.rehearsal",
 ]
 
 # The packages above read these at import, so they must be set before the server starts.
@@ -39,7 +45,7 @@ ENVIRONMENT = {
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a fresh gloo world.
 
@@ -93,6 +99,9 @@ def _rank(  # start_processes passes the rank first
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    # Without the half million objects of the imported packages, a garbage collection takes no time
+    # instead of 0.4 s; DeepSpeed collects several times when it starts.
+    gc.freeze()
     torch.set_num_threads(1)
     # A launcher would set these; DeepSpeed reads them even if the world is already initialized.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

@@ -37,6 +37,8 @@ if [ "${#failed[@]}" -gt 0 ]; then
     printf '== failed before the tests: %s\n' "${failed[*]}"
 fi
 printf '== tests\n'
+# Two tests at a time, because many wait or use one core; -n 0 runs one. The tests of a file run one
+# after the other and share what they prepare.
 # pytest speaks last: its closing line is what a reader, and CI, look for.
-"$PYTHON" -m pytest "$@" || failed+=(tests)
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@" || failed+=(tests)
 exit "$((${#failed[@]} > 0))"

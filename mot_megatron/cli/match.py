@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.compare.curves import group_seeds, warnings
     from mot_megatron.compare.step_matching import splits_of
 
-    paths = tqdm(options.runs, "reading", delay=5, ncols=100, leave=False)
+    paths = tqdm(options.runs, "reading", delay=5, ncols=100, leave=False, disable=None)
     arms = group_seeds([read(path) for path in paths])
     if len(arms) < 2:
         raise DataError(

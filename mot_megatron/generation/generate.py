@@ -123,7 +123,7 @@ def generate(
     steps = tqdm(
         range(num_tokens),
         desc=rules.modality.name,
-        disable=model.groups.rank != 0,
+        disable=model.groups.rank != 0 or None,  # None: unless standard error is a terminal
         delay=5,
         ncols=100,
         leave=False,

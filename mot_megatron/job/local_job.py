@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mot_megatron.job.hosts import LAUNCHER, Hosts
+from mot_megatron.job.ports import free_port
 from mot_megatron.job.processes import descendants_of, session_of
 
 _POLL_SECONDS = 0.05
@@ -52,9 +52,7 @@ class Job:
             environment: All environment variables of the job.
             hosts: Machines on which it runs; None for this one alone.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.output = output
         self._begin = time.monotonic()
         launcher = [*LAUNCHER, "--num_accelerators", str(world_size), "--master_port", str(port)]

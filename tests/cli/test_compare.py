@@ -21,11 +21,11 @@ from tests.small_runs import write_corpus
 pytestmark = pytest.mark.slow
 
 SCRIPT = "tools/compare.py"
-STEPS = 240
+STEPS = 120
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    fast = ("training.micro_batch_size=8", "evaluation.interval_steps=40", "data.packing=sequence")
+    fast = ("training.micro_batch_size=8", "evaluation.interval_steps=20", "data.packing=sequence")
     settings = [part for setting in fast for part in ("--set", setting)]
     return [str(folder / "configs"), "--output", str(folder / "out"), *settings, *more]
 

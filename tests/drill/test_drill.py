@@ -100,6 +100,7 @@ def test_short_drill(
     arguments = ["--config", str(config), "--set", "training.train_steps=30"]
     arguments += ["--set", "parallel.tensor_model_parallel_size=2"]
     arguments += ["--set", "parallel.sequence_parallel=true"]
+    arguments += ["--set", "training.global_batch_size=4"]
     arguments += ["--fault", "rank killed", "--minutes", "0.1", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--json"]) == 0
     rounds = json.loads(capsys.readouterr().out)["rounds"]

@@ -363,7 +363,7 @@ def generate_under_zero_3(directory: Path) -> list[tuple[float, Mapping[str, lis
 
 @pytest.mark.slow
 def test_zero_3_generates_the_same_ids_and_then_the_same_loss(corpus: Corpus):
-    ranks = run_ranks(generate_under_zero_3, 2, corpus.directory, timeout=120)
+    ranks = run_ranks(generate_under_zero_3, 2, corpus.directory)
     for case, overrides in enumerate(((), (TIED,))):
         groups = build_single_process_groups(CPU)
         config = make_config(corpus, *overrides)

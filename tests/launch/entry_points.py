@@ -6,6 +6,7 @@ starts within 0.2 s; a fresh interpreter would spend 10 s on imports.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -125,6 +126,7 @@ def _execute(
     environment: dict[str, str],
     prepare: Callable[[], None] | None,
 ) -> None:
+    gc.freeze()  # see tests/ranks.py
     for number, file in enumerate(files, start=1):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)

@@ -50,13 +50,6 @@ def started(
         process.wait()
 
 
-def free_port() -> int:
-    """Return an unused TCP port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def rank_process(job: subprocess.Popen[bytes], local_rank: int) -> psutil.Process:
     """Return the process of a job's rank, by its local rank on its node."""
     (found,) = [

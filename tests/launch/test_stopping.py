@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mot_megatron.job.ports import free_port
 from tests.launch.entry_points import EntryPoint, wait_until
 from tests.launch.jobs import (
     LAUNCHER,
@@ -20,14 +21,13 @@ from tests.launch.jobs import (
     SECONDS_TO_NOTICE_A_DEATH,
     assert_gone,
     assert_one_line_reports_the_lost_rank,
-    free_port,
     rank_process,
     started,
 )
 
 pytestmark = pytest.mark.slow
 
-STEPS = 150
+STEPS = 80
 
 
 def arguments_of(config: Path, runs: Path) -> list[str]:

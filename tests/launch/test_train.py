@@ -19,8 +19,8 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[attr-defined]
 
+from mot_megatron.job.ports import free_port
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point
-from tests.launch.jobs import free_port
 from tests.small_runs import CONFIG, MODALITIES, write_corpus
 
 pytestmark = pytest.mark.slow

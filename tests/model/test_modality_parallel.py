@@ -184,7 +184,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_equals_one_process(case: Case) -> None:
     expected = reference(case)
-    for outcomes in run_ranks(run_case, case.ranks * case.tensor, case, timeout=120):
+    for outcomes in run_ranks(run_case, case.ranks * case.tensor, case):
         for mine, whole in zip(outcomes, expected, strict=True):
             assert mine["counts"] == whole["counts"]
             # Losses are computed in fp32 and summed in an order that depends on the layout.

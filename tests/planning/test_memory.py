@@ -143,7 +143,7 @@ def _compare(config: Config) -> Comparison:
 def test_estimates_equal_measured_memory(
     corpus: Path, world_size: int, cases: list[list[str]]
 ) -> None:
-    for results in run_ranks(compare, world_size, corpus, cases, timeout=170):
+    for results in run_ranks(compare, world_size, corpus, cases):
         for case, result in zip(cases, results, strict=True):
             assert result.state == result.measured.state, case
             ratio = result.activations / result.measured.activations

@@ -146,7 +146,7 @@ def train_on_every_codec(directory: Path, *overrides: str) -> None:
 
 
 def test_training_logs_samples_and_real_segments(tmp_path: Path) -> None:
-    run_ranks(train_on_every_codec, 1, tmp_path, timeout=180)
+    run_ranks(train_on_every_codec, 1, tmp_path)
     events = read(tmp_path / "runs" / "small" / "tensorboard")
     numbers = range(3)
     kinds = ("generated", "truth")
@@ -166,7 +166,7 @@ def test_training_logs_samples_and_real_segments(tmp_path: Path) -> None:
 
 def test_samples_state_that_routing_is_causal(tmp_path: Path) -> None:
     experts = "model.towers.text.experts={ num_moe_experts = 2, causal_router = true }"
-    run_ranks(train_on_every_codec, 1, tmp_path, experts, "training.train_steps=1", timeout=180)
+    run_ranks(train_on_every_codec, 1, tmp_path, experts, "training.train_steps=1")
     events = read(tmp_path / "runs" / "small" / "tensorboard")
     for name in ("text", "image", "speech"):
         text = prompt_text(events, f"samples_{name}/0_prompt")

@@ -192,6 +192,7 @@ def train_in_layouts(
             f"run.directory={runs}",
             f"run.name={name}",
             "training.train_steps=6",
+            "training.global_batch_size=4",
             "logging.interval_steps=2",
             "evaluation.interval_steps=3",
             *layout,

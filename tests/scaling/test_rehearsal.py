@@ -49,7 +49,7 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 THREE = {"text": "text", "image": "image", "speech": "speech"}
 SHARES = [0.25, 0.4, 0.35]
-COMMON = ["data.seq_length=48", "training.global_batch_size=8"]
+COMMON = ["data.seq_length=48"]
 BF16 = "training.precision=bf16"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
@@ -62,15 +62,16 @@ CHOICE = ["model.towers.text.experts={num_moe_experts=4, routing='expert_choice'
 
 VOCABULARY = 200
 """No other size of the model."""
-RANKS = (0, 3, 6)
-"""Of eight ranks; every tensor-parallel rank, pipeline stage and modality rank is among them."""
+RANKS = {4: (0, 3), 8: (0, 3, 6)}
+"""World size -> ranks to rehearse; every tensor-parallel rank, pipeline stage and modality rank is
+among them."""
 
 
 def zero(stage: int) -> str:
     return f"parallel.zero_stage={stage}"
 
 
-LAYOUTS = {
+FOUR_RANKS = {
     "data, ZeRO-0": [zero(0)],
     "data, ZeRO-1, bf16": [zero(1), BF16],
     "data, ZeRO-2": [zero(2)],
@@ -80,26 +81,30 @@ LAYOUTS = {
     "pipeline, two pieces": PIECES,
     "modality, sequence": [*MP2, zero(2)],
     "modality, heads": [*MP2, "parallel.attention_exchange=heads"],
-    "tensor and modality": [*TP2, *MP2, BF16],
-    "pipeline and modality": [*PP2, *MP2],
-    "experts, tensor and expert-parallel": [*TOP_K, EP2, *TP2, BF16, "model.ffn_hidden_size=48"],
     "expert choice, expert-parallel": [*CHOICE, EP2],
     "expert choice in pipelines": [*CHOICE, *PP2],
-    "experts and modality": [*TOP_K, EP2, *MP2],
     "full recomputation": [*TP2, "training.recompute=full"],
     "selective recomputation": ["training.recompute=selective"],
 }
+EIGHT_RANKS = {
+    "tensor and modality": [*TP2, *MP2, BF16],
+    "pipeline and modality": [*PP2, *MP2],
+    "experts, tensor and expert-parallel": [*TOP_K, EP2, *TP2, BF16, "model.ffn_hidden_size=48"],
+    "experts and modality": [*TOP_K, EP2, *MP2],
+}
+LAYOUTS = {4: FOUR_RANKS, 8: EIGHT_RANKS}
+"""World size -> layouts, with a sequence per rank and step where all ranks read others."""
 
 
-def config_of(overrides: list[str]) -> Config:
-    return small_config(THREE, *COMMON, *overrides)
+def config_of(overrides: list[str], size: int = 8) -> Config:
+    return small_config(THREE, *COMMON, f"training.global_batch_size={size}", *overrides)
 
 
 def record_all(layouts: list[list[str]]) -> list[Ledger]:
     """Record a real step of this gloo rank in every layout."""
     ledgers = []
     for overrides in layouts:
-        config = config_of(overrides)
+        config = config_of(overrides, dist.get_world_size())
         groups = build_groups(config, SHARES, CPU)
         batches = SyntheticBatches(config, groups, SHARES)
         with balanced_routing():
@@ -114,7 +119,7 @@ def rehearse_all(layouts: list[list[str]], ranks: Sequence[int], size: int) -> l
     ledgers = []
     with fake_world(rank, size):
         for overrides in layouts:
-            config = config_of(overrides)
+            config = config_of(overrides, size)
             groups = build_groups(config, SHARES, CPU)
             ledgers.append(run_in_fake_world(config, groups, SHARES)[0])
             parallel_state.destroy_model_parallel()
@@ -123,9 +128,14 @@ def rehearse_all(layouts: list[list[str]], ranks: Sequence[int], size: int) -> l
 
 
 @pytest.fixture(scope="module")
-def rehearsed() -> list[list[Ledger]]:
-    """The ledgers of some of eight ranks, rehearsed in every layout."""
-    return run_ranks(rehearse_all, len(RANKS), list(LAYOUTS.values()), RANKS, 8, timeout=580)
+def rehearsed() -> dict[int, list[list[Ledger]]]:
+    """World size -> the ledgers of some of its ranks, rehearsed in every layout."""
+    return {
+        size: run_ranks(
+            rehearse_all, len(RANKS[size]), list(layouts.values()), RANKS[size], size, timeout=580
+        )
+        for size, layouts in LAYOUTS.items()
+    }
 
 
 def assert_equal(
@@ -149,21 +159,25 @@ def assert_equal_work(rehearsed: Work, real: Work) -> None:
 
 
 @pytest.mark.slow
-def test_rehearsed_ranks_equal_real_ones(rehearsed: list[list[Ledger]]) -> None:
+@pytest.mark.parametrize("size", [4, 8])
+def test_rehearsed_ranks_equal_real_ones(
+    rehearsed: dict[int, list[list[Ledger]]], size: int
+) -> None:
     # Few layouts per process: torch never stops the threads of a process group.
-    names = list(LAYOUTS)
-    for first in range(0, len(names), 6):
-        some = slice(first, first + 6)
-        real = run_ranks(record_all, 8, [LAYOUTS[name] for name in names[some]], timeout=300)
-        mine = [ledgers[some] for ledgers in rehearsed]
-        assert_equal(mine, [real[rank] for rank in RANKS], names[some])
+    names = list(LAYOUTS[size])
+    for first in range(0, len(names), 7):
+        some = slice(first, first + 7)
+        layouts = [LAYOUTS[size][name] for name in names[some]]
+        real = run_ranks(record_all, size, layouts)
+        mine = [ledgers[some] for ledgers in rehearsed[size]]
+        assert_equal(mine, [real[rank] for rank in RANKS[size]], names[some])
 
 
 @pytest.mark.slow
 def test_rehearsed_modality_group_of_three_equals_a_real_one() -> None:
-    layouts = [["parallel.modality_parallel_size=3", "training.global_batch_size=6"]]
-    mine = run_ranks(rehearse_all, 3, layouts, range(3), 3, timeout=300)
-    theirs = run_ranks(record_all, 3, layouts, timeout=300)
+    layouts = [["parallel.modality_parallel_size=3"]]
+    mine = run_ranks(rehearse_all, 3, layouts, range(3), 3)
+    theirs = run_ranks(record_all, 3, layouts)
     assert_equal(mine, theirs, ["three modality ranks"])
 
 
@@ -176,8 +190,8 @@ def test_rehearsed_budgets_are_those_of_a_corpus(tmp_path: Path, layout: list[st
         *("data.packing=budget", "training.micro_batch_size=2", "data.seq_length=48"),
         *("training.global_batch_size=8", f"data.corpus={corpus.directory}", *layout),
     ]
-    real = run_ranks(record_corpus, 2, overrides, timeout=300)
-    rehearsed = run_ranks(rehearse_corpus, 2, overrides, timeout=300)
+    real = run_ranks(record_corpus, 2, overrides)
+    rehearsed = run_ranks(rehearse_corpus, 2, overrides)
     for own, expected in zip(rehearsed, real, strict=True):
         assert own.order == expected.order
         assert own.order
@@ -217,14 +231,18 @@ def rehearse_corpus(overrides: list[str]) -> Ledger:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tensor and modality", "pipeline", "data, ZeRO-3"])
-def test_flops_of_all_ranks_equal_the_closed_form(rehearsed: list[list[Ledger]], name: str) -> None:
-    number = list(LAYOUTS).index(name)
-    # Ranks 0 and 6 have every role equally often.
-    some = [rehearsed[RANKS.index(rank)][number] for rank in (0, 6)] * 4
+@pytest.mark.parametrize(
+    ("size", "name"), [(8, "tensor and modality"), (4, "pipeline"), (4, "data, ZeRO-3")]
+)
+def test_flops_of_all_ranks_equal_the_closed_form(
+    rehearsed: dict[int, list[list[Ledger]]], size: int, name: str
+) -> None:
+    number = list(LAYOUTS[size]).index(name)
+    # The first and the last of these ranks have every role equally often.
+    some = [ledgers[number] for ledgers in (rehearsed[size][0], rehearsed[size][-1])] * (size // 2)
     total = sum((ledger.flops() for ledger in some), start=Counter[str]())
-    tokens = [8 * count for count in tokens_of(SHARES, 48)]
-    expected = step_flops(config_of([]).model, tokens, 8 * 48 * 49 // 2)
+    tokens = [size * count for count in tokens_of(SHARES, 48)]
+    expected = step_flops(config_of([]).model, tokens, size * 48 * 49 // 2)
     # The last token of a sequence has no label.
     assert total[MATRICES] == sum(expected.towers) + expected.head * 47 // 48
     of_towers = sum(sum(ledger.tower_flops.values()) for ledger in some)
@@ -236,19 +254,19 @@ def test_flops_of_all_ranks_equal_the_closed_form(rehearsed: list[list[Ledger]],
 @pytest.mark.slow
 def test_a_step_of_many_micro_batches_is_known_from_a_short_one() -> None:
     names = ["data, ZeRO-3", "pipeline, two pieces", "tensor and modality"]
-    layouts = [LAYOUTS[name] for name in names]
-    for ledgers in run_ranks(rehearse_many, 2, layouts, timeout=300):
+    layouts = [(FOUR_RANKS | EIGHT_RANKS)[name] for name in names]
+    for ledgers in run_ranks(rehearse_many, 2, layouts):
         for name, (short, whole) in zip(names, ledgers, strict=True):
             assert short.ordered_micro_batches < short.micro_batches == whole.micro_batches, name
             assert short.tally == whole.tally, name
 
 
 def rehearse_many(layouts: list[list[str]]) -> list[tuple[Ledger, Ledger]]:
-    """Rehearse a step of eight micro-batches as the first and the last of eight ranks."""
+    """Rehearse a step of four or eight micro-batches as the first and the last of eight ranks."""
     ledgers = []
     with fake_world(7 * dist.get_rank(), 8):
         for overrides in layouts:
-            config = config_of([*overrides, "training.global_batch_size=64"])
+            config = config_of(overrides, 32)
             groups = build_groups(config, SHARES, CPU)
             whole = run_in_fake_world(config, groups, SHARES)[0]
             ledgers.append((rehearse_in_fake_world(config, groups, SHARES), whole))

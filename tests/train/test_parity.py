@@ -50,7 +50,7 @@ def test_layout_equals_one_process(
 ) -> None:
     expected = reference(corpora["mixed"], tuple(model))
     assert expected.losses[-1][0] < expected.losses[0][0]  # training has an effect
-    for outcome in run_ranks(run_steps, world_size, corpora["mixed"], layout + model, timeout=120):
+    for outcome in run_ranks(run_steps, world_size, corpora["mixed"], layout + model):
         assert_equal(outcome, expected)
 
 
@@ -61,7 +61,7 @@ def test_batches_that_lack_a_modality(
     corpora: dict[str, Path], world_size: int, layout: list[str]
 ) -> None:
     expected = reference(corpora["lacking"], ())
-    outcomes = run_ranks(run_steps, world_size, corpora["lacking"], layout, timeout=120)
+    outcomes = run_ranks(run_steps, world_size, corpora["lacking"], layout)
     assert all(sum(map(bool, outcome.lacking)) > STEPS for outcome in outcomes)
     for outcome in outcomes:
         assert_equal(outcome, expected)
@@ -72,6 +72,6 @@ def test_modality_that_occurs_nowhere(
     corpora: dict[str, Path], world_size: int, layout: list[str]
 ) -> None:
     expected = reference(corpora["absent"], ())
-    outcomes = run_ranks(run_steps, world_size, corpora["absent"], layout, timeout=120)
+    outcomes = run_ranks(run_steps, world_size, corpora["absent"], layout)
     for outcome in outcomes:
         assert_equal(outcome, expected)

@@ -9,7 +9,6 @@ Shapes: n vectors of width d, k centroids.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -41,6 +40,9 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
             f"{description}: {len(vectors)} vectors to train on, expected at least {count}, one "
             "per code; add documents"
         )
+    # Here, because every training rank imports this module to decode, and this takes seconds.
+    from sklearn.cluster import MiniBatchKMeans
+
     random = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
     # partial_fit initializes the centroids once, regardless of n_init.

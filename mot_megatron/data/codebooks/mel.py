@@ -9,7 +9,6 @@ from functools import cache
 from math import gcd
 
 import numpy as np
-from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000
 FRAME_SAMPLES = 160
@@ -54,6 +53,9 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """Resample ``samples`` [n] float32 from ``rate`` Hz to 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
+    # Here, because every training rank imports this module to decode, and this takes seconds.
+    from scipy.signal import resample_poly
+
     divisor = gcd(rate, SAMPLE_RATE)
     up, down = SAMPLE_RATE // divisor, rate // divisor
     return resample_poly(samples, up, down, window=_low_pass(max(up, down))).astype(np.float32)
