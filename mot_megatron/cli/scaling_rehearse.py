@@ -4,9 +4,9 @@ Example: mot benchmark scaling rehearse --config configs/paper/7b-mot-3.toml --w
 
 This runs the project's own training step as single ranks of a large world, on PyTorch's fake
 process group and tensors without values: one rank per pipeline stage and place in a modality
-group. All
-figures are COUNTED, per rank and step: FLOPs of matrix products and attention, bytes that other
-operators move, kernels, bytes of every collective by axis, and memory. They say nothing about time.
+group. All figures are COUNTED, per rank and step: FLOPs of matrix products and attention, bytes
+that other operators move, kernels, bytes of every collective by axis, and memory. They say nothing
+about time.
 
 Every sequence is one document. Its tokens are divided among the modalities by --share, or as in the
 corpus, or equally if there is none. Routers are taken to give every expert as many tokens: with
