@@ -6,6 +6,7 @@ the prefix ``weight/`` selects the weights alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -16,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mot_megatron.checkpoint.background import HostStaging, Save
 from mot_megatron.checkpoint.find import CheckpointInfo, read_metadata
 from mot_megatron.checkpoint.load import load_checkpoint
-from mot_megatron.checkpoint.save import save_checkpoint
+from mot_megatron.checkpoint.save import Keep, save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.model.sharding import experts_of, is_replica, parts_of, sharding_of, tower_of
@@ -27,6 +29,8 @@ from mot_megatron.train.session import Session
 
 WEIGHT_PREFIX = "weight/"
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
+_BROKEN_NAMES = 20
+"""Names of broken parameters that a rank tells the others."""
 
 
 @dataclass
@@ -51,35 +55,55 @@ def checkpoint_directory(run_directory: Path) -> Path:
 
 
 def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:
-    """Save everything that a bitwise resume needs. Collective over the world.
-
-    Temporarily needs host memory of 12 bytes per parameter of this rank, divided by the number of
-    ranks that hold the same parameter, and device memory for the state of one parameter.
-
-    Args:
-        session: The run.
-        progress: Its progress.
-        damaged: Checkpoints that failed verification; they do not count as kept.
+    """Save everything that a bitwise resume needs; see ``stage``. Collective over the world.
 
     Raises:
         TrainingError: A weight or optimizer state is not finite; nothing is written.
         CheckpointError: The checkpoint could not be written; older ones are untouched.
     """
-    tensors = _tensors_to_write(session, progress.steps)
-    return save_checkpoint(
-        checkpoint_directory(session.config.run_directory),
+    return stage(session, progress, damaged)(background=None)
+
+
+def stage(
+    session: Session,
+    progress: Progress,
+    damaged: Collection[Path] = (),
+    staging: HostStaging | None = None,
+) -> Save:
+    """Copy everything that a bitwise resume needs to host memory. Collective over the world.
+
+    Needs host memory of 12 bytes per parameter of this rank, divided by the number of ranks that
+    hold the same parameter, until the returned save is dropped, and device memory for the state of
+    one parameter.
+
+    Args:
+        session: The run.
+        progress: Its progress.
+        damaged: Checkpoints that failed verification; they do not count as kept.
+        staging: Makes the copies, for saves in the background; None: copies of this call only.
+
+    Returns:
+        The save, which writes the checkpoint when it is called, on all ranks. The run may go on
+        meanwhile.
+
+    Raises:
+        TrainingError: A weight or optimizer state is not finite.
+    """
+    config = session.config
+    return functools.partial(
+        save_checkpoint,
+        checkpoint_directory(config.run_directory),
         progress.steps,
-        tensors,
+        _tensors_to_write(session, progress.steps, staging),
         metadata={
             "progress": asdict(progress),
             "optimizer_steps": session.engine.optimizer_steps,
             "data": session.loader.state_dict(),
             "vocabulary": session.corpus.vocabulary_digest,
         },
-        config_text=session.config.to_toml(),
+        config_text=config.to_toml(),
         groups=session.groups,
-        keep=session.config.checkpoint.keep,
-        damaged=damaged,
+        keep=Keep(config.checkpoint.keep, config.checkpoint.keep_every_steps, damaged),
     )
 
 
@@ -169,12 +193,14 @@ class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
         return len(self._parts) // len(STATE_KINDS)
 
 
-def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
+def _tensors_to_write(
+    session: Session, step: int, staging: HostStaging | None
+) -> list[NamedTensor]:
     """Return the tensors that this rank writes, on the host.
 
     Parameters are assigned round-robin to the ranks that hold them.
 
-    Collectives: those of ``export_state``, and one all-gather of names over the world.
+    Collectives: those of ``export_state``, and one all-reduce of a number over the world.
 
     Raises:
         TrainingError: A tensor is not finite; raised on all ranks.
@@ -182,34 +208,47 @@ def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
     groups = session.groups
     parameters = dict(session.model.named_parameters())
     tensors: list[NamedTensor] = []
-    broken: list[str] = []
+    finite: dict[str, torch.Tensor] = {}
     # Counted per reduction group, so that all ranks of a group have the same count.
     seen: Counter[tuple[int, bool]] = Counter()
     for name, state in session.engine.export_state():
         parameter = parameters[name]
-        if not all(torch.isfinite(state[kind]).all() for kind in STATE_KINDS):
-            broken.append(name)
+        finite[name] = torch.stack([state[kind].isfinite().all() for kind in STATE_KINDS]).all()
         owner = tower_of(parameter), experts_of(parameter) is not None
         holders = groups.reduction_group(*owner)
         writes = seen[owner] % holders.size() == holders.rank()
         seen[owner] += 1
         if writes and not is_replica(parameter):
             for kind in STATE_KINDS:
-                tensors += _named_parts(f"{kind}/", name, parameter, state[kind].cpu())
-    _check_finite(broken, step)
+                values = state[kind]
+                host = values.cpu() if staging is None else staging.put(f"{kind}/{name}", values)
+                tensors += _named_parts(f"{kind}/", name, parameter, host)
+    if staging is not None:
+        staging.finish()
+    _check_finite(finite, step, groups.device)
     return tensors
 
 
-def _check_finite(broken: list[str], step: int) -> None:
+def _check_finite(finite: dict[str, torch.Tensor], step: int, device: torch.device) -> None:
+    """Check a flag on the device for every parameter, all of them with one read."""
+    broken = [
+        name
+        for name, is_finite in zip(finite, torch.stack([*finite.values()]).tolist(), strict=True)
+        if not is_finite
+    ]
+    count = torch.tensor(len(broken), device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    if not count:
+        return
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, broken)
+    dist.all_gather_object(gathered, broken[:_BROKEN_NAMES])
     names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))
-    if names:
-        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        raise TrainingError(
-            f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step was"
-            " not saved, older checkpoints are untouched"
-        )
+    more = f"{len(names) - 1} more" if count <= _BROKEN_NAMES else "more"
+    others = f" (and {more})" if len(names) > 1 else ""
+    raise TrainingError(
+        f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step was"
+        " not saved, older checkpoints are untouched"
+    )
 
 
 def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
