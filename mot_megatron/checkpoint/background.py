@@ -4,8 +4,8 @@ The whole of ``save_checkpoint`` runs in the thread: the write, the hashes, the 
 rename. ``torch.distributed.checkpoint.async_save`` would run only the write there, and here is what
 it offers and why this project does without:
 
-- Its stagers copy the whole state once more. Here, the state is gathered one parameter at a time
-  into new tensors (see ``HostStaging``), which are the staged copy already.
+- Its stagers copy a state of full tensors, which ZeRO does not have: a rank holds pieces of flat
+  buffers. Here, these are copied as they are, and assembled in the background (train/staging.py).
 - Its thread executor is a thread that calls ``save``, as here.
 - Its process executor starts a second process per rank, which imports torch, takes the tensors
   through shared memory and pickles what it sends. It would keep Python's lock free, but writing and
@@ -21,7 +21,6 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 
 from mot_megatron.checkpoint.find import CheckpointInfo
@@ -155,34 +154,3 @@ class BackgroundWriter:
         begin = time.perf_counter()
         checkpoint = save(background=Background(self._group, count))
         return Written(checkpoint, time.perf_counter() - begin)
-
-
-class HostStaging:
-    """Copies of tensors in host memory that a save in the background writes.
-
-    Copies of device tensors are in pinned memory, which makes them asynchronous. It is slow to get
-    and therefore kept for the next save, so there can be only one save at a time.
-    """
-
-    def __init__(self) -> None:
-        self._pinned: dict[str, torch.Tensor] = {}
-
-    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor``, which nobody else changes, in host memory; complete after ``finish``.
-
-        Args:
-            name: The same for the same tensor of the next save.
-            tensor: A tensor of which this takes possession; on the host, it is returned as it is.
-        """
-        if tensor.device.type == "cpu":
-            return tensor
-        buffer = self._pinned.get(name)
-        if buffer is None:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._pinned[name] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
-
-    def finish(self) -> None:
-        """Wait until all copies are complete."""
-        if self._pinned:
-            torch.cuda.synchronize()

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from mot_megatron.checkpoint.background import BackgroundWriter, HostStaging, Written
+from mot_megatron.checkpoint.background import BackgroundWriter, Written
 from mot_megatron.errors import CheckpointError
 from mot_megatron.run.console import Console
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.session import Session
+from mot_megatron.train.staging import Staging
 from mot_megatron.train.state import Progress, stage
 
 _SLOW_SECONDS = 10.0
@@ -54,8 +55,9 @@ class RunSaver:
         asynchronous = session.config.checkpoint.asynchronous
         if asynchronous is None:
             asynchronous = session.groups.device.type == "cpu"
-        self._writer = BackgroundWriter() if asynchronous else None
-        self._staging = HostStaging() if asynchronous else None
+        self._asynchronous = asynchronous
+        self._writer = BackgroundWriter()
+        self._staging = Staging()
         self._session = session
         self._damaged = damaged
         self._console = console
@@ -79,7 +81,7 @@ class RunSaver:
         """
         if error is None:
             self.wait()
-        if self._writer is not None and (problem := self._writer.close()) is not None:
+        if (problem := self._writer.close()) is not None:
             self._console.say(f"the save in progress failed too: {problem}")
 
     @property
@@ -88,7 +90,7 @@ class RunSaver:
 
         All ranks must hear of it before one of them calls ``wait``, which raises the error.
         """
-        return self._writer is not None and self._writer.has_failed
+        return self._writer.has_failed
 
     def save(self, progress: Progress) -> None:
         """Save the present state unless it was saved; return as soon as training may continue.
@@ -104,20 +106,15 @@ class RunSaver:
         self.wait()
         begin = time.perf_counter()
         save = stage(self._session, progress, self._damaged, self._staging)
-        staged = time.perf_counter()
-        self._stall = _Stall(progress.steps, staged - begin)
-        if self._writer is not None:
-            self._writer.start(save)
-            return
-        checkpoint = save(background=None)
-        seconds = time.perf_counter() - staged
-        self._stall.seconds += seconds
-        self._report(Written(checkpoint, seconds))
+        self._stall = _Stall(progress.steps, time.perf_counter() - begin)
+        self._writer.start(save)
+        if not self._asynchronous:
+            self.wait()
 
     def look(self) -> None:
         """Report the save in progress if it is complete; no collectives, and no error."""
         writer = self._writer
-        if writer is not None and writer.is_busy and writer.is_done and not writer.has_failed:
+        if writer.is_busy and writer.is_done and not writer.has_failed:
             self._report(writer.take(self._console.say))
 
     def wait(self) -> None:
@@ -126,7 +123,7 @@ class RunSaver:
         Raises:
             CheckpointError: It failed; raised on every rank.
         """
-        if self._writer is not None and self._writer.is_busy:
+        if self._writer.is_busy:
             begin = time.perf_counter()
             written = self._writer.take(self._console.say)
             self._stall.seconds += time.perf_counter() - begin
@@ -143,7 +140,7 @@ class RunSaver:
     def say_if_slow(self) -> None:
         """Print how far the save in progress is if it takes long."""
         writer = self._writer
-        if writer is not None and writer.is_busy and writer.seconds > _SLOW_SECONDS:
+        if writer.is_busy and writer.seconds > _SLOW_SECONDS:
             step = self._stall.step
             self._console.say(f"writing the checkpoint of step {step}: {writer.progress}")
 
