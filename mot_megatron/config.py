@@ -372,7 +372,13 @@ class CheckpointConfig(Section):
     interval_steps: PositiveInt = 1000
     """Optimizer steps between checkpoints; one is always saved after the last step."""
     keep: PositiveInt = 2
-    """Number of most recent checkpoints to keep; older ones are deleted."""
+    """Number of most recent complete checkpoints to keep; older ones are deleted."""
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints of multiples of this step are never deleted, in addition to the most recent; a
+    multiple of interval_steps. 0: none."""
+    asynchronous: bool | None = None
+    """Write checkpoints while training goes on; training stops only to copy the state to host
+    memory. Absent: on CPUs, where this was tested, but not on GPUs."""
 
 
 class EvaluationConfig(Section):

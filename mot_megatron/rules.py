@@ -26,6 +26,7 @@ def check(config: Config, source: str) -> None:
     _check_experts(config, source)
     _check_zero(config, source)
     _check_training(config, source)
+    _check_checkpoint(config, source)
 
 
 MOST_ACCUMULATION_STEPS = 100_000
@@ -466,3 +467,13 @@ def _nearest(legal: list[int], wanted: int) -> str:
 def _nearest_multiples(value: int, factor: int) -> str:
     below, above = value // factor * factor, -(-value // factor) * factor
     return f"{below} or {above}" if below else str(above)
+
+
+def _check_checkpoint(config: Config, source: str) -> None:
+    every, interval = config.checkpoint.keep_every_steps, config.checkpoint.interval_steps
+    if every % interval:
+        raise ConfigError(
+            f"{source}: checkpoint.keep_every_steps = {every} is not a multiple of"
+            f" checkpoint.interval_steps = {interval}; nearest legal:"
+            f" {_nearest_multiples(every, interval)}, or 0 to keep none for good"
+        )

@@ -94,7 +94,7 @@ def test_misspelled_key_is_named_with_a_suggestion(key: str, suggestion: str) ->
 def test_unknown_key_without_a_close_match_lists_the_allowed_keys() -> None:
     message = error_message("checkpoint.zzz=1")
     assert "did you mean" not in message
-    assert "allowed: interval_steps, keep" in message
+    assert "allowed: asynchronous, interval_steps, keep, keep_every_steps" in message
 
 
 @pytest.mark.parametrize(

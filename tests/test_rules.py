@@ -259,6 +259,11 @@ ZERO_STAGES = [
 ]
 TRAINING = [
     (
+        ["checkpoint.keep_every_steps=1500"],
+        ["checkpoint.keep_every_steps = 1500", "interval_steps = 1000", "legal: 1000 or 2000"],
+        ["checkpoint.keep_every_steps=2000", "checkpoint.keep_every_steps=0"],
+    ),
+    (
         ["optimizer.min_lr=1.0"],
         ["optimizer.min_lr = 1.0 is above optimizer.lr"],
         ["optimizer.lr=1.0"],

@@ -2,7 +2,8 @@
 
 If only one rank raised, the others would wait in their next collective until it timed out.
 ``on_every_rank`` and ``on_first_rank`` exchange outcomes first, and then every rank raises the same
-CheckpointError. They use the default process group; without one, they run in this process only.
+CheckpointError. They use the default process group unless they are given another one of all ranks;
+without a default group, they run in this process only.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def on_every_rank(work: Callable[[], T]) -> list[T]:
+def on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Call ``work`` on every rank and return the results of all ranks, in rank order.
 
-    Collectives: one all-gather of objects over the default group. ``work`` may run collectives of
-    its own only if it cannot fail on just some of the ranks.
+    Collectives: one all-gather of objects over ``group``, by default the default group. ``work``
+    may run collectives of its own only if it cannot fail on just some of the ranks.
 
     Raises:
         CheckpointError: ``work`` raised an OSError or a CheckpointError on at least one rank.
@@ -41,14 +42,14 @@ def on_every_rank(work: Callable[[], T]) -> list[T]:
     if not dist.is_initialized():
         return _values([outcome])
     outcomes: list[tuple[T | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, outcome, group=group)
     return _values(outcomes)
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call ``work`` on rank 0 only and return its result on every rank.
 
-    Collectives: one broadcast of an object over the default group.
+    Collectives: one broadcast of an object over ``group``, by default the default group.
 
     Raises:
         CheckpointError: ``work`` raised an OSError or a CheckpointError. Raised on every rank.
@@ -56,7 +57,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
     outcome = _attempt(work) if rank() == 0 else (None, None)
     if dist.is_initialized():
         box = [outcome]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
         outcome = box[0]
     return _values([outcome])[0]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mot_megatron.checkpoint.agreement import on_every_rank
@@ -29,9 +30,9 @@ def load_checkpoint(
 ) -> None:
     """Load this rank's tensors in place from a verified checkpoint.
 
-    Every rank calls this. Collectives: two all-gathers of objects over the default group. Each rank
-    reads its own parts. If this raises an error, no tensor has changed, unless a file was damaged
-    after verification.
+    Every rank calls this. Collectives over the default group: two all-gathers of outcomes, and an
+    all-reduce of one byte per tensor of the checkpoint. Each rank reads its own parts. If this
+    raises an error, no tensor has changed, unless a file was damaged after verification.
 
     Args:
         checkpoint: Result of find_checkpoint, resolve_resume or open_checkpoint.
@@ -46,9 +47,19 @@ def load_checkpoint(
             Raised on every rank.
     """
     described = describe(tensors, groups)
+    indices: list[Metadata] = []  # not the result of on_every_rank, which gathers results
+
+    def read_and_compare() -> None:
+        indices.append(read_index(checkpoint.path))
+        _compare(indices[0], tensors)
+
     try:
-        names = on_every_rank(lambda: _compare(read_index(checkpoint.path), tensors))
-        on_every_rank(lambda: _read(checkpoint, described, set().union(*names), prefix))
+        on_every_rank(read_and_compare)
+        (index,) = indices
+        unrequested = _unrequested(index, described, prefix, groups)
+        if unrequested:
+            raise _of_another_model(f"this model has no {_shorten(unrequested)}")
+        on_every_rank(lambda: read_tensors(checkpoint.path, index, described))
     except CheckpointError as error:
         raise CheckpointError(f"cannot load checkpoint {checkpoint.path}: {error}") from error
 
@@ -77,8 +88,8 @@ def read_whole_tensors(checkpoint: CheckpointInfo, names: Iterable[str]) -> dict
     return tensors
 
 
-def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
-    """Check this rank's tensors against the index and return their names."""
+def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> None:
+    """Check this rank's tensors against the index."""
     stored = stored_tensors(index)
     missing = sorted(named.name for named in tensors if named.name not in stored)
     if missing:
@@ -91,18 +102,23 @@ def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
     ]
     if differing:
         raise _of_another_model(_shorten(differing))
-    return {named.name for named in tensors}
 
 
-def _read(
-    checkpoint: CheckpointInfo, described: dict[str, torch.Tensor], names: set[str], prefix: str
-) -> None:
-    index = read_index(checkpoint.path)
-    stored = stored_tensors(index)
-    unexpected = sorted(name for name in stored if name.startswith(prefix) and name not in names)
-    if unexpected:
-        raise _of_another_model(f"this model has no {_shorten(unexpected)}")
-    read_tensors(checkpoint.path, index, described)
+def _unrequested(
+    index: Metadata, own_names: Collection[str], prefix: str, groups: ProcessGroups | None
+) -> list[str]:
+    """Return the tensors with ``prefix`` that no rank requests; the same on every rank.
+
+    The index, which is the same on every rank, numbers the names, so that ranks do not have to
+    exchange them.
+    """
+    names = sorted(name for name in stored_tensors(index) if name.startswith(prefix))
+    device = torch.device("cpu") if groups is None else groups.device
+    own = [name in own_names for name in names]
+    requested = torch.tensor(own, dtype=torch.uint8, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+    return [name for name, wanted in zip(names, requested.tolist(), strict=True) if not wanted]
 
 
 def _of_another_model(difference: str) -> CheckpointError:

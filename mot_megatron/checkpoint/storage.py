@@ -7,6 +7,7 @@ stored besides tensors, because they would be pickles as well.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import pickle
@@ -16,9 +17,10 @@ import zipfile
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -88,25 +90,57 @@ def own_file_pattern(rank: int) -> str:
     return f"__{rank}_*.distcp"
 
 
-def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
+class Progress(Protocol):
+    """Receives the progress of a write; a progress bar is one."""
+
+    total: Any
+    """Bytes that this rank writes, set when they are known."""
+
+    def update(self, n: int) -> object:
+        """Add ``n`` bytes that are being written."""
+        ...
+
+
+def write_tensors(
+    directory: Path,
+    described: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> set[str]:
     """Write the tensors of all ranks and the index to ``directory``, and flush them to disk.
 
     Every rank calls this. A tensor that several ranks hold is written once. Each rank writes with
     one thread, because with several threads a failed write can go unreported.
 
+    Args:
+        directory: Existing folder on a file system that all ranks share.
+        described: This rank's tensors; see ``describe``.
+        group: Group of all ranks for the collectives; None for the default group.
+        progress: Receives the number of bytes written; by default, the first rank shows a bar.
+
+    Returns:
+        The names of all tensors that were written, over all ranks; the same on every rank.
+
     Raises:
         CheckpointError: A file could not be written. Raised on every rank.
     """
-    with _progress(f"saving {directory.name}") as progress, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            progress = stack.enter_context(_progress(f"saving {directory.name}"))
+        if not dist.is_initialized():
+            # Not otherwise: filters of warnings belong to all threads, and this may be the second.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            save(
+            index = save(
                 described,
                 storage_writer=_Writer(directory, thread_count=1, sync_files=True),
                 planner=_SavePlanner(progress),
+                process_group=group,
             )
         except CheckpointException as error:
             raise _translate(error) from error
+    return set(index.state_dict_metadata)
 
 
 def read_index(directory: Path) -> Metadata:
@@ -147,12 +181,20 @@ def check_complete(directory: Path, names: Iterable[str]) -> int:
     Raises:
         CheckpointError: A tensor, part of a tensor, or a file is missing.
     """
-    index = read_index(directory)
-    stored = stored_tensors(index)
-    missing = sorted(set(names) - set(stored))
+    stored = stored_tensors(read_index(directory))
+    check_written(names, stored)
+    return len(stored)
+
+
+def check_written(names: Iterable[str], written: Iterable[str]) -> None:
+    """Check that ``written`` includes all of ``names``.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    missing = sorted(set(names) - set(written))
     if missing:
         raise CheckpointError(f"{len(missing)} tensors were not written, the first: {missing[0]}")
-    return len(stored)
 
 
 def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Tensor]) -> None:
@@ -361,9 +403,9 @@ class _Piece(io.RawIOBase):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """The default planner, with a progress bar of the bytes written."""
+    """The default planner, with the progress of the bytes written."""
 
-    def __init__(self, progress: tqdm) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__(flatten_state_dict=False)
         self.progress = progress
 

@@ -6,7 +6,8 @@ Example: mot drill --config configs/quickstart.toml --set training.train_steps=4
 Every job is started by the deepspeed launcher on this machine. A run is continued after every fault
 until it is done; its last checkpoint must then equal that of a run without faults. Checked after
 every job: all processes have ended, no checkpoint is lost, at most checkpoint.interval_steps steps
-have to be repeated, and at most one error is printed. The exit status is 1 if anything was wrong.
+have to be repeated (twice as many if checkpoints are written in the background), and at most one
+error is printed. The exit status is 1 if anything was wrong.
 """
 
 from __future__ import annotations

@@ -195,9 +195,9 @@ def find_problems(setting: Setting, result: Round, ended: Ended, before: int) ->
         found.append(f"{ended.survivors} processes outlived the launcher")
     if result.saved_step < before:
         found.append(f"the checkpoint of step {before} is lost, the newest is {result.saved_step}")
-    interval = setting.config.checkpoint.interval_steps
-    if result.lost_steps > interval:
-        found.append(f"{result.lost_steps} steps lost, more than the interval of {interval}")
+    most = _most_lost_steps(setting.config)
+    if result.lost_steps > most:
+        found.append(f"{result.lost_steps} steps lost, more than {most}")
     if ended.has_traceback:
         found.append("a traceback was printed")
     if len(ended.errors) > 1:
@@ -208,6 +208,12 @@ def find_problems(setting: Setting, result: Round, ended: Ended, before: int) ->
         if result.fault in STOPS and result.lost_steps:
             found.append(f"stopped without saving: {result.lost_steps} steps lost")
     return found
+
+
+def _most_lost_steps(config: Config) -> int:
+    """Return how many steps a fault may cost: a save in the background may last until the next."""
+    in_background = config.checkpoint.asynchronous is not False
+    return config.checkpoint.interval_steps * (2 if in_background else 1)
 
 
 def _saved_step(setting: Setting, name: str) -> int:

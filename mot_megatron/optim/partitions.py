@@ -8,13 +8,15 @@ under ZeRO, which shards it over the parameter's owners: the data-parallel ranks
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_get_local_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -31,6 +33,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _SUMS = ("_hp_grad", "grad_accum", "grad")
 """Attributes of a parameter that may hold the gradient summed over micro-batches: those of
 DeepSpeed's bf16 optimizer, of its other optimizer, and of torch."""
+
+
+class Piece(NamedTuple):
+    """The part of a parameter's fp32 weight and moments that this rank stores."""
+
+    start: int
+    """Its first element in the flattened full parameter."""
+    values: dict[str, torch.Tensor]
+    """Live tensors by key, WEIGHT and MOMENTS, flat and equally long; empty if nothing is here."""
+    is_full: bool
+    """Whether every owner stores the full parameter. Otherwise the owners' pieces, in the order of
+    their ranks, are the parameter."""
 
 
 class Partition(Protocol):
@@ -57,6 +71,10 @@ class Partition(Protocol):
 
     def read(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """Return the full fp32 weight and moments. Collective over the parameter's owners."""
+        ...
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """Return this rank's piece of the fp32 weight and moments, without a copy or collective."""
         ...
 
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
@@ -98,6 +116,12 @@ class Replicated:
         """Return copies; no collective."""
         state = self._adamw.state[parameter]
         return {WEIGHT: parameter.detach().clone()} | {k: state[k].clone() for k in MOMENTS}
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """Return all of it."""
+        state = self._adamw.state[parameter]
+        tensors = {WEIGHT: parameter.detach()} | {key: state[key] for key in MOMENTS}
+        return Piece(0, {key: tensor.view(-1) for key, tensor in tensors.items()}, is_full=True)
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
@@ -188,6 +212,16 @@ class Flat:
             key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
         }
 
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """Return the part of a buffer that the parameter is linked to."""
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Piece(0, {}, is_full=False)
+        tensors = {WEIGHT: mapping.get_hp_fragment()} | {
+            key: mapping.get_hp_fragment(key) for key in MOMENTS
+        }
+        return Piece(mapping.lp_fragment_address.start, tensors, is_full=False)
+
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
         """Set this rank's pieces; no collective."""
         safe_set_full_fp32_param(parameter, values[WEIGHT])
@@ -229,6 +263,16 @@ class Scattered:
         return {WEIGHT: _present(safe_get_full_fp32_param(parameter))} | {
             key: _present(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS
         }
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """Return the piece without its padding."""
+        tensors = {WEIGHT: _present(safe_get_local_fp32_param(parameter))} | {
+            key: _present(safe_get_local_optimizer_state(parameter, key)) for key in MOMENTS
+        }
+        size: int = tensors[WEIGHT].numel()
+        start = min(self._data_rank * size, parameter.ds_numel)  # type: ignore[attr-defined]
+        length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        return Piece(start, {key: full[:length] for key, full in tensors.items()}, is_full=False)
 
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
         """Set this rank's pieces; no collective.

@@ -38,7 +38,7 @@ from mot_megatron.optim.deepspeed_setup import (
 from mot_megatron.optim.norms import StepNorms, step_norms
 from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers
 from mot_megatron.optim.parameter_groups import parameter_groups
-from mot_megatron.optim.partitions import MOMENTS, Flat, Partition, Replicated, Scattered
+from mot_megatron.optim.partitions import MOMENTS, Flat, Partition, Piece, Replicated, Scattered
 from mot_megatron.optim.reduction import BucketReduction, is_tied
 from mot_megatron.optim.settings import OptimizerSettings
 
@@ -299,6 +299,15 @@ class ZeroEngine:
         """
         for name, parameter in self._parameters.items():
             yield name, self._partition.read(parameter)
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Yield the name and this rank's piece of every parameter here, in the model's order.
+
+        No copies and no collectives. The pieces of a parameter's owners are its ``export_state``,
+        on any device if the optimizer is offloaded.
+        """
+        for name, parameter in self._parameters.items():
+            yield name, self._partition.piece(parameter)
 
     def import_state(
         self, state: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int

@@ -36,11 +36,12 @@ from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.run.profile import StepProfiler
 from mot_megatron.run.routing_log import RoutingLog, expert_charts
 from mot_megatron.run.samples import log_samples
+from mot_megatron.run.saving import RunSaver
 from mot_megatron.run.summary import has_summary, mark_stale, write_summary
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.resume import keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_schedule, build_session
-from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
+from mot_megatron.train.state import Progress, checkpoint_directory, restore
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
 
 STOP_FILE = "stop"
@@ -54,8 +55,7 @@ class _Run:
     session: Session
     stop: StopRequest
     lock: RunLock
-    damaged: tuple[Path, ...]
-    """Checkpoints that failed verification when the run was resumed."""
+    saver: RunSaver
     console: Console
     log: TensorBoardLog | None
     progress: Progress
@@ -66,8 +66,6 @@ class _Run:
     routing: RoutingLog | None
     """Statistics of the routers; None without experts."""
     profiler: StepProfiler
-    saved_steps: int | None = None
-    """Steps done at the last save; None before the first."""
     recent: list[StepResult] = field(default_factory=list)
     """Results of the steps since the last report."""
 
@@ -202,7 +200,15 @@ def _start(
         session=session,
         stop=stop,
         lock=lock,
-        damaged=search.damaged,
+        saver=stack.enter_context(
+            RunSaver(
+                session,
+                search.damaged,
+                progress.steps if search.checkpoint else None,
+                console,
+                log,
+            )
+        ),
         console=console,
         log=log,
         progress=progress,
@@ -258,6 +264,7 @@ def _check_stop(stop: StopRequest, groups: ProcessGroups) -> None:
 def _leave(run: _Run) -> None:
     """Save if necessary, and say how to continue."""
     _save(run)
+    run.saver.wait()
     done, last = run.progress.steps, run.config.training.train_steps
     purpose = "to continue" if done < last else "to evaluate the trained model"
     run.console.say(
@@ -283,13 +290,12 @@ def _one_step(run: _Run) -> StepResult:
                 session,
                 step=progress.steps + 1,
                 learning_rate=session.schedule.at(progress.steps),
-                stop=run.stop.requested,
+                # A failed save stops all ranks too; then the wait for it raises its error.
+                stop=run.stop.requested or run.saver.has_failed,
             )
             add(result)
     except TrainingError as error:
-        kept = "none was saved yet"
-        if run.saved_steps is not None:
-            kept = f"step {run.saved_steps}"
+        kept = run.saver.describe_newest()
         raise TrainingError(f"{error}; last good checkpoint: {kept}") from error
     progress.steps += 1
     progress.seconds += result.seconds.total
@@ -297,6 +303,7 @@ def _one_step(run: _Run) -> StepResult:
     progress.flops += _flops(run.config, result)
     run.recent.append(result)
     run.console.advance()
+    run.saver.look()
     return result
 
 
@@ -314,6 +321,7 @@ def _report(run: _Run) -> None:
         run.log.log_progress(progress)
     if run.routing:
         run.routing.report(run.log, progress.steps)
+    run.saver.say_if_slow()
 
 
 def _flops(config: Config, result: StepResult) -> float:
@@ -347,10 +355,8 @@ def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
 
 
 def _save(run: _Run) -> None:
-    if run.saved_steps != run.progress.steps:
-        run.session.progress_report.enter("checkpoint")
-        save(run.session, run.progress, run.damaged)
-        run.saved_steps = run.progress.steps
+    run.session.progress_report.enter("checkpoint")
+    run.saver.save(run.progress)
 
 
 def _sample(run: _Run) -> None:
@@ -379,6 +385,8 @@ def _finish(run: _Run) -> None:
     held_out = _evaluate(run, whole=True)
     if not run.logged:
         _sample(run)
+    run.session.progress_report.enter("checkpoint")
+    run.saver.wait()
     parameters = count_parameters(run.config.model).total
     line = on_first_rank(lambda: _write_summary(run, held_out, parameters))
     run.console.say(line)
@@ -452,7 +460,6 @@ def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
         towers, fill = config.model.tower_names, session.loader.fill
         run.console.say(describe_budgets(session.loader.budgets, towers, fill))
     if resumed:
-        run.saved_steps = run.progress.steps
         run.console.say(f"continuing from {resumed.path}")
 
 

@@ -148,6 +148,14 @@ class TensorBoardLog:
             self.log_scalars({"loss_total/held_out": held_out.total}, step)
         self.writer.flush()
 
+    def log_save(self, step: int, stall_seconds: float, write_seconds: float) -> None:
+        """Write how long a save stopped training, and how long it took to write."""
+        scalars = {
+            "checkpoint/stall_seconds": stall_seconds,
+            "checkpoint/write_seconds": write_seconds,
+        }
+        self.log_scalars(scalars, step)
+
     def log_figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a figure that was made without pyplot."""
         self.writer.write(lambda writer: writer.add_figure(tag, figure, step, close=False))
@@ -242,6 +250,7 @@ def _dashboard(modalities: Sequence[str]) -> dict[str, Charts]:
             "seconds per step and their parts": chart("step_seconds/.*"),
             "model FLOPs utilization, percent": chart("utilization/mfu_percent"),
             "peak memory of the fullest rank, GiB": chart("memory/peak_gib"),
+            "seconds of a checkpoint: written, and with training stopped": chart("checkpoint/.*"),
             "tokens so far": chart("progress/tokens"),
             "model FLOPs so far": chart("progress/flops"),
             "seconds of training so far": chart("progress/seconds"),

@@ -6,8 +6,8 @@ the prefix ``weight/`` selects the weights alone.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,17 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mot_megatron.checkpoint.background import Save
 from mot_megatron.checkpoint.find import CheckpointInfo, read_metadata
 from mot_megatron.checkpoint.load import load_checkpoint
-from mot_megatron.checkpoint.save import save_checkpoint
+from mot_megatron.checkpoint.save import Background, Keep, save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
-from mot_megatron.model.sharding import experts_of, is_replica, parts_of, sharding_of, tower_of
+from mot_megatron.model.sharding import experts_of, parts_of, sharding_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
+from mot_megatron.train.staging import STATE_KINDS, StagedState, Staging
 
 WEIGHT_PREFIX = "weight/"
-STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
+_BROKEN_NAMES = 20
+"""Names of broken parameters that a rank tells the others."""
 
 
 @dataclass
@@ -51,36 +54,78 @@ def checkpoint_directory(run_directory: Path) -> Path:
 
 
 def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:
-    """Save everything that a bitwise resume needs. Collective over the world.
+    """Save everything that a bitwise resume needs, and return when it is complete; see ``stage``.
 
-    Temporarily needs host memory of 12 bytes per parameter of this rank, divided by the number of
-    ranks that hold the same parameter, and device memory for the state of one parameter.
-
-    Args:
-        session: The run.
-        progress: Its progress.
-        damaged: Checkpoints that failed verification; they do not count as kept.
+    Collective over the world, whose default group must be of gloo.
 
     Raises:
         TrainingError: A weight or optimizer state is not finite; nothing is written.
         CheckpointError: The checkpoint could not be written; older ones are untouched.
     """
-    tensors = _tensors_to_write(session, progress.steps)
-    return save_checkpoint(
-        checkpoint_directory(session.config.run_directory),
+    return stage(session, progress, damaged)(background=None)
+
+
+def stage(
+    session: Session,
+    progress: Progress,
+    damaged: Collection[Path] = (),
+    staging: Staging | None = None,
+) -> Save:
+    """Copy everything that a bitwise resume needs to host memory; the run may then go on.
+
+    Needs 12 bytes of host memory per parameter of this rank, divided by the number of ranks that
+    shard it under ZeRO, until the returned save has ended; and once more as much during the save.
+
+    Collectives: one all-reduce of a number over the world.
+
+    Args:
+        session: The run.
+        progress: Its progress.
+        damaged: Checkpoints that failed verification; they do not count as kept.
+        staging: Makes the copies and may keep its memory for the next; None: that of this call.
+
+    Returns:
+        The save, which writes the checkpoint when all ranks call it, once.
+
+    Raises:
+        TrainingError: A weight or optimizer state is not finite.
+    """
+    config = session.config
+    state, broken = (staging or Staging()).copy(session)
+    _check_finite(broken, progress.steps, session.groups.device)
+    save = functools.partial(
+        save_checkpoint,
+        checkpoint_directory(config.run_directory),
         progress.steps,
-        tensors,
         metadata={
             "progress": asdict(progress),
             "optimizer_steps": session.engine.optimizer_steps,
             "data": session.loader.state_dict(),
             "vocabulary": session.corpus.vocabulary_digest,
         },
-        config_text=session.config.to_toml(),
+        config_text=config.to_toml(),
         groups=session.groups,
-        keep=session.config.checkpoint.keep,
-        damaged=damaged,
+        keep=Keep(config.checkpoint.keep, config.checkpoint.keep_every_steps, damaged),
     )
+
+    def write(*, background: Background | None) -> CheckpointInfo:
+        return save(_tensors(state, session.groups, background), background=background)
+
+    return write
+
+
+def _tensors(
+    state: StagedState, groups: ProcessGroups, background: Background | None
+) -> list[NamedTensor]:
+    """Assemble the tensors that this rank writes."""
+    return [
+        tensor
+        for name, parameter, values in state.assemble(background and background.group)
+        for kind in STATE_KINDS
+        for tensor in _named_parts(
+            f"{kind}/", name, parameter, values[kind].view(_stacked_shape(parameter, groups))
+        )
+    ]
 
 
 def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
@@ -169,56 +214,34 @@ class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
         return len(self._parts) // len(STATE_KINDS)
 
 
-def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
-    """Return the tensors that this rank writes, on the host.
-
-    Parameters are assigned round-robin to the ranks that hold them.
-
-    Collectives: those of ``export_state``, and one all-gather of names over the world.
-
-    Raises:
-        TrainingError: A tensor is not finite; raised on all ranks.
-    """
-    groups = session.groups
-    parameters = dict(session.model.named_parameters())
-    tensors: list[NamedTensor] = []
-    broken: list[str] = []
-    # Counted per reduction group, so that all ranks of a group have the same count.
-    seen: Counter[tuple[int, bool]] = Counter()
-    for name, state in session.engine.export_state():
-        parameter = parameters[name]
-        if not all(torch.isfinite(state[kind]).all() for kind in STATE_KINDS):
-            broken.append(name)
-        owner = tower_of(parameter), experts_of(parameter) is not None
-        holders = groups.reduction_group(*owner)
-        writes = seen[owner] % holders.size() == holders.rank()
-        seen[owner] += 1
-        if writes and not is_replica(parameter):
-            for kind in STATE_KINDS:
-                tensors += _named_parts(f"{kind}/", name, parameter, state[kind].cpu())
-    _check_finite(broken, step)
-    return tensors
-
-
-def _check_finite(broken: list[str], step: int) -> None:
+def _check_finite(broken: list[str], step: int, device: torch.device) -> None:
+    """Raise the same error on all ranks if any has broken parameters."""
+    count = torch.tensor(len(broken), device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    if not count:
+        return
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, broken)
+    dist.all_gather_object(gathered, broken[:_BROKEN_NAMES])
     names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))
-    if names:
-        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        raise TrainingError(
-            f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step was"
-            " not saved, older checkpoints are untouched"
-        )
+    more = f"{len(names) - 1} more" if count <= _BROKEN_NAMES else "more"
+    others = f" (and {more})" if len(names) > 1 else ""
+    raise TrainingError(
+        f"step {step}: {names[0]} or its optimizer state is not finite{others}; the step was"
+        " not saved, older checkpoints are untouched"
+    )
 
 
 def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
-    """Return an uninitialized fp32 host tensor in the shape of this rank's tensor-parallel shard.
+    """Return an uninitialized fp32 host tensor in the shape of this rank's part."""
+    return torch.empty(_stacked_shape(parameter, groups), dtype=torch.float32)
 
-    The shape follows from the sharding, because ZeRO-3 empties the parameter itself. Parameters are
+
+def _stacked_shape(parameter: nn.Parameter, groups: ProcessGroups) -> tuple[int, ...]:
+    """Return the shape of this rank's tensor-parallel shard of a parameter.
+
+    It follows from the sharding, because ZeRO-3 empties the parameter itself. Parameters are
     matrices or vectors: leading dimensions of the global shape, and experts, are stacked as rows.
     """
     *rows, width = sharding_of(parameter).local_shape(groups.tensor_size)
     stacked = len(experts_of(parameter) or (0,))
-    shape = (stacked * math.prod(rows), width) if rows else (width,)
-    return torch.empty(shape, dtype=torch.float32)
+    return (stacked * math.prod(rows), width) if rows else (width,)

@@ -9,6 +9,7 @@ import torch
 
 from mot_megatron.checkpoint import CheckpointInfo, NamedTensor, load_checkpoint, save_checkpoint
 from mot_megatron.checkpoint.manifest import Manifest, read_manifest, record_of, write_manifest
+from mot_megatron.checkpoint.save import Keep
 from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.parallel.groups import ProcessGroups
 
@@ -55,6 +56,7 @@ def save(
     keep: int = 10,
     seed: int | None = None,
     damaged: Collection[Path] = (),
+    every_steps: int = 0,
 ) -> CheckpointInfo:
     """Save a state from this process only; its seed is ``step`` by default."""
     return save_checkpoint(
@@ -64,8 +66,7 @@ def save(
         metadata={"step": step},
         config_text="[run]\n",
         groups=None,
-        keep=keep,
-        damaged=damaged,
+        keep=Keep(keep, every_steps, damaged),
     )
 
 

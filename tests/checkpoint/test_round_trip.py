@@ -179,3 +179,27 @@ def test_a_mismatch_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     messages = run_ranks(_load_with_one_rank_wrong, 2, tmp_path)
     assert messages[0] == messages[1]
     assert "it lacks other (rank 1)" in messages[0]
+
+
+def _load_halves(directory: Path, forgotten: str | None) -> str | None:
+    groups = build_process_groups(1, torch.device("cpu"))
+    wanted = state(1, groups)
+    tensors = [named for named in state(2, groups)[groups.rank :: 2] if named.name != forgotten]
+    found = find_checkpoint(directory).checkpoint
+    assert found is not None
+    try:
+        load_checkpoint(found, tensors, groups)
+    except CheckpointError as error:
+        return str(error)
+    values = {named.name: named.tensor for named in wanted}
+    assert all(torch.equal(named.tensor, values[named.name]) for named in tensors)
+    return None
+
+
+def test_each_tensor_must_be_requested_by_some_rank(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    assert run_ranks(_load_halves, 2, tmp_path, None) == [None, None]
+    first, second = run_ranks(_load_halves, 2, tmp_path, "model/row")
+    assert first == second
+    assert first is not None
+    assert first.endswith("a checkpoint of another model: this model has no model/row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import random
 import resource
 import signal
@@ -23,6 +24,7 @@ from mot_megatron.checkpoint import (
     save_checkpoint,
 )
 from mot_megatron.checkpoint import save as save_module
+from mot_megatron.checkpoint.background import BackgroundWriter
 from mot_megatron.checkpoint.manifest import read_manifest, verify_files
 from mot_megatron.checkpoint.storage import check_complete
 from mot_megatron.errors import CheckpointError
@@ -117,6 +119,13 @@ def test_damaged_checkpoints_are_neither_counted_nor_deleted(tmp_path: Path) -> 
     (tmp_path / "step_00000002" / "config.toml").write_text("")
     save(tmp_path, 4, keep=2)
     assert _names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        save(tmp_path, step, keep=2, every_steps=3)
+    # 3 and 6 for good; of the newest two, 9 is both.
+    assert _names(tmp_path) == [f"step_{kept:08d}" for kept in (3, 6, 8, 9)]
 
 
 def test_checkpoints_of_later_steps_are_not_deleted(tmp_path: Path) -> None:
@@ -223,21 +232,39 @@ def test_duplicate_names_are_rejected(tmp_path: Path) -> None:
 SHARDING = ParameterSharding((64, 1024))  # 256 kB each
 
 
-def _keep_saving(rank: int, store: Path, directory: Path, first: int, saved: Connection) -> None:
+def _keep_saving(
+    rank: int, store: Path, directory: Path, first: int, saved: Connection, asynchronous: bool
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     groups = build_process_groups(1, torch.device("cpu"))
+    writer = BackgroundWriter()
     for step in range(first, first + 10_000):
         tensors = [
             NamedTensor(f"w{i}", torch.full((64, 1024), float(step)), SHARDING) for i in (1, 2)
         ]
-        save_checkpoint(
-            directory, step, tensors, metadata={"s": step}, config_text="", groups=groups, keep=2
+        write = functools.partial(
+            save_checkpoint,
+            directory,
+            step,
+            tensors,
+            metadata={"s": step},
+            config_text="",
+            groups=groups,
+            keep=2,
         )
+        if asynchronous:
+            writer.start(write)
+            dist.all_reduce(torch.ones(1000))  # training goes on
+            writer.take(lambda _: None)
+        else:
+            write()
         saved.send(step)
 
 
-def _kill_while_saving(tmp_path: Path, trial: int, first: int, delay: float) -> int:
+def _kill_while_saving(
+    tmp_path: Path, trial: int, first: int, delay: float, asynchronous: bool
+) -> int:
     """Start two ranks that save continuously, and kill both ``delay`` seconds after the first save.
 
     Returns:
@@ -249,7 +276,8 @@ def _kill_while_saving(tmp_path: Path, trial: int, first: int, delay: float) -> 
     store = tmp_path / f"store{trial}"
     ranks = [
         context.Process(
-            target=_keep_saving, args=(rank, store, tmp_path / "checkpoints", first, sender)
+            target=_keep_saving,
+            args=(rank, store, tmp_path / "checkpoints", first, sender, asynchronous),
         )
         for rank in (0, 1)
     ]
@@ -272,11 +300,13 @@ def _kill_while_saving(tmp_path: Path, trial: int, first: int, delay: float) -> 
     return last
 
 
-def test_a_kill_leaves_a_complete_recent_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_kill_leaves_a_complete_recent_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
     generator = random.Random(0)
     last, interrupted = 0, 0
-    for trial in range(10):
-        last = _kill_while_saving(tmp_path, trial, last + 1, generator.uniform(0, 0.3))
+    for trial in range(8):
+        delay = generator.uniform(0, 0.3)
+        last = _kill_while_saving(tmp_path, trial, last + 1, delay, asynchronous)
         search = resolve_resume(tmp_path / "checkpoints")
         assert all("an unfinished save" in line for line in search.skipped)
         interrupted += len(search.skipped)

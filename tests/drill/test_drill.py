@@ -31,7 +31,8 @@ def a_round(fault: str, *, last: int = 20, saved: int = 20) -> Round:
     [
         (a_round("none"), GOOD, 14, None),
         (a_round("rank killed", saved=14), GOOD._replace(status=3, errors=("error: x",)), 7, None),
-        (a_round("rank killed", saved=12), GOOD, 7, "8 steps lost, more than the interval of 7"),
+        (a_round("rank killed", saved=6), GOOD._replace(status=3), 0, None),
+        (a_round("rank killed", saved=5), GOOD, 0, "15 steps lost, more than 14"),
         (a_round("rank killed", saved=14), GOOD, 15, "checkpoint of step 15 is lost"),
         (a_round("stop file", saved=19), GOOD, 7, "stopped without saving: 1 steps lost"),
         (a_round("stop file"), GOOD._replace(status=1), 7, "ended with status 1"),
@@ -49,6 +50,14 @@ def test_problems_are_found(result: Round, ended: Ended, before: int, words: str
         assert problems == []
     else:
         assert any(words in problem for problem in problems)
+
+
+def test_fewer_steps_may_be_lost_if_saves_stop_training() -> None:
+    overrides = ["checkpoint.asynchronous=false"]
+    config = parse_config(CONFIG.format(corpus="none"), "test", overrides)
+    setting = Setting(config, (), 1, Path(), environment={}, kinds=KINDS)
+    lost = a_round("rank killed", saved=12)
+    assert find_problems(setting, lost, GOOD, 7) == ["8 steps lost, more than 7"]
 
 
 @pytest.mark.parametrize("seed", range(12))

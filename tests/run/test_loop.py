@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -52,6 +53,33 @@ def train_on_ranks(
     return None
 
 
+def train_on_a_disk_that_fills(corpus_directory: Path, runs: Path) -> tuple[str | None, int]:
+    """Train; rank 1 cannot write large files from step 5 on. Return error and steps."""
+    config = small_config(corpus_directory, [f"run.directory={runs}"])
+    config = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"interval_steps": 2})}
+    )
+    corpus = Corpus.open(corpus_directory)
+    groups = build_process_groups(1, torch.device("cpu"))
+    original, steps = loop.train_step, 0
+
+    def step_on_a_full_disk(*arguments: object, step: int, **keywords: object) -> StepResult:
+        nonlocal steps
+        if step == 5 and groups.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        steps = step
+        return original(*arguments, step=step, **keywords)  # type: ignore[arg-type]
+
+    loop.train_step = step_on_a_full_disk  # type: ignore[assignment]
+    try:
+        loop.train(resolve_config(config, corpus), corpus, groups)
+    except UserError as error:
+        return str(error), steps
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    return None, steps
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("loop") / "corpus")
@@ -65,6 +93,37 @@ def test_signal_to_one_rank_stops_all(corpus: Path, tmp_path: Path, layout: list
     saved = sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir())
     assert saved == ["step_00000004"]
     assert not (tmp_path / "small" / "summary.json").exists()
+
+
+def test_failed_save_in_the_background_ends_all_ranks(corpus: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(train_on_a_disk_that_fills, 2, corpus, tmp_path)
+    assert first == second
+    error, steps = first
+    assert error is not None
+    saved = tmp_path / "small" / "checkpoints"
+    # The save of step 4 may be complete by then. A failure is noticed before or by the next save.
+    failed = 4 if "step_00000004" in error else 6
+    assert f"cannot save checkpoint {saved}/step_{failed:08d}: File too large (rank 1)" in error
+    assert failed < steps <= failed + 2
+    assert max(path.name for path in saved.iterdir()) == f"step_{failed - 2:08d}"
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_saves_are_logged(corpus: Path, tmp_path: Path, asynchronous: str) -> None:
+    overrides = ["training.train_steps=4", "checkpoint.interval_steps=2", "checkpoint.keep=1"]
+    overrides += [f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep_every_steps=2"]
+    assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
+    events = EventAccumulator(str(tmp_path / "small" / "tensorboard"), {"scalars": 0}).Reload()
+    stalls, writes = (
+        {point.step: point.value for point in events.Scalars(f"checkpoint/{name}_seconds")}
+        for name in ("stall", "write")
+    )
+    assert stalls.keys() == writes.keys() == {2, 4}
+    assert min(*stalls.values(), *writes.values()) > 0
+    if asynchronous == "false":
+        assert all(stalls[step] > writes[step] for step in writes)
+    kept = sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000004"]
 
 
 def test_skipped_evaluation_is_run_after_resuming(corpus: Path, tmp_path: Path) -> None:
