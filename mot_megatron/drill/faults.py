@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mot_megatron.checkpoint.find import finished_checkpoints
 from mot_megatron.job.local_job import Job
-from mot_megatron.run.loop import STOP_FILE
+from mot_megatron.run.outcome import STOP_FILE
 
 _FULL_DISK_BYTES = 4096
 """Size at which files stop to grow on the full disk."""

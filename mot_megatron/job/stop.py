@@ -46,6 +46,8 @@ class StopRequest:
         """Create a request that also is one when any of the ``launchers`` has ended."""
         self.reason: str | None = None
         """Why this process was asked to stop; None if it was not, as far as was looked."""
+        self.launcher_ended = False
+        """Whether the end of a launcher is the reason."""
         self._launchers = launchers
         self._file: Path | None = None
         self._next_look = 0.0
@@ -81,6 +83,7 @@ class StopRequest:
     def _look(self) -> str | None:
         for launcher in self._launchers:
             if launcher.is_dead:
+                self.launcher_ended = True
                 return f"the launcher, pid {launcher.pid}, has ended"
         if self._file is not None and self._file.exists():
             return f"{self._file} exists"

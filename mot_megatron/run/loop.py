@@ -32,6 +32,13 @@ from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
 from mot_megatron.run.lock import RunLock
 from mot_megatron.run.metrics import TensorBoardLog
+from mot_megatron.run.outcome import (
+    STOP_FILE,
+    Outcome,
+    StepFile,
+    forget_outcome,
+    write_outcome,
+)
 from mot_megatron.run.profile import StepProfiler
 from mot_megatron.run.routing_log import RoutingLog, expert_charts
 from mot_megatron.run.samples import log_samples
@@ -41,10 +48,6 @@ from mot_megatron.train.resume import keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_schedule, build_session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
-
-STOP_FILE = "stop"
-"""Creating a file of this name in the run's folder requests a stop; the run removes the file."""
-
 
 @dataclass
 class _Run:
@@ -65,6 +68,8 @@ class _Run:
     routing: RoutingLog | None
     """Statistics of the routers; None without experts."""
     profiler: StepProfiler
+    step_file: StepFile | None
+    """On the first rank: where the number of steps done is kept."""
     saved_steps: int | None = None
     """Steps done at the last save; None before the first."""
     recent: list[StepResult] = field(default_factory=list)
@@ -107,8 +112,12 @@ def train(
         try:
             run = _start(config, corpus, groups, progress_report, stop, lock, stack)
         except Stopped:
+            reason, launcher_ended = _agree_on_reason(stop)
             if groups.rank == 0:
-                write_line(1, f"{_stop_reason(stop)}asked to stop before the first step")
+                write_line(1, f"{_beginning(reason)}asked to stop before the first step")
+                outcome = Outcome("stopped", 0, reason, launcher_ended)
+                if config.run_directory.exists():
+                    write_outcome(config.run_directory, outcome)
             return
         new.progress = run.progress
         try:
@@ -146,6 +155,7 @@ def _hold(lock: RunLock, stack: contextlib.ExitStack, stop: StopRequest) -> None
     stack.callback(lock.release)
     file = lock.path.with_name(STOP_FILE)
     file.unlink(missing_ok=True)  # a request from before this job
+    forget_outcome(lock.path.parent)
     stack.callback(file.unlink, missing_ok=True)
     stop.watch_file(file)
 
@@ -211,7 +221,10 @@ def _start(
         logged=finished,
         routing=routing,
         profiler=StepProfiler(session, config.run_directory, console.say_here),
+        step_file=StepFile(config.run_directory) if first else None,
     )
+    if run.step_file:
+        stack.callback(run.step_file.close)
     # A run that stops among the traced steps writes what it has.
     stack.callback(run.profiler.close)
     _announce(run, search.checkpoint)
@@ -261,14 +274,31 @@ def _leave(run: _Run) -> None:
     _save(run)
     done, last = run.progress.steps, run.config.training.train_steps
     purpose = "to continue" if done < last else "to evaluate the trained model"
+    reason, launcher_ended = _agree_on_reason(run.stop)
+    if run.session.is_first_rank:
+        outcome = Outcome("stopped", done, reason, launcher_ended)
+        write_outcome(run.config.run_directory, outcome)
     run.console.say(
-        f"{_stop_reason(run.stop)}asked to stop: saved after step {done}/{last};"
+        f"{_beginning(reason)}asked to stop: saved after step {done}/{last};"
         f" run the same command {purpose}"
     )
 
 
-def _stop_reason(stop: StopRequest) -> str:
-    return f"{stop.reason}; " if stop.reason and not stop.reason.startswith("signal") else ""
+def _agree_on_reason(stop: StopRequest) -> tuple[str, bool]:
+    """Return why the ranks stop, and whether it is only that a launcher has ended.
+
+    The request may have reached any rank. Collective over the world.
+    """
+    found: list[tuple[str | None, bool]] = [(None, False)] * dist.get_world_size()
+    dist.all_gather_object(found, (stop.reason, stop.launcher_ended))
+    given = [each for each in found if each[0] is not None]
+    asked = [reason for reason, launcher_ended in given if not launcher_ended]
+    reasons = asked or [reason for reason, _ in given]
+    return str(reasons[0]) if reasons else "", bool(given) and not asked
+
+
+def _beginning(reason: str) -> str:
+    return f"{reason}; " if reason and not reason.startswith("signal") else ""
 
 
 def _one_step(run: _Run) -> StepResult:
@@ -296,6 +326,8 @@ def _one_step(run: _Run) -> StepResult:
     progress.seconds += result.seconds.total
     progress.tokens += sum(result.counts.modality_tokens)
     progress.flops += _flops(run.config, result)
+    if run.step_file:
+        run.step_file.record(progress.steps)
     run.recent.append(result)
     run.console.advance()
     return result
@@ -382,6 +414,8 @@ def _finish(run: _Run) -> None:
         _sample(run)
     parameters = count_parameters(run.config.model).total
     line = on_first_rank(lambda: _write_summary(run, held_out, parameters))
+    if run.session.is_first_rank:
+        write_outcome(run.config.run_directory, Outcome("done", run.progress.steps))
     run.console.say(line)
 
 
