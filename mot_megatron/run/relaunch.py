@@ -6,7 +6,6 @@ the record. No clock is compared across nodes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -87,11 +86,11 @@ class RestartPolicy:
 
 def newest_checkpoint(run_directory: Path) -> int | None:
     """Return the step of the newest complete checkpoint; its files are not verified."""
-    steps = []
-    with contextlib.suppress(OSError):
-        for path in (run_directory / "checkpoints").iterdir():
-            if match := _CHECKPOINT.fullmatch(path.name):
-                steps.append(int(match[1]))
+    try:
+        names = os.listdir(run_directory / "checkpoints")  # noqa: PTH208  # names are all we need
+    except OSError:
+        return None
+    steps = [int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))]
     return max(steps, default=None)
 
 

@@ -139,9 +139,7 @@ class Supervisor:
             return Decision(restart=False, status=failed, reason=reason)
         failure = Failure(read_step(run), newest_checkpoint(run))
         if objection := self._policy.object_to(failure):
-            return Decision(
-                restart=False, status=failed, reason=f"not started again: {objection}"
-            )
+            return Decision(restart=False, status=failed, reason=f"not started again: {objection}")
         how = f"the launcher ended with status {status}, {failure}"
         count = f"restart {self._policy.used} of at most {self._policy.most}"
         reason = f"{how} ({count} within {self._policy.within_seconds / 60:.0f} minutes)"
