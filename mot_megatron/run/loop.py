@@ -74,8 +74,8 @@ class _Run:
     routing: RoutingLog | None
     """Statistics of the routers; None without experts."""
     profiler: StepProfiler
-    step_file: StepFile | None
-    """On the first rank: where the number of steps done is kept."""
+    step_file: StepFile
+    """Where the number of steps done is kept."""
     saved_steps: int | None = None
     """Steps done at the last save; None before the first."""
     recent: list[StepResult] = field(default_factory=list)
@@ -152,9 +152,7 @@ class _NewFolder:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         steps = self.progress.steps if self.progress else 0
-        # Nothing else in the folder would be missed.
-        kept = checkpoint_directory(self.directory), self.directory / SPIKES_FILE
-        saved = any(path.exists() for path in kept)
+        saved = checkpoint_directory(self.directory).exists()
         if isinstance(error, UserError) and self.is_ours and steps == 0 and not saved:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -229,20 +227,22 @@ def _start(
         logged=finished,
         routing=routing,
         profiler=StepProfiler(session, config.run_directory, console.say_here),
-        step_file=StepFile(config.run_directory) if first else None,
+        step_file=StepFile(config.run_directory if first else None),
+        saved_steps=progress.steps if search.checkpoint else None,
     )
-    if run.step_file:
-        stack.callback(run.step_file.close)
-    # Close the log after an error too, since the last points are not yet on disk.
-    stack.callback(lambda: run.log and run.log.close())
-    # A run that stops among the traced steps writes what it has.
-    stack.callback(run.profiler.close)
-    if search.checkpoint:
-        run.saved_steps = progress.steps
+    stack.callback(_close, run)
     announce(session, console, search.checkpoint)
     if saved is not None:
         announce_changes(config, saved, progress.steps, console)
     return run
+
+
+def _close(run: _Run) -> None:
+    """Close what the run writes to, after an error too: the last points are not yet on disk."""
+    run.profiler.close()  # a run that stops among the traced steps writes what it has
+    run.step_file.close()
+    if run.log:
+        run.log.close()
 
 
 def _train_steps(run: _Run) -> None:
@@ -349,8 +349,7 @@ def _count_step(run: _Run, result: StepResult) -> None:
     progress.steps += 1
     progress.seconds += result.seconds.total
     progress.flops += _flops(run.config, result)
-    if run.step_file:
-        run.step_file.record(progress.steps)
+    run.step_file.record(progress.steps)
     run.console.advance()
 
 
@@ -362,9 +361,11 @@ def _deal_with(run: _Run, result: StepResult) -> bool:
     """
     session, step = run.session, run.progress.steps + 1
     act = choose_act(session, run.progress)
+    message = unchanged(step, f"{result.problem}")
+    if step == 1 and act.kind == "stop":
+        raise TrainingError(message)  # the folder, which holds nothing else, is removed
     if session.is_first_rank:
         write_down(session, act, step, result, run.position)
-    message = unchanged(step, f"{result.problem}")
     file = f"its documents are in {run.config.run_directory / SPIKES_FILE}"
     if act.kind == "stop":
         kept = "none was saved yet" if run.saved_steps is None else f"step {run.saved_steps}"
@@ -389,8 +390,7 @@ def _go_back(run: _Run) -> None:
     run.damaged = tuple({*run.damaged, *search.damaged})
     run.recent.clear()
     run.console.go_back(run.progress.steps)
-    if run.step_file:
-        run.step_file.record(run.progress.steps)
+    run.step_file.record(run.progress.steps)
     if run.log:
         run.log.close()
         run.log = _open_log(run.session, run.progress)  # hides the points of the steps undone

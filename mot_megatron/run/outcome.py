@@ -45,12 +45,15 @@ class StepFile:
     ignored: only the decision to start the job again needs the number.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / STEP_FILE
+    def __init__(self, directory: Path | None) -> None:
+        """Write to the run's folder ``directory``; None: write nothing, as on all other ranks."""
+        self._path = directory and directory / STEP_FILE
         self._descriptor: int | None = None
 
     def record(self, steps: int) -> None:
         """Write the number of steps done."""
+        if self._path is None:
+            return
         with contextlib.suppress(OSError):
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)

@@ -96,7 +96,7 @@ class Supervisor:
             self._task.command,
             stdin=subprocess.DEVNULL,
             process_group=0,
-            preexec_fn=_ignore_sigusr1,  # noqa: PLW1509  # this process has one thread
+            preexec_fn=_ignore_sigusr1,  # this process has one thread
         )
         while launcher.poll() is None:
             if self._signals:
