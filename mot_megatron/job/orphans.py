@@ -36,7 +36,7 @@ def leave_without_launcher(
                 if launcher.is_dead:
                     if reports:
                         reason = f"the launcher, pid {launcher.pid}, has ended"
-                        write_line(2, f"error: {reason} before the first step")
+                        write_line(1, f"{reason}; leaving before the first step")
                     os._exit(LOST_STATUS)
             time.sleep(_POLL_SECONDS)
 

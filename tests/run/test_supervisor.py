@@ -151,4 +151,3 @@ def test_a_signal_stops_the_run_and_not_the_launcher(
     assert process.wait(30) == 75
     assert attempts(tmp_path) == 1
     assert not (tmp_path / STOP_FILE).exists()
-
