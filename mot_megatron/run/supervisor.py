@@ -162,10 +162,13 @@ class Supervisor:
         return Decision(restart=False, status=LOST_STATUS, reason=reason)
 
     def _request_stop(self) -> None:
-        run = self._task.run_directory
+        run, launcher = self._task.run_directory, self._launcher
+        assert launcher is not None
         # Only a job that has locked the folder looks for the file; it removes an earlier one.
-        if (run / LOCK_FILE).exists():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            owner = _owner_of((run / LOCK_FILE).read_bytes())
+            # The folder may be another job's, which will refuse this one.
+            if owner and (not owner.is_here or owner.pid in group_members(launcher.pid)):
                 (run / STOP_FILE).touch()
 
     def _let_ranks_leave(self, group: int) -> None:
@@ -192,7 +195,8 @@ class Supervisor:
             if now != content:
                 content, changed = now, time.monotonic()
             # The owner rewrites the file every few seconds while it lives.
-            if _owner_is_dead(content) or time.monotonic() - changed > 3 * BEAT_SECONDS:
+            owner = _owner_of(content)
+            if (owner and owner.is_dead) or time.monotonic() - changed > 3 * BEAT_SECONDS:
                 return
             self._request_stop()
             time.sleep(_POLL_SECONDS)
@@ -217,8 +221,9 @@ def _ignore_sigusr1() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _owner_is_dead(lock: bytes) -> bool:
+def _owner_of(lock: bytes) -> Process | None:
+    """Return the process that a lock names; None if the file is incomplete."""
     try:
-        return Process(**json.loads(lock)["owner"]).is_dead
+        return Process(**json.loads(lock)["owner"])
     except (ValueError, LookupError, TypeError):
-        return False
+        return None

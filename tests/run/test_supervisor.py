@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
+from mot_megatron.job.processes import Process
 from mot_megatron.run import supervisor as module
 from mot_megatron.run.outcome import OUTCOME_FILE, STOP_FILE
 from mot_megatron.run.relaunch import Decision, Record, RestartPolicy
@@ -118,11 +121,16 @@ def test_followers_wait_for_a_limited_time(tmp_path: Path, monkeypatch: pytest.M
     assert said[-1].startswith("not started again: no word from node 0")
 
 
+LOCK = """
+import json, sys
+from dataclasses import asdict
+from mot_megatron.job.processes import Process
+print(json.dumps({"owner": asdict(Process.of(int(sys.argv[1])))}))
+"""
 # The job has locked its folder, saves when it is asked to stop, and ignores the signal itself.
 STOPPABLE = (
-    "touch running.json; until [ -e stop ]; do sleep 0.1; done; rm running.json; "
-    + stopped(False)
-    + "exit 0"
+    'python -c "$LOCK" $$ > lock; mv lock running.json; '
+    "until [ -e stop ]; do sleep 0.1; done; rm running.json; " + stopped(False) + "exit 0"
 )
 PROGRAM = """
 import sys
@@ -139,7 +147,10 @@ def test_a_signal_stops_the_run_and_not_the_launcher(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     command = ["bash", "-c", COUNT + STOPPABLE, "launcher", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), *command])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "LOCK": LOCK, "PATH": path}
+    supervisor = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    process = subprocess.Popen([*supervisor, *command], env=environment)
     deadline = time.monotonic() + 30
     while not (tmp_path / "running.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -151,3 +162,18 @@ def test_a_signal_stops_the_run_and_not_the_launcher(
     assert process.wait(30) == 75
     assert attempts(tmp_path) == 1
     assert not (tmp_path / STOP_FILE).exists()
+
+
+def test_the_job_that_owns_the_folder_is_not_stopped(tmp_path: Path) -> None:
+    owner = asdict(Process.of(os.getpid()))
+    (tmp_path / "running.json").write_text(json.dumps({"owner": owner}))
+    command = ["bash", "-c", COUNT + "sleep 2; exit 2", "launcher", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), *command])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "attempts").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    while process.poll() is None:
+        assert not (tmp_path / STOP_FILE).exists()
+        time.sleep(0.05)
+    assert process.returncode == 2
