@@ -124,8 +124,7 @@ def train(
             if groups.rank == 0:
                 write_line(1, f"{_beginning(reason)}asked to stop before the first step")
                 outcome = Outcome("stopped", 0, reason, launcher_ended)
-                if config.run_directory.exists():
-                    write_outcome(config.run_directory, outcome)
+                write_outcome(config.run_directory, outcome)
             return
         new.progress = run.progress
         try:
@@ -375,7 +374,7 @@ def _deal_with(run: _Run, result: StepResult) -> bool:
         _count_step(run, result)
         message = f"{message}, step skipped; {file}"
     else:
-        _go_back(run)
+        _go_back(run, message)
         message = f"{message}, back to step {run.progress.steps} and past the batch; {file}"
     run.console.say(message)
     if run.log:
@@ -384,8 +383,8 @@ def _deal_with(run: _Run, result: StepResult) -> bool:
     return act.kind == "rollback"
 
 
-def _go_back(run: _Run) -> None:
-    run.progress, search = go_back(run.session, run.progress)
+def _go_back(run: _Run, problem: str) -> None:
+    run.progress, search = go_back(run.session, run.progress, problem)
     run.saved_steps = run.progress.steps
     run.damaged = tuple({*run.damaged, *search.damaged})
     run.recent.clear()

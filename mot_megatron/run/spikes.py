@@ -86,8 +86,13 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def go_back(session: Session, progress: Progress) -> tuple[Progress, Search]:
+def go_back(session: Session, progress: Progress, problem: str) -> tuple[Progress, Search]:
     """Restore the newest checkpoint, but stay behind the batches read since. Collective.
+
+    Args:
+        session: The run.
+        progress: Its progress.
+        problem: Why it goes back, for the error.
 
     Returns:
         The progress of the checkpoint, and the search that found it.
@@ -100,8 +105,7 @@ def go_back(session: Session, progress: Progress) -> tuple[Progress, Search]:
     search = resolve_resume(checkpoint_directory(session.config.run_directory))
     if search.checkpoint is None:
         raise TrainingError(
-            'training.on_spike = "rollback": there is no checkpoint to go back to yet; lower'
-            " checkpoint.interval_steps, or the learning rate"
+            f'{problem}; training.on_spike = "rollback": there is no checkpoint to go back to yet'
         )
     restored = restore(session, search.checkpoint)
     session.loader.load_state_dict(position)

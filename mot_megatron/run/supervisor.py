@@ -127,7 +127,8 @@ class Supervisor:
         if outcome is not None and outcome.kind == "done":
             return Decision(restart=False, status=0, reason=f"done after step {outcome.step}")
         if outcome is not None and (self._signals or not outcome.launcher_ended):
-            asked = f"stopped after step {outcome.step}: {outcome.reason or 'on request'}"
+            place = f"after step {outcome.step}" if outcome.step else "before its first step"
+            asked = f"stopped {place}: {outcome.reason or 'on request'}"
             unfinished = self._task.status_if_stopped if self._signals else 0
             return Decision(restart=False, status=unfinished, reason=asked)
         failed = status if status > 0 else LOST_STATUS
