@@ -143,7 +143,7 @@ def lose_a_rank_and_stop(folder: Path, arguments: list[str], runs: Path) -> int:
         stepped = lambda: re.search(  # noqa: E731
             r"^continuing from .*^step +\d+/", output.read_text(), re.MULTILINE | re.DOTALL
         )
-        wait_until(lambda: stepped() or job.poll() is not None, "a step after the restart", 240)
+        wait_until(lambda: stepped() or job.poll() is not None, "a step after the restart")
         (srun,) = family.children()
         for process in srun.children(recursive=True):
             process.send_signal(signal.Signals[f"SIG{name}"])
