@@ -26,15 +26,13 @@ pytestmark = pytest.mark.slow
 
 STEPS, SAVED, BAD = 9, 4, 7
 BF16 = "training.precision=bf16"
+# How the bad step comes about, and the layout. That a closed gate changes nothing is tested for all
+# ZeRO stages with the engine.
 LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "zero0": ("nan", ["parallel.zero_stage=0"]),
-    "zero1-bf16": ("nan", [BF16]),
-    "zero2": ("judged", ["parallel.zero_stage=2"]),
     "zero3-bf16": ("nan", ["parallel.zero_stage=3", BF16]),
-    "zero3-offload": ("judged", ["parallel.zero_stage=3", "parallel.offload=optimizer"]),
     "pp-bf16": ("judged", ["parallel.pipeline_model_parallel_size=2", BF16]),
     "mp": ("judged", ["parallel.modality_parallel_size=2"]),
-    "tp": ("judged", ["parallel.tensor_model_parallel_size=2"]),
 }
 State = dict[str, dict[str, torch.Tensor]]
 
