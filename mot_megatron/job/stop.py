@@ -25,7 +25,7 @@ from mot_megatron.job.processes import Process
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _OUTPUTS = (1, 2)
 """File descriptors of standard output and standard error."""
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.5
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -56,7 +56,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop; looks for more than signals once a second."""
+        """Whether this process was asked to stop; looks for more than signals twice a second."""
         now = time.monotonic()
         if self.reason is None and now >= self._next_look:
             self._next_look = now + _POLL_SECONDS

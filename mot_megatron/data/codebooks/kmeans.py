@@ -9,7 +9,6 @@ Shapes: n vectors of width d, k centroids.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -36,6 +35,9 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
     Raises:
         DataError: There are fewer vectors than centroids.
     """
+    # Its import takes a second, and every rank of a training job imports this module.
+    from sklearn.cluster import MiniBatchKMeans
+
     if len(vectors) < count:
         raise DataError(
             f"{description}: {len(vectors)} vectors to train on, expected at least {count}, one "
