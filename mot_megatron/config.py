@@ -358,6 +358,14 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What to recompute in backward instead of storing its activations. none: nothing; selective:
     the attention core; full: whole layers."""
+    on_spike: Literal["stop", "skip", "rollback"] | None = None
+    """What to do about a step whose loss or gradient norm is not finite, or more than six standard
+    deviations above the mean of the last 128 steps. No update is made, and the batch's documents
+    are written to `spikes.jsonl`. stop: end with an error. skip: go on with the next step; end
+    after ten in a row. rollback: go back to the newest checkpoint and go on behind the batch;
+    absent: end with an error if a loss or norm is not finite, and look for nothing else."""
+    max_rollbacks: PositiveInt = 3
+    """Most rollbacks of the whole run, after which the next spike ends it."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step of which traces are written to the run's folder, for TensorBoard's
     profiler plugin and Perfetto, with a table of operators; absent: none. Where the time of the

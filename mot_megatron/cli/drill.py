@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="cause only faults of this kind; may be repeated (default: all kinds)",
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="run jobs under mot supervise: after a killed or suspended process, they must come"
+        " back by themselves",
+    )
     add_output(parser, "new folder for runs and outputs")
     add_json(parser)
 
@@ -81,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         directory,
         environment,
         tuple(options.fault or KINDS),
+        options.supervise,
     )
     rounds = []
     for each in run_rounds(setting, 60 * options.minutes, options.seed, lambda s: say(NAME, s)):

@@ -38,6 +38,9 @@ COMMANDS = {
     "drill": Command(
         "drill", "kill, stop and damage training jobs, and check that nothing is lost"
     ),
+    "supervise": Command(
+        "supervise", "start training, and start it again after a failure that this can mend"
+    ),
     "configs": Command("configs", "list or copy the configuration files shipped with the package"),
 }
 

@@ -19,7 +19,9 @@ from mot_megatron.cli.arguments import add_config, add_local_rank, user_path
 from mot_megatron.cli.command import hide_gpus_from_cpu_ranks
 from mot_megatron.errors import UserError
 from mot_megatron.job.launch import Launch, read_launch
+from mot_megatron.job.orphans import leave_without_launcher
 from mot_megatron.job.outputs import protect_outputs
+from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.job.start_notes import StartNotes
 from mot_megatron.job.stop import StopRequest
 from mot_megatron.job.verdict import USER_ERROR_STATUS, report_user_error
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from mot_megatron.config import Config
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.distributed import World
-    from mot_megatron.job.progress_report import ProgressReport
 
 _START_SECONDS = 30.0
 """How long rank 0 may take to import its libraries, and then to open its store or to fail."""
@@ -138,6 +139,8 @@ def _report_connection_error(error: UserError, launch: Launch, stop: StopRequest
 def _run_watched(
     work: Callable[[World, ProgressReport], None], launch: Launch, stop: StopRequest
 ) -> int:
+    progress_report = ProgressReport()
+    leave_without_launcher(launch.launchers, progress_report, reports=launch.local_rank == 0)
     # Libraries look for these; a launcher sets them, and a single process is a world of one.
     os.environ.update(
         RANK=str(launch.rank),
@@ -148,10 +151,8 @@ def _run_watched(
     )
 
     from mot_megatron.job.distributed import find_world
-    from mot_megatron.job.progress_report import ProgressReport
     from mot_megatron.job.watch import Watchdog
 
-    progress_report = ProgressReport()
     try:
         world = find_world(launch)
         with Watchdog(world, progress_report):

@@ -259,6 +259,28 @@ class PackedLoader:
         self._epoch, self._next_sequence = epoch, next_sequence
         self._packings = {epoch: packing}
 
+    def documents_at(self, position: Mapping[str, int | str], count: int) -> list[list[int]]:
+        """Return the documents of ``count`` sequences of the global stream, for reports.
+
+        Args:
+            position: An earlier ``state_dict`` of this loader.
+            count: Number of sequences from there on.
+
+        Returns:
+            Numbers of documents in the split, one list per sequence.
+        """
+        epoch, number = int(position["epoch"]), int(position["next_sequence"])
+        packing = self._reader.pack(self._seed, epoch)
+        found = []
+        for _ in range(count):
+            while number >= len(packing):
+                number -= len(packing)
+                epoch += 1
+                packing = self._reader.pack(self._seed, epoch)
+            found.append([int(document) for document in packing[number]])
+            number += 1
+        return found
+
     def _packing(self, epoch: int) -> Packing:
         if epoch not in self._packings:
             self._packings[epoch] = self._reader.pack(self._seed, epoch)

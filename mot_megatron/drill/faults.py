@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mot_megatron.checkpoint.find import finished_checkpoints
 from mot_megatron.job.local_job import Job
-from mot_megatron.run.loop import STOP_FILE
+from mot_megatron.run.outcome import STOP_FILE
 
 _FULL_DISK_BYTES = 4096
 """Size at which files stop to grow on the full disk."""
@@ -29,10 +29,32 @@ def kill_a_rank(job: Job, _run: Path, chance: random.Random) -> str:
     return f"rank {rank} of {len(ranks)} started ranks"
 
 
+def kill_all_ranks(job: Job, _run: Path, _chance: random.Random) -> str:
+    """SIGKILL all ranks that have started, as when a machine is switched off."""
+    ranks = job.ranks()
+    for pid in ranks:
+        _signal(pid, signal.SIGKILL)
+    return f"{len(ranks)} started ranks"
+
+
+def suspend_a_rank(job: Job, run: Path, chance: random.Random) -> str:
+    """SIGSTOP one of the ranks that have started; the watchdog notices after its timeout."""
+    ranks = job.ranks()
+    if not ranks:
+        return kill_the_launcher(job, run, chance)
+    rank = chance.randrange(len(ranks))
+    _signal(ranks[rank], signal.SIGSTOP)
+    return f"rank {rank} of {len(ranks)} started ranks"
+
+
 def kill_the_launcher(job: Job, _run: Path, chance: random.Random) -> str:
     """SIGKILL the ``deepspeed`` process or one that it started which is not a rank."""
     ranks = set(job.ranks())
     launchers = [job.process.pid, *(pid for pid in job.descendants() if pid not in ranks)]
+    if job.is_supervised:
+        del launchers[0]
+    if not launchers:
+        return "none has started"
     number = chance.randrange(min(len(launchers), 2))
     _signal(launchers[number], signal.SIGKILL)
     return "its launch process" if number else "the deepspeed process"
@@ -66,6 +88,8 @@ def fill_the_disk(job: Job, _run: Path, _chance: random.Random) -> str:
 Injection = Callable[[Job, Path, random.Random], str]
 DURING_A_JOB: dict[str, Injection] = {
     "rank killed": kill_a_rank,
+    "all ranks killed": kill_all_ranks,
+    "rank suspended": suspend_a_rank,
     "launcher killed": kill_the_launcher,
     "stop file": touch_the_stop_file,
     "signal to a rank": signal_a_rank,
@@ -74,6 +98,8 @@ DURING_A_JOB: dict[str, Injection] = {
 """Faults during a job; each returns what exactly it did."""
 CORRUPTION = "checkpoint damaged"
 KINDS = (*DURING_A_JOB, CORRUPTION)
+MENDED = ("rank killed", "all ranks killed", "rank suspended", "launcher killed")
+"""Faults after which a supervised job comes back by itself."""
 STOPS = ("stop file", "signal to a rank")
 """Requests to stop, after which a job saves and ends with status 0."""
 

@@ -19,6 +19,7 @@ from mot_megatron.config import Config
 from mot_megatron.drill.faults import (
     CORRUPTION,
     DURING_A_JOB,
+    MENDED,
     STOPS,
     damage_the_newest_checkpoint,
 )
@@ -50,6 +51,8 @@ class Setting:
     """Environment variables of the jobs."""
     kinds: tuple[str, ...]
     """Faults to choose from, of ``faults.KINDS``."""
+    is_supervised: bool = False
+    """Whether jobs run under ``mot supervise``, which starts them again after most faults."""
 
 
 @dataclass
@@ -148,21 +151,37 @@ def _round(
             kind = "none"
     else:
         job.wait(longest)
-    return _judge(setting, name, kind, detail or "", job, job.seconds, before)
+    # A supervised job goes on after the fault.
+    rest = longest if setting.is_supervised and kind in MENDED else 0.0
+    return _judge(setting, name, kind, detail or "", job, job.seconds, before, rest)
 
 
 def _start(setting: Setting, name: str, number: int) -> Job:
     arguments = [*setting.arguments, "--set", f"run.name={name}"]
     output = setting.directory / f"{name}-{number}.txt"
-    return Job(arguments, setting.world_size, output, setting.environment)
+    return Job(
+        arguments,
+        setting.world_size,
+        output,
+        setting.environment,
+        is_supervised=setting.is_supervised,
+    )
 
 
-def _judge(
-    setting: Setting, name: str, kind: str, detail: str, job: Job, after: float, before: int
+def _judge(  # what is known about a round
+    setting: Setting,
+    name: str,
+    kind: str,
+    detail: str,
+    job: Job,
+    after: float,
+    before: int,
+    rest: float = 0.0,
 ) -> Round:
+    """Wait for the end of a job, for ``rest`` seconds longer than a fault takes; judge it."""
     begin, step = time.monotonic(), job.step
     # A job that did not hear a stop request, or did not need the disk, runs on to its end.
-    ended = job.end(SECONDS_TO_END if kind != "none" else 1.0)
+    ended = job.end(SECONDS_TO_END + rest if kind != "none" else 1.0)
     saved = _saved_step(setting, name)
     result = Round(
         run=name,
@@ -202,7 +221,8 @@ def find_problems(setting: Setting, result: Round, ended: Ended, before: int) ->
         found.append("a traceback was printed")
     if len(ended.errors) > 1:
         found.append(f"{len(ended.errors)} errors were printed: {' | '.join(ended.errors)}")
-    if result.fault in (*STOPS, CORRUPTION, "none"):
+    must_end_well = (*STOPS, CORRUPTION, "none", *(MENDED if setting.is_supervised else ()))
+    if result.fault in must_end_well:
         if ended.status not in (0, None):
             found.append(f"ended with status {ended.status}: {' | '.join(ended.errors)}")
         if result.fault in STOPS and result.lost_steps:

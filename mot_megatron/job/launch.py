@@ -23,6 +23,7 @@ _STEP_VARIABLE = "SLURM_STEP_ID"
 _RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 _LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 _RUNNERS = ("deepspeed", "ds", "deepspeed.launcher.runner")
+_SUPERVISORS = ("mot_megatron.cli.supervise", "supervise", "supervise.py")
 _LARGEST_PORT = 65535
 
 
@@ -128,7 +129,9 @@ def _integer(variables: Mapping[str, str], name: str, low: int, high: int | None
 
 
 def _find_launchers() -> tuple[Process, ...]:
-    """Find the launcher among this process's ancestors, and the deepspeed command that started it.
+    """Find the launcher among this process's ancestors, and the commands that started it.
+
+    These are the deepspeed command and, around it, a supervisor.
 
     A script between the launcher and this process has inherited the rank, the launcher has none.
     A shell that starts ranks by hand is not a launcher: it may end before they do.
@@ -140,9 +143,11 @@ def _find_launchers() -> tuple[Process, ...]:
             process = process.parent()
         if process is not None and _runs(process, _LAUNCHERS):
             launchers.append(Process.of(process.pid))
-            runner = process.parent()
-            if runner is not None and _runs(runner, _RUNNERS):
-                launchers.append(Process.of(runner.pid))
+            for programs in (_RUNNERS, _SUPERVISORS):
+                process = process.parent()
+                if process is None or not _runs(process, programs):
+                    break
+                launchers.append(Process.of(process.pid))
     return tuple(launchers)
 
 

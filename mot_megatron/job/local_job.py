@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mot_megatron.job.hosts import LAUNCHER, Hosts
 from mot_megatron.job.ports import free_port
 from mot_megatron.job.processes import descendants_of, session_of
 
+_SUPERVISOR = (sys.executable, "-m", "mot_megatron.cli.supervise", "--restarts", "20")
 _POLL_SECONDS = 0.05
 
 
@@ -42,6 +44,7 @@ class Job:
         output: Path,
         environment: Mapping[str, str],
         hosts: Hosts | None = None,
+        is_supervised: bool = False,
     ) -> None:
         """Start the job.
 
@@ -51,13 +54,18 @@ class Job:
             output: File for the output of all processes.
             environment: All environment variables of the job.
             hosts: Machines on which it runs; None for this one alone.
+            is_supervised: Start it under ``mot supervise``, on this machine.
         """
         port = free_port()
         self.output = output
+        self.is_supervised = is_supervised
         self._begin = time.monotonic()
         launcher = [*LAUNCHER, "--num_accelerators", str(world_size), "--master_port", str(port)]
         if hosts is not None:
             launcher = hosts.command(world_size, port, output.with_suffix(".hosts"))
+        if is_supervised:
+            # The supervisor starts the launcher with these options.
+            launcher = [*_SUPERVISOR, "--", *launcher[len(LAUNCHER) :]]
         with output.open("wb") as stream:
             self.process = subprocess.Popen(
                 [*launcher, "--module", "mot_megatron.cli.train", *arguments],

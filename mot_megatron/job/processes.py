@@ -53,6 +53,15 @@ def session_of(pid: int) -> int | None:
     return int(fields[3]) if fields else None
 
 
+def group_members(group: int) -> list[int]:
+    """Return the running processes of a process group on this host."""
+    return [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if (fields := _fields_of(int(folder.name))) and int(fields[2]) == group
+    ]
+
+
 def descendants_of(pid: int) -> list[int]:
     """Return the processes that a process on this host started, and those that they started."""
     children: dict[int, list[int]] = {}

@@ -25,7 +25,7 @@ from mot_megatron.job.processes import Process
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _OUTPUTS = (1, 2)
 """File descriptors of standard output and standard error."""
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.5
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -46,6 +46,8 @@ class StopRequest:
         """Create a request that also is one when any of the ``launchers`` has ended."""
         self.reason: str | None = None
         """Why this process was asked to stop; None if it was not, as far as was looked."""
+        self.launcher_ended = False
+        """Whether the end of a launcher is the reason."""
         self._launchers = launchers
         self._file: Path | None = None
         self._next_look = 0.0
@@ -54,7 +56,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop; looks for more than signals once a second."""
+        """Whether this process was asked to stop; looks for more than signals twice a second."""
         now = time.monotonic()
         if self.reason is None and now >= self._next_look:
             self._next_look = now + _POLL_SECONDS
@@ -81,6 +83,7 @@ class StopRequest:
     def _look(self) -> str | None:
         for launcher in self._launchers:
             if launcher.is_dead:
+                self.launcher_ended = True
                 return f"the launcher, pid {launcher.pid}, has ended"
         if self._file is not None and self._file.exists():
             return f"{self._file} exists"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -230,18 +230,26 @@ class ZeroEngine:
             missing = sorted(self._parameters.keys() - self._reached)
             raise RuntimeError(f"no gradient reached {len(missing)} parameters: {missing[:5]}")
 
-    def step(self, learning_rate: float) -> StepNorms:
+    def step(
+        self, learning_rate: float, accept: Callable[[StepNorms], bool] | None = None
+    ) -> StepNorms:
         """Clip gradients, update the weights and clear the gradients; return norms before clipping.
 
         If any gradient on any rank is NaN or infinite, no rank changes weights or optimizer state,
         and ``finite`` of the result is False on all ranks. Collective over the world.
+
+        Args:
+            learning_rate: Learning rate of this step.
+            accept: Receives the norms; if it returns False, on all ranks, neither weights nor
+                optimizer state change. None: accept every step.
         """
         assert self._micro_batches == self._settings.gradient_accumulation_steps
         self._micro_batches = 0
         if self._groups.device.type == "cuda" and self._settings.offload == "optimizer":
             torch.cuda.synchronize()  # gradients are being copied to the host
         norms = step_norms(self._counted_gradients(), self._num_towers, self._groups.device)
-        self._adamw.open = norms.finite
+        accepted = accept is None or accept(norms)
+        self._adamw.open = norms.finite and accepted
         self._adamw.gradient_scale = self._clip_coefficient(norms.total) if norms.finite else 1.0
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate

@@ -56,6 +56,11 @@ class Console:
         """Advance the progress bar by one step."""
         self.bar.update()
 
+    def go_back(self, steps: int) -> None:
+        """Set the progress bar to a number of steps done."""
+        self.bar.n = steps
+        self.bar.refresh()
+
     def interval(
         self,
         step: int,

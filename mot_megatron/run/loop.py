@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import shutil
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mot_megatron.checkpoint.agreement import describe_os_error, on_first_rank
-from mot_megatron.checkpoint.find import CheckpointInfo, resolve_resume
+from mot_megatron.checkpoint.find import resolve_resume
 from mot_megatron.config import Config
-from mot_megatron.config_files import differing_keys
-from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import CheckpointError, TrainingError, UserError
 from mot_megatron.files import write_atomically
@@ -30,22 +26,35 @@ from mot_megatron.job.stop import Stopped, StopRequest
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.gather import values_of_all_ranks
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.run.announce import announce, announce_changes, changed_model
 from mot_megatron.run.console import Console
 from mot_megatron.run.lock import RunLock
 from mot_megatron.run.metrics import TensorBoardLog
+from mot_megatron.run.outcome import (
+    STOP_FILE,
+    Outcome,
+    StepFile,
+    forget_outcome,
+    write_outcome,
+)
 from mot_megatron.run.profile import StepProfiler
 from mot_megatron.run.routing_log import RoutingLog, expert_charts
 from mot_megatron.run.samples import log_samples
 from mot_megatron.run.saving import RunSaver
+from mot_megatron.run.spikes import SPIKES_FILE, choose_act, go_back, write_down
 from mot_megatron.run.summary import has_summary, mark_stale, write_summary
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.resume import keep_warmup, read_saved_config
-from mot_megatron.train.session import Session, build_schedule, build_session
+from mot_megatron.train.session import Session, build_session
+from mot_megatron.train.spikes import SpikeGuard
 from mot_megatron.train.state import Progress, checkpoint_directory, restore
-from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
-
-STOP_FILE = "stop"
-"""Creating a file of this name in the run's folder requests a stop; the run removes the file."""
+from mot_megatron.train.step import (
+    HeldOut,
+    StepResult,
+    evaluate_held_out,
+    train_step,
+    unchanged,
+)
 
 
 @dataclass
@@ -66,8 +75,12 @@ class _Run:
     routing: RoutingLog | None
     """Statistics of the routers; None without experts."""
     profiler: StepProfiler
+    step_file: StepFile
+    """Where the number of steps done is kept."""
     recent: list[StepResult] = field(default_factory=list)
-    """Results of the steps since the last report."""
+    """Results of the steps since the last report, without those that made no update."""
+    position: dict[str, int | str] = field(default_factory=dict)
+    """Position in the data before the last step."""
 
     @property
     def config(self) -> Config:
@@ -106,8 +119,11 @@ def train(
         try:
             run = _start(config, corpus, groups, progress_report, stop, lock, stack)
         except Stopped:
+            reason, launcher_ended = _agree_on_reason(stop)
             if groups.rank == 0:
-                write_line(1, f"{_stop_reason(stop)}asked to stop before the first step")
+                write_line(1, f"{_beginning(reason)}asked to stop before the first step")
+                outcome = Outcome("stopped", 0, reason, launcher_ended)
+                write_outcome(config.run_directory, outcome)
             return
         new.progress = run.progress
         try:
@@ -145,6 +161,7 @@ def _hold(lock: RunLock, stack: contextlib.ExitStack, stop: StopRequest) -> None
     stack.callback(lock.release)
     file = lock.path.with_name(STOP_FILE)
     file.unlink(missing_ok=True)  # a request from before this job
+    forget_outcome(lock.path.parent)
     stack.callback(file.unlink, missing_ok=True)
     stop.watch_file(file)
 
@@ -177,7 +194,7 @@ def _start(
         try:
             progress = restore(session, search.checkpoint)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_changed_model(saved, config)}") from error
+            raise CheckpointError(f"{error}{changed_model(saved, config)}") from error
     _check_stop(stop, groups)
     # A finished run that is started again is evaluated again, but its points are logged already.
     nothing_left = progress.steps >= config.training.train_steps
@@ -188,8 +205,6 @@ def _start(
     log = _open_log(session, progress) if first and not finished else None
     if log:
         log.log_text("configuration", config.to_toml(), progress.steps)
-        # Close it after an error too, since the last points are not yet on disk.
-        stack.enter_context(contextlib.closing(log))
     modalities = list(config.model.modalities)
     last = config.training.train_steps
     console = stack.enter_context(Console(modalities, progress.steps, last, first))
@@ -216,13 +231,21 @@ def _start(
         logged=finished,
         routing=routing,
         profiler=StepProfiler(session, config.run_directory, console.say_here),
+        step_file=StepFile(config.run_directory if first else None),
     )
-    # A run that stops among the traced steps writes what it has.
-    stack.callback(run.profiler.close)
-    _announce(run, search.checkpoint)
+    stack.callback(_close, run)
+    announce(session, console, search.checkpoint)
     if saved is not None:
-        _announce_changes(run, saved)
+        announce_changes(config, saved, progress.steps, console)
     return run
+
+
+def _close(run: _Run) -> None:
+    """Close what the run writes to, after an error too: the last points are not yet on disk."""
+    run.profiler.close()  # a run that stops among the traced steps writes what it has
+    run.step_file.close()
+    if run.log:
+        run.log.close()
 
 
 def _train_steps(run: _Run) -> None:
@@ -234,6 +257,8 @@ def _train_steps(run: _Run) -> None:
         _evaluate(run)
     while run.progress.steps < last:
         result = _one_step(run)
+        if result.problem and _deal_with(run, result) and not result.counts.stop:
+            continue
         done = run.progress.steps
         if done % run.config.logging.interval_steps == 0 or done == last:
             _report(run)
@@ -267,14 +292,30 @@ def _leave(run: _Run) -> None:
     run.saver.wait()
     done, last = run.progress.steps, run.config.training.train_steps
     purpose = "to continue" if done < last else "to evaluate the trained model"
+    reason, launcher_ended = _agree_on_reason(run.stop)
+    if run.session.is_first_rank:
+        outcome = Outcome("stopped", done, reason, launcher_ended)
+        write_outcome(run.config.run_directory, outcome)
     run.console.say(
-        f"{_stop_reason(run.stop)}asked to stop: saved after step {done}/{last};"
+        f"{_beginning(reason)}asked to stop: saved after step {done}/{last};"
         f" run the same command {purpose}"
     )
 
 
-def _stop_reason(stop: StopRequest) -> str:
-    return f"{stop.reason}; " if stop.reason and not stop.reason.startswith("signal") else ""
+def _agree_on_reason(stop: StopRequest) -> tuple[str, bool]:
+    """Return why the ranks stop, and whether it is only that a launcher has ended.
+
+    The request may have reached any rank. Collective over the world.
+    """
+    found = values_of_all_ranks((stop.reason, stop.launcher_ended))
+    given = [each for each in found if each[0] is not None]
+    asked = [reason for reason, launcher_ended in given if not launcher_ended]
+    reasons = asked or [reason for reason, _ in given]
+    return str(reasons[0]) if reasons else "", bool(given) and not asked
+
+
+def _beginning(reason: str) -> str:
+    return f"{reason}; " if reason and not reason.startswith("signal") else ""
 
 
 def _one_step(run: _Run) -> StepResult:
@@ -284,30 +325,85 @@ def _one_step(run: _Run) -> StepResult:
             f"{run.config.run_directory}: another job ({run.lock.taken_by}) took over this folder"
             " while this job was suspended; this job ends without saving"
         )
-    try:
-        with run.profiler.around(progress.steps + 1) as add:
-            result = train_step(
-                session,
-                step=progress.steps + 1,
-                learning_rate=session.schedule.at(progress.steps),
-                # A failed save stops all ranks too; then the wait for it raises its error.
-                stop=run.stop.requested or run.saver.has_failed,
-            )
-            add(result)
-    except TrainingError as error:
-        kept = run.saver.describe_newest()
-        raise TrainingError(f"{error}; last good checkpoint: {kept}") from error
-    progress.steps += 1
-    progress.seconds += result.seconds.total
+    run.position = session.loader.state_dict()
+    guard = SpikeGuard(progress.recent) if run.config.training.on_spike else None
+    with run.profiler.around(progress.steps + 1) as add:
+        result = train_step(
+            session,
+            step=progress.steps + 1,
+            learning_rate=session.schedule.at(progress.steps),
+            # A failed save stops all ranks too; then the wait for it raises its error.
+            stop=run.stop.requested or run.saver.has_failed,
+            judge=guard.judge if guard else lambda *_: None,
+        )
+        add(result)
+    if result.problem:
+        return result
+    if guard:
+        guard.add(result.total_bits, result.norms.total)
+    progress.skipped_in_a_row = 0
     progress.tokens += sum(result.counts.modality_tokens)
-    progress.flops += _flops(run.config, result)
     run.recent.append(result)
-    run.console.advance()
+    _count_step(run, result)
     run.saver.look()
     return result
 
 
+def _count_step(run: _Run, result: StepResult) -> None:
+    progress = run.progress
+    progress.steps += 1
+    progress.seconds += result.seconds.total
+    progress.flops += _flops(run.config, result)
+    run.step_file.record(progress.steps)
+    run.console.advance()
+
+
+def _deal_with(run: _Run, result: StepResult) -> bool:
+    """Stop, skip or go back because of a step with a problem; return whether the run went back.
+
+    Raises:
+        TrainingError: The run stops.
+    """
+    session, step = run.session, run.progress.steps + 1
+    act = choose_act(session, run.progress)
+    message = unchanged(step, f"{result.problem}")
+    if step == 1 and act.kind == "stop":
+        raise TrainingError(message)  # the folder, which holds nothing else, is removed
+    if session.is_first_rank:
+        write_down(session, act, step, result, run.position)
+    file = f"its documents are in {run.config.run_directory / SPIKES_FILE}"
+    if act.kind == "stop":
+        kept = run.saver.describe_newest()
+        raise TrainingError(f"{message}{act.why}; {file}; last good checkpoint: {kept}")
+    if act.kind == "skip":
+        run.progress.skipped_in_a_row += 1
+        _count_step(run, result)
+        message = f"{message}, step skipped; {file}"
+    else:
+        _go_back(run, message)
+        message = f"{message}, back to step {run.progress.steps} and past the batch; {file}"
+    run.console.say(message)
+    if run.log:
+        run.log.log_scalars({f"spikes/{act.kind}": result.total_bits}, run.progress.steps)
+        run.log.log_text("spikes", message, run.progress.steps)
+    return act.kind == "rollback"
+
+
+def _go_back(run: _Run, problem: str) -> None:
+    run.saver.wait()
+    run.progress, search = go_back(run.session, run.progress, problem)
+    run.recent.clear()
+    run.console.go_back(run.progress.steps)
+    run.step_file.record(run.progress.steps)
+    if run.log:
+        run.log.close()
+        run.log = _open_log(run.session, run.progress)  # hides the points of the steps undone
+    run.saver.went_back(run.progress.steps, search.damaged, run.log)
+
+
 def _report(run: _Run) -> None:
+    if not run.recent:
+        return  # all steps since the last report were skipped or undone
     config, progress = run.config, run.progress
     weights = config.model.loss_weights
     interval = Interval.of(run.recent, functools.partial(_flops, config), weights)
@@ -389,6 +485,8 @@ def _finish(run: _Run) -> None:
     run.saver.wait()
     parameters = count_parameters(run.config.model).total
     line = on_first_rank(lambda: _write_summary(run, held_out, parameters))
+    if run.session.is_first_rank:
+        write_outcome(run.config.run_directory, Outcome("done", run.progress.steps))
     run.console.say(line)
 
 
@@ -431,84 +529,3 @@ def _peak_flops(session: Session) -> float:
     device = session.groups.device
     per_rank = config.logging.peak_flops or peak_flops(device, config.training.precision)
     return per_rank * session.groups.mesh.world_size
-
-
-def _announce(run: _Run, resumed: CheckpointInfo | None) -> None:
-    session, config = run.session, run.config
-    groups = session.groups
-    count = count_parameters(config.model)
-    towers = ", ".join(
-        f"{name} {tower / 1e6:.2f} M"
-        for name, tower in zip(config.model.tower_names, count.towers, strict=True)
-    )
-    run.console.say(
-        f"{config.run.name}: {count.total / 1e6:.2f} M parameters"
-        f" (shared {count.shared / 1e6:.2f} M, {towers})"
-    )
-    run.console.say(
-        f"{groups.mesh.world_size} x {groups.device.type}: {_describe_axes(config, groups)},"
-        f" ZeRO-{config.parallel.zero_stage};"
-        f" {config.accumulation_steps(groups.data_size)} micro-batches of"
-        f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and"
-        f" {'rank' if config.parallel.attention_exchange == 'sequence' else 'modality group'}"
-    )
-    run.console.say(
-        f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
-        " slots filled; losses are in bits per token"
-    )
-    if session.loader.budgets is not None:
-        towers, fill = config.model.tower_names, session.loader.fill
-        run.console.say(describe_budgets(session.loader.budgets, towers, fill))
-    if resumed:
-        run.console.say(f"continuing from {resumed.path}")
-
-
-def _changed_model(saved: Config, config: Config) -> str:
-    """Return a suffix for the error of a failed restore: the changed keys of the model, if any."""
-    changes = differing_keys(saved.model_dump(mode="json"), config.model_dump(mode="json"))
-    model = [
-        f"{key} was {_or_absent(old)} and is {_or_absent(new)}"
-        for key, (old, new) in changes.items()
-        if key.startswith("model.")
-    ]
-    return f" ({'; '.join(model)})" if model else ""
-
-
-def _announce_changes(run: _Run, saved: Config) -> None:
-    """Print how the configuration differs from that of the checkpoint."""
-    config, done = run.config, run.progress.steps
-    before, now = tomllib.loads(saved.to_toml()), tomllib.loads(config.to_toml())
-    for key, (old, new) in differing_keys(before, now).items():
-        run.console.say(f"  with {key} = {_or_absent(new)}, which was {_or_absent(old)}")
-    last = config.training.train_steps
-    if done >= last:
-        run.console.say(
-            f"nothing is left to train: {done} steps are done, and training.train_steps = {last};"
-            " evaluating again"
-        )
-        return
-    rates = [build_schedule(one).at(done) for one in (saved, config)]
-    if not math.isclose(*rates, rel_tol=1e-3):
-        run.console.say(
-            f"  the learning rate of step {done + 1} is {rates[1]:.2e}; with the configuration of"
-            f" the checkpoint it would be {rates[0]:.2e}"
-        )
-
-
-def _or_absent(value: object) -> str:
-    return "absent" if value is None else f"{value!r}"
-
-
-def _describe_axes(config: Config, groups: ProcessGroups) -> str:
-    """Describe the parallel axes of size 2 or more, fastest first."""
-    pieces = config.parallel.virtual_pipeline_model_parallel_size
-    axes = {
-        "tensor parallel": groups.tensor_size,
-        "modality parallel": groups.modality_size,
-        "data parallel": groups.data_size // groups.modality_size,
-        "pipeline stages": groups.pipeline_size,
-    }
-    named = [f"{name} {size}" for name, size in axes.items() if size > 1]
-    if pieces is not None:
-        named[-1] += f" of {pieces} pieces"
-    return ", ".join(named) or "no parallelism"

@@ -111,6 +111,19 @@ class RunSaver:
         if not self._asynchronous:
             self.wait()
 
+    def went_back(self, steps: int, damaged: Collection[Path], log: TensorBoardLog | None) -> None:
+        """Go on from the checkpoint of ``steps``; no save may be in progress.
+
+        Args:
+            steps: Steps done at the checkpoint that was restored.
+            damaged: Further checkpoints that failed verification.
+            log: Receives the times of later saves.
+        """
+        self._stall = _Stall(steps, 0.0)
+        self._complete = steps
+        self._damaged = {*self._damaged, *damaged}
+        self._log = log
+
     def look(self) -> None:
         """Report the save in progress if it is complete; no collectives, and no error."""
         writer = self._writer

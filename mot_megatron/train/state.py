@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -46,6 +46,12 @@ class Progress:
     """Model FLOPs over all ranks; NaN if unknown, because an older version began the run."""
     evaluated_steps: int = 0
     """Steps done at the last evaluation; 0 before the first."""
+    recent: list[list[float]] = field(default_factory=list)
+    """[loss, gradient norm] of the recent steps; empty without training.on_spike."""
+    skipped_in_a_row: int = 0
+    """Steps without an update since the last one with an update."""
+    rollbacks: int = 0
+    """How often the run has gone back to a checkpoint because of a spike."""
 
 
 def checkpoint_directory(run_directory: Path) -> Path:

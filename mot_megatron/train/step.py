@@ -22,6 +22,10 @@ from mot_megatron.planning.placing import tokens_of_towers
 from mot_megatron.train.counts import GlobalCounts
 from mot_megatron.train.session import Session, Trainer
 
+Judge = Callable[[float, float], str | None]
+"""Receives the loss and the gradient norm of a step; returns what is wrong with them, if anything.
+
+It must return the same on all ranks."""
 BITS_PER_NAT = 1 / math.log(2)
 _ROUNDS_AT_ONCE = 8
 """Micro-batches per stage that an evaluation runs before the pipeline drains."""
@@ -51,6 +55,11 @@ class StepResult:
     norms: StepNorms
     learning_rate: float
     seconds: StepSeconds
+    total_bits: float = math.nan
+    """The training loss: the mean over the labels of all modalities with their loss weights, in
+    bits per token; NaN if no label has a weight."""
+    problem: str | None = None
+    """What was wrong, in words; no weight and no optimizer state was then changed."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,12 @@ class HeldOut:
 
 
 def train_step(
-    session: Trainer, *, step: int, learning_rate: float, stop: bool = False
+    session: Trainer,
+    *,
+    step: int,
+    learning_rate: float,
+    stop: bool = False,
+    judge: Judge | None = None,
 ) -> StepResult:
     """Make one optimizer step on one global batch.
 
@@ -78,9 +92,12 @@ def train_step(
         step: Number of the step, counted from 1.
         learning_rate: Learning rate of this step.
         stop: Whether this rank was asked to stop; the result says whether any rank was.
+        judge: Judges finite losses and norms. With it, a step with a problem is part of the result,
+            and no error.
 
     Raises:
-        TrainingError: The loss or a gradient is not finite; no weight was changed.
+        TrainingError: Without ``judge``: the loss or a gradient is not finite; no weight was
+            changed.
     """
     config, groups = session.config, session.groups
     clock = _Clock(groups.device)
@@ -98,14 +115,31 @@ def train_step(
     session.model.routing.token_weights = tuple(factor / max(n, 1) for n in tower_tokens)
     sums = _accumulate_gradients(session, batches, divisor)
     bits = mean_bits(sums, counts.modality_labels, groups)
-    _check_loss(bits, counts.modality_labels, list(config.model.modalities), step)
+    total_bits = weighted_mean(bits, counts.modality_labels, config.model.loss_weights)
+    problem = _problem_of_loss(bits, counts.modality_labels, list(config.model.modalities))
+    if problem and judge is None:
+        raise TrainingError(unchanged(step, problem))
     forward_backward_seconds = clock.lap()
 
     session.progress_report.enter("optimizer")
-    norms = session.engine.step(learning_rate)
-    _check_norms(norms, config.model.tower_names, step)
+
+    def accept(norms: StepNorms) -> bool:
+        nonlocal problem
+        problem = problem or _problem_of_norms(norms, config.model.tower_names)
+        if judge is not None:
+            problem = problem or judge(total_bits, norms.total)
+        return problem is None
+
+    norms = session.engine.step(learning_rate, accept)
+    if problem and judge is None:
+        raise TrainingError(unchanged(step, problem))
     seconds = StepSeconds(data_seconds, forward_backward_seconds, clock.lap())
-    return StepResult(bits, counts, norms, learning_rate, seconds)
+    return StepResult(bits, counts, norms, learning_rate, seconds, total_bits, problem)
+
+
+def unchanged(step: int, problem: str) -> str:
+    """Return the message about a step with a problem."""
+    return f"step {step}: {problem}; no weight was changed"
 
 
 def _accumulate_gradients(
@@ -239,29 +273,24 @@ class _Clock:
         return elapsed
 
 
-def _check_loss(
-    bits: Sequence[float], labels: Sequence[int], names: Sequence[str], step: int
-) -> None:
+def _problem_of_loss(
+    bits: Sequence[float], labels: Sequence[int], names: Sequence[str]
+) -> str | None:
     broken = [
         f"{name} ({value})"
         for name, value, count in zip(names, bits, labels, strict=True)
         if count and not math.isfinite(value)
     ]
-    if broken:
-        raise TrainingError(
-            f"step {step}: the loss of {', '.join(broken)} is not finite; no weight was changed"
-        )
+    return f"the loss of {', '.join(broken)} is not finite" if broken else None
 
 
-def _check_norms(norms: StepNorms, towers: Sequence[str], step: int) -> None:
+def _problem_of_norms(norms: StepNorms, towers: Sequence[str]) -> str | None:
     if norms.finite:
-        return
+        return None
     named = zip(
         ("shared weights", *towers, "the causal routers"),
         (norms.shared, *norms.per_tower, norms.auxiliary),
         strict=True,
     )
     broken = [name for name, value in named if not math.isfinite(value)]
-    raise TrainingError(
-        f"step {step}: the gradient of {', '.join(broken)} is not finite; no weight was changed"
-    )
+    return f"the gradient of {', '.join(broken)} is not finite"

@@ -36,6 +36,7 @@ SCRIPTS = {
     "plan_layout": "plan",
     "prepare_corpus": "prepare",
     "show_run": "summary",
+    "supervise": "supervise",
     "upcycle": "upcycle",
 }
 MAINTENANCE_SCRIPTS = {"draw_samples", "write_config_reference"}

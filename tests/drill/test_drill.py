@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_problems_are_found(result: Round, ended: Ended, before: int, words: str
     config = parse_config(CONFIG.format(corpus="none"), "test")
     setting = Setting(config, (), 1, Path(), environment={}, kinds=KINDS)
     problems = find_problems(setting, result, ended, before)
+    supervised = replace(setting, is_supervised=True)
+    if result.fault == "rank killed" and ended.status:
+        # It should have come back by itself.
+        assert "ended with status 3" in find_problems(supervised, result, ended, before)[-1]
+    else:
+        assert find_problems(supervised, result, ended, before) == problems
     if words is None:
         assert problems == []
     else:
@@ -111,12 +118,15 @@ def test_short_drill(
     arguments += ["--set", "parallel.sequence_parallel=true"]
     arguments += ["--set", "training.global_batch_size=4"]
     arguments += ["--fault", "rank killed", "--minutes", "0.1", "--output", str(tmp_path / "out")]
+    arguments += ["--supervise"]
     assert main([*arguments, "--json"]) == 0
     rounds = json.loads(capsys.readouterr().out)["rounds"]
     assert rounds[0]["saved_step"] == 30
     faults = [each["fault"] for each in rounds]
     assert "rank killed" in faults
-    assert rounds[-1]["saved_step"] == 30
+    # Every job came back by itself and ended well.
+    assert all(each["saved_step"] == 30 for each in rounds)
+    assert all(each["status"] == 0 for each in rounds)
     # megatron gives every rank this warning; only the first prints it.
     output = (tmp_path / "out" / "reference-1.txt").read_text()
     assert output.count("UserWarning: When using sequence parallelism") == 1

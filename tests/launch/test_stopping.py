@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mot_megatron.job.ports import free_port
 from tests.launch.entry_points import EntryPoint, wait_until
 from tests.launch.jobs import (
-    LAUNCHER,
     SCRIPT,
     SECONDS_TO_NOTICE_A_DEATH,
     assert_gone,
@@ -107,33 +105,34 @@ def test_signals_save_a_checkpoint_and_the_next_start_resumes(
     assert_each_step_once(runs)
 
 
-def launcher(config: Path, runs: Path) -> list[str]:
-    options = ["--num_accelerators", "2", "--master_port", str(free_port())]
-    return [*LAUNCHER, *options, SCRIPT, *arguments_of(config, runs)]
-
-
-def test_launcher_job_resumes_after_a_killed_rank_and_after_sigterm(
+def test_supervised_job_comes_back_after_a_killed_rank_and_stops_at_sigterm(
     config: Path, tmp_path: Path, uninterrupted: dict[str, float]
 ) -> None:
     runs, output = tmp_path / "runs", tmp_path / "stdout"
-
-    with started(tmp_path, launcher(config, runs)) as job:
+    options = ["--num_accelerators", "2", "--master_port", str(free_port())]
+    command = ["bash", "launch/run.sh", "--quiet", *options, SCRIPT, *arguments_of(config, runs)]
+    with started(tmp_path, command, {"PYTHON": sys.executable}) as job:
         wait_until(lambda: saved_steps(runs) or job.poll() is not None, "first checkpoint")
         ranks = [rank_process(job, rank) for rank in range(2)]
         ranks[1].kill()
-        killed = time.monotonic()
-        assert job.wait(SECONDS_TO_NOTICE_A_DEATH) != 0
-        assert_gone(ranks, killed + SECONDS_TO_NOTICE_A_DEATH - time.monotonic())
-    assert_one_line_reports_the_lost_rank((tmp_path / "stderr").read_text(), 1, ranks[1].pid)
-    assert not (runs / "small" / "summary.json").exists()
-
-    with started(tmp_path, launcher(config, runs)) as job:
-        wait_until(lambda: steps_printed(output) or job.poll() is not None, "a step")
+        assert_gone(ranks, SECONDS_TO_NOTICE_A_DEATH)
+        resumed = lambda: re.search(  # noqa: E731
+            rf"^continuing from .*^step +\d+/{STEPS} ", output.read_text(), re.MULTILINE | re.DOTALL
+        )
+        wait_until(lambda: resumed() or job.poll() is not None, "a step after the restart")
         # Only one rank gets the signal; all must stop after the same step.
         rank_process(job, 1).send_signal(signal.SIGTERM)
         assert job.wait(60) == 0, (tmp_path / "stderr").read_text()
-    assert "continuing from" in output.read_text()
+    errors = (tmp_path / "stderr").read_text().splitlines(keepends=True)
+    said = [line for line in errors if line.startswith("mot supervise: ")]
+    assert_one_line_reports_the_lost_rank(
+        "".join(line for line in errors if line not in said), 1, ranks[1].pid
+    )
+    again, stopped = said
+    assert "starting again: the launcher ended with status " in again
+    assert re.search(r"stopped after step \d+: signal SIGTERM", stopped)
     assert_stopped(output.read_text(), runs)
+    assert not (runs / "small" / "summary.json").exists()
 
     reached = finish(tmp_path / "third", config, runs)
     # One process finished what two had started: equal except for the order of sums.

@@ -8,8 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -20,12 +19,8 @@ from mot_megatron.cli import benchmark_scaling as scaling
 from mot_megatron.job.ports import free_port
 from tests.launch.entry_points import ROOT, run_entry_point, wait_until
 from tests.launch.jobs import (
-    LAUNCHER,
     SCRIPT,
-    SECONDS_TO_NOTICE_A_DEATH,
-    assert_gone,
     assert_one_line_reports_the_lost_rank,
-    rank_process,
     started,
 )
 
@@ -33,10 +28,11 @@ pytestmark = pytest.mark.slow
 
 NODES = ("localhost", "node-b")
 STEPS = 40
-SAVED = 5
+SAVED = 10
 
 # Stand-ins for SLURM's commands: this machine plays both nodes, and every task has its own session.
 SCONTROL = """#!/usr/bin/env bash
+[ "$1" != requeue ] || exec touch "$(dirname "$0")/requeued-$2"
 [ "$*" = "show hostnames localhost,node-b" ] || exit 9
 printf 'localhost\\nnode-b\\n'
 """
@@ -62,56 +58,37 @@ def arguments_of(config: Path, runs: Path) -> list[str]:
 
 
 def losses(runs: Path) -> list[float]:
-    """Return the training loss of text after every step so far."""
+    """Return the training loss of text after every step."""
     events = EventAccumulator(str(runs / "small" / "tensorboard"), {"scalars": 0}).Reload()
     points = events.Scalars("loss_train/text")
-    assert [point.step for point in points] == list(range(1, len(points) + 1))
+    assert [point.step for point in points] == list(range(1, STEPS + 1))
     return [point.value for point in points]
 
 
 def test_two_node_job_resumes_under_slurm_after_a_lost_rank(config: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     arguments = arguments_of(config, runs)
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("".join(f"{node} slots=1\n" for node in NODES))
-    common = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1"]
-    common += ["--master_port", str(free_port())]
-
-    with ExitStack() as stack:
-        nodes = [
-            stack.enter_context(
-                started(
-                    tmp_path / f"node{node}",
-                    [*LAUNCHER, *common, f"--node_rank={node}", SCRIPT, *arguments],
-                )
-            )
-            for node in range(2)
-        ]
-        checkpoint = runs / "small" / "checkpoints" / f"step_{SAVED:08d}"
-        any_ended = lambda: any(node.poll() is not None for node in nodes)  # noqa: E731
-        wait_until(lambda: checkpoint.exists() or any_ended(), "first checkpoint")
-        ranks = [rank_process(node, local_rank=0) for node in nodes]
-        ranks[1].kill()
-        deadline = time.monotonic() + SECONDS_TO_NOTICE_A_DEATH
-        for node in nodes:
-            assert node.wait(deadline - time.monotonic()) != 0
-        assert_gone(ranks, deadline - time.monotonic())
-    errors = "".join((tmp_path / f"node{node}" / "stderr").read_text() for node in range(2))
-    assert_one_line_reports_the_lost_rank(errors, 1, ranks[1].pid)
-
-    stop_under_slurm(tmp_path, arguments)
+    lost = lose_a_rank_and_stop(tmp_path, arguments, runs)
+    errors = (tmp_path / "slurm" / "stderr").read_text().splitlines(keepends=True)
+    (reason,) = (line for line in errors if line.startswith("error: "))
+    assert_one_line_reports_the_lost_rank(reason, 1, lost)
+    assert sum("mot supervise: starting again: " in line for line in errors) == len(NODES)
     (stopped,) = re.findall(
         rf"asked to stop: saved after step (\d+)/{STEPS}",
         (tmp_path / "slurm" / "stdout").read_text(),
     )
     assert SAVED < int(stopped) < STEPS
-    assert (checkpoint.parent / f"step_{int(stopped):08d}").exists()
+    assert (runs / "small" / "checkpoints" / f"step_{int(stopped):08d}").exists()
+    requeued = tmp_path / "bin" / "requeued-7"
+    requeued.unlink()  # it was put back into the queue
+
+    finish_under_slurm(tmp_path, arguments)
+    assert not requeued.exists()
+    assert json.loads((runs / "small" / "summary.json").read_text())["world_size"] == 2
 
     alone = tmp_path / "alone"
     assert run_entry_point(alone, SCRIPT, *arguments_of(config, alone)).status == 0
-    reached = losses(runs)
-    assert len(reached) == int(stopped)
-    assert reached == pytest.approx(losses(alone)[: len(reached)], abs=1e-3)
+    assert losses(runs) == pytest.approx(losses(alone), abs=1e-3)
 
 
 def test_scaling_is_measured_on_the_nodes_of_a_slurm_job(
@@ -145,21 +122,46 @@ def test_scaling_is_measured_on_the_nodes_of_a_slurm_job(
     assert hosts.read_text() == "localhost slots=1\nnode-b slots=1\n"
 
 
-def stop_under_slurm(folder: Path, arguments: list[str]) -> None:
-    """Send the signal that SLURM sends before the time limit to all processes of the job step."""
+def lose_a_rank_and_stop(folder: Path, arguments: list[str], runs: Path) -> int:
+    """Kill a rank, then send the signal that SLURM sends before the time limit to all processes.
+
+    Returns the process ID of the killed rank.
+    """
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+$", script, re.MULTILINE)
     with slurm_job(folder, arguments) as job:
         output = folder / "slurm" / "stdout"
-        stepped = lambda: re.search(r"^step +\d+/", output.read_text(), re.MULTILINE)  # noqa: E731
-        wait_until(lambda: stepped() or job.poll() is not None, "a step")
-        (srun,) = psutil.Process(job.pid).children()
-        for task in srun.children():
-            os.killpg(task.pid, signal.Signals[f"SIG{name}"])
-        status = job.wait(180)
+        family = psutil.Process(job.pid)
+        checkpoint = runs / "small" / "checkpoints" / f"step_{SAVED:08d}"
+        wait_until(lambda: checkpoint.exists() or job.poll() is not None, "first checkpoint")
+        (lost,) = (
+            process
+            for process in family.children(recursive=True)
+            if "--local_rank=0" in process.cmdline() and process.environ()["RANK"] == "1"
+        )
+        lost.kill()
+        stepped = lambda: re.search(  # noqa: E731
+            r"^continuing from .*^step +\d+/", output.read_text(), re.MULTILINE | re.DOTALL
+        )
+        wait_until(lambda: stepped() or job.poll() is not None, "a step after the restart")
+        (srun,) = family.children()
+        for process in srun.children(recursive=True):
+            process.send_signal(signal.Signals[f"SIG{name}"])
+        assert_clean_end(folder, job)
+    return lost.pid
+
+
+def finish_under_slurm(folder: Path, arguments: list[str]) -> None:
+    with slurm_job(folder, arguments) as job:
+        assert_clean_end(folder, job)
+    errors = (folder / "slurm" / "stderr").read_text()
+    assert all(line.startswith("mot supervise: ") for line in errors.splitlines()), errors
+
+
+def assert_clean_end(folder: Path, job: subprocess.Popen[bytes]) -> None:
+    status = job.wait(180)
     errors = (folder / "slurm" / "stderr").read_text()
     assert status == 0, errors
-    assert errors == ""
     assert "continuing from" in (folder / "slurm" / "stdout").read_text()
     assert not (ROOT / "hostfile.slurm-7").exists()
 
@@ -184,6 +186,7 @@ def slurm_job(
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": ",".join(NODES),
         "SLURM_SUBMIT_DIR": str(ROOT),
+        "REQUEUE": "1",
     }
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *arguments]
     return started(folder / "slurm", command, environment)

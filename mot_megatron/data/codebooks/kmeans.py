@@ -35,13 +35,15 @@ def train_centroids(vectors: np.ndarray, count: int, seed: int, description: str
     Raises:
         DataError: There are fewer vectors than centroids.
     """
+    # Its import takes a second, and every rank of a training job imports this module.
+    from sklearn.cluster import MiniBatchKMeans
+
     if len(vectors) < count:
         raise DataError(
             f"{description}: {len(vectors)} vectors to train on, expected at least {count}, one "
             "per code; add documents"
         )
     # Here, because every training rank imports this module to decode, and this takes seconds.
-    from sklearn.cluster import MiniBatchKMeans
 
     random = np.random.default_rng(seed)
     order = np.empty(0, np.int64)

@@ -1,0 +1,102 @@
+"""What a run prints when it starts: the model, the layout, the corpus, and what has changed."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+
+from mot_megatron.checkpoint.find import CheckpointInfo
+from mot_megatron.config import Config
+from mot_megatron.config_files import differing_keys
+from mot_megatron.data.budget import describe_budgets
+from mot_megatron.model.flops import count_parameters
+from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.run.console import Console
+from mot_megatron.train.session import Session, build_schedule
+
+
+def announce(session: Session, console: Console, resumed: CheckpointInfo | None) -> None:
+    """Print the model, the layout, the corpus, and the checkpoint that the run continues from."""
+    config, groups = session.config, session.groups
+    count = count_parameters(config.model)
+    towers = ", ".join(
+        f"{name} {tower / 1e6:.2f} M"
+        for name, tower in zip(config.model.tower_names, count.towers, strict=True)
+    )
+    console.say(
+        f"{config.run.name}: {count.total / 1e6:.2f} M parameters"
+        f" (shared {count.shared / 1e6:.2f} M, {towers})"
+    )
+    console.say(
+        f"{groups.mesh.world_size} x {groups.device.type}: {_describe_axes(config, groups)},"
+        f" ZeRO-{config.parallel.zero_stage};"
+        f" {config.accumulation_steps(groups.data_size)} micro-batches of"
+        f" {config.training.micro_batch_size} x {config.data.seq_length} tokens per step and"
+        f" {'rank' if config.parallel.attention_exchange == 'sequence' else 'modality group'}"
+    )
+    console.say(
+        f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
+        " slots filled; losses are in bits per token"
+    )
+    if session.loader.budgets is not None:
+        towers, fill = config.model.tower_names, session.loader.fill
+        console.say(describe_budgets(session.loader.budgets, towers, fill))
+    if resumed:
+        console.say(f"continuing from {resumed.path}")
+
+
+def changed_model(saved: Config, config: Config) -> str:
+    """Return a suffix for the error of a failed restore: the changed keys of the model, if any."""
+    changes = differing_keys(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    model = [
+        f"{key} was {_or_absent(old)} and is {_or_absent(new)}"
+        for key, (old, new) in changes.items()
+        if key.startswith("model.")
+    ]
+    return f" ({'; '.join(model)})" if model else ""
+
+
+def announce_changes(config: Config, saved: Config, done: int, console: Console) -> None:
+    """Print how the configuration differs from that of the checkpoint.
+
+    Args:
+        config: Configuration of this job.
+        saved: That of the checkpoint.
+        done: Steps done.
+        console: Prints it.
+    """
+    before, now = tomllib.loads(saved.to_toml()), tomllib.loads(config.to_toml())
+    for key, (old, new) in differing_keys(before, now).items():
+        console.say(f"  with {key} = {_or_absent(new)}, which was {_or_absent(old)}")
+    last = config.training.train_steps
+    if done >= last:
+        console.say(
+            f"nothing is left to train: {done} steps are done, and training.train_steps = {last};"
+            " evaluating again"
+        )
+        return
+    rates = [build_schedule(one).at(done) for one in (saved, config)]
+    if not math.isclose(*rates, rel_tol=1e-3):
+        console.say(
+            f"  the learning rate of step {done + 1} is {rates[1]:.2e}; with the configuration of"
+            f" the checkpoint it would be {rates[0]:.2e}"
+        )
+
+
+def _or_absent(value: object) -> str:
+    return "absent" if value is None else f"{value!r}"
+
+
+def _describe_axes(config: Config, groups: ProcessGroups) -> str:
+    """Describe the parallel axes of size 2 or more, fastest first."""
+    pieces = config.parallel.virtual_pipeline_model_parallel_size
+    axes = {
+        "tensor parallel": groups.tensor_size,
+        "modality parallel": groups.modality_size,
+        "data parallel": groups.data_size // groups.modality_size,
+        "pipeline stages": groups.pipeline_size,
+    }
+    named = [f"{name} {size}" for name, size in axes.items() if size > 1]
+    if pieces is not None:
+        named[-1] += f" of {pieces} pieces"
+    return ", ".join(named) or "no parallelism"
