@@ -207,10 +207,8 @@ def _check_finite(broken: list[str], step: int) -> None:
 def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
     """Return an uninitialized fp32 host tensor in the shape of this rank's tensor-parallel shard.
 
-    The shape follows from the sharding, because ZeRO-3 empties the parameter itself. Parameters are
-    matrices or vectors: leading dimensions of the global shape, and experts, are stacked as rows.
+    The shape follows from the sharding, because ZeRO-3 empties the parameter itself.
     """
-    *rows, width = sharding_of(parameter).local_shape(groups.tensor_size)
     stacked = len(experts_of(parameter) or (0,))
-    shape = (stacked * math.prod(rows), width) if rows else (width,)
+    shape = sharding_of(parameter).parameter_shape(groups.tensor_size, stacked)
     return torch.empty(shape, dtype=torch.float32)
