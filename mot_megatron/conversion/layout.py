@@ -204,5 +204,24 @@ def layout_config(source: Config, wanted: Config) -> tuple[Config, list[str]]:
     return config, list(differing_keys(_tree(config), _tree(complete)))
 
 
+def describe_layout(config: Config) -> str:
+    """Return the axes of a layout that are in use, in one line."""
+    parallel = config.parallel
+    axes = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "pieces per stage": parallel.virtual_pipeline_model_parallel_size or 1,
+        "modality": parallel.modality_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
+    }
+    used = [f"{axis} {size}" for axis, size in axes.items() if size > 1]
+    if parallel.pipeline_layers is not None:
+        used.append(f"layers {list(parallel.pipeline_layers)}")
+    if parallel.modality_parallel_size > 1:
+        where = "auto" if parallel.placement == "auto" else "listed"
+        used.append(f"placement {where}, exchange {parallel.attention_exchange}")
+    return ", ".join([*used, f"ZeRO-{parallel.zero_stage}"])
+
+
 def _tree(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude_none=True)
