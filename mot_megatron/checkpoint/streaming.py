@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -40,7 +41,6 @@ from mot_megatron.checkpoint.manifest import FileRecord
 from mot_megatron.checkpoint.storage import (
     UNPICKLING_ERRORS,
     open_piece,
-    stored_tensors,
     write_index,
 )
 from mot_megatron.errors import CheckpointError
@@ -166,7 +166,8 @@ def read_box(
     Raises:
         CheckpointError: A file is damaged or cannot be read.
     """
-    stored = stored_tensors(index)[name]
+    stored = index.state_dict_metadata[name]
+    assert isinstance(stored, TensorStorageMetadata)  # as read_index has checked
     box = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
     values = _as_bytes(box)
     for chunk in stored.chunks:
