@@ -134,13 +134,15 @@ def write_index_of(directory: Path, files: Iterable[WrittenFile]) -> None:
     Raises:
         CheckpointError: The index cannot be written.
     """
-    plans, results = [], []
-    for file in files:
-        plans.append(SavePlan([_write_item(piece) for piece in file.pieces]))
-        for piece, (start, length) in zip(file.pieces, file.spans, strict=True):
-            place = _StorageInfo(file.name, start, length)
-            results.append(WriteResult(_index_of(piece), length, place))
-    _, metadata = create_default_global_save_plan(plans)
+    listed = list(files)
+    plans, metadata = create_default_global_save_plan(
+        [SavePlan([_write_item(piece) for piece in file.pieces]) for file in listed]
+    )
+    results = [
+        WriteResult(item.index, length, _StorageInfo(file.name, start, length))
+        for file, plan in zip(listed, plans, strict=True)
+        for item, (start, length) in zip(plan.items, file.spans, strict=True)
+    ]
     try:
         write_index(directory, metadata, results)
     except OSError as error:

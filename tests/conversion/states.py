@@ -28,6 +28,7 @@ TP2, PP2, MP2, EP2 = (
     f"parallel.{axis}_parallel_size=2"
     for axis in ("tensor_model", "pipeline_model", "modality", "expert_model")
 )
+SP = "parallel.sequence_parallel=true"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 FOUR_LAYERS = "model.num_layers=4"
 TIED = "model.untie_embeddings_and_output_weights=false"

@@ -19,6 +19,7 @@ from tests.conversion.states import (
     FOUR_LAYERS,
     METADATA,
     PP2,
+    SP,
     TP2,
     config_of,
     resharded,
@@ -34,7 +35,9 @@ CONFIG = config_of(*EXPERTS, FOUR_LAYERS)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     write_source(folder / "a", CONFIG)
-    return resharded(folder / "a", folder / "b", 4, config_of(*EXPERTS, FOUR_LAYERS, TP2, PP2)).path
+    return resharded(
+        folder / "a", folder / "b", 4, config_of(*EXPERTS, FOUR_LAYERS, TP2, SP, PP2)
+    ).path
 
 
 def document(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
@@ -106,6 +109,7 @@ def test_configurations_are_compared(
         "optimizer.lr",
         "parallel.tensor_model_parallel_size",
         "parallel.pipeline_model_parallel_size",
+        "parallel.sequence_parallel",
     }
     assert main(command) == 0
     assert "  optimizer.lr: 0.0003, 0.5" in capsys.readouterr().out

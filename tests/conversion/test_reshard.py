@@ -19,6 +19,7 @@ from tests.conversion.states import (
     METADATA,
     MP2,
     PP2,
+    SP,
     TIED,
     TP2,
     VPP2,
@@ -32,7 +33,6 @@ from tests.conversion.states import (
 
 LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
 HEADS = "parallel.attention_exchange=heads"
-SP = "parallel.sequence_parallel=true"
 LAYOUTS: list[tuple[int, list[str]]] = [
     (2, [TP2]),
     (2, [PP2, VPP2]),

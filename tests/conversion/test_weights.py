@@ -15,6 +15,7 @@ from tests.cli.console import only_error
 from tests.conversion.states import (
     EXPERTS,
     METADATA,
+    SP,
     TP2,
     assert_values,
     config_of,
@@ -60,7 +61,7 @@ def test_dtypes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
 def test_mean_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mot_megatron.conversion import weights
 
-    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 100)  # many blocks per tensor
+    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)  # many blocks per tensor
     for step in (1, 2, 3, 4):
         write_source(tmp_path / "a", CONFIG, step)
     command = [str(tmp_path / "a"), str(tmp_path / "b"), "--average", "3", "--verify"]
@@ -100,7 +101,7 @@ def test_the_sum_is_in_fp64(tmp_path: Path) -> None:
 def test_layouts_of_the_averaged_may_differ(tmp_path: Path) -> None:
     write_source(tmp_path / "x", CONFIG, 1)
     write_source(tmp_path / "a", CONFIG, 2)
-    resharded(tmp_path / "x", tmp_path / "a", 2, config_of(*EXPERTS, TP2))
+    resharded(tmp_path / "x", tmp_path / "a", 2, config_of(*EXPERTS, TP2, SP))
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--average", "2"]) == 0
     expected = {
         name: ((weights_of(1)[name].double() + weights_of(2)[name].double()) / 2).float()
@@ -135,7 +136,7 @@ def test_means_of_different_models_are_refused(tmp_path: Path) -> None:
 def test_weights_can_be_laid_out_anew(tmp_path: Path) -> None:
     write_source(tmp_path / "a", CONFIG)
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bf16"]) == 0
-    resharded(tmp_path / "b", tmp_path / "c", 2, config_of(*EXPERTS, TP2))
+    resharded(tmp_path / "b", tmp_path / "c", 2, config_of(*EXPERTS, TP2, SP))
     assert_values(tmp_path / "c", {n: v.bfloat16() for n, v in weights_of().items()})
 
 
