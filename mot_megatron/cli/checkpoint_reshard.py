@@ -58,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the checkpoint and print what was written, or would be."""
+    say(NAME, f"reading {options.source}")
+
     from mot_megatron.conversion.layout import Layout, describe_layout
     from mot_megatron.conversion.reshard import reshard
     from mot_megatron.conversion.source import CheckpointSource
+    from mot_megatron.conversion.tensors import size_text
     from mot_megatron.conversion.write import check_destination
 
     source = CheckpointSource(options.source, options.workers)
@@ -74,9 +77,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"layout before: {describe_layout(source.config)}")
     print(f"layout after:  {describe_layout(layout.config)}; {layout.mesh.world_size} ranks")
     print(
-        f"{len(source.infos)} tensors in {sum(map(len, files))} pieces, {sum(sizes) / 1e9:.3f} GB;"
-        f" left out: none; largest file {max(sizes) / 1e9:.3f} GB, smallest"
-        f" {min(sizes) / 1e9:.3f} GB"
+        f"{len(source.infos)} tensors in {sum(map(len, files))} pieces, {size_text(sum(sizes))}; left"
+        f" out: none; values per file: {size_text(min(sizes))} to {size_text(max(sizes))}"
     )
     if options.dry_run:
         print("nothing was written (--dry-run)")

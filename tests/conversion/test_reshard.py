@@ -110,7 +110,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert planned.endswith("nothing was written (--dry-run)\n")
     assert "layout after:  tensor 2, ZeRO-1; 2 ranks" in planned
     assert f"{len(values_of(config_of()))} tensors in " in planned
-    assert "left out: none" in planned
+    assert "; left out: none; " in planned
     assert main(arguments(tmp_path, "--verify", "--workers", "2")) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[:4] == planned.splitlines()[:4]
@@ -165,7 +165,7 @@ def test_too_little_space_is_noticed_before(
 
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: Usage)
     assert main(arguments(tmp_path, "--dry-run")) == 2
-    assert "of which 0.00 GB are free" in only_error(capsys.readouterr().err)
+    assert "of which 1 kB are free" in only_error(capsys.readouterr().err)
 
 
 def test_damage_in_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
