@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mot_megatron.checkpoint.agreement import describe_os_error, on_first_rank
 from mot_megatron.checkpoint.find import resolve_resume
+from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
 from mot_megatron.errors import CheckpointError, TrainingError, UserError
@@ -47,7 +48,7 @@ from mot_megatron.train.interval import Interval
 from mot_megatron.train.resume import keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.spikes import SpikeGuard
-from mot_megatron.train.state import Progress, checkpoint_directory, restore
+from mot_megatron.train.state import Progress, restore
 from mot_megatron.train.step import (
     HeldOut,
     StepResult,

@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mot_megatron.checkpoint.names import STATE_KINDS
 from mot_megatron.model.sharding import experts_of, is_replica, tower_of
-from mot_megatron.optim.partitions import MOMENTS, WEIGHT, Piece
+from mot_megatron.optim.partitions import WEIGHT, Piece
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
-
-STATE_KINDS = (WEIGHT, *MOMENTS)
 
 
 @dataclass
@@ -59,18 +58,11 @@ class Staging:
         Needs host memory of 12 bytes per element of the pieces. No collectives.
         """
         groups = session.groups
-        parameters = dict(session.model.named_parameters())
+        pieces = dict(session.engine.pieces())
         staged: list[_Staged] = []
         extremes: list[torch.Tensor] = []
-        # Counted per group of owners, so that all of them have the same count.
-        seen: Counter[tuple[int, ...]] = Counter()
-        for name, piece in session.engine.pieces():
-            parameter = parameters[name]
-            if is_replica(parameter):
-                continue
-            owners = _owners(parameter, groups)
-            writer = owners[seen[owners] % len(owners)]
-            seen[owners] += 1
+        for name, parameter, owners, writer in writers(session.model, groups):
+            piece = pieces[name]
             extremes.append(_extremes(piece, groups.device))
             staged.append(
                 _Staged(
@@ -102,6 +94,24 @@ class Staging:
         for row, source in enumerate(sources):
             host[row].copy_(source, non_blocking=True)
         return host
+
+
+def writers(
+    model: nn.Module, groups: ProcessGroups
+) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...], int]]:
+    """Yield name, parameter, owners and writer of this rank's parameters, in the model's order.
+
+    The owners of a parameter take turns as its writer. ``conversion.layout`` says the same for
+    every rank without a model. No collectives.
+    """
+    # Counted per group of owners, so that all of them have the same count.
+    seen: Counter[tuple[int, ...]] = Counter()
+    for name, parameter in model.named_parameters():
+        if is_replica(parameter):
+            continue
+        owners = _owners(parameter, groups)
+        yield name, parameter, owners, owners[seen[owners] % len(owners)]
+        seen[owners] += 1
 
 
 class StagedState:

@@ -1,7 +1,6 @@
 """Save and restore the state of a run: weights, optimizer state, position in the data, progress.
 
-Tensors are named ``weight/<parameter>``, ``exp_avg/<parameter>`` and ``exp_avg_sq/<parameter>``, so
-the prefix ``weight/`` selects the weights alone.
+The names of tensors are in ``checkpoint.names``.
 """
 
 from __future__ import annotations
@@ -19,15 +18,21 @@ from torch import nn
 from mot_megatron.checkpoint.background import Save
 from mot_megatron.checkpoint.find import CheckpointInfo, read_metadata
 from mot_megatron.checkpoint.load import load_checkpoint
+from mot_megatron.checkpoint.names import (
+    CONTENTS,
+    STATE_KINDS,
+    WEIGHT_PREFIX,
+    WEIGHTS_ONLY,
+    checkpoint_directory,
+)
 from mot_megatron.checkpoint.save import Background, Keep, save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.model.sharding import experts_of, parts_of, sharding_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
-from mot_megatron.train.staging import STATE_KINDS, StagedState, Staging
+from mot_megatron.train.staging import StagedState, Staging
 
-WEIGHT_PREFIX = "weight/"
 _BROKEN_NAMES = 20
 """Names of broken parameters that a rank tells the others."""
 
@@ -52,11 +57,6 @@ class Progress:
     """Steps without an update since the last one with an update."""
     rollbacks: int = 0
     """How often the run has gone back to a checkpoint because of a spike."""
-
-
-def checkpoint_directory(run_directory: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return run_directory / "checkpoints"
 
 
 def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:
@@ -140,10 +140,15 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     Temporarily needs host memory of 12 bytes per parameter of this rank.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another model or another corpus, or was not
-            written by a training run.
+        CheckpointError: The checkpoint belongs to another model or another corpus, has weights
+            only, or was not written by a training run.
     """
     metadata = read_metadata(checkpoint)
+    if metadata.get(CONTENTS) == WEIGHTS_ONLY:
+        raise CheckpointError(
+            f"{checkpoint.path} has weights only, no optimizer state and no data position to resume"
+            " from; `mot upcycle` starts a new run from weights"
+        )
     try:
         saved = metadata["progress"]
         # Older checkpoints lack these keys: FLOPs were not counted, and each save came after the
@@ -172,7 +177,8 @@ def load_weights(
 ) -> None:
     """Load weights into a model without an engine, from a checkpoint saved in any layout.
 
-    Collective over the world; local without ``groups``.
+    Weights of any floating-point dtype are converted. Collective over the world; local without
+    ``groups``.
 
     Raises:
         CheckpointError: The checkpoint belongs to another model.
@@ -186,7 +192,7 @@ def load_weights(
         for name, parameter in model.named_parameters()
         for tensor in _named_parts(WEIGHT_PREFIX, name, parameter, weights[name])
     ]
-    load_checkpoint(checkpoint, tensors, groups, prefix=WEIGHT_PREFIX)
+    load_checkpoint(checkpoint, tensors, groups, prefix=WEIGHT_PREFIX, any_float=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -241,13 +247,13 @@ def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
     """Return an uninitialized fp32 host tensor in the shape of this rank's part."""
     return torch.empty(_stacked_shape(parameter, groups), dtype=torch.float32)
 
+    return torch.empty(_stacked_shape(parameter, groups), dtype=torch.float32)
+
 
 def _stacked_shape(parameter: nn.Parameter, groups: ProcessGroups) -> tuple[int, ...]:
     """Return the shape of this rank's tensor-parallel shard of a parameter.
 
-    It follows from the sharding, because ZeRO-3 empties the parameter itself. Parameters are
-    matrices or vectors: leading dimensions of the global shape, and experts, are stacked as rows.
+    It follows from the sharding, because ZeRO-3 empties the parameter itself.
     """
-    *rows, width = sharding_of(parameter).local_shape(groups.tensor_size)
     stacked = len(experts_of(parameter) or (0,))
-    return (stacked * math.prod(rows), width) if rows else (width,)
+    return sharding_of(parameter).parameter_shape(groups.tensor_size, stacked)
