@@ -105,7 +105,10 @@ def _layer(
     """Yield one layer's parameters, sharded over ``tensor`` and ``expert`` parallel ranks."""
     h, d, untied = model.hidden_size, model.head_dim, model.untied
     heads, groups = model.num_attention_heads, model.num_key_value_heads
-    qkv = _Weight("linear.weight", ((heads + 2 * groups) * d // tensor, h), tensor_parallel=True)
+    width = (heads + 2 * groups) * d // tensor
+    qkv = [_Weight("linear.weight", (width, h), tensor_parallel=True)]
+    if model.add_qkv_bias:
+        qkv.append(_Weight("linear.bias", (width,), tensor_parallel=True))
     output = _Weight("linear.weight", (h, heads * d // tensor), tensor_parallel=True)
     qk_norm = [_Weight("weight", (d,))] if model.qk_norm else []
     norm = _Weight("weight", (h,))
@@ -114,7 +117,7 @@ def _layer(
         for tower in towers
     }
     prefix = f"layers.{index}"
-    yield from _alike(f"{prefix}.attention.qkv", [qkv], towers, untied.qkv)
+    yield from _alike(f"{prefix}.attention.qkv", qkv, towers, untied.qkv)
     yield from _alike(f"{prefix}.attention.q_norm", qk_norm, towers, untied.qk_norm)
     yield from _alike(f"{prefix}.attention.k_norm", qk_norm, towers, untied.qk_norm)
     yield from _alike(

@@ -12,6 +12,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.parity import (
+    BIASES,
     MP2,
     MP3,
     MP4,
@@ -52,7 +53,7 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
         (2, [MP2], TWO_TOWERS),
         (2, [MP2, HEADS, FULL], [*TWO_TOWERS, TIED]),
         (2, [MP2, ZERO2, SELECTIVE], []),
-        (2, [MP2, HEADS, ZERO2], SHARED_PARTS),
+        (2, [MP2, HEADS, ZERO2], [*SHARED_PARTS, BIASES]),
         (2, [MP2, LISTED, OFFLOAD], [TIED]),
         (4, [MP2], [TIED]),
         (4, [MP2, ZERO2, FULL], TWO_TOWERS),
@@ -65,7 +66,7 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
         (8, [MP2, PP2, TP2, SP], [TIED]),
         (8, [MP2, PP2, TP2, HEADS, FULL], TWO_TOWERS),
         (2, [PP2, OFFLOAD], [TIED, *TWO_TOWERS]),
-        (2, [PP2, SELECTIVE], ["model.norm_placement=pre"]),
+        (2, [PP2, SELECTIVE], [BIASES, "model.norm_placement=pre"]),
         (4, [PP2, TP2], TWO_TOWERS),
         (4, [MP2, PP2], TWO_TOWERS),
         (
