@@ -1,65 +1,23 @@
-"""Saving: write to a new folder with a temporary name, check it, and rename it when complete.
-
-A kill at any time leaves the older checkpoints and either no new one or a complete new one. When
-the same step is saved again, a kill between two renames leaves the older save under a name that the
-search for checkpoints knows.
-"""
+"""Saving: every rank writes its tensors to a temporary folder, which is then committed."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mot_megatron.checkpoint import agreement
 from mot_megatron.checkpoint.agreement import on_every_rank, on_first_rank
-from mot_megatron.checkpoint.find import (
-    CONFIG_NAME,
-    METADATA_NAME,
-    REPLACED_SUFFIX,
-    UNFINISHED_SUFFIX,
-    CheckpointInfo,
-    finished_checkpoints,
-    step_name,
-)
-from mot_megatron.checkpoint.manifest import (
-    FileRecord,
-    Manifest,
-    record_of,
-    sync_directory,
-    write_durably,
-    write_manifest,
-)
-from mot_megatron.checkpoint.storage import (
-    INDEX_NAME,
-    check_complete,
-    own_file_pattern,
-    write_tensors,
-)
+from mot_megatron.checkpoint.commit import UnfinishedSave, documents_of
+from mot_megatron.checkpoint.find import UNFINISHED_SUFFIX, CheckpointInfo, finished_checkpoints
+from mot_megatron.checkpoint.manifest import FileRecord, record_of
+from mot_megatron.checkpoint.storage import own_file_pattern, write_tensors
 from mot_megatron.checkpoint.tensors import NamedTensor, describe
 from mot_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mot_megatron.parallel.groups import ProcessGroups
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A save in progress: its temporary and its final folder."""
-
-    directory: Path
-    step: int
-
-    @property
-    def final(self) -> Path:
-        return self.directory / step_name(self.step)
-
-    @property
-    def temporary(self) -> Path:
-        return self.directory / (step_name(self.step) + UNFINISHED_SUFFIX)
 
 
 def save_checkpoint(
@@ -96,19 +54,19 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, must be at least 1")
-    save = _Save(directory, step)
+    save = UnfinishedSave(directory, step)
     described = describe(tensors, groups)
-    documents = {METADATA_NAME: json.dumps(metadata, indent=1) + "\n", CONFIG_NAME: config_text}
+    documents = documents_of(metadata, config_text)
     try:
-        on_first_rank(lambda: _make_room(save))
+        on_first_rank(save.begin)
         write_tensors(save.temporary, described)
         written = on_every_rank(lambda: (list(described), _records_of_own_files(save.temporary)))
         names = {name for own_names, _ in written for name in own_names}
         records = {name: record for _, own in written for name, record in own.items()}
-        info = on_first_rank(lambda: _complete(save, names, records, documents))
+        info = on_first_rank(lambda: save.complete(names, records, documents))
     except CheckpointError as error:
         # No rank is still writing: all ranks exchange outcomes at the end of every step above.
-        on_first_rank(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        on_first_rank(save.discard)
         raise CheckpointError(
             f"cannot save checkpoint {save.final}: {error}; older checkpoints are untouched"
         ) from error
@@ -116,47 +74,12 @@ def save_checkpoint(
     return info
 
 
-def _make_room(save: _Save) -> None:
-    save.directory.mkdir(parents=True, exist_ok=True)
-    for leftover in save.directory.glob(f"step_*{UNFINISHED_SUFFIX}"):
-        final = leftover.with_name(leftover.name.removesuffix(REPLACED_SUFFIX))
-        if leftover.name.endswith(REPLACED_SUFFIX) and not final.exists():
-            leftover.rename(final)
-        else:
-            shutil.rmtree(leftover)
-    save.temporary.mkdir()
-
-
 def _records_of_own_files(directory: Path) -> dict[str, FileRecord]:
     own = directory.glob(own_file_pattern(agreement.rank()))
     return {path.name: record_of(path) for path in own}
 
 
-def _complete(
-    save: _Save, names: set[str], records: dict[str, FileRecord], documents: dict[str, str]
-) -> CheckpointInfo:
-    """Check the tensor files, add documents and manifest, and rename the folder."""
-    temporary = save.temporary
-    num_tensors = check_complete(temporary, names)
-    for name, text in documents.items():
-        write_durably(temporary / name, text)
-    small = {name: record_of(temporary / name) for name in (INDEX_NAME, *documents)}
-    manifest = Manifest(
-        step=save.step, num_tensors=num_tensors, files=dict(sorted({**records, **small}.items()))
-    )
-    write_manifest(temporary, manifest)
-    sync_directory(temporary)
-    replaced = save.final.with_name(save.final.name + REPLACED_SUFFIX)
-    if save.final.exists():
-        save.final.rename(replaced)
-    temporary.rename(save.final)
-    sync_directory(save.directory)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    return CheckpointInfo(save.final, save.step, num_tensors, manifest.num_bytes)
-
-
-def _remove_old(save: _Save, keep: int, damaged: Collection[Path]) -> None:
+def _remove_old(save: UnfinishedSave, keep: int, damaged: Collection[Path]) -> None:
     up_to_now = [
         path
         for step, path in finished_checkpoints(save.directory)

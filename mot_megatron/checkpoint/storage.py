@@ -13,7 +13,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +68,7 @@ _INDEX_GLOBALS = {
 }
 # Errors that unpickling damaged or malicious bytes may raise, according to the documentation of the
 # pickle module and the checks below.
-_UNPICKLING_ERRORS = (
+UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     ArithmeticError,
     AttributeError,
@@ -97,7 +97,7 @@ def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: A file could not be written. Raised on every rank.
     """
-    with _progress(f"saving {directory.name}") as progress, warnings.catch_warnings():
+    with progress_bar(f"saving {directory.name}") as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
             save(
@@ -107,6 +107,20 @@ def write_tensors(directory: Path, described: dict[str, torch.Tensor]) -> None:
             )
         except CheckpointException as error:
             raise _translate(error) from error
+
+
+def write_index(directory: Path, metadata: Metadata, results: Sequence[WriteResult]) -> None:
+    """Write the index of tensor files that were written piece by piece, and flush it to disk.
+
+    Args:
+        directory: Folder of the files.
+        metadata: The tensors and their pieces.
+        results: Where every piece is.
+
+    Raises:
+        OSError: The index cannot be written.
+    """
+    _Writer(directory, sync_files=True).finish(metadata, [list(results)])
 
 
 def read_index(directory: Path) -> Metadata:
@@ -127,7 +141,7 @@ def read_index(directory: Path) -> Metadata:
         index = _IndexUnpickler(io.BytesIO(content)).load()
         _check_index(index)
         _check_pieces(index, _file_sizes(directory))
-    except _UNPICKLING_ERRORS as error:
+    except UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{INDEX_NAME} is not an index of tensors: {error}") from None
     return index
 
@@ -163,7 +177,7 @@ def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Te
     Raises:
         CheckpointError: A file is damaged or cannot be read.
     """
-    with _progress(f"loading {directory.name}") as progress, warnings.catch_warnings():
+    with progress_bar(f"loading {directory.name}") as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
             load(
@@ -316,20 +330,32 @@ class _Reader(FileSystemReader):
         return self.index
 
     def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
-        """Return a piece of a file, which torch.save wrote as an archive without compression."""
-        piece = io.BufferedReader(_Piece(file, sinfo.offset, sinfo.length))
-        try:
-            with zipfile.ZipFile(piece) as archive:
-                members = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise pickle.UnpicklingError(f"{sinfo.relative_path} is damaged: {error}") from None
-        # Compressed members could be larger by any factor.
-        if sum(member.file_size for member in members) > sinfo.length or any(
-            member.compress_type != zipfile.ZIP_STORED for member in members
-        ):
-            raise pickle.UnpicklingError(f"{sinfo.relative_path} contains compressed data")
-        piece.seek(0)
-        return piece
+        return open_piece(file, sinfo)
+
+
+def open_piece(file: IO[bytes], place: Any) -> IO[bytes]:
+    """Return a piece of a file, which torch.save wrote as an archive without compression.
+
+    Args:
+        file: A tensor file.
+        place: The index's record of where the piece is in the file.
+
+    Raises:
+        pickle.UnpicklingError: The piece is no such archive.
+    """
+    piece = io.BufferedReader(_Piece(file, place.offset, place.length))
+    try:
+        with zipfile.ZipFile(piece) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise pickle.UnpicklingError(f"{place.relative_path} is damaged: {error}") from None
+    # Compressed members could be larger by any factor.
+    if sum(member.file_size for member in members) > place.length or any(
+        member.compress_type != zipfile.ZIP_STORED for member in members
+    ):
+        raise pickle.UnpicklingError(f"{place.relative_path} contains compressed data")
+    piece.seek(0)
+    return piece
 
 
 class _Piece(io.RawIOBase):
@@ -399,8 +425,10 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.progress.update(read_item.lengths.numel())
 
 
-def _progress(description: str) -> tqdm:
+def progress_bar(description: str, total: int | None = None) -> tqdm:
+    """Return a bar of bytes or elements, which the first rank shows if it lasts some seconds."""
     return tqdm(
+        total=total,
         desc=description,
         unit_scale=True,
         delay=5,
@@ -415,7 +443,7 @@ def _translate(error: CheckpointException, reading: bool = False) -> Exception:
 
     Any other failure is a defect and becomes a RuntimeError.
     """
-    foreseen = (OSError, *_UNPICKLING_ERRORS) if reading else (OSError,)
+    foreseen = (OSError, *UNPICKLING_ERRORS) if reading else (OSError,)
     for failed_rank, (cause, _) in sorted(error.failures.items()):
         if not isinstance(cause, foreseen):
             continue

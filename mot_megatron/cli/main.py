@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": Command("evaluate", "measure the held-out loss by kind of label"),
     "summary": Command("summary", "show the results of a finished run"),
     "upcycle": Command("upcycle", "make a new run from a trained model's weights"),
+    "checkpoint": Command("checkpoint", "inspect and convert checkpoints"),
     "plan": Command("plan", "list the layouts that fit in memory"),
     "memory": Command("memory", "measure the memory that each rank needs"),
     "match": Command("match", "match the steps of runs against a baseline"),

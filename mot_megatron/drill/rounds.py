@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mot_megatron.checkpoint import open_checkpoint
 from mot_megatron.checkpoint.manifest import read_manifest
+from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config
 from mot_megatron.drill.faults import (
     CORRUPTION,
@@ -24,7 +25,6 @@ from mot_megatron.drill.faults import (
 )
 from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.job.local_job import Ended, Job
-from mot_megatron.train.state import checkpoint_directory
 
 SECONDS_TO_END = 90.0
 """How long a job may take to end after a fault."""

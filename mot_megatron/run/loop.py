@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mot_megatron.checkpoint.agreement import describe_os_error, on_first_rank
 from mot_megatron.checkpoint.find import CheckpointInfo, resolve_resume
+from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.budget import describe_budgets
@@ -39,7 +40,7 @@ from mot_megatron.run.summary import has_summary, mark_stale, write_summary
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.resume import keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_schedule, build_session
-from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
+from mot_megatron.train.state import Progress, restore, save
 from mot_megatron.train.step import HeldOut, StepResult, evaluate_held_out, train_step
 
 STOP_FILE = "stop"

@@ -1,7 +1,6 @@
 """Save and restore the state of a run: weights, optimizer state, position in the data, progress.
 
-Tensors are named ``weight/<parameter>``, ``exp_avg/<parameter>`` and ``exp_avg_sq/<parameter>``, so
-the prefix ``weight/`` selects the weights alone.
+The names of tensors are in ``checkpoint.names``.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ from torch import nn
 
 from mot_megatron.checkpoint.find import CheckpointInfo, read_metadata
 from mot_megatron.checkpoint.load import load_checkpoint
+from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.model.sharding import experts_of, is_replica, parts_of, sharding_of, tower_of
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
-
-WEIGHT_PREFIX = "weight/"
-STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -43,11 +40,6 @@ class Progress:
     """Model FLOPs over all ranks; NaN if unknown, because an older version began the run."""
     evaluated_steps: int = 0
     """Steps done at the last evaluation; 0 before the first."""
-
-
-def checkpoint_directory(run_directory: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return run_directory / "checkpoints"
 
 
 def save(session: Session, progress: Progress, damaged: Collection[Path] = ()) -> CheckpointInfo:

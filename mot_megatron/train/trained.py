@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mot_megatron.checkpoint import CheckpointInfo, open_checkpoint, read_config_text, read_metadata
+from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.config_files import parse_config
 from mot_megatron.data.corpus import Corpus
@@ -15,7 +16,7 @@ from mot_megatron.errors import CheckpointError
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.train.state import checkpoint_directory, load_weights
+from mot_megatron.train.state import load_weights
 
 _LEAST_BYTES_PER_PARAMETER = 2
 

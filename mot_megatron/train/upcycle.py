@@ -18,6 +18,7 @@ from mot_megatron.checkpoint import (
     read_whole_tensors,
     save_checkpoint,
 )
+from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
@@ -26,12 +27,7 @@ from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
 from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
-from mot_megatron.train.state import (
-    STATE_KINDS,
-    WEIGHT_PREFIX,
-    Progress,
-    checkpoint_directory,
-)
+from mot_megatron.train.state import Progress
 from mot_megatron.train.trained import SavedRun, load_trained_model
 from mot_megatron.train.upcycle_plan import TensorPlan, check_upcycling, plan_tensors
 

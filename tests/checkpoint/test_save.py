@@ -22,7 +22,7 @@ from mot_megatron.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
-from mot_megatron.checkpoint import save as save_module
+from mot_megatron.checkpoint import commit as commit_module
 from mot_megatron.checkpoint.manifest import read_manifest, verify_files
 from mot_megatron.checkpoint.storage import check_complete
 from mot_megatron.errors import CheckpointError
@@ -81,7 +81,7 @@ def test_full_disk_after_the_tensors(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(save_module, name, refuse)
+    monkeypatch.setattr(commit_module, name, refuse)
     with pytest.raises(CheckpointError, match=r"step_00000002: No space left on device; older"):
         save(tmp_path, 2)
     assert _names(tmp_path) == ["step_00000001"]
@@ -135,7 +135,7 @@ def test_nothing_is_deleted_when_the_save_fails(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(save_module, "write_manifest", refuse)
+    monkeypatch.setattr(commit_module, "write_manifest", refuse)
     with pytest.raises(CheckpointError):
         save(tmp_path, 3, keep=1)
     assert _names(tmp_path) == ["step_00000001", "step_00000002"]

@@ -14,6 +14,7 @@ from mot_megatron.checkpoint import (
     read_whole_tensors,
     save_checkpoint,
 )
+from mot_megatron.checkpoint.names import STATE_KINDS, checkpoint_directory
 from mot_megatron.checkpoint.storage import read_index, stored_tensors
 from mot_megatron.cli.upcycle import main
 from mot_megatron.data.corpus import Corpus
@@ -22,7 +23,6 @@ from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.session import resolve_config
-from mot_megatron.train.state import STATE_KINDS, checkpoint_directory
 from tests.cli.console import only_error
 from tests.model.small_models import vary_vectors
 from tests.ranks import run_ranks

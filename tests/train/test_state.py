@@ -10,13 +10,14 @@ import torch
 
 from mot_megatron.checkpoint.find import CheckpointInfo
 from mot_megatron.checkpoint.load import read_whole_tensors
+from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.checkpoint.storage import read_index, stored_tensors
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import TrainingError
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.train import state
 from mot_megatron.train.session import build_groups, build_session, resolve_config
-from mot_megatron.train.state import Progress, checkpoint_directory, restore, save
+from mot_megatron.train.state import Progress, restore, save
 from mot_megatron.train.step import train_step
 from tests.ranks import run_ranks
 from tests.small_runs import small_config, write_corpus

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from mot_megatron.checkpoint import NamedTensor, save_checkpoint
+from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.cli.generate import main
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.train.state import checkpoint_directory
 from mot_megatron.train.trained import load_trained_model
 from tests.checkpoint.states import reseal
 from tests.cli.console import only_error

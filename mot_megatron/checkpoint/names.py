@@ -1,0 +1,19 @@
+"""Names in a run's checkpoints: their folder, and the prefixes of tensors.
+
+A parameter's tensors are ``weight/<parameter>``, ``exp_avg/<parameter>`` and
+``exp_avg_sq/<parameter>``, so the prefix ``weight/`` selects the weights alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHT_PREFIX = "weight/"
+STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""Prefixes of a parameter's tensors, without the slash: the weight, then the optimizer's moments.
+"""
+
+
+def checkpoint_directory(run_directory: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run_directory / "checkpoints"
