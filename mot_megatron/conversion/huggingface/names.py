@@ -62,7 +62,9 @@ class Correspondence:
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of the parts, without computing their values."""
-        return tuple(tuple(part.shape) for part in self.split(torch.empty(self.shape, device="meta")))
+        return tuple(
+            tuple(part.shape) for part in self.split(torch.empty(self.shape, device="meta"))
+        )
 
     def split(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Split a tensor of this program into the other format's, as views where possible."""
@@ -72,9 +74,7 @@ class Correspondence:
             return tuple(whole.unbind(0))
         columns = whole.shape[1:]
         by_group = whole.view(self.num_groups, sum(self.group_width), -1, *columns)
-        return tuple(
-            part.reshape(-1, *columns) for part in by_group.split(self.group_width, dim=1)
-        )
+        return tuple(part.reshape(-1, *columns) for part in by_group.split(self.group_width, dim=1))
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join the other format's tensors into this program's: the inverse of ``split``."""
@@ -146,9 +146,7 @@ def _leaves(component: str, weight: str) -> tuple[str, ...]:
         return ("weight",)
     expert = _EXPERT.fullmatch(weight)
     if expert is not None:
-        return tuple(
-            f"experts.{expert['expert']}.{leaf}" for leaf in _NETWORK[expert["matrix"]]
-        )
+        return tuple(f"experts.{expert['expert']}.{leaf}" for leaf in _NETWORK[expert["matrix"]])
     return _NETWORK[weight.removesuffix(".linear.weight")]
 
 
