@@ -44,7 +44,6 @@ from mot_megatron.conversion.huggingface.names import (
     correspondences,
 )
 from mot_megatron.conversion.huggingface.safetensors_files import (
-    SUFFIX,
     Shard,
     index_of,
     plan_shards,
@@ -208,9 +207,11 @@ def _outputs(
 def _documents(config: Config, corpus: Corpus, dtype: str) -> dict[str, str]:
     description = corpus.description
     ids = token_ids(description)
+    # No token has the ids of the rows that pad the vocabulary.
+    padding = list(range(description.vocab_size, config.model.num_vocabulary_rows))
     documents = {
         "config.json": _json(config_json(config, description, dtype)),
-        "generation_config.json": _json(ids),
+        "generation_config.json": _json({**ids, "suppress_tokens": padding}),
     }
     text = _text_modality(corpus)
     if text is not None:

@@ -1,8 +1,8 @@
 """Mixture-of-Transformers for Hugging Face transformers, in one file that travels with the weights.
 
-Every token is processed by the weights of its tower, which its id determines; one causal attention
-spans all tokens. Load it with ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
-It needs PyTorch and transformers only.
+Every token is processed by the weights of its tower, which its id determines; one causal
+attention spans all tokens. It needs PyTorch and transformers only, and is loaded with
+``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
 
 The residual stream is in grouped order: all tokens of tower 0, then those of tower 1, and so on, so
 that a tower's matrices multiply one contiguous slice. Only attention needs sequence order.
@@ -13,6 +13,7 @@ size, E experts, V vocabulary rows.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,67 +37,57 @@ Slices = Sequence[torch.Tensor]
 
 
 class MixtureOfTransformersConfig(PretrainedConfig):
-    """Shapes of the model, the tower of every token id, and each tower's experts."""
+    """Shapes of the model, the tower of every token id, and each tower's experts.
+
+    Besides the usual values these:
+
+    - towers: names of the K towers.
+    - tower_starts: pairs of a first id and the index of the tower that processes the ids from there
+      up to the next pair's, in ascending order from id 0.
+    - untied: per component, whether every tower has its own weights; absent: true.
+    - norm_placement: "pre", x + f(norm(x)), or "post", x + norm(f(x)).
+    - experts: per tower its mixture of experts, or None for a plain network, with the keys
+      num_experts, routing ("topk" or "expert_choice"), experts_per_token, gate ("sigmoid" or
+      "softmax"), capacity_factor and causal_router.
+    - route_causally: whether routing ignores later tokens, so that causal routers replace expert
+      choice and no expert drops tokens over its capacity. False: experts route as in training.
+    """
 
     model_type = "mixture_of_transformers"
     keys_to_ignore_at_inference = (_CACHE,)
+    defaults = {  # noqa: RUF012
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rotary_base": 10000.0,
+        "norm_placement": "post",
+        "qk_norm": True,
+        "qkv_bias": False,
+        "towers": ["text"],
+        "tower_starts": [[0, 0]],
+        "route_causally": True,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
 
     def __init__(
         self,
-        vocab_size: int = 128,
-        hidden_size: int = 64,
-        intermediate_size: int = 128,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 4,
         num_key_value_heads: int | None = None,
-        rms_norm_eps: float = 1e-5,
-        rotary_base: float = 10000.0,
-        norm_placement: str = "post",
-        qk_norm: bool = True,
-        qkv_bias: bool = False,
-        towers: Sequence[str] = ("text",),
-        tower_starts: Sequence[tuple[int, int]] = ((0, 0),),
         untied: dict[str, bool] | None = None,
-        experts: Sequence[dict[str, Any] | None] | None = None,
-        route_causally: bool = True,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        **kwargs: Any,
+        experts: list[dict[str, Any] | None] | None = None,
+        **values: Any,
     ) -> None:
-        """Store the values.
-
-        Args:
-            towers: Names of the K towers.
-            tower_starts: Pairs of a first id and the index of the tower that processes the ids from
-                there up to the next pair's, in ascending order from id 0.
-            untied: Per component, whether every tower has its own weights; absent: true.
-            experts: Per tower, its mixture of experts, or None for a plain network: num_experts,
-                routing ("topk" or "expert_choice"), experts_per_token, gate ("sigmoid" or
-                "softmax"), capacity_factor and causal_router.
-            route_causally: Whether routing ignores later tokens: causal routers replace expert
-                choice, and no expert drops tokens over its capacity. False: route as in training.
-        """
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.rms_norm_eps = rms_norm_eps
-        self.rotary_base = rotary_base
-        self.norm_placement = norm_placement
-        self.qk_norm = qk_norm
-        self.qkv_bias = qkv_bias
-        self.towers = list(towers)
-        self.tower_starts = [list(pair) for pair in tower_starts]
+        """Store the values, with ``defaults`` for absent ones."""
+        for name, default in self.defaults.items():
+            setattr(self, name, values.pop(name, copy.copy(default)))
+        self.num_key_value_heads = num_key_value_heads or self.num_attention_heads
+        values["head_dim"] = self.hidden_size // self.num_attention_heads
         self.untied = {**dict.fromkeys(_COMPONENTS, True), **(untied or {})}
-        self.experts = list(experts or [None] * len(self.towers))
-        self.route_causally = route_causally
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        kwargs.pop("head_dim", None)
-        super().__init__(**kwargs)
+        self.experts = experts or [None] * len(self.towers)
+        super().__init__(**values)
 
 
 class PerTower(nn.Module):
@@ -112,6 +103,7 @@ class PerTower(nn.Module):
         self.untied = untied
 
     def forward(self, slices: Slices, *others: Slices) -> list[torch.Tensor]:
+        """Apply each tower's module to that tower's slice, even if it has no rows."""
         modules = self.towers if self.untied else [self.shared] * self.num_towers
         return [module(*given) for module, *given in zip(modules, slices, *others, strict=True)]
 
@@ -125,6 +117,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize [..., size]."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -199,6 +192,8 @@ class Attention(nn.Module):
         mask: torch.Tensor | None,
         cache: Any,
     ) -> list[torch.Tensor]:
+        """Attend: K x [n, h] -> K x [n, h]; a cache is extended."""
+
         def heads(slices: Slices) -> list[torch.Tensor]:
             return [rows.unflatten(-1, (-1, self.d)) for rows in slices]
 
@@ -231,6 +226,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(f, h, bias=False)
 
     def forward(self, x: torch.Tensor, _filled: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the network to every row, [n, h] -> [n, h]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -243,6 +239,7 @@ class CausalRouter(nn.Module):
         self.output = nn.Linear(hidden_size // 2, num_experts, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Predict logits, [n, h] -> [n, E]; a positive one means that the expert chooses."""
         return self.output(F.silu(self.hidden(x)))
 
 
@@ -342,6 +339,7 @@ class DecoderLayer(nn.Module):
             self.input_layernorm = norm()
 
     def forward(self, stream: Slices, filled: Slices, *attention: Any) -> list[torch.Tensor]:
+        """Apply the layer: K x [n, h] -> K x [n, h]."""
         if self.post_norm:
             update = self.post_attention_layernorm(self.self_attn(stream, *attention))
             stream = _add(stream, update)

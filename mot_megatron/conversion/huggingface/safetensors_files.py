@@ -1,9 +1,9 @@
-"""Safetensors files, with an index if there are several: read safely, and written, tensor by tensor.
+"""Safetensors files, read safely and written one tensor at a time.
 
-A file is an 8-byte little-endian length, that many bytes of JSON, and the values of all tensors. The
-safetensors library checks the JSON against the file when it opens one. It reads through a mapping of
-the whole file, whose pages count as memory, and it writes all tensors of a file at once; therefore
-values are read and written here, one tensor at a time.
+A file is an 8-byte little-endian length, that many bytes of JSON, and the values of all tensors;
+an index lists the tensors of several files. The safetensors library checks the JSON against the
+file when it opens one. It reads through a mapping of the whole file, whose pages count as memory,
+and it writes all tensors of a file at once; therefore values are read and written here.
 """
 
 from __future__ import annotations
