@@ -33,6 +33,8 @@ _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER_BYTES = 1 << 25
 """Limit for a file's JSON, enough for 200,000 tensors."""
 _LONGEST_INDEX_BYTES = 1 << 25
+_MOST_ELEMENTS = 1 << 60
+"""Limit for the product of a shape, zeros not counted, which torch computes for strides."""
 _ALIGNMENT = 8
 """The library aligns the first value to this many bytes."""
 DTYPES = {
@@ -240,6 +242,8 @@ def _place(path: Path, start: int, size: int, entry: Mapping[str, Any]) -> _Plac
     first, last = entry["data_offsets"]
     if not all(isinstance(each, int) and each >= 0 for each in (*info.shape, first, last)):
         raise ValueError("a size or offset is not a natural number")
+    if math.prod(max(size, 1) for size in info.shape) >= _MOST_ELEMENTS:
+        raise ValueError(f"its shape {list(info.shape)} is too large")
     if last - first != info.num_bytes or start + last > size:
         raise ValueError(f"its {info.num_bytes} bytes are not in the file")
     return _Place(path, start + first, info)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -30,7 +27,6 @@ from tests.conversion.huggingface.exported import (
     DENSE,
     PRE,
     TOP2,
-    export,
     own_logits,
     random_ids,
     random_model,
