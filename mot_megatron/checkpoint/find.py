@@ -70,12 +70,12 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def find_checkpoint(directory: Path) -> Search:
+def find_checkpoint(directory: Path, threads: int = 1) -> Search:
     """Find the newest checkpoint in ``directory`` that passes verification.
 
     Every rank calls this. Collectives over the default group: one broadcast of the directory
     listing, then one broadcast and one all-gather per checkpoint examined. Verification reads every
-    file once, with the files divided among the ranks.
+    file once, with the files divided among the ranks, and each rank's among ``threads``.
 
     Returns:
         The same result on every rank. A damaged checkpoint is skipped and raises no error.
@@ -83,7 +83,7 @@ def find_checkpoint(directory: Path) -> Search:
     Raises:
         CheckpointError: ``directory`` exists but cannot be listed.
     """
-    return _search(on_first_rank(lambda: _list(directory)))
+    return _search(on_first_rank(lambda: _list(directory)), threads)
 
 
 def resolve_resume(directory: Path) -> Search:
@@ -108,7 +108,7 @@ def resolve_resume(directory: Path) -> Search:
     return search
 
 
-def open_checkpoint(path: Path) -> Search:
+def open_checkpoint(path: Path, threads: int = 1) -> Search:
     """Open the checkpoint at a path given by the user.
 
     ``path`` is the folder of one checkpoint, or a checkpoint directory, of which the newest
@@ -119,13 +119,13 @@ def open_checkpoint(path: Path) -> Search:
     """
     if on_first_rank(lambda: (path / MANIFEST_NAME).is_file()):
         named = _STEP_NAME.fullmatch(path.resolve().name)
-        checkpoint, problem = _verified(path, int(named[1]) if named else None)
+        checkpoint, problem = _verified(path, int(named[1]) if named else None, threads)
         if checkpoint is None:
             raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
         return Search(checkpoint, ())
     if not on_first_rank(path.is_dir):
         raise CheckpointError(f"{path}: no such checkpoint directory")
-    search = find_checkpoint(path)
+    search = find_checkpoint(path, threads)
     if search.checkpoint is None:
         reasons = "; ".join(search.skipped) or "it is empty"
         raise CheckpointError(f"{path} contains no usable checkpoint: {reasons}")
@@ -183,12 +183,12 @@ def _list(directory: Path) -> _Listing:
     return _Listing(tuple(sorted(steps, reverse=True)), tuple(unfinished), tuple(foreign))
 
 
-def _search(listing: _Listing) -> Search:
+def _search(listing: _Listing, threads: int = 1) -> Search:
     skipped = [f"{path}: an unfinished save" for path in listing.unfinished]
     skipped += [f"{path}: not a checkpoint of this program" for path in listing.foreign]
     damaged: list[Path] = []
     for step, path in listing.steps:
-        checkpoint, problem = _verified(path, step)
+        checkpoint, problem = _verified(path, step, threads)
         if checkpoint is not None:
             return Search(checkpoint, tuple(skipped), tuple(damaged))
         skipped.append(f"{path}: {problem}")
@@ -196,7 +196,9 @@ def _search(listing: _Listing) -> Search:
     return Search(None, tuple(skipped), tuple(damaged))
 
 
-def _verified(path: Path, step: int | None = None) -> tuple[CheckpointInfo | None, str | None]:
+def _verified(
+    path: Path, step: int | None, threads: int
+) -> tuple[CheckpointInfo | None, str | None]:
     """Verify the checkpoint at ``path``, which must be of ``step`` if given.
 
     Returns:
@@ -205,7 +207,7 @@ def _verified(path: Path, step: int | None = None) -> tuple[CheckpointInfo | Non
     manifest = on_first_rank(lambda: _manifest_or_problem(path, step))
     if isinstance(manifest, str):
         return None, manifest
-    problem = verify_files(path, manifest)
+    problem = verify_files(path, manifest, threads)
     if problem is not None:
         return None, problem
     return CheckpointInfo(path, manifest.step, manifest.num_tensors, manifest.num_bytes), None

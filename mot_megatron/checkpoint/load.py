@@ -26,6 +26,7 @@ def load_checkpoint(
     groups: ProcessGroups | None,
     *,
     prefix: str = "",
+    any_float: bool = False,
 ) -> None:
     """Load this rank's tensors in place from a verified checkpoint.
 
@@ -40,6 +41,7 @@ def load_checkpoint(
         groups: The process groups; None for a single process, which holds every tensor whole.
         prefix: Ignore tensors of the checkpoint whose names do not start with this. Every other
             tensor must be requested by at least one rank; with "", that is all of them.
+        any_float: Convert floating-point values of another dtype instead of raising an error.
 
     Raises:
         CheckpointError: The checkpoint belongs to another model, is malicious or cannot be read.
@@ -47,7 +49,7 @@ def load_checkpoint(
     """
     described = describe(tensors, groups)
     try:
-        names = on_every_rank(lambda: _compare(read_index(checkpoint.path), tensors))
+        names = on_every_rank(lambda: _compare(read_index(checkpoint.path), tensors, any_float))
         on_every_rank(lambda: _read(checkpoint, described, set().union(*names), prefix))
     except CheckpointError as error:
         raise CheckpointError(f"cannot load checkpoint {checkpoint.path}: {error}") from error
@@ -77,7 +79,7 @@ def read_whole_tensors(checkpoint: CheckpointInfo, names: Iterable[str]) -> dict
     return tensors
 
 
-def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
+def _compare(index: Metadata, tensors: Sequence[NamedTensor], any_float: bool) -> set[str]:
     """Check this rank's tensors against the index and return their names."""
     stored = stored_tensors(index)
     missing = sorted(named.name for named in tensors if named.name not in stored)
@@ -86,8 +88,8 @@ def _compare(index: Metadata, tensors: Sequence[NamedTensor]) -> set[str]:
     differing = [
         f"{named.name} is {kept} in the checkpoint and {wanted} in this model"
         for named in tensors
-        if (kept := _kind(stored[named.name].size, stored[named.name].properties.dtype))
-        != (wanted := _kind(named.sharding.global_shape, named.tensor.dtype))
+        if (kept := _kind(stored[named.name].size, stored[named.name].properties.dtype, any_float))
+        != (wanted := _kind(named.sharding.global_shape, named.tensor.dtype, any_float))
     ]
     if differing:
         raise _of_another_model(_shorten(differing))
@@ -109,8 +111,9 @@ def _of_another_model(difference: str) -> CheckpointError:
     return CheckpointError(f"it is a checkpoint of another model: {difference}")
 
 
-def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+def _kind(shape: Sequence[int], dtype: torch.dtype, any_float: bool) -> str:
+    kind = "float" if any_float and dtype.is_floating_point else str(dtype).removeprefix("torch.")
+    return f"{list(shape)} {kind}"
 
 
 def _shorten(names: list[str]) -> str:

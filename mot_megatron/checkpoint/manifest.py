@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -124,25 +125,26 @@ def read_manifest(directory: Path) -> Manifest:
     return sealed.manifest
 
 
-def verify_files(directory: Path, manifest: Manifest) -> str | None:
+def verify_files(directory: Path, manifest: Manifest, threads: int = 1) -> str | None:
     """Compare the SHA-256 of every file with ``manifest``, with files divided among all ranks.
 
-    Every rank calls this, with the same arguments and on a shared file system. Collectives: one
-    all-gather of objects over the default group.
+    Every rank calls this, with the same arguments and on a shared file system, and divides its
+    files among ``threads``. Collectives: one all-gather of objects over the default group.
 
     Returns:
         The problem with the first bad file, or None if all files are good; the same on every rank.
     """
     by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
     own = by_size[agreement.rank() :: agreement.world_size()]
-    problems = agreement.on_every_rank(lambda: _first_bad_file(directory, own))
+    problems = agreement.on_every_rank(lambda: _first_bad_file(directory, own, threads))
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _first_bad_file(directory: Path, records: list[tuple[str, FileRecord]]) -> str | None:
-    total = sum(record.size for _, record in records)
+def _first_bad_file(
+    directory: Path, records: list[tuple[str, FileRecord]], threads: int
+) -> str | None:
     with tqdm(
-        total=total,
+        total=sum(record.size for _, record in records),
         desc=f"verifying {directory.name}",
         unit="B",
         unit_scale=True,
@@ -151,14 +153,19 @@ def _first_bad_file(directory: Path, records: list[tuple[str, FileRecord]]) -> s
         leave=False,
         disable=agreement.rank() != 0,
     ) as progress:
-        for name, record in records:
+
+        def problem(item: tuple[str, FileRecord]) -> str | None:
+            name, record = item
             try:
                 if record_of(directory / name) != record:
                     return f"{name} does not match its SHA-256"
             except OSError as error:
                 return f"{name} cannot be read: {error.strerror}"
             progress.update(record.size)
-    return None
+            return None
+
+        with ThreadPoolExecutor(threads) as pool:
+            return next(filter(None, pool.map(problem, records)), None)
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

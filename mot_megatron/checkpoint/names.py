@@ -13,6 +13,9 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """Prefixes of a parameter's tensors, without the slash: the weight, then the optimizer's moments.
 """
 
+CONTENTS, WEIGHTS_ONLY = "contents", "weights"
+"""Key of a checkpoint's metadata, and its value if there is no optimizer state."""
+
 
 def checkpoint_directory(run_directory: Path) -> Path:
     """Return the folder of a run's checkpoints."""

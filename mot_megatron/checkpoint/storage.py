@@ -425,11 +425,12 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.progress.update(read_item.lengths.numel())
 
 
-def progress_bar(description: str, total: int | None = None) -> tqdm:
+def progress_bar(description: str, total: int | None = None, unit: str = "it") -> tqdm:
     """Return a bar of bytes or elements, which the first rank shows if it lasts some seconds."""
     return tqdm(
         total=total,
         desc=description,
+        unit=unit,
         unit_scale=True,
         delay=5,
         ncols=100,

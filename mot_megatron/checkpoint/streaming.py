@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -115,6 +116,16 @@ def write_file(
     except OSError as error:
         raise CheckpointError(describe_os_error(error)) from error
     return WrittenFile(path.name, hashing.record(), tuple(pieces), tuple(spans))
+
+
+def divide(pieces_of_ranks: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+    """Give every piece that several ranks hold to one of them, as saving in parallel does."""
+    plans = [SavePlan([_write_item(piece) for piece in pieces]) for pieces in pieces_of_ranks]
+    divided = []
+    for pieces, plan in zip(pieces_of_ranks, dedup_save_plans(plans), strict=True):
+        kept = {item.index for item in plan.items}
+        divided.append([piece for piece in pieces if _index_of(piece) in kept])
+    return divided
 
 
 def write_index_of(directory: Path, files: Iterable[WrittenFile]) -> None:

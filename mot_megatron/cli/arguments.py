@@ -60,6 +60,34 @@ def add_checkpoint(parser: ArgumentParser) -> None:
     )
 
 
+def add_source_and_destination(parser: ArgumentParser) -> None:
+    """Add what all conversions of checkpoints have: SRC, DST and how the output is written."""
+    parser.add_argument("source", type=user_path, metavar="SRC", help=CHECKPOINT_HELP)
+    parser.add_argument(
+        "destination", type=user_path, metavar="DST", help="folder of checkpoints to write to"
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="files that are verified or written at a time (default: 1)",
+    )
+    add_verify_and_dry_run(parser)
+
+
+def add_verify_and_dry_run(parser: ArgumentParser) -> None:
+    """Add ``--verify`` and ``--dry-run``."""
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the output back and compare it with the source before it gets its name",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the plan, but write none"
+    )
+
+
 def add_checkpoints(parser: ArgumentParser, help_text: str = CHECKPOINT_HELP) -> None:
     """Add a repeatable ``--checkpoint``; the parsed values are in ``checkpoints``."""
     parser.add_argument(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mot_megatron.cli.arguments import add_config, user_path
+from mot_megatron.cli.arguments import add_config, add_verify_and_dry_run, user_path
 from mot_megatron.cli.command import choose_device, run_command, say
 from mot_megatron.cli.upcycle import parse_towers
 
@@ -44,10 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW=OLD",
         help="tower of the new run, and the tower of the source that it copies",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be written")
-    parser.add_argument(
-        "--verify", action="store_true", help="read the checkpoint back and compare every tensor"
-    )
+    add_verify_and_dry_run(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,8 +55,6 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.config_files import load_config
     from mot_megatron.conversion.huggingface.foreign import open_foreign
     from mot_megatron.conversion.huggingface.imports import plan_import, write_import
-    from mot_megatron.conversion.source import CheckpointSource
-    from mot_megatron.conversion.verify import verify_outputs
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.train.session import resolve_config
 
@@ -81,16 +76,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"initialized: {len(plan.drawn)} tensors of routers")
     for what, count in plan.left_out.items():
         print(f"left out: {count} tensors, {what}")
+    size = sum(output.info.num_bytes for output in plan.outputs)
+    print(f"{len(plan.outputs)} tensors with zero moments, {size / 1e9:.3f} GB")
     if options.dry_run:
-        size = sum(output.info.num_bytes for output in plan.outputs)
-        print(f"would write {config.run_directory}: {len(plan.outputs)} tensors, {size:,} bytes")
+        print("nothing was written (--dry-run)")
         return 0
-    checkpoint = write_import(source, plan, config, corpus)
-    print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0; moments are zero")
-    if options.verify:
-        written = CheckpointSource(checkpoint.path)
-        count = verify_outputs(plan.outputs, written, str(checkpoint.path))
-        print(f"verified: {count} tensors are equal bit for bit")
+    checkpoint = write_import(source, plan, config, corpus, options.verify)
+    compared = ", compared with the source" if options.verify else ""
+    print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0{compared}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Export a checkpoint to a folder that Hugging Face transformers loads.
 
-Example: mot checkpoint to-hf runs/mot exported --dtype bfloat16
+Example: mot checkpoint to-hf runs/mot exported --dtype bf16
 
 A dense pre-norm model becomes a Qwen3 (with norms of queries and keys), a Qwen2 (with biases) or a
 Llama; transformers computes the same logits. Any other model is exported with its modelling file
@@ -18,24 +18,27 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from mot_megatron.cli.arguments import add_moved_corpus, user_path
+from mot_megatron.cli.arguments import (
+    CHECKPOINT_HELP,
+    add_moved_corpus,
+    add_verify_and_dry_run,
+    user_path,
+)
 from mot_megatron.cli.command import choose_device, run_command, say
 from mot_megatron.errors import ConfigError
 
 NAME = "checkpoint to-hf"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
-    parser.add_argument(
-        "source", type=user_path, metavar="SRC", help="folder of a run or of a checkpoint"
-    )
-    parser.add_argument("directory", type=user_path, metavar="DST", help="folder to write, new")
+    parser.add_argument("source", type=user_path, metavar="SRC", help=CHECKPOINT_HELP)
+    parser.add_argument("destination", type=user_path, metavar="DST", help="new folder to write")
     add_moved_corpus(parser)
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="type of the weights; default: as in the checkpoint"
+        "--dtype", choices=DTYPES, help="convert the weights (default: keep their dtype)"
     )
     parser.add_argument(
         "--max-shard-size",
@@ -43,10 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="size of the weight files, as 500MB or 5GB (default: %(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be written")
-    parser.add_argument(
-        "--verify", action="store_true", help="read the files back and compare every tensor"
-    )
+    add_verify_and_dry_run(parser)
 
 
 def parse_size(text: str) -> int:
@@ -65,10 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from mot_megatron.conversion.huggingface.export import plan_export, write_export
-    from mot_megatron.conversion.huggingface.safetensors_files import SafetensorsSource
+    from mot_megatron.conversion.huggingface.export import check_new, plan_export, write_export
     from mot_megatron.conversion.source import CheckpointSource
-    from mot_megatron.conversion.verify import verify_outputs
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.train.trained import SavedRun
 
@@ -77,23 +75,21 @@ def run(options: argparse.Namespace) -> int:
         say(NAME, f"skipped {line}")
     corpus = Corpus.open_vocabulary(options.corpus or source.config.data.corpus)
     SavedRun(source.checkpoint, source.config, ()).check_corpus(corpus, "--corpus")
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    dtype = None if options.dtype is None else getattr(torch, DTYPES[options.dtype])
     plan = plan_export(source, corpus, dtype, shard_bytes)
     print(f"from {source.checkpoint.path}, step {source.checkpoint.step}: {plan.model_type}")
     for what, count in plan.left_out.items():
         print(f"left out: {count} tensors, {what}")
-    outputs = plan.outputs
-    size = sum(output.info.num_bytes for output in outputs)
-    summary = f"{options.directory}: {len(outputs)} tensors, {size:,} bytes"
+    check_new(options.destination, plan)
+    print(
+        f"{len(plan.outputs)} weights, {plan.num_bytes / 1e9:.3f} GB, in {len(plan.shards)} files"
+    )
     if options.dry_run:
-        print(f"would write {summary}, {len(plan.shards)} files of weights")
+        print("nothing was written (--dry-run)")
         return 0
-    manifest = write_export(plan, options.directory)
-    print(f"{summary}, {len(plan.shards)} files of weights; {len(manifest.files)} files")
-    if options.verify:
-        written = SafetensorsSource(options.directory)
-        count = verify_outputs(outputs, written, str(options.directory))
-        print(f"verified: {count} tensors are equal bit for bit")
+    manifest = write_export(plan, options.destination, options.verify)
+    compared = ", compared with the source" if options.verify else ""
+    print(f"{options.destination}: {len(manifest.files)} files{compared}")
     return 0
 
 

@@ -31,9 +31,9 @@ from mot_megatron.compare.step_matching import (
 )
 from mot_megatron.compare.words import number, sentence, tally
 from mot_megatron.config import ModelConfig, OptimizerConfig
+from mot_megatron.data.corpus import HELD_OUT_SPLIT
 from mot_megatron.errors import DataError
 from mot_megatron.model.flops import active_flops_per_token, count_parameters
-from mot_megatron.train.session import HELD_OUT_SPLIT
 
 REPORT_FILE = "report.md"
 _ENDING = 0.05

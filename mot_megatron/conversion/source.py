@@ -31,17 +31,18 @@ class CheckpointSource:
     skipped: tuple[str, ...]
     """One line per skipped checkpoint, with the reason."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 1) -> None:
         """Open and verify the checkpoint at ``path``.
 
         Args:
             path: Folder of a run, of its checkpoints, or of a single checkpoint.
+            threads: Number of files that are verified at a time.
 
         Raises:
             CheckpointError: There is no usable checkpoint.
         """
         inside = checkpoint_directory(path)
-        search = open_checkpoint(inside if inside.is_dir() else path)
+        search = open_checkpoint(inside if inside.is_dir() else path, threads)
         assert search.checkpoint is not None  # open_checkpoint raises instead
         self.checkpoint, self.skipped = search.checkpoint, search.skipped
         try:

@@ -27,6 +27,8 @@ from mot_megatron.files import read_regular_file, regular_file_size
 FORMAT = 1
 """Version of the corpus.toml format that this code reads and writes."""
 DESCRIPTION_FILE = "corpus.toml"
+TRAIN_SPLIT = "train"
+HELD_OUT_SPLIT = "validation"
 LARGEST_VOCABULARY = 2**24
 """Upper bound on ``vocab_size``, far above any tokenizer's. It limits the memory of tables with one
 entry per id."""

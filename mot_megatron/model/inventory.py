@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from mot_megatron.config import Config, ExpertsConfig, ModelConfig
 from mot_megatron.model.pieces import pieces_of_stage
-from mot_megatron.model.sharding import SHARED
+from mot_megatron.model.sharding import SHARED, ParameterSharding
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class HeldParameter:
     """Shape of this rank's shard."""
     tower: int
     """Index of the tower that owns the parameter, or SHARED."""
-    tensor_parallel: bool
-    """Whether tensor-parallel ranks hold different shards; otherwise they hold copies."""
+    sharding: ParameterSharding
+    """Global shape and the dimension that tensor parallelism splits; of one expert if stacked."""
     replica: bool = False
     """Whether it copies another pipeline stage's parameter: a tied embedding on the last stage."""
     experts: int = 0
@@ -42,16 +42,28 @@ class HeldParameter:
         """Elements on this rank."""
         return math.prod(self.shape)
 
+    @property
+    def tensor_parallel(self) -> bool:
+        """Whether tensor-parallel ranks hold different shards; otherwise they hold copies."""
+        return self.sharding.shard_dim is not None
+
 
 @dataclass(frozen=True)
 class _Weight:
     """A parameter of a component, named within one tower's module."""
 
     name: str
-    shape: tuple[int, ...]
-    tensor_parallel: bool = False
+    sharding: ParameterSharding
     experts: int = 0
+    """Number of experts that a rank holds; 0 for any other parameter."""
     auxiliary: bool = False
+
+
+def _weight(
+    name: str, *shape: int, split: int | None = None, experts: int = 0, auxiliary: bool = False
+) -> _Weight:
+    """Return a weight of a global shape; tensor parallelism splits dimension ``split``."""
+    return _Weight(name, ParameterSharding(shape, split), experts, auxiliary)
 
 
 def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[HeldParameter]:
@@ -74,7 +86,7 @@ def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[H
         for index in piece.layers:
             held += _layer(model, index, towers, tensor, expert)
     if last:
-        held += _final_norm(model, towers)
+        held += _final_norm(model, towers, tensor)
         if model.untie_embeddings_and_output_weights:
             held.append(_vocabulary_matrix(model, tensor, "head.linear.weight"))
         elif not first:
@@ -96,7 +108,7 @@ def outer_parameters(model: ModelConfig) -> list[HeldParameter]:
     matrices = [_vocabulary_matrix(model, 1, "embedding.lookup.weight")]
     if model.untie_embeddings_and_output_weights:
         matrices.append(_vocabulary_matrix(model, 1, "head.linear.weight"))
-    return [*matrices, *_final_norm(model, range(model.num_towers))]
+    return [*matrices, *_final_norm(model, range(model.num_towers), 1)]
 
 
 def _layer(
@@ -105,62 +117,57 @@ def _layer(
     """Yield one layer's parameters, sharded over ``tensor`` and ``expert`` parallel ranks."""
     h, d, untied = model.hidden_size, model.head_dim, model.untied
     heads, groups = model.num_attention_heads, model.num_key_value_heads
-    width = (heads + 2 * groups) * d // tensor
-    qkv = [_Weight("linear.weight", (width, h), tensor_parallel=True)]
+    qkv = [_weight("linear.weight", (heads + 2 * groups) * d, h, split=0)]
     if model.add_qkv_bias:
-        qkv.append(_Weight("linear.bias", (width,), tensor_parallel=True))
-    output = _Weight("linear.weight", (h, heads * d // tensor), tensor_parallel=True)
-    qk_norm = [_Weight("weight", (d,))] if model.qk_norm else []
-    norm = _Weight("weight", (h,))
+        qkv.append(_weight("linear.bias", (heads + 2 * groups) * d, split=0))
+    output = _weight("linear.weight", h, heads * d, split=1)
+    qk_norm = [_weight("weight", d)] if model.qk_norm else []
+    norm = _weight("weight", h)
     networks = {
-        tower: _feed_forward(model, model.experts_of_towers[tower], tensor, expert)
-        for tower in towers
+        tower: _feed_forward(model, model.experts_of_towers[tower], expert) for tower in towers
     }
-    prefix = f"layers.{index}"
-    yield from _alike(f"{prefix}.attention.qkv", qkv, towers, untied.qkv)
-    yield from _alike(f"{prefix}.attention.q_norm", qk_norm, towers, untied.qk_norm)
-    yield from _alike(f"{prefix}.attention.k_norm", qk_norm, towers, untied.qk_norm)
-    yield from _alike(
-        f"{prefix}.attention.output_projection", [output], towers, untied.output_projection
-    )
-    yield from _alike(f"{prefix}.attention_norm", [norm], towers, untied.norms)
-    yield from _per_tower(f"{prefix}.feed_forward", networks, untied.feed_forward)
-    yield from _alike(f"{prefix}.feed_forward_norm", [norm], towers, untied.norms)
+    components = {
+        "attention.qkv": (_alike(qkv, towers), untied.qkv),
+        "attention.q_norm": (_alike(qk_norm, towers), untied.qk_norm),
+        "attention.k_norm": (_alike(qk_norm, towers), untied.qk_norm),
+        "attention.output_projection": (_alike([output], towers), untied.output_projection),
+        "attention_norm": (_alike([norm], towers), untied.norms),
+        "feed_forward": (networks, untied.feed_forward),
+        "feed_forward_norm": (_alike([norm], towers), untied.norms),
+    }
+    for component, (weights, is_untied) in components.items():
+        yield from _per_tower(f"layers.{index}.{component}", weights, is_untied, tensor)
 
 
-def _feed_forward(
-    model: ModelConfig, experts: ExpertsConfig | None, tensor: int, expert: int
-) -> list[_Weight]:
-    """List a tower's feed-forward weights; for a mixture, its router and this rank's experts."""
-    h, f = model.hidden_size, model.feed_forward_size // tensor
+def _feed_forward(model: ModelConfig, experts: ExpertsConfig | None, expert: int) -> list[_Weight]:
+    """List a tower's feed-forward weights; for a mixture, its router and a rank's experts."""
+    h, f = model.hidden_size, model.feed_forward_size
     if experts is None:
         return [
-            _Weight("gate_up.linear.weight", (2 * f, h), tensor_parallel=True),
-            _Weight("down.linear.weight", (h, f), tensor_parallel=True),
+            _weight("gate_up.linear.weight", 2, f, h, split=1),
+            _weight("down.linear.weight", h, f, split=1),
         ]
     number = experts.num_moe_experts
     held = number // expert
     causal = [
-        _Weight("router.causal.hidden", (h // 2, h), auxiliary=True),
-        _Weight("router.causal.output", (number, h // 2), auxiliary=True),
+        _weight("router.causal.hidden", h // 2, h, auxiliary=True),
+        _weight("router.causal.output", number, h // 2, auxiliary=True),
     ]
     return [
-        _Weight("router.weight", (number, h)),
+        _weight("router.weight", number, h),
         *(causal if experts.causal_router else []),
-        _Weight("experts.gate_up", (held * 2 * f, h), tensor_parallel=True, experts=held),
-        _Weight("experts.down", (held * h, f), tensor_parallel=True, experts=held),
+        _weight("experts.gate_up", 2, f, h, split=1, experts=held),
+        _weight("experts.down", h, f, split=1, experts=held),
     ]
 
 
-def _alike(
-    component: str, weights: Sequence[_Weight], towers: Sequence[int], untied: bool
-) -> Iterator[HeldParameter]:
-    """Yield a component whose weights have the same shapes in every tower."""
-    return _per_tower(component, dict.fromkeys(towers, weights), untied)
+def _alike(weights: Sequence[_Weight], towers: Sequence[int]) -> dict[int, Sequence[_Weight]]:
+    """Return the same weights for every tower."""
+    return dict.fromkeys(towers, weights)
 
 
 def _per_tower(
-    component: str, weights: Mapping[int, Sequence[_Weight]], untied: bool
+    component: str, weights: Mapping[int, Sequence[_Weight]], untied: bool, tensor: int
 ) -> Iterator[HeldParameter]:
     """Yield a component's weights once per held tower, or once in all if it is shared."""
     places = {tower: f"towers.{tower}" for tower in weights}
@@ -168,21 +175,21 @@ def _per_tower(
         for weight in weights[tower]:
             yield HeldParameter(
                 f"{component}.{place}.{weight.name}",
-                weight.shape,
+                weight.sharding.parameter_shape(tensor, weight.experts or 1),
                 tower if untied else SHARED,
-                weight.tensor_parallel,
+                weight.sharding,
                 experts=weight.experts,
                 auxiliary=weight.auxiliary,
             )
 
 
-def _final_norm(model: ModelConfig, towers: Sequence[int]) -> Iterator[HeldParameter]:
-    norm = _Weight("weight", (model.hidden_size,))
-    return _alike("final_norm", [norm], towers, model.untied.final_norm)
+def _final_norm(model: ModelConfig, towers: Sequence[int], tensor: int) -> Iterator[HeldParameter]:
+    norm = _weight("weight", model.hidden_size)
+    return _per_tower("final_norm", _alike([norm], towers), model.untied.final_norm, tensor)
 
 
 def _vocabulary_matrix(
     model: ModelConfig, tensor: int, name: str, replica: bool = False
 ) -> HeldParameter:
-    shape = (model.num_vocabulary_rows // tensor, model.hidden_size)
-    return HeldParameter(name, shape, SHARED, tensor_parallel=True, replica=replica)
+    sharding = ParameterSharding((model.num_vocabulary_rows, model.hidden_size), shard_dim=0)
+    return HeldParameter(name, sharding.parameter_shape(tensor), SHARED, sharding, replica=replica)

@@ -6,6 +6,7 @@ so they do not depend on the kind of layer a parameter belongs to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,14 @@ class ParameterSharding:
         shape = list(self.global_shape)
         shape[self.shard_dim] //= tensor_parallel_size
         return tuple(shape)
+
+    def parameter_shape(self, tensor_parallel_size: int, stacked: int = 1) -> tuple[int, ...]:
+        """Return the shape of one rank's parameter, a matrix or a vector.
+
+        Leading dimensions of the global shape, and ``stacked`` experts, are stacked as rows.
+        """
+        *rows, width = self.local_shape(tensor_parallel_size)
+        return (stacked * math.prod(rows), width) if rows else (width,)
 
 
 @dataclass(frozen=True)

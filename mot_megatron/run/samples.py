@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from mot_megatron.data.corpus import HELD_OUT_SPLIT
 from mot_megatron.generation.generate import Generator
 from mot_megatron.generation.sampling import SamplingSettings
 from mot_megatron.job.stop import never
 from mot_megatron.run.metrics import TensorBoardLog
-from mot_megatron.train.session import HELD_OUT_SPLIT, Session
+from mot_megatron.train.session import Session
 
 _DOCUMENTS = 3
 _SETTINGS = SamplingSettings(temperature=0.9, top_p=0.95, max_tokens=100)

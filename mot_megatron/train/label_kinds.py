@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, evaluation_batches
 from mot_megatron.model.micro_batch import NO_LABEL, MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
-from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
+from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.trained import TrainedModel
 
 Kind = Literal["special tokens", "most common", "others"]

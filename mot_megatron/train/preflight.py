@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mot_megatron.config import Config
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import DataError
-from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
+from mot_megatron.train.session import grouping_plan
 
 
 def check_documents(config: Config, corpus: Corpus) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mot_megatron.config import Config
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.job.progress_report import ProgressReport
@@ -28,9 +28,6 @@ from mot_megatron.planning.placing import (
     tokens_of_towers,
 )
 from mot_megatron.train.pipeline import Pipeline
-
-TRAIN_SPLIT = "train"
-HELD_OUT_SPLIT = "validation"
 
 
 class MicroBatchSource(Protocol):

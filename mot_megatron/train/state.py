@@ -17,7 +17,13 @@ from torch import nn
 
 from mot_megatron.checkpoint.find import CheckpointInfo, read_metadata
 from mot_megatron.checkpoint.load import load_checkpoint
-from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
+from mot_megatron.checkpoint.names import (
+    CONTENTS,
+    STATE_KINDS,
+    WEIGHT_PREFIX,
+    WEIGHTS_ONLY,
+    checkpoint_directory,
+)
 from mot_megatron.checkpoint.save import save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
@@ -81,10 +87,15 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     Temporarily needs host memory of 12 bytes per parameter of this rank.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another model or another corpus, or was not
-            written by a training run.
+        CheckpointError: The checkpoint belongs to another model or another corpus, has weights
+            only, or was not written by a training run.
     """
     metadata = read_metadata(checkpoint)
+    if metadata.get(CONTENTS) == WEIGHTS_ONLY:
+        raise CheckpointError(
+            f"{checkpoint.path} has weights only, no optimizer state and no data position to resume"
+            " from; `mot upcycle` starts a new run from weights"
+        )
     try:
         saved = metadata["progress"]
         # Older checkpoints lack these keys: FLOPs were not counted, and each save came after the
@@ -113,7 +124,8 @@ def load_weights(
 ) -> None:
     """Load weights into a model without an engine, from a checkpoint saved in any layout.
 
-    Collective over the world; local without ``groups``.
+    Weights of any floating-point dtype are converted. Collective over the world; local without
+    ``groups``.
 
     Raises:
         CheckpointError: The checkpoint belongs to another model.
@@ -127,7 +139,7 @@ def load_weights(
         for name, parameter in model.named_parameters()
         for tensor in _named_parts(WEIGHT_PREFIX, name, parameter, weights[name])
     ]
-    load_checkpoint(checkpoint, tensors, groups, prefix=WEIGHT_PREFIX)
+    load_checkpoint(checkpoint, tensors, groups, prefix=WEIGHT_PREFIX, any_float=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -207,10 +219,8 @@ def _check_finite(broken: list[str], step: int) -> None:
 def _empty_part(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
     """Return an uninitialized fp32 host tensor in the shape of this rank's tensor-parallel shard.
 
-    The shape follows from the sharding, because ZeRO-3 empties the parameter itself. Parameters are
-    matrices or vectors: leading dimensions of the global shape, and experts, are stacked as rows.
+    The shape follows from the sharding, because ZeRO-3 empties the parameter itself.
     """
-    *rows, width = sharding_of(parameter).local_shape(groups.tensor_size)
     stacked = len(experts_of(parameter) or (0,))
-    shape = (stacked * math.prod(rows), width) if rows else (width,)
+    shape = sharding_of(parameter).parameter_shape(groups.tensor_size, stacked)
     return torch.empty(shape, dtype=torch.float32)

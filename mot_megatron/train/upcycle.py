@@ -20,13 +20,13 @@ from mot_megatron.checkpoint import (
 )
 from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
 from mot_megatron.config import Config
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import CheckpointError
 from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
 from mot_megatron.model.sharding import ParameterSharding
-from mot_megatron.train.session import HELD_OUT_SPLIT, TRAIN_SPLIT, grouping_plan
+from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.state import Progress
 from mot_megatron.train.trained import SavedRun, load_trained_model
 from mot_megatron.train.upcycle_plan import TensorPlan, check_upcycling, plan_tensors
@@ -82,6 +82,7 @@ def upcycle(
 def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> list[NamedTensor]:
     """Return weights, whose copies share memory, and moments, which are one expanded zero."""
     old = read_whole_tensors(checkpoint, {WEIGHT_PREFIX + name for name in plan.copied.values()})
+    old = {name: weight.float() for name, weight in old.items()}
     weights = {new: old[WEIGHT_PREFIX + name] for new, name in plan.copied.items()}
     for name, shape in plan.drawn.items():
         weights[name] = initial_values(name, shape, config.run.seed, config.model.init_std)

@@ -81,7 +81,7 @@ def test_inventory_equals_the_parameters_of_the_built_model(
                 name,
                 tuple(parameter.shape),
                 tower_of(parameter),
-                sharding_of(parameter).shard_dim is not None,
+                sharding_of(parameter),
                 is_replica(parameter),
                 len(experts_of(parameter) or ()),
                 is_auxiliary(parameter),
@@ -90,8 +90,7 @@ def test_inventory_equals_the_parameters_of_the_built_model(
         ]
         held = held_parameters(config, model.groups.pipeline_rank, model.towers)
         assert [
-            (p.name, p.shape, p.tower, p.tensor_parallel, p.replica, p.experts, p.auxiliary)
-            for p in held
+            (p.name, p.shape, p.tower, p.sharding, p.replica, p.experts, p.auxiliary) for p in held
         ] == built
         assert sum(p.size for p in held) == sum(p.numel() for p in model.parameters())
         seen.update(built)

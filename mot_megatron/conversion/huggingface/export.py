@@ -44,6 +44,7 @@ from mot_megatron.conversion.huggingface.names import (
     correspondences,
 )
 from mot_megatron.conversion.huggingface.safetensors_files import (
+    SafetensorsSource,
     Shard,
     index_of,
     plan_shards,
@@ -51,6 +52,7 @@ from mot_megatron.conversion.huggingface.safetensors_files import (
 )
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.conversion.tensors import OutputTensor, TensorInfo, TensorSource
+from mot_megatron.conversion.write import check_space, equal_bits
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus, Modality
 from mot_megatron.errors import CheckpointError, DataError
 
@@ -77,6 +79,11 @@ class ExportPlan:
     def outputs(self) -> list[OutputTensor]:
         """All tensors, in the order of the files."""
         return [output for shard in self.shards for output in shard.outputs]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all weights."""
+        return sum(output.info.num_bytes for output in self.outputs)
 
 
 def plan_export(
@@ -111,21 +118,38 @@ def plan_export(
     return ExportPlan(kind, source.checkpoint.step, tuple(shards), documents, copies, left_out)
 
 
-def write_export(plan: ExportPlan, directory: Path) -> Manifest:
-    """Write the files of a plan to a new folder; it is complete or absent.
+def check_new(directory: Path, plan: ExportPlan) -> None:
+    """Check that a folder can be written: it does not exist, and there is space.
 
     Raises:
-        CheckpointError: The folder exists, or a file cannot be written.
-        UserError: A tensor cannot be read.
+        CheckpointError: It exists, or its file system has too little space.
     """
     if directory.exists():
         raise CheckpointError(f"{directory} exists; give a new folder, or move it away")
+    check_space(directory, plan.num_bytes)
+
+
+def write_export(plan: ExportPlan, directory: Path, verify: bool = False) -> Manifest:
+    """Write the files of a plan to a new folder; it is complete or absent.
+
+    Args:
+        plan: What to write.
+        directory: The folder.
+        verify: Read the weights back and compare them with tensors that are produced again.
+
+    Raises:
+        CheckpointError: See ``check_new``; or a file cannot be written, or differs.
+        UserError: A tensor cannot be read.
+    """
+    check_new(directory, plan)
     temporary = directory.with_name(directory.name + UNFINISHED_SUFFIX)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             manifest = _write(plan, temporary)
+            if verify:
+                _compare(plan, temporary)
             temporary.rename(directory)
             sync_directory(directory.parent)
         except BaseException:
@@ -138,8 +162,7 @@ def write_export(plan: ExportPlan, directory: Path) -> Manifest:
 
 def _write(plan: ExportPlan, temporary: Path) -> Manifest:
     records: dict[str, FileRecord] = {}
-    total = sum(output.info.num_bytes for output in plan.outputs)
-    with progress_bar(f"writing {temporary.stem}", total) as progress:
+    with progress_bar(f"writing {temporary.stem}", plan.num_bytes, unit="B") as progress:
         for shard in plan.shards:
             records[shard.name] = write_shard(temporary, shard, progress.update)
     for name, text in plan.documents.items():
@@ -154,6 +177,20 @@ def _write(plan: ExportPlan, temporary: Path) -> Manifest:
     write_manifest(temporary, manifest)
     sync_directory(temporary)
     return manifest
+
+
+def _compare(plan: ExportPlan, temporary: Path) -> None:
+    """Compare the files with the tensors, produced again.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    written = SafetensorsSource(temporary)
+    with progress_bar(f"comparing {temporary.stem}", plan.num_bytes, unit="B") as progress:
+        for output in plan.outputs:
+            if not equal_bits(written.read(output.name), output.produce().contiguous()):
+                raise CheckpointError(f"{output.name} was not stored as it was written")
+            progress.update(output.info.num_bytes)
 
 
 def _check_tensors(source: CheckpointSource, used: list[Correspondence]) -> dict[str, int]:

@@ -80,9 +80,16 @@ def plan_import(
 
 
 def write_import(
-    source: ForeignModel, plan: ImportPlan, config: Config, corpus: Corpus
+    source: ForeignModel, plan: ImportPlan, config: Config, corpus: Corpus, verify: bool = False
 ) -> CheckpointInfo:
     """Write the folder of a new run, which training continues from step 0.
+
+    Args:
+        source: The model.
+        plan: See ``plan_import``.
+        config: Resolved configuration of the new run.
+        corpus: Its corpus.
+        verify: Read the checkpoint back and compare it with tensors that are produced again.
 
     Raises:
         CheckpointError: The run has checkpoints, or a file cannot be read or written.
@@ -109,6 +116,7 @@ def write_import(
             },
         },
         config_text=config.to_toml(),
+        verify=verify,
     )
     path = config.run_directory / "config.toml"
     try:

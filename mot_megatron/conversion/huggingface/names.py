@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from mot_megatron.config import Config, ModelConfig, ParallelConfig
-from mot_megatron.model.inventory import HeldParameter, held_parameters
+from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.sharding import SHARED, name_of_expert
 
 _IN_LAYER = re.compile(r"layers\.(?P<layer>\d+)\.(?P<component>.+)")
@@ -94,20 +94,12 @@ def correspondences(config: Config, naming: Naming) -> Iterator[Correspondence]:
     """Yield all tensors of a resolved model, in the order of its layers."""
     alone = config.model_copy(update={"parallel": ParallelConfig()})
     for parameter in held_parameters(alone, 0, range(config.model.num_towers)):
-        yield from _of_parameter(config.model, parameter, naming)
-
-
-def _of_parameter(
-    model: ModelConfig, parameter: HeldParameter, naming: Naming
-) -> Iterator[Correspondence]:
-    if not parameter.experts:
-        yield _of_tensor(model, parameter.name, parameter.shape, parameter.tower, naming)
-        return
-    rows, *columns = parameter.shape
-    shape = (rows // parameter.experts, *columns)
-    for expert in range(parameter.experts):
-        name = name_of_expert(parameter.name, expert)
-        yield _of_tensor(model, name, shape, parameter.tower, naming)
+        names = [parameter.name]
+        if parameter.experts:
+            names = [name_of_expert(parameter.name, e) for e in range(parameter.experts)]
+        shape = parameter.sharding.global_shape
+        for name in names:
+            yield _of_tensor(config.model, name, shape, parameter.tower, naming)
 
 
 def _of_tensor(
@@ -137,7 +129,7 @@ def _of_tensor(
     names = tuple(f"{layer}{modules[0]}{place}.{leaf}" for leaf in leaves)
     if len(leaves) == 1:
         return Correspondence(name, shape, names)
-    return Correspondence(name, (2, shape[0] // 2, *shape[1:]), names, "gate_up")
+    return Correspondence(name, shape, names, "gate_up")
 
 
 def _leaves(component: str, weight: str) -> tuple[str, ...]:
