@@ -56,7 +56,7 @@ class _ManyTensors:
 
 
 def export_and_import(run: str, corpus_folder: str, folder: str) -> None:
-    """Write to standard output by how many bytes the memory of this process grows in an export and an import."""
+    """Write, as JSON, by how many bytes this process grows in an export and an import."""
     corpus = Corpus.open(Path(corpus_folder))
     overrides = [*SIZES, "model.norm_placement=pre", f'run.directory="{folder}/runs"']
     config = make_config(corpus, *overrides)
