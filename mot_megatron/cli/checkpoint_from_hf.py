@@ -13,8 +13,8 @@ embedding and the output head get a row for every token of the corpus: that of t
 both sides have a tokenizer, otherwise that of the same id; the elements of new rows are drawn from
 the normal distribution with the mean and standard deviation of their column.
 
-The command writes the folder of the run in the configuration, with a checkpoint of step 0 from
-which training continues. Every tensor of the source is used, or named as left out and counted.
+The command writes the folder of the run, with a checkpoint of step 0 from which training continues
+and with the complete configuration, config.toml. Every tensor of the source is used, or named as left out and counted.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = write_import(source, plan, config, corpus, options.verify)
     compared = ", compared with the source" if options.verify else ""
     print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0{compared}")
+    print(f"train it with --config {config.run_directory / 'config.toml'}")
     return 0
 
 
