@@ -51,7 +51,7 @@ from mot_megatron.conversion.huggingface.safetensors_files import (
     write_shard,
 )
 from mot_megatron.conversion.source import CheckpointSource
-from mot_megatron.conversion.tensors import OutputTensor, TensorInfo, TensorSource
+from mot_megatron.conversion.tensors import OutputTensor, TensorInfo
 from mot_megatron.conversion.write import check_space, equal_bits
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus, Modality
 from mot_megatron.errors import CheckpointError, DataError
@@ -215,7 +215,7 @@ def _check_tensors(source: CheckpointSource, used: list[Correspondence]) -> dict
 class _LastRead:
     """Keeps the tensor that was read last, because several outputs in a row are parts of it."""
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: CheckpointSource) -> None:
         self._source = source
         self._last: tuple[str, torch.Tensor] | None = None
 

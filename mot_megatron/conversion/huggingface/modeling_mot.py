@@ -355,9 +355,10 @@ def _add(stream: Slices, update: Slices) -> list[torch.Tensor]:
 class MixtureOfTransformersPreTrainedModel(PreTrainedModel):
     """What all models of this file have in common."""
 
+    config: MixtureOfTransformersConfig
     config_class = MixtureOfTransformersConfig
     base_model_prefix = "model"
-    _no_split_modules = ("DecoderLayer",)
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = False
 

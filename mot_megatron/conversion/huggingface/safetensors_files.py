@@ -328,5 +328,5 @@ def _chunks(shard: Shard, written: Callable[[int], object]) -> Iterator[bytes | 
         values = output.produce().contiguous()
         if TensorInfo(tuple(values.shape), values.dtype) != output.info:
             raise ValueError(f"{output.name} is {values.dtype} {tuple(values.shape)}")
-        yield memoryview(values.view(-1).view(torch.uint8).numpy())
+        yield values.view(-1).view(torch.uint8).numpy().data
         written(output.info.num_bytes)

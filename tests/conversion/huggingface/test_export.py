@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def load(directory: Path, **changes: object) -> torch.nn.Module:
+def load(directory: Path, **changes: object) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **changes).eval()
 
 
