@@ -15,6 +15,8 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 CONTENTS, WEIGHTS_ONLY = "contents", "weights"
 """Key of a checkpoint's metadata, and its value if there is no optimizer state."""
+MADE_FROM = "made_from"
+"""Key of the checkpoints whose weights these are, or whose mean."""
 
 
 def checkpoint_directory(run_directory: Path) -> Path:

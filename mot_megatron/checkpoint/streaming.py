@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -40,7 +41,6 @@ from mot_megatron.checkpoint.manifest import FileRecord
 from mot_megatron.checkpoint.storage import (
     UNPICKLING_ERRORS,
     open_piece,
-    stored_tensors,
     write_index,
 )
 from mot_megatron.errors import CheckpointError
@@ -134,13 +134,15 @@ def write_index_of(directory: Path, files: Iterable[WrittenFile]) -> None:
     Raises:
         CheckpointError: The index cannot be written.
     """
-    plans, results = [], []
-    for file in files:
-        plans.append(SavePlan([_write_item(piece) for piece in file.pieces]))
-        for piece, (start, length) in zip(file.pieces, file.spans, strict=True):
-            place = _StorageInfo(file.name, start, length)
-            results.append(WriteResult(_index_of(piece), length, place))
-    _, metadata = create_default_global_save_plan(plans)
+    listed = list(files)
+    plans, metadata = create_default_global_save_plan(
+        [SavePlan([_write_item(piece) for piece in file.pieces]) for file in listed]
+    )
+    results = [
+        WriteResult(item.index, length, _StorageInfo(file.name, start, length))
+        for file, plan in zip(listed, plans, strict=True)
+        for item, (start, length) in zip(plan.items, file.spans, strict=True)
+    ]
     try:
         write_index(directory, metadata, results)
     except OSError as error:
@@ -166,7 +168,8 @@ def read_box(
     Raises:
         CheckpointError: A file is damaged or cannot be read.
     """
-    stored = stored_tensors(index)[name]
+    stored = index.state_dict_metadata[name]
+    assert isinstance(stored, TensorStorageMetadata)  # as read_index has checked
     box = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
     values = _as_bytes(box)
     for chunk in stored.chunks:

@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
 
 def text(source: CheckpointSource, document: dict[str, Any]) -> str:
     """Return the description of one checkpoint, at most 120 columns wide but for paths."""
-    progress, data = document["progress"], document["data"] or {}
+    progress, data = document["progress"], document["data"]
     lines = [
         document["path"],
         f"{document['contents']}, step {document['step']}; verified: {document['files']} files,"
@@ -110,15 +110,13 @@ def text(source: CheckpointSource, document: dict[str, Any]) -> str:
         f"layout: {document['layout']}; files of {document['ranks_with_files']} ranks",
     ]
     if progress:
-        lines.append(
-            f"progress: {progress.get('tokens', 0):,} tokens, {progress.get('seconds', 0.0):,.0f} s"
-            f" of training, evaluated at step {progress.get('evaluated_steps', 'unknown')}"
-        )
+        seconds, tokens = progress.get("seconds", 0), progress.get("tokens", 0)
+        lines.append(f"progress: {tokens:,} tokens, {seconds:,.0f} s of training")
     steps = document["optimizer_steps"]
     lines.append(f"optimizer: {'no state' if steps is None else f'{steps} steps'}")
     position = ", ".join(f"{key} {data[key]}" for key in ("epoch", "next_sequence") if key in data)
     lines.append(f"data position: {position or 'none'}")
-    lines += [f"{key.replace('_', ' ')}: {value}" for key, value in document["origin"].items()]
+    lines += [f"made from: {path}" for path in document["made_from"]]
     lines += ["", *_component_lines(source), "", *_place_lines(source, document["tower_names"])]
     if "config_differences" in document:
         lines += ["", *_config_lines(document["config_differences"], "checkpoint", "--config")]
@@ -158,7 +156,7 @@ def _place_lines(source: CheckpointSource, tower_names: Sequence[str]) -> list[s
 
 def _place_line(title: str, counts: dict[int | None, int], names: Sequence[str]) -> list[str]:
     parts = [
-        f"{'shared' if tower is None else names[tower]} {count:,}"
+        f"{'shared' if tower is None else dict(enumerate(names)).get(tower, tower)} {count:,}"
         for tower, count in sorted(
             counts.items(), key=lambda item: -1 if item[0] is None else item[0]
         )

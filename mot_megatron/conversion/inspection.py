@@ -6,13 +6,14 @@ import fnmatch
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mot_megatron.checkpoint.manifest import read_manifest
-from mot_megatron.checkpoint.names import CONTENTS, STATE_KINDS, WEIGHTS_ONLY
+from mot_megatron.checkpoint.names import CONTENTS, MADE_FROM, STATE_KINDS, WEIGHTS_ONLY
 from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.conversion.layout import describe_layout
@@ -70,7 +71,6 @@ def describe(source: CheckpointSource, config: Config | None = None) -> dict[str
     checkpoint, metadata = source.checkpoint, source.metadata
     files = read_manifest(checkpoint.path).files
     ranks = [int(found[1]) for name in files if (found := _RANK_FILE.fullmatch(name))]
-    progress = metadata.get("progress") or {}
     document = {
         "path": str(checkpoint.path),
         "contents": _contents(source),
@@ -78,12 +78,10 @@ def describe(source: CheckpointSource, config: Config | None = None) -> dict[str
         "files": len(files),
         "bytes": checkpoint.num_bytes,
         "step": checkpoint.step,
-        "progress": progress,
+        "progress": _numbers(metadata.get("progress")),
         "optimizer_steps": metadata.get("optimizer_steps"),
-        "data": metadata.get("data"),
-        "origin": {
-            key: metadata[key] for key in ("of", "mean_of", "upcycled_from") if key in metadata
-        },
+        "data": data if isinstance(data := metadata.get("data"), dict) else {},
+        "made_from": _made_from(metadata),
         "layout": describe_layout(source.config),
         "ranks_with_files": len(set(ranks)),
         "tower_names": list(source.config.model.tower_names),
@@ -192,6 +190,19 @@ def _contents(source: CheckpointSource) -> str:
         return "weights only"
     kinds = {name.partition("/")[0] for name in source.infos}
     return "training state" if set(STATE_KINDS) <= kinds else "tensors of another program"
+
+
+def _made_from(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the checkpoints from which an earlier command made this one."""
+    upcycled = metadata.get("upcycled_from")
+    sources = metadata.get(MADE_FROM, [upcycled] if upcycled else [])
+    return [str(source.get("checkpoint")) for source in sources if isinstance(source, dict)]
+
+
+def _numbers(entries: Any) -> dict[str, float]:
+    """Return the entries of a dictionary that are numbers; metadata may contain anything."""
+    found = entries.items() if isinstance(entries, dict) else ()
+    return {str(key): value for key, value in found if isinstance(value, int | float)}
 
 
 def _tree(config: Config) -> dict[str, Any]:

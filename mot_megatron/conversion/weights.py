@@ -12,6 +12,7 @@ import torch
 from mot_megatron.checkpoint.find import finished_checkpoints
 from mot_megatron.checkpoint.names import (
     CONTENTS,
+    MADE_FROM,
     WEIGHT_PREFIX,
     WEIGHTS_ONLY,
     checkpoint_directory,
@@ -102,7 +103,7 @@ def weights_metadata(sources: Sequence[CheckpointSource]) -> dict[str, Any]:
     metadata = dict(sources[0].metadata)
     metadata.pop("optimizer_steps", None)
     origin = [{"checkpoint": str(s.checkpoint.path), "step": s.checkpoint.step} for s in sources]
-    return {**metadata, CONTENTS: WEIGHTS_ONLY, "mean_of" if len(sources) > 1 else "of": origin}
+    return {**metadata, CONTENTS: WEIGHTS_ONLY, MADE_FROM: origin}
 
 
 def boxes(shape: Sequence[int], most: int) -> Iterator[Box]:

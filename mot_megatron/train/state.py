@@ -183,25 +183,34 @@ def _tensors_to_write(session: Session, step: int) -> list[NamedTensor]:
     Raises:
         TrainingError: A tensor is not finite; raised on all ranks.
     """
-    groups = session.groups
-    parameters = dict(session.model.named_parameters())
+    written = written_parameters(session.model, session.groups)
     tensors: list[NamedTensor] = []
     broken: list[str] = []
-    # Counted per reduction group, so that all ranks of a group have the same count.
-    seen: Counter[tuple[int, bool]] = Counter()
     for name, state in session.engine.export_state():
-        parameter = parameters[name]
         if not all(torch.isfinite(state[kind]).all() for kind in STATE_KINDS):
             broken.append(name)
-        owner = tower_of(parameter), experts_of(parameter) is not None
-        holders = groups.reduction_group(*owner)
-        writes = seen[owner] % holders.size() == holders.rank()
-        seen[owner] += 1
-        if writes and not is_replica(parameter):
+        if name in written:
             for kind in STATE_KINDS:
-                tensors += _named_parts(f"{kind}/", name, parameter, state[kind].cpu())
+                tensors += _named_parts(f"{kind}/", name, written[name], state[kind].cpu())
     _check_finite(broken, step)
     return tensors
+
+
+def written_parameters(model: nn.Module, groups: ProcessGroups) -> dict[str, nn.Parameter]:
+    """Return the parameters that this rank writes, in the model's order; no collectives.
+
+    ``conversion.layout`` says the same for every rank without building a model.
+    """
+    written = {}
+    # Counted per reduction group, so that all ranks of a group have the same count.
+    seen: Counter[tuple[int, bool]] = Counter()
+    for name, parameter in model.named_parameters():
+        owner = tower_of(parameter), experts_of(parameter) is not None
+        holders = groups.reduction_group(*owner)
+        if seen[owner] % holders.size() == holders.rank() and not is_replica(parameter):
+            written[name] = parameter
+        seen[owner] += 1
+    return written
 
 
 def _check_finite(broken: list[str], step: int) -> None:
