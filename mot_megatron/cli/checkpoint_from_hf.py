@@ -14,7 +14,8 @@ both sides have a tokenizer, otherwise that of the same id; the elements of new 
 the normal distribution with the mean and standard deviation of their column.
 
 The command writes the folder of the run, with a checkpoint of step 0 from which training continues
-and with the complete configuration, config.toml. Every tensor of the source is used, or named as left out and counted.
+and with the complete configuration, config.toml. Every tensor of the source is used, or named as
+left out and counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests run in new processes: an export that is killed, and the memory of both ways."""
+"""What the tests run in a new process: the memory of both ways, and an export that is killed."""
 
 from __future__ import annotations
 
@@ -28,19 +28,6 @@ from tests.small_corpus import make_config
 SIZES = ("model.num_layers=8", "model.hidden_size=512", "model.ffn_hidden_size=2048")
 
 
-def killed_after_a_file(*arguments: str) -> None:
-    """Run ``mot checkpoint`` and kill the process when a file of weights is complete."""
-    write = exporting.write_shard
-
-    def killed(folder: Path, shard: Any, written: Callable[[int], object]) -> Any:
-        record = write(folder, shard, written)
-        os.kill(os.getpid(), signal.SIGKILL)
-        return record
-
-    exporting.write_shard = killed
-    main(arguments)
-
-
 class _ManyTensors:
     """A source with a model of many tensors, none of which exists until it is read."""
 
@@ -55,8 +42,12 @@ class _ManyTensors:
         return torch.full(self.infos[name].shape, 0.5)
 
 
-def export_and_import(run: str, corpus_folder: str, folder: str) -> None:
-    """Write, as JSON, by how many bytes this process grows in an export and an import."""
+def measured_then_killed(run: str, corpus_folder: str, folder: str) -> None:
+    """Measure the memory of both ways, and then be killed in the middle of an export.
+
+    By how many bytes this process grows in an export and an import goes to standard output, as
+    JSON. The second export, to ``killed`` in ``folder``, is killed after its first file.
+    """
     corpus = Corpus.open(Path(corpus_folder))
     overrides = [*SIZES, "model.norm_placement=pre", f'run.directory="{folder}/runs"']
     config = make_config(corpus, *overrides)
@@ -70,8 +61,23 @@ def export_and_import(run: str, corpus_folder: str, folder: str) -> None:
     write_import(foreign, plan_import(foreign, config, corpus, {}), config, corpus)
     growth = {"export": after_export - before, "import": _peak() - before}
     sys.stdout.write(json.dumps({**growth, "largest": max(sizes), "total": sum(sizes)}))
+    sys.stdout.flush()
+    _killed_after_a_file("to-hf", run, f"{folder}/killed", "--max-shard-size", "20KB")
 
 
 def _peak() -> int:
     """Return the largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _killed_after_a_file(*arguments: str) -> None:
+    """Run ``mot checkpoint`` and kill the process when a file of weights is complete."""
+    write = exporting.write_shard
+
+    def _killed(folder: Path, shard: Any, written: Callable[[int], object]) -> Any:
+        record = write(folder, shard, written)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return record
+
+    exporting.write_shard = killed
+    main(arguments)

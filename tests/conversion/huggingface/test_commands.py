@@ -46,16 +46,21 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return errors[0]
 
 
-def in_new_process(function: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Call a function of ``processes`` in a new process."""
-    module = "tests.conversion.huggingface.processes"
-    code = f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=200,
+@pytest.fixture(scope="module")
+def process(
+    tmp_path_factory: pytest.TempPathFactory, run: Path, corpus: Corpus
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Run ``measured_then_killed`` in a new process, and return its folder."""
+    folder = tmp_path_factory.mktemp("process")
+    code = (
+        "import sys; from tests.conversion.huggingface.processes import measured_then_killed;"
+        "measured_then_killed(*sys.argv[1:])"
     )
+    arguments = [str(run), str(corpus.directory), str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300
+    )
+    return folder, done
 
 
 def test_dry_run_writes_nothing(
@@ -106,12 +111,14 @@ def test_full_disk(
 
 
 @pytest.mark.slow
-def test_kill_leaves_no_export(tmp_path: Path, run: Path) -> None:
-    arguments = ["to-hf", str(run), str(tmp_path / "out"), "--max-shard-size", "20KB"]
-    assert in_new_process("killed_after_a_file", *arguments).returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.tmp"]
-    assert main(arguments) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_kill_leaves_no_export(
+    run: Path, process: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    folder, done = process
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(folder.glob("killed*")) == [folder / "killed.tmp"]
+    assert main(["to-hf", str(run), str(folder / "killed")]) == 0
+    assert list(folder.glob("killed*")) == [folder / "killed"]
 
 
 def test_dtype(tmp_path: Path, run: Path) -> None:
@@ -141,11 +148,9 @@ def test_a_contradicting_configuration_is_refused(
 
 
 @pytest.mark.slow
-def test_peak_memory(tmp_path: Path, run: Path, corpus: Corpus) -> None:
+def test_peak_memory(process: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     """Both directions stream: memory is that of a few tensors, not of the model."""
-    done = in_new_process("export_and_import", run, corpus.directory, tmp_path)
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = json.loads(process[1].stdout)
     allowed = 3 * growth["largest"] + 48 * MEGABYTE
     assert growth["total"] > 4 * allowed
     assert growth["export"] < allowed

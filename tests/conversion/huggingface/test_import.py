@@ -21,7 +21,10 @@ from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_single_process_groups
-from mot_megatron.train.state import load_weights
+from mot_megatron.train.session import build_groups, build_session
+from mot_megatron.train.state import load_weights, restore
+from mot_megatron.train.step import train_step
+from mot_megatron.train.trained import SavedRun
 from tests.conversion.huggingface.exported import (
     CHOSEN,
     DENSE,
@@ -32,6 +35,7 @@ from tests.conversion.huggingface.exported import (
     random_model,
     save_run,
 )
+from tests.ranks import run_ranks
 from tests.small_corpus import make_config, make_corpus
 
 TOLERANCE = 1e-5
@@ -134,16 +138,36 @@ def test_export_comes_back_bitwise(
         == 0
     )
     towers = DENSE if overrides[: len(DENSE)] == DENSE else []
-    # Leave norm_placement and the like to the export.
     assert main(command(tmp_path, tmp_path / "out", corpus, *towers, "--verify")) == 0
     before, after = CheckpointSource(run), CheckpointSource(tmp_path / "runs" / "imported")
     names = [name for name in before.infos if name.startswith("weight/")]
     assert before.infos.keys() == after.infos.keys()
     old = read_whole_tensors(before.checkpoint, names)
     new = read_whole_tensors(after.checkpoint, names)
-    for name in names:
-        renamed = name
-        assert torch.equal(old[name], new[renamed]), name
+    assert [name for name in names if not torch.equal(old[name], new[name])] == []
     out = capsys.readouterr().out
     assert f"left out: {len(names)} tensors, exp_avg of the optimizer" in out
     assert "0 of them new; matched by id, because both have the same vocabulary" in out
+
+
+def continued(folder: Path) -> tuple[int, tuple[float, ...]]:
+    """Restore the imported run on this rank and train a step; return its first and last step."""
+    saved = SavedRun.open(folder / "runs" / "imported")
+    corpus = Corpus.open(saved.config.data.corpus)
+    groups = build_groups(saved.config, corpus, torch.device("cpu"))
+    session = build_session(saved.config, corpus, groups)
+    progress = restore(session, saved.checkpoint)
+    result = train_step(session, step=progress.steps + 1, learning_rate=1e-4)
+    return progress.steps, result.modality_bits
+
+
+@pytest.mark.slow
+def test_training_continues_from_an_import(tmp_path: Path, corpus: Corpus) -> None:
+    theirs = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES))
+    theirs.save_pretrained(tmp_path / "source")
+    assert main(command(tmp_path, tmp_path / "source", corpus)) == 0
+    config = tmp_path / "runs" / "imported" / "config.toml"
+    assert "add_qkv_bias = true" in config.read_text()
+    ((steps, bits),) = run_ranks(continued, 1, tmp_path)
+    assert steps == 0
+    assert all(0 < each < 40 for each in bits)
