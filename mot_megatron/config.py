@@ -171,6 +171,8 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
     qk_norm: bool = True
     """Apply RMSNorm over the head dimension of queries and keys, before RoPE."""
+    add_qkv_bias: bool = False
+    """Add a bias to the q, k and v projections, as Qwen2 does. Biases start at zero."""
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding (RoPE)."""
     untie_embeddings_and_output_weights: bool = True
@@ -331,7 +333,8 @@ class OptimizerConfig(Section):
     """Optimizer step at which the decay reaches ``min_lr``, counted from the start of training, the
     warm-up included; absent: training.train_steps."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of all matrices, the embedding included; norm weights have none."""
+    """Decoupled weight decay of all matrices, the embedding included; norm weights and biases have
+    none."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of the running mean of the gradient (first moment)."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -18,19 +18,30 @@ from mot_megatron.files import read_regular_file
 from mot_megatron.rules import check
 
 
-def load_config(paths: Path | Sequence[Path], overrides: list[str] | None = None) -> Config:
+def load_config(
+    paths: Path | Sequence[Path],
+    overrides: list[str] | None = None,
+    defaults: tuple[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """Load TOML files, apply overrides and check the merged configuration.
 
     Tables of several files are merged; any other value, including an array, replaces the value from
     earlier files. An override is ``section.key=value``, or ``-section.key`` to remove a key, which
     then has its default.
 
+    Args:
+        paths: The files.
+        overrides: See above.
+        defaults: Where further values are from, and these values, as a parsed file; the files
+            override them.
+
     Raises:
         ConfigError: One line with the file, the key, its value and what is allowed. It names all
             files if no single one has the illegal value.
     """
     files = [paths] if isinstance(paths, Path) else paths
-    return _build([(str(path), _parse(_read(path), str(path))) for path in files], overrides)
+    parsed = [(str(path), _parse(_read(path), str(path))) for path in files]
+    return _build([*([(defaults[0], dict(defaults[1]))] if defaults else []), *parsed], overrides)
 
 
 def parse_config(text: str, source: str, overrides: list[str] | None = None) -> Config:

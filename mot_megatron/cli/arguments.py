@@ -73,6 +73,11 @@ def add_source_and_destination(parser: ArgumentParser) -> None:
         metavar="N",
         help="files that are verified or written at a time (default: 1)",
     )
+    add_verify_and_dry_run(parser)
+
+
+def add_verify_and_dry_run(parser: ArgumentParser) -> None:
+    """Add ``--verify`` and ``--dry-run``."""
     parser.add_argument(
         "--verify",
         action="store_true",

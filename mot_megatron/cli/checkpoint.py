@@ -10,6 +10,8 @@ from mot_megatron.cli.main import Command, dispatch
 CONVERSIONS = {
     "inspect": Command("checkpoint_inspect", "show what a checkpoint contains, or compare two"),
     "reshard": Command("checkpoint_reshard", "lay the files out as another layout reads them"),
+    "to-hf": Command("checkpoint_to_hf", "export to a folder that Hugging Face transformers loads"),
+    "from-hf": Command("checkpoint_from_hf", "start a run from Llama, Qwen, BAGEL or an export"),
     "weights": Command("checkpoint_weights", "write the weights alone, or the mean of several"),
 }
 

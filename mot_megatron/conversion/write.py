@@ -130,6 +130,15 @@ def check_destination(directory: Path, step: int, num_bytes: int) -> None:
         raise CheckpointError(f"{directory} is not a folder; give a folder of checkpoints")
     if final.exists():
         raise CheckpointError(f"{final} exists; give another folder, or move it away")
+    check_space(directory, num_bytes)
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Check that there is space for a folder, which may not exist yet.
+
+    Raises:
+        CheckpointError: Its file system has too little.
+    """
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -268,6 +268,25 @@ class Corpus:
             DataError: A file is missing, truncated or changed since it was written, corpus.toml is
                 invalid or contradicts the files, or an id is outside the vocabulary.
         """
+        corpus = cls.open_vocabulary(directory)
+        try:
+            splits = {
+                name: _open_split(directory, name, corpus.description)
+                for name in corpus.description.splits
+            }
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}") from None
+        return replace(corpus, splits=splits)
+
+    @classmethod
+    def open_vocabulary(cls, directory: Path) -> Corpus:
+        """Open the description of the corpus in ``directory``, without its documents.
+
+        The result has no splits. A folder with corpus.toml and the codebooks is enough.
+
+        Raises:
+            DataError: corpus.toml is missing or invalid, or a codebook is missing.
+        """
         path = directory / DESCRIPTION_FILE
         try:
             content = read_regular_file(path)
@@ -282,13 +301,7 @@ class Corpus:
                     f"{directory / modality.codebook}: no such file, but modality {modality.name} "
                     f"of {path} names it as its codebook"
                 )
-        try:
-            splits = {
-                name: _open_split(directory, name, description) for name in description.splits
-            }
-        except OSError as error:
-            raise DataError(f"{error.filename}: {error.strerror}") from None
-        return cls(directory, description, splits, hashlib.sha256(content).hexdigest())
+        return cls(directory, description, {}, hashlib.sha256(content).hexdigest())
 
     @cached_property
     def vocabulary_digest(self) -> str:

@@ -20,7 +20,7 @@ def initialize_parameters(
 ) -> None:
     """Fill every matrix with this rank's shard of normal(0, std), drawn in fp32.
 
-    Vectors keep their values: they are norm weights, which start as ones.
+    Vectors keep their values: norm weights start as ones, and biases as zeros.
     """
     for name, parameter in model.named_parameters():
         for part in parts_of(name, parameter):

@@ -117,7 +117,9 @@ def _layer(
     """Yield one layer's parameters, sharded over ``tensor`` and ``expert`` parallel ranks."""
     h, d, untied = model.hidden_size, model.head_dim, model.untied
     heads, groups = model.num_attention_heads, model.num_key_value_heads
-    qkv = _weight("linear.weight", (heads + 2 * groups) * d, h, split=0)
+    qkv = [_weight("linear.weight", (heads + 2 * groups) * d, h, split=0)]
+    if model.add_qkv_bias:
+        qkv.append(_weight("linear.bias", (heads + 2 * groups) * d, split=0))
     output = _weight("linear.weight", h, heads * d, split=1)
     qk_norm = [_weight("weight", d)] if model.qk_norm else []
     norm = _weight("weight", h)
@@ -125,7 +127,7 @@ def _layer(
         tower: _feed_forward(model, model.experts_of_towers[tower], expert) for tower in towers
     }
     components = {
-        "attention.qkv": (_alike([qkv], towers), untied.qkv),
+        "attention.qkv": (_alike(qkv, towers), untied.qkv),
         "attention.q_norm": (_alike(qk_norm, towers), untied.qk_norm),
         "attention.k_norm": (_alike(qk_norm, towers), untied.qk_norm),
         "attention.output_projection": (_alike([output], towers), untied.output_projection),

@@ -58,7 +58,11 @@ class Attention(nn.Module):
         # Rows are ordered by key-value group (its queries, its key, its value), so any TP size
         # that divides the number of groups splits the matrix between groups.
         shape = (groups * sum(self.group_width) * d,)
-        self.qkv = PerTower(lambda _: linears.column(config.hidden_size, shape), towers, untied.qkv)
+        self.qkv = PerTower(
+            lambda _: linears.column(config.hidden_size, shape, config.add_qkv_bias),
+            towers,
+            untied.qkv,
+        )
 
         def qk_norm(_tower: int) -> nn.Module:
             if config.qk_norm:

@@ -62,7 +62,7 @@ class PerTower(nn.Module):
 
 @dataclass(frozen=True)
 class ParallelLinears:
-    """A factory of megatron's parallel linear layers, without biases or initialization."""
+    """A factory of megatron's parallel linear layers, without initialization of weights."""
 
     groups: ProcessGroups
     sequence_parallel: bool
@@ -90,12 +90,15 @@ class ParallelLinears:
         """The group over which heads are split, for norms of queries and keys."""
         return self.groups.tensor if self.groups.tensor_size > 1 else None
 
-    def column(self, input_size: int, output_shape: tuple[int, ...]) -> ColumnLinear:
+    def column(
+        self, input_size: int, output_shape: tuple[int, ...], bias: bool = False
+    ) -> ColumnLinear:
         """Build a column-parallel layer; the last dimension of ``output_shape`` is split.
 
-        Use (ffn,) for a plain layer and (2, ffn) for two stacked ones, each of which is split.
+        Use (ffn,) for a plain layer and (2, ffn) for two stacked ones, each of which is split. A
+        bias starts at zero and is split as the output is.
         """
-        return ColumnLinear(self, input_size, output_shape)
+        return ColumnLinear(self, input_size, output_shape, bias)
 
     def row(self, input_size: int, output_size: int) -> RowLinear:
         """Build a row-parallel layer: split inputs, output summed over the ranks."""
@@ -115,7 +118,7 @@ class ColumnLinear(nn.Module):
     """
 
     def __init__(
-        self, linears: ParallelLinears, input_size: int, output_shape: tuple[int, ...]
+        self, linears: ParallelLinears, input_size: int, output_shape: tuple[int, ...], bias: bool
     ) -> None:
         super().__init__()
         output_size = torch.Size(output_shape).numel()
@@ -124,14 +127,17 @@ class ColumnLinear(nn.Module):
             output_size,
             config=linears.megatron_config,
             init_method=_no_initialization,
-            bias=False,
+            bias=bias,
             tp_group=linears.groups.tensor,
         )
-        sharding = ParameterSharding((*output_shape, input_size), shard_dim=len(output_shape) - 1)
-        set_sharding(self.linear.weight, sharding)
+        split = len(output_shape) - 1
+        set_sharding(self.linear.weight, ParameterSharding((*output_shape, input_size), split))
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
+            set_sharding(self.linear.bias, ParameterSharding(output_shape, split))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by this rank's rows of the weight."""
+        """Multiply by this rank's rows of the weight, and add its part of the bias."""
         return self.linear(x)[0]
 
 

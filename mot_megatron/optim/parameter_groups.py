@@ -1,4 +1,4 @@
-"""Parameter groups: weight decay for matrices, none for norm weights and other vectors."""
+"""Parameter groups: weight decay for matrices, none for norm weights, biases and other vectors."""
 
 from __future__ import annotations
 

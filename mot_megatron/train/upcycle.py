@@ -64,7 +64,7 @@ def upcycle(
         metadata={
             "progress": asdict(Progress()),
             "optimizer_steps": 0,
-            "data": _initial_position(config, corpus),
+            "data": initial_position(config, corpus),
             "upcycled_from": {"checkpoint": str(source.checkpoint.path), "towers": dict(towers)},
         },
         config_text=config.to_toml(),
@@ -97,7 +97,7 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
     return tensors
 
 
-def _initial_position(config: Config, corpus: Corpus) -> dict[str, int | str]:
+def initial_position(config: Config, corpus: Corpus) -> dict[str, int | str]:
     """Return the data position of a run before its first step."""
     return PackedLoader(
         corpus,

@@ -26,6 +26,7 @@ _ALIKE = {
     "norm_placement": "norm_placement",
     "norm_eps": "norm_eps",
     "qk_norm": "qk_norm",
+    "add_qkv_bias": "add_qkv_bias",
     "rotary_base": "rotary_base",
     "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
 }

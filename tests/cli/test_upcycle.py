@@ -24,7 +24,7 @@ from mot_megatron.model.sharding import parts_of
 from mot_megatron.parallel.groups import build_single_process_groups
 from mot_megatron.train.session import resolve_config
 from tests.cli.console import only_error
-from tests.model.small_models import vary_norm_weights
+from tests.model.small_models import vary_vectors
 from tests.ranks import run_ranks
 from tests.run.test_resume import run_training
 from tests.small_runs import CONFIG, small_config, write_corpus
@@ -56,7 +56,7 @@ def save_source(folder: Path, corpus: Path, overrides: list[str]) -> Path:
     opened = Corpus.open(corpus)
     config = resolve_config(small_config(corpus, overrides), opened)
     model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")))
-    vary_norm_weights(model)
+    vary_vectors(model)
     tensors = [
         NamedTensor(f"{kind}/{part.name}", parameter.detach()[part.rows], part.sharding)
         for kind in STATE_KINDS

@@ -73,7 +73,7 @@ class AlgorithmOne:
         d, groups = config.head_dim, config.num_key_value_heads
         per_group = config.num_attention_heads // groups
         qkv = self._per_modality(
-            tokens, x, lambda rows, k: rows @ self._weight(f"{name}.attention.qkv", "linear", k).T
+            tokens, x, lambda rows, k: self._projected(rows, f"{name}.attention.qkv", k)
         ).view(t, groups, per_group + 2, d)
         documents, positions = tokens.documents, positions_of(tokens)
         visible = (documents[:, None] == documents) & torch.ones(t, t).tril().bool()
@@ -94,6 +94,14 @@ class AlgorithmOne:
                 rows @ self._weight(f"{name}.attention.output_projection", "linear", k).T
             ),
         )
+
+    def _projected(self, rows: torch.Tensor, component: str, tower: int) -> torch.Tensor:
+        products = rows @ self._weight(component, "linear", tower).T
+        if not self.config.add_qkv_bias:
+            return products
+        untied = f"{component}.towers.{tower}.linear.bias"
+        shared = f"{component}.shared.linear.bias"
+        return products + self.weights[untied if untied in self.weights else shared]
 
     def _qk_norm(self, tokens: Tokens, rows: torch.Tensor, name: str) -> torch.Tensor:
         return self._per_modality(tokens, rows, lambda part, tower: self._rms(part, name, tower))

@@ -15,7 +15,7 @@ from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import RoutingPool
-from mot_megatron.model.sharding import ParameterSharding
+from mot_megatron.model.sharding import ParameterSharding, sharding_of
 from mot_megatron.parallel.groups import build_single_process_groups
 
 VOCABULARY_RANGES = {"text": (0, 40), "image": (40, 100), "speech": (100, 128)}
@@ -53,18 +53,23 @@ def small_config(towers: Mapping[str, str], *overrides: str) -> Config:
 def single_rank_model(config: Config, dtype: torch.dtype = torch.float32) -> MixtureOfTransformers:
     """Build the model on a single rank, with norm weights that are not all ones."""
     model = MixtureOfTransformers(config, build_single_process_groups(torch.device("cpu")), dtype)
-    vary_norm_weights(model)
+    vary_vectors(model)
     return model
 
 
-def vary_norm_weights(model: torch.nn.Module) -> None:
-    """Add noise to every norm weight; if all were one, swapped norms would go unnoticed."""
+def vary_vectors(model: MixtureOfTransformers) -> None:
+    """Add noise to norm weights and biases, the same in every layout.
+
+    If all were one or zero, swapped ones would go unnoticed.
+    """
+    ranks = model.groups.tensor_rank, model.groups.tensor_size
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            sharding = sharding_of(parameter)
+            noise = torch.randn(sharding.global_shape, generator=generator)
             with torch.no_grad():
-                parameter.add_(0.1 * noise)
+                parameter.add_(0.1 * cut(noise, sharding, *ranks))
 
 
 @dataclass(frozen=True)
@@ -183,4 +188,4 @@ def cut(whole: torch.Tensor, sharding: ParameterSharding, rank: int, size: int) 
     if sharding.shard_dim is None:
         return whole
     part = whole.reshape(sharding.global_shape).chunk(size, sharding.shard_dim)[rank]
-    return part.flatten(0, -2)
+    return part.flatten(0, -2) if part.ndim > 1 else part

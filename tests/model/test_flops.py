@@ -30,6 +30,7 @@ def elements(model: MixtureOfTransformers, tower: int) -> int:
     [f"model.untied.{flag}=false" for flag in UntiedConfig.model_fields]
     + [
         "model.qk_norm=false",
+        "model.add_qkv_bias=true",
         "model.num_query_groups=2",
         "model.untie_embeddings_and_output_weights=false",
         "model.norm_placement=pre",

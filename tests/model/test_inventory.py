@@ -16,6 +16,7 @@ from tests.model.small_models import small_config
 
 THREE = {"text": "text", "image": "image", "speech": "speech"}
 TIED = "model.untie_embeddings_and_output_weights=false"
+BIASES = "model.add_qkv_bias=true"
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
@@ -51,6 +52,7 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
             1,
             ["model.untied.norms=false", "model.untied.qkv=false", "model.untied.final_norm=false"],
         ),
+        (2, [TP2, BIASES, "model.num_query_groups=2", "model.untied.qkv=false"]),
         (2, [TP2, "model.num_query_groups=2", "model.untied.feed_forward=false"]),
         (2, [PP2]),
         (2, [PP2, TIED]),
@@ -58,7 +60,7 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
         (2, [PP2, FOUR_LAYERS, "parallel.pipeline_layers=[1, 3]"]),
         (2, ["parallel.modality_parallel_size=2", "model.untied.output_projection=false"]),
         (4, ["parallel.modality_parallel_size=4", "model.untied.qk_norm=false"]),
-        (8, [TP2, PP2, "parallel.modality_parallel_size=2", TIED]),
+        (8, [TP2, PP2, BIASES, "parallel.modality_parallel_size=2", TIED]),
         (1, EXPERTS),
         (2, [*EXPERTS, EP2]),
         (4, [*EXPERTS, EP2, TP2, "parallel.sequence_parallel=true"]),

@@ -8,6 +8,7 @@ import torch
 from mot_megatron.config import Config, UntiedConfig
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
+from mot_megatron.parallel.groups import build_single_process_groups
 from tests.model.algorithm_one import AlgorithmOne
 from tests.model.small_models import (
     Tokens,
@@ -29,6 +30,7 @@ SHAPES = {
     "grouped queries": ("model.num_query_groups=2",),
     "one key-value head": ("model.num_query_groups=1", "model.norm_placement=pre"),
     "no qk-norm": ("model.qk_norm=false",),
+    "biases": ("model.add_qkv_bias=true", "model.num_query_groups=2"),
     "tied embedding": ("model.untie_embeddings_and_output_weights=false",),
 }
 
@@ -80,10 +82,12 @@ def test_equals_algorithm_one_in_fp64(
     compare(config, random_tokens(1, list(towers), mix), torch.float64, 1e-10)
 
 
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("flag", UntiedConfig.model_fields)
-def test_equals_algorithm_one_with_a_shared_component(flag: str) -> None:
-    config = small_config(THREE_TOWERS, f"model.untied.{flag}=false")
-    untied = small_config(THREE_TOWERS)
+def test_equals_algorithm_one_with_a_shared_component(flag: str, biases: bool) -> None:
+    untied = small_config(THREE_TOWERS, f"model.add_qkv_bias={str(biases).lower()}")
+    shared = untied.model.untied.model_copy(update={flag: False})
+    config = untied.model_copy(update={"model": untied.model.model_copy(update={"untied": shared})})
     assert len(list(single_rank_model(config).parameters())) < len(
         list(single_rank_model(untied).parameters())
     )
@@ -174,3 +178,12 @@ def test_non_contiguous_gradients(recompute: str) -> None:
     assert not cotangents[0].is_contiguous()
     assert len(results[0]) > 20
     assert_all_close(results[0], results[1], 1e-10)
+
+
+def test_biases_start_at_zero() -> None:
+    config = small_config(TWO_TOWERS, "model.add_qkv_bias=true")
+    groups = build_single_process_groups(torch.device("cpu"))
+    model = MixtureOfTransformers(config, groups)
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == config.model.num_towers * config.model.num_layers
+    assert not any(bias.any() for bias in biases)

@@ -21,11 +21,12 @@ from mot_megatron.parallel.placement import Placement, balanced_placement
 from tests.model.small_models import (
     Tokens,
     assert_all_close,
+    cut,
     random_tokens,
     single_rank_model,
     small_config,
     take_gradients,
-    vary_norm_weights,
+    vary_vectors,
 )
 from tests.ranks import run_ranks
 
@@ -35,6 +36,7 @@ CPU = torch.device("cpu")
 TWO = {"text": "text", "image": "image", "speech": "text"}
 THREE = {"text": "text", "image": "image", "speech": "speech"}
 GROUPED_QUERIES = "model.num_query_groups=2"
+BIASES = "model.add_qkv_bias=true"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def run_case(case: Case) -> list[dict[str, Any]]:
     """Return per batch the loss sums and gradients, summed over the ranks that hold them."""
     groups = build_process_groups(case.tensor, CPU, placement=case.placement)
     model = MixtureOfTransformers(case.config, groups, torch.float64)
-    vary_norm_weights(model)
+    vary_vectors(model)
     outcomes = []
     for step in range(len(case.mixes)):
         batch = micro_batch(case, case.tokens(step), groups.modality_rank)
@@ -160,19 +162,19 @@ CASES = {
     "a tower each": Case(TWO, 2),
     "heads": Case(TWO, 2, (HEADS, "training.recompute=full")),
     "three towers on two": Case(THREE, 2, (GROUPED_QUERIES, "training.recompute=selective")),
-    "a split tower": Case(TWO, 3, (GROUPED_QUERIES,)),
+    "a split tower": Case(TWO, 3, (GROUPED_QUERIES, BIASES)),
     "more ranks than key-value heads": Case(TWO, 4, (HEADS, GROUPED_QUERIES)),
     "uneven shares, several towers, shared parts": Case(
         THREE,
         2,
-        ("model.untied.qkv=false", "model.untied.norms=false", "model.norm_placement=pre"),
+        (BIASES, "model.untied.qkv=false", "model.untied.norms=false", "model.norm_placement=pre"),
         ((0.3, 1.0, 0.0), (0.7, 0.0, 1.0)),
     ),
     "heads of several towers": Case(
         THREE, 2, (HEADS, "model.qk_norm=false"), ((0.5, 1.0, 0.0), (0.5, 0.0, 1.0))
     ),
     "tensor and sequence parallel": Case(
-        TWO, 2, (GROUPED_QUERIES, "parallel.sequence_parallel=true"), tensor=2
+        TWO, 2, (GROUPED_QUERIES, BIASES, "parallel.sequence_parallel=true"), tensor=2
     ),
     "tensor parallel heads": Case(TWO, 2, (HEADS,), tensor=2),
     "one sequence on two ranks": Case(THREE, 2, (HEADS,), sequences=1),
@@ -191,12 +193,8 @@ def test_equals_one_process(case: Case) -> None:
             torch.testing.assert_close(mine["totals"], whole["totals"], rtol=1e-6, atol=1e-6)
             parts = {}
             for name, sharding in mine["shardings"].items():
-                part = whole["gradients"][name]
-                if sharding.shard_dim is not None:
-                    part = part.reshape(sharding.global_shape)
-                    part = part.chunk(case.tensor, sharding.shard_dim)[mine["tensor_rank"]]
-                    part = part.flatten(0, -2)
-                parts[name] = part
+                gradient = whole["gradients"][name]
+                parts[name] = cut(gradient, sharding, mine["tensor_rank"], case.tensor)
             assert_all_close(mine["gradients"], parts, 1e-6)
             towers = {int(n.split(".towers.")[1][0]) for n in parts if ".towers." in n}
             assert towers == set(mine["held"])

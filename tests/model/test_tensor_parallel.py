@@ -22,7 +22,7 @@ from tests.model.small_models import (
     single_rank_model,
     small_config,
     take_gradients,
-    vary_norm_weights,
+    vary_vectors,
 )
 from tests.ranks import run_ranks
 
@@ -57,7 +57,8 @@ CASES = {
     "pre-norm, grouped queries": Case(("model.norm_placement=pre", "model.num_query_groups=2")),
     "tied embedding": Case(("model.untie_embeddings_and_output_weights=false",)),
     "no qk-norm": Case(("model.qk_norm=false",)),
-    "all shared": Case(tuple(EVERYTHING_SHARED)),
+    "biases": Case(("model.add_qkv_bias=true", "model.num_query_groups=2")),
+    "all shared": Case((*EVERYTHING_SHARED, "model.add_qkv_bias=true")),
     "full recompute": Case(("training.recompute=full",)),
     "selective recompute": Case(("training.recompute=selective",)),
     "loss weights": Case(
@@ -115,7 +116,7 @@ def on_this_rank(
         config = case.config(*layout)
         model = MixtureOfTransformers(config, tensor_parallel_groups())
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        vary_norm_weights(model)
+        vary_vectors(model)
         of_cases.append((*compute(model, config, case), weights))
     return of_cases
 

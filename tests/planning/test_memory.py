@@ -41,6 +41,7 @@ HEADS = "parallel.attention_exchange=heads"
 ZERO0, ZERO2, ZERO3 = (f"parallel.zero_stage={stage}" for stage in (0, 2, 3))
 OFFLOAD = "parallel.offload=optimizer"
 BF16 = "training.precision=bf16"
+BIASES = "model.add_qkv_bias=true"
 TIED = "model.untie_embeddings_and_output_weights=false"
 EP2 = "parallel.expert_model_parallel_size=2"
 CHOSEN = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
@@ -93,7 +94,7 @@ def _compare(config: Config) -> Comparison:
             1,
             [
                 [ZERO0, FOUR_LAYERS, "model.norm_placement=pre", "training.micro_batch_size=2"],
-                [*DENSE, SELECTIVE, "model.qk_norm=false"],
+                [*DENSE, SELECTIVE, BIASES, "model.qk_norm=false"],
                 [*DENSE, SELECTIVE],
                 [FULL, FOUR_LAYERS, "data.seq_length=96"],
                 [BF16, "model.num_query_groups=4"],
@@ -108,7 +109,7 @@ def _compare(config: Config) -> Comparison:
             [
                 [TP2, SP, FULL],
                 [TP2, SELECTIVE, ZERO2],
-                [TP2, SP, BF16],
+                [TP2, SP, BF16, BIASES],
                 [PP2, TIED],
                 [PP2, SELECTIVE],
                 [PP2, VPP2, FOUR_LAYERS],
@@ -128,7 +129,7 @@ def _compare(config: Config) -> Comparison:
                 [*ODD, BF16],
                 [MP4, *ODD],
                 [MP2, *ODD, ZERO2],
-                [MP2, PP2, TIED],
+                [MP2, PP2, TIED, BIASES],
                 [TP2, OFFLOAD, ZERO3],
                 [OFFLOAD],
                 [OFFLOAD, BF16, ZERO2],

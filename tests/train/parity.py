@@ -26,6 +26,7 @@ DP1, TP2 = "parallel.zero_stage=1", "parallel.tensor_model_parallel_size=2"
 SP = "parallel.sequence_parallel=true"
 ZERO2, ZERO3 = "parallel.zero_stage=2", "parallel.zero_stage=3"
 OFFLOAD = "parallel.offload=optimizer"
+BIASES = "model.add_qkv_bias=true"
 TIED = "model.untie_embeddings_and_output_weights=false"
 DENSE = ["model.modalities.image.tower=text", "model.modalities.speech.tower=text"]
 TWO_TOWERS = ["model.modalities.speech.tower=text"]

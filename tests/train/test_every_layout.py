@@ -12,6 +12,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.parity import (
+    BIASES,
     MP2,
     MP3,
     MP4,
@@ -53,7 +54,7 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
         (2, [MP2], TWO_TOWERS),
         (2, [MP2, HEADS, FULL], [*TWO_TOWERS, TIED]),
         (2, [MP2, ZERO2, SELECTIVE], []),
-        (2, [MP2, HEADS, ZERO2], SHARED_PARTS),
+        (2, [MP2, HEADS, ZERO2], [*SHARED_PARTS, BIASES]),
         (2, [MP2, LISTED, OFFLOAD], [TIED]),
         (4, [MP2, ZERO2, FULL, BATCH_OF_8], [TIED]),
         (3, [MP3, ZERO2, "training.global_batch_size=6"], [*TWO_TOWERS, TIED]),
@@ -63,7 +64,7 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
         (8, [MP2, PP2, TP2, SP], [TIED]),
         (8, [MP2, PP2, TP2, HEADS, FULL], TWO_TOWERS),
         (2, [PP2, OFFLOAD], [TIED, *TWO_TOWERS]),
-        (2, [PP2, SELECTIVE], ["model.norm_placement=pre"]),
+        (2, [PP2, SELECTIVE], [BIASES, "model.norm_placement=pre"]),
         (
             3,
             ["parallel.pipeline_model_parallel_size=3", "parallel.pipeline_layers=[1,2,1]"],

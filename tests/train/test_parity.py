@@ -8,6 +8,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.parity import (
+    BIASES,
     DENSE,
     DP1,
     OFFLOAD,
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.slow
         (2, [TP2, "training.recompute=selective", OFFLOAD], TWO_TOWERS),
         (4, [TP2], []),
         (4, [TP2, SP, ZERO2], [TIED]),
-        (4, [TP2, SP, ZERO3], [TIED, "model.norm_placement=pre"]),
+        (4, [TP2, SP, ZERO3], [TIED, BIASES, "model.norm_placement=pre"]),
     ],
     ids=lambda value: "+".join(value).replace("parallel.", "") if isinstance(value, list) else None,
 )

@@ -1,0 +1,1 @@
+"""Export to and import from the formats of Hugging Face transformers; no model is built."""
