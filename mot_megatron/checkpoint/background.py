@@ -8,8 +8,8 @@ it offers and why this project does without:
   buffers. Here, these are copied as they are, and assembled in the background (train/staging.py).
 - Its thread executor is a thread that calls ``save``, as here.
 - Its process executor starts a second process per rank, which imports torch, takes the tensors
-  through shared memory and pickles what it sends. It would keep Python's lock free, but writing and
-  hashing release it: the slowdown of training steps is measured in docs/training.md.
+  through shared memory and pickles what it sends. It would keep Python's lock free, but writing
+  and hashing release that lock most of the time.
 """
 
 from __future__ import annotations
