@@ -3,9 +3,7 @@
 deepspeed --num_gpus N launch/train.py --config configs/quickstart.toml --set training.train_steps=9
 """
 
-import sys
-
-from mot_megatron.cli.train import main
+from mot_megatron.cli.train import end_process, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -26,13 +26,13 @@ pytestmark = pytest.mark.slow
 
 STEPS, SAVED, BAD = 9, 4, 7
 BF16 = "training.precision=bf16"
-# How the bad step comes about, and the layout. That a closed gate changes nothing is tested for all
-# ZeRO stages with the engine.
-LAYOUTS: dict[str, tuple[str, list[str]]] = {
-    "zero0": ("nan", ["parallel.zero_stage=0"]),
-    "zero3-bf16": ("nan", ["parallel.zero_stage=3", BF16]),
-    "pp-bf16": ("judged", ["parallel.pipeline_model_parallel_size=2", BF16]),
-    "mp": ("judged", ["parallel.modality_parallel_size=2"]),
+# How the bad step comes about, what is done about it, and the layout. That a step which is not
+# applied changes nothing is tested for all ZeRO stages with the engine.
+LAYOUTS: dict[str, tuple[str, str, list[str]]] = {
+    "zero0": ("nan", "skip", ["parallel.zero_stage=0"]),
+    "zero3-bf16": ("nan", "rollback", ["parallel.zero_stage=3", BF16]),
+    "pp-bf16": ("judged", "rollback", ["parallel.pipeline_model_parallel_size=2", BF16]),
+    "mp": ("judged", "skip", ["parallel.modality_parallel_size=2"]),
 }
 State = dict[str, dict[str, torch.Tensor]]
 
@@ -130,33 +130,32 @@ def expected(config: Config, corpus: Path, act: str) -> State:
     return state_of(session)
 
 
-def compare(corpus: Path, runs: Path, layouts: dict[str, tuple[str, list[str]]]) -> list[str]:
+def compare(corpus: Path, runs: Path, layouts: dict[str, tuple[str, str, list[str]]]) -> list[str]:
     """Return what differs, on this rank."""
     wrong = []
-    for name, (kind, overrides) in layouts.items():
-        for act in ("skip", "rollback"):
-            settings = [*overrides, f"training.on_spike={act}", f"run.name={name}-{act}"]
-            config = config_of(corpus, runs, settings)
-            injection = _Injection(kind, {BAD})
-            if error := train_with(injection, config, corpus):
-                wrong.append(f"{name} {act}: {error}")
-            got, want = state_of(injection.sessions[0]), expected(config, corpus, act)
-            wrong += [
-                f"{name} {act}: {parameter} {key}"
-                for parameter, state in want.items()
-                for key, tensor in state.items()
-                if not torch.equal(got[parameter][key], tensor)
-            ]
-            everyones: list[Any] = [None] * dist.get_world_size()
-            # A rollback reads the batch of the same step number again.
-            dist.all_gather_object(everyones, injection.read[BAD][: config_rows(config, injection)])
-            lines = (config.run_directory / SPIKES_FILE).read_text().splitlines()
-            record = json.loads(lines[0])
-            if len(lines) != 1 or (record["step"], record["act"]) != (BAD, act):
-                wrong.append(f"{name} {act}: recorded {lines}")
-            read = {tuple(sequence) for each in everyones for sequence in each}
-            if read != {tuple(sequence) for sequence in record["documents"]}:
-                wrong.append(f"{name} {act}: documents {record['documents']}")
+    for name, (kind, act, overrides) in layouts.items():
+        settings = [*overrides, f"training.on_spike={act}", f"run.name={name}-{act}"]
+        config = config_of(corpus, runs, settings)
+        injection = _Injection(kind, {BAD})
+        if error := train_with(injection, config, corpus):
+            wrong.append(f"{name} {act}: {error}")
+        got, want = state_of(injection.sessions[0]), expected(config, corpus, act)
+        wrong += [
+            f"{name} {act}: {parameter} {key}"
+            for parameter, state in want.items()
+            for key, tensor in state.items()
+            if not torch.equal(got[parameter][key], tensor)
+        ]
+        everyones: list[Any] = [None] * dist.get_world_size()
+        # A rollback reads the batch of the same step number again.
+        dist.all_gather_object(everyones, injection.read[BAD][: config_rows(config, injection)])
+        lines = (config.run_directory / SPIKES_FILE).read_text().splitlines()
+        record = json.loads(lines[0])
+        if len(lines) != 1 or (record["step"], record["act"]) != (BAD, act):
+            wrong.append(f"{name} {act}: recorded {lines}")
+        read = {tuple(sequence) for each in everyones for sequence in each}
+        if read != {tuple(sequence) for sequence in record["documents"]}:
+            wrong.append(f"{name} {act}: documents {record['documents']}")
     return wrong
 
 
