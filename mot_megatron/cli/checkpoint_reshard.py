@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"layout before: {describe_layout(source.config)}")
     print(f"layout after:  {describe_layout(layout.config)}; {layout.mesh.world_size} ranks")
     print(
-        f"{len(source.infos)} tensors in {sum(map(len, files))} pieces, {size_text(sum(sizes))}; left"
-        f" out: none; values per file: {size_text(min(sizes))} to {size_text(max(sizes))}"
+        f"{len(source.infos)} tensors in {sum(map(len, files))} pieces, {size_text(sum(sizes))};"
+        f" left out: none; values per file: {size_text(min(sizes))} to {size_text(max(sizes))}"
     )
     if options.dry_run:
         print("nothing was written (--dry-run)")
