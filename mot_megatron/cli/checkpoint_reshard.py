@@ -1,9 +1,9 @@
 """Lay a checkpoint's files out anew, as the ranks of another layout would have written them.
 
 A training run loads any checkpoint in any layout. After resharding, a rank finds what it loads in
-the files of its own place in the layout, instead of small parts in the files of many: on thousands
-of ranks, that is the difference between reading once and reading many times over. Weights,
-optimizer state, data position and progress stay bitwise the same.
+whole pieces, in its own file and those of the ranks that hold the same part of the model, instead
+of small parts in the files of many. Weights, optimizer state, data position and progress stay
+bitwise the same.
 
 Example: mot checkpoint reshard runs/small runs/tp4/checkpoints --world-size 4
     --set parallel.tensor_model_parallel_size=4

@@ -22,7 +22,7 @@ from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.conversion.weights import boxes
 from mot_megatron.errors import CheckpointError
 
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 """Elements of which statistics are computed at a time."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _TOWER = re.compile(r"\.(?:towers\.(\d+)|shared)\.")
@@ -149,9 +149,7 @@ def statistics(source: CheckpointSource, pattern: str) -> dict[str, dict[str, fl
     """
     names = [name for name in source.infos if fnmatch.fnmatchcase(name, pattern)]
     if not names:
-        raise CheckpointError(
-            f"{source.checkpoint.path} has no tensor whose name matches {pattern}"
-        )
+        raise CheckpointError(f"{source.checkpoint.path} has no tensor named like {pattern}")
     return {name: _statistics(source, name) for name in names}
 
 
