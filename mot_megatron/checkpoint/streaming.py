@@ -218,7 +218,7 @@ def _save_piece(values: torch.Tensor, piece: Piece, stream: _HashingStream) -> N
     if values.untyped_storage().nbytes() != piece.num_bytes or not values.is_contiguous():
         values = values.contiguous().clone()  # torch.save writes the whole storage
     try:
-        torch.save(values.detach(), stream)
+        torch.save(values.detach(), stream)  # type: ignore[arg-type]  # it writes, no more
     except RuntimeError as error:
         # torch reports positions in the half-written archive; the cause is the context.
         context = error.__context__

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.optim import optimizer as torch_optimizer
+from torch.optim import optimizer as torch_optimizer  # type: ignore[attr-defined]
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only

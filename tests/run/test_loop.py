@@ -76,7 +76,7 @@ def train_on_a_disk_that_fills(corpus_directory: Path, runs: Path) -> tuple[str 
     except UserError as error:
         return str(error), steps
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return None, steps
 
 
