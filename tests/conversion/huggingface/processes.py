@@ -25,7 +25,7 @@ from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.data.corpus import Corpus
 from tests.small_corpus import make_config
 
-SIZES = ("model.num_layers=8", "model.hidden_size=512", "model.ffn_hidden_size=2048")
+SIZES = ("model.num_layers=4", "model.hidden_size=512", "model.ffn_hidden_size=2048")
 
 
 class _ManyTensors:
@@ -74,7 +74,7 @@ def _killed_after_a_file(*arguments: str) -> None:
     """Run ``mot checkpoint`` and kill the process when a file of weights is complete."""
     write = exporting.write_shard
 
-    def _killed(folder: Path, shard: Any, written: Callable[[int], object]) -> Any:
+    def killed(folder: Path, shard: Any, written: Callable[[int], object]) -> Any:
         record = write(folder, shard, written)
         os.kill(os.getpid(), signal.SIGKILL)
         return record
