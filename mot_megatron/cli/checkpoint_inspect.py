@@ -67,16 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a description of the checkpoint, or the comparison."""
-    from mot_megatron.config_files import load_config
-    from mot_megatron.conversion.inspection import compare, describe, statistics
-    from mot_megatron.conversion.source import CheckpointSource
-
     if len(options.paths) > 2:
         raise ConfigError(
             f"{len(options.paths)} checkpoints given; allowed: one, or two to compare"
         )
     if options.overrides and not options.config:
         raise ConfigError("--set and --unset need --config")
+    say(NAME, f"reading {' and '.join(map(str, options.paths))}")
+
+    from mot_megatron.config_files import load_config
+    from mot_megatron.conversion.inspection import compare, describe, statistics
+    from mot_megatron.conversion.source import CheckpointSource
+
     sources = [CheckpointSource(path, options.workers) for path in options.paths]
     for line in (line for source in sources for line in source.skipped):
         say(NAME, f"skipped {line}")
@@ -126,20 +128,22 @@ def text(source: CheckpointSource, document: dict[str, Any]) -> str:
 def _component_lines(source: CheckpointSource) -> list[str]:
     from mot_megatron.conversion.inspection import by_component
 
-    lines = [f"{'component':<46} {'kind':<11} {'shape and dtype':<30} {'tensors':>8} {'bytes':>16}"]
-    for (component, kind, shape), infos in by_component(dict(source.infos)).items():
-        size = sum(info.num_bytes for info in infos)
-        lines.append(f"{component:<46} {kind:<11} {shape:<30} {len(infos):>8,} {size:>16,}")
+    def line(component: str, shape: str, kinds: str, size: str) -> str:
+        return f"{component:<42} {shape:<26} {kinds:<33} {size:>16}"
+
+    lines = [line("component", "shape and dtype", "tensors", "bytes")]
+    for (component, shape), group in by_component(source.infos).items():
+        kinds = ", ".join(f"{number} {kind}" for kind, number in group.kinds.items())
+        lines.append(line(component, shape, kinds, f"{group.num_bytes:,}"))
     total = sum(info.num_bytes for info in source.infos.values())
-    lines.append(f"{'total':<46} {'':<11} {'':<30} {len(source.infos):>8,} {total:>16,}")
-    return lines
+    return [*lines, line("total", "", f"{len(source.infos):,}", f"{total:,}")]
 
 
 def _place_lines(source: CheckpointSource, tower_names: Sequence[str]) -> list[str]:
     """Return parameters by layer and tower; equal consecutive layers share a line."""
     from mot_megatron.conversion.inspection import parameters_by_place
 
-    places = parameters_by_place(dict(source.infos))
+    places = parameters_by_place(source.infos)
     lines = []
     run: list[int] = []
     for layer in [*sorted(layer for layer in places if layer is not None), None]:

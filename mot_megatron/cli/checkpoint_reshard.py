@@ -1,9 +1,9 @@
 """Lay a checkpoint's files out anew, as the ranks of another layout would have written them.
 
 A training run loads any checkpoint in any layout. After resharding, a rank finds what it loads in
-the files of its own place in the layout, instead of small parts in the files of many: on thousands
-of ranks, that is the difference between reading once and reading many times over. Weights,
-optimizer state, data position and progress stay bitwise the same.
+whole pieces, in its own file and those of the ranks that hold the same part of the model, instead
+of small parts in the files of many. Weights, optimizer state, data position and progress stay
+bitwise the same.
 
 Example: mot checkpoint reshard runs/small runs/tp4/checkpoints --world-size 4
     --set parallel.tensor_model_parallel_size=4
@@ -58,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the checkpoint and print what was written, or would be."""
+    say(NAME, f"reading {options.source}")
+
     from mot_megatron.conversion.layout import Layout, describe_layout
     from mot_megatron.conversion.reshard import reshard
     from mot_megatron.conversion.source import CheckpointSource
+    from mot_megatron.conversion.tensors import size_text
     from mot_megatron.conversion.write import check_destination
 
     source = CheckpointSource(options.source, options.workers)
@@ -74,9 +77,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"layout before: {describe_layout(source.config)}")
     print(f"layout after:  {describe_layout(layout.config)}; {layout.mesh.world_size} ranks")
     print(
-        f"{len(source.infos)} tensors in {sum(map(len, files))} pieces, {sum(sizes) / 1e9:.3f} GB;"
-        f" left out: none; largest file {max(sizes) / 1e9:.3f} GB, smallest"
-        f" {min(sizes) / 1e9:.3f} GB"
+        f"{len(source.infos)} tensors in {sum(map(len, files))} pieces, {size_text(sum(sizes))};"
+        f" left out: none; values per file: {size_text(min(sizes))} to {size_text(max(sizes))}"
     )
     if options.dry_run:
         print("nothing was written (--dry-run)")

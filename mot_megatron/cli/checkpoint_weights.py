@@ -40,8 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the checkpoint and print what was written, or would be."""
+    say(NAME, f"reading {options.source}")
+
     import torch
 
+    from mot_megatron.conversion.tensors import size_text
     from mot_megatron.conversion.weights import (
         left_out,
         newest_sources,
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     for source in sources:
         print(f"from {source.checkpoint.path}: step {source.checkpoint.step}")
     missing = ", ".join(f"{number} {kind}" for kind, number in left_out(newest).items())
-    print(f"{len(outputs)} weights, {total / 1e9:.3f} GB; left out: {missing or 'none'}")
+    print(f"{len(outputs)} weights, {size_text(total)}; left out: {missing or 'none'}")
     if options.dry_run:
         print("nothing was written (--dry-run)")
         return 0

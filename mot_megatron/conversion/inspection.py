@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.conversion.weights import boxes
 from mot_megatron.errors import CheckpointError
 
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 """Elements of which statistics are computed at a time."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _TOWER = re.compile(r"\.(?:towers\.(\d+)|shared)\.")
@@ -106,18 +106,29 @@ def config_differences(one: Config, other: Config) -> dict[str, dict[str, Any]]:
     return {key: {"first": ours, "second": theirs} for key, (ours, theirs) in differing.items()}
 
 
-def by_component(infos: dict[str, TensorInfo]) -> dict[tuple[str, str, str], list[TensorInfo]]:
-    """Group tensors by component, kind, and shape with dtype; layers, towers and experts merge."""
-    groups: dict[tuple[str, str, str], list[TensorInfo]] = {}
+@dataclass
+class Component:
+    """The tensors of one component that have the same shape and dtype, whatever their place."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Number of tensors by kind: weight, exp_avg, exp_avg_sq."""
+    num_bytes: int = 0
+
+
+def by_component(infos: Mapping[str, TensorInfo]) -> dict[tuple[str, str], Component]:
+    """Group tensors by component, and shape with dtype; layers, towers and experts merge."""
+    groups: dict[tuple[str, str], Component] = {}
     for name, info in infos.items():
         parts = TensorName.parse(name)
         shape = " x ".join(map(str, info.shape)) or "scalar"
-        key = parts.component, parts.kind, f"{shape} {dtype_name(info.dtype)}"
-        groups.setdefault(key, []).append(info)
+        key = parts.component, f"{shape} {dtype_name(info.dtype)}"
+        group = groups.setdefault(key, Component())
+        group.kinds[parts.kind] += 1
+        group.num_bytes += info.num_bytes
     return groups
 
 
-def parameters_by_place(infos: dict[str, TensorInfo]) -> dict[int | None, Counter[int | None]]:
+def parameters_by_place(infos: Mapping[str, TensorInfo]) -> dict[int | None, Counter[int | None]]:
     """Count elements of weights per layer (None: outside the layers) and tower (None: shared)."""
     places: dict[int | None, Counter[int | None]] = {}
     for name, info in infos.items():
@@ -138,9 +149,7 @@ def statistics(source: CheckpointSource, pattern: str) -> dict[str, dict[str, fl
     """
     names = [name for name in source.infos if fnmatch.fnmatchcase(name, pattern)]
     if not names:
-        raise CheckpointError(
-            f"{source.checkpoint.path} has no tensor whose name matches {pattern}"
-        )
+        raise CheckpointError(f"{source.checkpoint.path} has no tensor named like {pattern}")
     return {name: _statistics(source, name) for name in names}
 
 

@@ -51,3 +51,13 @@ class OutputTensor:
     """Names of the source's tensors that it is made of."""
     produce: Callable[[], torch.Tensor]
     """Returns the contiguous values on the CPU, of the shape and dtype in ``info``."""
+
+
+def size_text(num_bytes: float) -> str:
+    """Return a number of bytes with a decimal unit, such as 1.51 GB."""
+    unit = ""
+    for larger in ("k", "M", "G", "T"):
+        if num_bytes < 1000:
+            break
+        num_bytes, unit = num_bytes / 1000, larger
+    return f"{num_bytes:.3g} {unit}B"

@@ -21,7 +21,7 @@ from mot_megatron.checkpoint.streaming import (
     write_file,
     write_index_of,
 )
-from mot_megatron.conversion.tensors import OutputTensor
+from mot_megatron.conversion.tensors import OutputTensor, size_text
 from mot_megatron.errors import CheckpointError
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ def check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{directory} needs {num_bytes / 1e9:.2f} GB, of which {free / 1e9:.2f} GB are free"
+            f"{directory} needs {size_text(num_bytes)}, of which {size_text(free)} are free"
         )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from mot_megatron.cli.benchmark import BENCHMARKS
 from mot_megatron.cli.benchmark_scaling import COMMANDS as SCALING
+from mot_megatron.cli.checkpoint import CONVERSIONS
 from mot_megatron.cli.main import COMMANDS, TRAINING, main
 from tests.launch.entry_points import ROOT
 
@@ -27,6 +28,7 @@ SCRIPTS = {
     "benchmark_layer": "benchmark layer",
     "benchmark_scaling": "benchmark scaling",
     "compare": "compare",
+    "convert_checkpoint": "checkpoint",
     "drill": "drill",
     "evaluate": "evaluate",
     "generate": "generate",
@@ -40,9 +42,13 @@ SCRIPTS = {
 }
 MAINTENANCE_SCRIPTS = {"draw_samples", "write_config_reference"}
 """They write files of the documentation and are no commands."""
-SINGLE = [name for name in COMMANDS if name != "benchmark"]
-WITH_SCRIPT = [*SINGLE, *(f"benchmark {name}" for name in BENCHMARKS)]
-ALL = [*WITH_SCRIPT, *(f"benchmark scaling {name}" for name in SCALING)]
+SINGLE = [name for name in COMMANDS if name not in ("benchmark", "checkpoint")]
+WITH_SCRIPT = [*SINGLE, "checkpoint", *(f"benchmark {name}" for name in BENCHMARKS)]
+ALL = [
+    *WITH_SCRIPT,
+    *(f"benchmark scaling {name}" for name in SCALING),
+    *(f"checkpoint {name}" for name in CONVERSIONS),
+]
 
 
 def printed_by(*command: str) -> str:
@@ -76,6 +82,9 @@ def test_help_is_fast(command: str) -> None:
         "evaluate --checkpoint nowhere",
         "upcycle --checkpoint nowhere --config nowhere",
         "inspect nowhere",
+        "checkpoint inspect nowhere",
+        "checkpoint reshard nowhere nowhere --world-size 1",
+        "checkpoint weights nowhere nowhere",
         "plan --config nowhere --world-size 1 --memory-gb 1",
         "memory --config nowhere --world-size 1",
         "match nowhere elsewhere",

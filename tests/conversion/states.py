@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from mot_megatron.checkpoint import CheckpointInfo, NamedTensor, save_checkpoint
@@ -17,6 +18,7 @@ from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.sharding import ParameterSharding, name_of_expert
+from tests.cli.console import only_error
 from tests.model.small_models import small_config
 
 THREE = {"text": "text", "image": "image", "speech": "speech"}
@@ -108,3 +110,9 @@ def assert_values(path: Path, values: dict[str, torch.Tensor]) -> None:
 
 def names_in(directory: Path) -> Sequence[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the only line on standard error besides progress, which a slow machine prints."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    return only_error("\n".join(line for line in lines if "%|" not in line))

@@ -13,7 +13,6 @@ from mot_megatron.checkpoint import NamedTensor, save_checkpoint
 from mot_megatron.cli.checkpoint_inspect import main
 from mot_megatron.conversion.inspection import TensorName
 from mot_megatron.model.sharding import ParameterSharding
-from tests.cli.console import only_error
 from tests.conversion.states import (
     EXPERTS,
     FOUR_LAYERS,
@@ -22,6 +21,7 @@ from tests.conversion.states import (
     SP,
     TP2,
     config_of,
+    error_of,
     resharded,
     shapes_of,
     values_of,
@@ -199,14 +199,14 @@ def test_errors(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     assert main([str(checkpoint), *more]) == 2
-    assert message in only_error(capsys.readouterr().err)
+    assert message in error_of(capsys)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_source(tmp_path / "a", CONFIG).path
     (path / "config.toml").write_text("")
     assert main([str(path)]) == 2
-    assert "config.toml has 0 bytes, not " in only_error(capsys.readouterr().err)
+    assert "config.toml has 0 bytes, not " in error_of(capsys)
 
 
 @pytest.mark.parametrize(

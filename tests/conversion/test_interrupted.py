@@ -14,8 +14,7 @@ from mot_megatron.checkpoint import open_checkpoint
 from mot_megatron.cli import checkpoint_reshard, checkpoint_weights
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.errors import CheckpointError
-from tests.cli.console import only_error
-from tests.conversion.states import TP2, config_of, names_in, values_of, write_source
+from tests.conversion.states import TP2, config_of, error_of, names_in, values_of, write_source
 from tests.ranks import PRELOAD
 
 RESHARD = ("reshard", ["--world-size", "2", "--set", TP2])
@@ -90,7 +89,7 @@ def test_a_full_disk_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert status == 2
-    line = only_error(capsys.readouterr().err)
+    line = error_of(capsys)
     assert f"cannot write {tmp_path}/b/step_00000007: " in line
     assert "File too large" in line
     assert names_in(tmp_path / "b") == []

@@ -11,7 +11,6 @@ from mot_megatron.checkpoint import NamedTensor, load_checkpoint, open_checkpoin
 from mot_megatron.cli.checkpoint_reshard import main
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.model.sharding import ParameterSharding
-from tests.cli.console import only_error
 from tests.conversion.states import (
     EP2,
     EXPERTS,
@@ -25,6 +24,7 @@ from tests.conversion.states import (
     VPP2,
     assert_values,
     config_of,
+    error_of,
     names_in,
     resharded,
     values_of,
@@ -110,7 +110,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert planned.endswith("nothing was written (--dry-run)\n")
     assert "layout after:  tensor 2, ZeRO-1; 2 ranks" in planned
     assert f"{len(values_of(config_of()))} tensors in " in planned
-    assert "left out: none" in planned
+    assert "; left out: none; " in planned
     assert main(arguments(tmp_path, "--verify", "--workers", "2")) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[:4] == planned.splitlines()[:4]
@@ -143,7 +143,7 @@ def test_errors_are_one_line(
 ) -> None:
     write_source(tmp_path / "a", config_of())
     assert main(arguments(tmp_path, *more)) == 2
-    assert message in only_error(capsys.readouterr().err)
+    assert message in error_of(capsys)
     assert not (tmp_path / "b").exists()
 
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFi
     write_source(tmp_path / "a", config_of())
     write_source(tmp_path / "b", config_of())
     assert main(arguments(tmp_path)) == 2
-    assert "b/step_00000007 exists; give another folder" in only_error(capsys.readouterr().err)
+    assert "b/step_00000007 exists; give another folder" in error_of(capsys)
 
 
 def test_too_little_space_is_noticed_before(
@@ -165,7 +165,7 @@ def test_too_little_space_is_noticed_before(
 
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: Usage)
     assert main(arguments(tmp_path, "--dry-run")) == 2
-    assert "of which 0.00 GB are free" in only_error(capsys.readouterr().err)
+    assert "of which 1 kB are free" in error_of(capsys)
 
 
 def test_damage_in_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +174,7 @@ def test_damage_in_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert main(arguments(tmp_path)) == 2
-    assert "__0_0.distcp does not match its SHA-256" in only_error(capsys.readouterr().err)
+    assert "__0_0.distcp does not match its SHA-256" in error_of(capsys)
 
 
 def test_verification_notices_damage_while_writing(
@@ -195,5 +195,5 @@ def test_verification_notices_damage_while_writing(
 
     monkeypatch.setattr(write, "write_file", flip)
     assert main(arguments(tmp_path, "--verify")) == 2
-    assert "was not stored as it was written" in only_error(capsys.readouterr().err)
+    assert "was not stored as it was written" in error_of(capsys)
     assert names_in(tmp_path / "b") == []

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from mot_megatron.checkpoint import NamedTensor, save_checkpoint
+from mot_megatron.checkpoint.storage import read_index
 from mot_megatron.checkpoint.streaming import Piece, read_box, write_file, write_index_of
 from mot_megatron.cli import checkpoint_inspect, checkpoint_reshard, checkpoint_weights
 from mot_megatron.conversion.source import CheckpointSource
@@ -24,7 +25,7 @@ from mot_megatron.errors import CheckpointError
 from mot_megatron.model.sharding import ParameterSharding
 from tests.checkpoint import states
 from tests.checkpoint.states import global_values, reseal
-from tests.conversion.states import TP2, config_of, infos_of
+from tests.conversion.states import TP2, config_of, infos_of, write_source
 from tests.ranks import PRELOAD
 
 BIG = ("model.hidden_size=512", "model.ffn_hidden_size=1024", "model.num_layers=6")
@@ -47,8 +48,6 @@ def test_boxes_of_tensors_in_pieces(tmp_path: Path) -> None:
             for number, piece in enumerate(pieces)
         ]
         write_index_of(folder, files)
-        from mot_megatron.checkpoint.storage import read_index
-
         index = read_index(folder)
         for box in ((0, 0, 0, 4, 6, 5), (1, 1, 2, 3, 4, 2), (0, 5, 4, 1, 1, 1), (2, 0, 0, 0, 6, 5)):
             a, b, c, x, y, z = box
@@ -129,19 +128,18 @@ def big_source(directory: Path) -> int:
     return max(info.num_bytes for info in infos.values())
 
 
-def peak_of(command: str, arguments: list[str], found: Any) -> None:
-    """Send the growth of this process's peak resident memory during a command, in bytes."""
+def peak_of(command: str, warm_up: list[str], arguments: list[str], found: Any) -> None:
+    """Send the growth of this process's peak resident memory during a command, in bytes.
+
+    The command has run before, so that its code is in memory and only data counts.
+    """
     torch.set_num_threads(1)
     main: Callable[[list[str]], int] = {
         "inspect": checkpoint_inspect.main,
         "reshard": checkpoint_reshard.main,
         "weights": checkpoint_weights.main,
     }[command]
-    # Import what the command imports, so that only data counts.
-    import mot_megatron.conversion.inspection
-    import mot_megatron.conversion.reshard
-    import mot_megatron.conversion.weights  # noqa: F401
-
+    assert main(warm_up) == 0
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     assert main(arguments) == 0
@@ -162,14 +160,21 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert total > 3 * (3 * largest + allowance)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    source = str(tmp_path / "a")
+    write_source(tmp_path / "small", config_of())
     for command, more in (
-        ("reshard", [str(tmp_path / "b"), "--world-size", "2", "--set", TP2, "--verify"]),
-        ("weights", [str(tmp_path / "c"), "--dtype", "bf16", "--verify"]),
+        ("reshard", ["b", "--world-size", "2", "--set", TP2, "--verify"]),
+        ("weights", ["b", "--dtype", "bf16", "--verify"]),
         ("inspect", ["--statistics", "weight/*"]),
     ):
+        warm_up, arguments = (
+            [
+                str(tmp_path / name),
+                *(str(tmp_path / name / command) if m == "b" else m for m in more),
+            ]
+            for name in ("small", "a")
+        )
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=peak_of, args=(command, [source, *more], sender))
+        process = context.Process(target=peak_of, args=(command, warm_up, arguments, sender))
         process.start()
         sender.close()
         grown = receiver.recv()

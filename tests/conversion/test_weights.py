@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from mot_megatron.checkpoint import NamedTensor, save_checkpoint
 from mot_megatron.cli.checkpoint_weights import main
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.conversion.weights import boxes, newest_sources, weight_outputs
 from mot_megatron.errors import CheckpointError
-from tests.cli.console import only_error
+from mot_megatron.model.sharding import ParameterSharding
 from tests.conversion.states import (
-    EXPERTS,
     METADATA,
-    SP,
     TP2,
     assert_values,
     config_of,
+    error_of,
     names_in,
     resharded,
     values_of,
     write_source,
 )
 
-CONFIG = config_of(*EXPERTS)
+CONFIG = config_of()
 
 
 def weights_of(step: int = 7) -> dict[str, torch.Tensor]:
@@ -78,12 +78,7 @@ def test_mean_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_sum_is_in_fp64(tmp_path: Path) -> None:
     """A sum in fp32 would lose the small values."""
-    from tests.checkpoint.states import save_checkpoint
-
     for step, value in enumerate((1e8, 1.0, -1e8, 1.0), start=1):
-        from mot_megatron.checkpoint import NamedTensor
-        from mot_megatron.model.sharding import ParameterSharding
-
         tensor = NamedTensor("weight/w", torch.tensor([value]), ParameterSharding((1,)))
         save_checkpoint(
             tmp_path / "a",
@@ -101,7 +96,7 @@ def test_the_sum_is_in_fp64(tmp_path: Path) -> None:
 def test_layouts_of_the_averaged_may_differ(tmp_path: Path) -> None:
     write_source(tmp_path / "x", CONFIG, 1)
     write_source(tmp_path / "a", CONFIG, 2)
-    resharded(tmp_path / "x", tmp_path / "a", 2, config_of(*EXPERTS, TP2, SP))
+    resharded(tmp_path / "x", tmp_path / "a", 2, config_of(TP2))
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--average", "2"]) == 0
     expected = {
         name: ((weights_of(1)[name].double() + weights_of(2)[name].double()) / 2).float()
@@ -120,7 +115,7 @@ def test_damaged_checkpoints_are_passed_over(
     steps = [source.checkpoint.step for source in newest_sources(tmp_path / "a", 2)]
     assert steps == [3, 1]
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--average", "3"]) == 2
-    line = only_error(capsys.readouterr().err)
+    line = error_of(capsys)
     assert "has 2 usable checkpoints" in line
     assert "__0_0.distcp does not match its SHA-256" in line
     assert line.endswith("needed for the mean: 3")
@@ -128,7 +123,7 @@ def test_damaged_checkpoints_are_passed_over(
 
 def test_means_of_different_models_are_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "a", CONFIG, 1)
-    write_source(tmp_path / "a", config_of(), 2)
+    write_source(tmp_path / "a", config_of("model.qk_norm=false"), 2)
     with pytest.raises(CheckpointError, match="is a checkpoint of another model than"):
         weight_outputs(newest_sources(tmp_path / "a", 2), None)
 
@@ -136,7 +131,7 @@ def test_means_of_different_models_are_refused(tmp_path: Path) -> None:
 def test_weights_can_be_laid_out_anew(tmp_path: Path) -> None:
     write_source(tmp_path / "a", CONFIG)
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bf16"]) == 0
-    resharded(tmp_path / "b", tmp_path / "c", 2, config_of(*EXPERTS, TP2, SP))
+    resharded(tmp_path / "b", tmp_path / "c", 2, config_of(TP2))
     assert_values(tmp_path / "c", {n: v.bfloat16() for n, v in weights_of().items()})
 
 
@@ -158,5 +153,5 @@ def test_boxes_cover_a_tensor_once(shape: tuple[int, ...], most: int) -> None:
 def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_source(tmp_path / "a", CONFIG)
     assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
-    assert "step_00000007 exists" in only_error(capsys.readouterr().err)
+    assert "step_00000007 exists" in error_of(capsys)
     assert names_in(tmp_path / "a") == ["step_00000007"]
