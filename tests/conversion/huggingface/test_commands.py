@@ -87,6 +87,15 @@ def test_the_destination_must_be_new(
     assert "exists" in error_of(capsys, "to-hf", run, tmp_path / "out")
 
 
+def test_a_folder_with_the_temporary_name_is_not_deleted(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "thesis.tex").touch()
+    assert "thesis.tex" in error_of(capsys, "to-hf", run, tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "thesis.tex").exists()
+
+
 def test_another_corpus_is_refused(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
