@@ -20,6 +20,7 @@ import torch
 from mot_megatron.checkpoint.agreement import describe_os_error
 from mot_megatron.checkpoint.find import UNFINISHED_SUFFIX
 from mot_megatron.checkpoint.manifest import (
+    MANIFEST_NAME,
     FileRecord,
     Manifest,
     record_of,
@@ -44,6 +45,7 @@ from mot_megatron.conversion.huggingface.names import (
     correspondences,
 )
 from mot_megatron.conversion.huggingface.safetensors_files import (
+    SUFFIX,
     SafetensorsSource,
     Shard,
     index_of,
@@ -144,7 +146,7 @@ def write_export(plan: ExportPlan, directory: Path, verify: bool = False) -> Man
     check_new(directory, plan)
     temporary = directory.with_name(directory.name + UNFINISHED_SUFFIX)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear(temporary, plan)
         temporary.mkdir(parents=True)
         try:
             manifest = _write(plan, temporary)
@@ -158,6 +160,24 @@ def write_export(plan: ExportPlan, directory: Path, verify: bool = False) -> Man
     except OSError as error:
         raise CheckpointError(f"cannot write {directory}: {describe_os_error(error)}") from error
     return manifest
+
+
+def _clear(temporary: Path, plan: ExportPlan) -> None:
+    """Delete what an export that was killed has left.
+
+    Raises:
+        CheckpointError: The folder contains something else.
+    """
+    if not temporary.exists():
+        return
+    known = {*plan.documents, *plan.copies, MANIFEST_NAME}
+    for path in temporary.iterdir():
+        if path.is_dir() or (path.name not in known and path.suffix != SUFFIX):
+            raise CheckpointError(
+                f"{temporary} exists, and {path.name} in it is not of an unfinished export; move it"
+                " away"
+            )
+    shutil.rmtree(temporary)
 
 
 def _write(plan: ExportPlan, temporary: Path) -> Manifest:

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.data.corpus import Corpus
 from tests.small_corpus import make_config
 
-SIZES = ("model.num_layers=8", "model.hidden_size=512", "model.ffn_hidden_size=2048")
+GROWTH_FILE = "growth.json"
+SIZES = ("model.num_layers=4", "model.hidden_size=512", "model.ffn_hidden_size=2048")
 
 
 class _ManyTensors:
@@ -45,8 +45,8 @@ class _ManyTensors:
 def measured_then_killed(run: str, corpus_folder: str, folder: str) -> None:
     """Measure the memory of both ways, and then be killed in the middle of an export.
 
-    By how many bytes this process grows in an export and an import goes to standard output, as
-    JSON. The second export, to ``killed`` in ``folder``, is killed after its first file.
+    By how many bytes this process grows in an export and an import goes to a file in ``folder``.
+    The second export, to ``killed`` in ``folder``, is killed after its first file.
     """
     corpus = Corpus.open(Path(corpus_folder))
     overrides = [*SIZES, "model.norm_placement=pre", f'run.directory="{folder}/runs"']
@@ -60,8 +60,8 @@ def measured_then_killed(run: str, corpus_folder: str, folder: str) -> None:
     foreign = open_foreign(Path(folder) / "out")
     write_import(foreign, plan_import(foreign, config, corpus, {}), config, corpus)
     growth = {"export": after_export - before, "import": _peak() - before}
-    sys.stdout.write(json.dumps({**growth, "largest": max(sizes), "total": sum(sizes)}))
-    sys.stdout.flush()
+    growth |= {"largest": max(sizes), "total": sum(sizes)}
+    (Path(folder) / GROWTH_FILE).write_text(json.dumps(growth))
     _killed_after_a_file("to-hf", run, f"{folder}/killed", "--max-shard-size", "20KB")
 
 
@@ -74,7 +74,7 @@ def _killed_after_a_file(*arguments: str) -> None:
     """Run ``mot checkpoint`` and kill the process when a file of weights is complete."""
     write = exporting.write_shard
 
-    def _killed(folder: Path, shard: Any, written: Callable[[int], object]) -> Any:
+    def killed(folder: Path, shard: Any, written: Callable[[int], object]) -> Any:
         record = write(folder, shard, written)
         os.kill(os.getpid(), signal.SIGKILL)
         return record

@@ -20,6 +20,7 @@ from mot_megatron.conversion.huggingface import safetensors_files
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.data.corpus import Corpus
 from tests.conversion.huggingface.exported import DENSE, PRE, random_model, save_run
+from tests.conversion.huggingface.processes import GROWTH_FILE
 from tests.conversion.huggingface.test_import import RUN
 from tests.small_corpus import make_config, make_corpus
 
@@ -86,6 +87,15 @@ def test_the_destination_must_be_new(
     assert "exists" in error_of(capsys, "to-hf", run, tmp_path / "out")
 
 
+def test_a_folder_with_the_temporary_name_is_not_deleted(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "thesis.tex").touch()
+    assert "thesis.tex" in error_of(capsys, "to-hf", run, tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "thesis.tex").exists()
+
+
 def test_another_corpus_is_refused(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,8 +160,8 @@ def test_a_contradicting_configuration_is_refused(
 @pytest.mark.slow
 def test_peak_memory(process: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     """Both directions stream: memory is that of a few tensors, not of the model."""
-    growth = json.loads(process[1].stdout)
+    growth = json.loads((process[0] / GROWTH_FILE).read_text())
     allowed = 3 * growth["largest"] + 48 * MEGABYTE
-    assert growth["total"] > 4 * allowed
+    assert growth["total"] > 2 * allowed
     assert growth["export"] < allowed
     assert growth["import"] < allowed
