@@ -79,5 +79,5 @@ def _killed_after_a_file(*arguments: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return record
 
-    exporting.write_shard = _killed
+    exporting.write_shard = killed
     main(arguments)
