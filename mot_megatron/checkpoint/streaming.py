@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
@@ -218,7 +218,7 @@ def _save_piece(values: torch.Tensor, piece: Piece, stream: _HashingStream) -> N
     if values.untyped_storage().nbytes() != piece.num_bytes or not values.is_contiguous():
         values = values.contiguous().clone()  # torch.save writes the whole storage
     try:
-        torch.save(values.detach(), stream)  # type: ignore[arg-type]  # it writes, no more
+        torch.save(values.detach(), cast("IO[bytes]", stream))  # it only writes
     except RuntimeError as error:
         # torch reports positions in the half-written archive; the cause is the context.
         context = error.__context__

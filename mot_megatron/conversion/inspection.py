@@ -22,7 +22,7 @@ from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.conversion.weights import boxes
 from mot_megatron.errors import CheckpointError
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 18
 """Elements of which statistics are computed at a time."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _TOWER = re.compile(r"\.(?:towers\.(\d+)|shared)\.")

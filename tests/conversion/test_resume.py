@@ -160,11 +160,11 @@ def test_resume_in_another_layout(
 def test_weights_alone_are_used(corpus: Path, original: Path, tmp_path: Path) -> None:
     """Evaluation, generation and upcycling load models this way."""
     device = torch.device("cpu")
-    whole = load_trained_model(original, device).model.state_dict()
+    whole = dict(load_trained_model(original, device).model.named_parameters())
     for dtype in ("fp32", "bf16"):
         assert weights([str(original), str(tmp_path / dtype), "--dtype", dtype]) == 0
         loaded = load_trained_model(tmp_path / dtype, device)
         assert loaded.corpus.directory == corpus
-        for name, value in loaded.model.state_dict().items():
+        for name, value in loaded.model.named_parameters():
             expected = whole[name].bfloat16().float() if dtype == "bf16" else whole[name]
             assert torch.equal(value, expected), name
