@@ -17,7 +17,6 @@ from mot_megatron.checkpoint.streaming import Piece, divide
 from mot_megatron.config import Config, ParallelConfig, Section
 from mot_megatron.config_files import differing_keys, parse_config
 from mot_megatron.conversion.tensors import TensorInfo
-from mot_megatron.data.corpus import TRAIN_SPLIT, Corpus
 from mot_megatron.errors import CheckpointError, ConfigError
 from mot_megatron.model.inventory import HeldParameter, held_parameters
 from mot_megatron.model.sharding import SHARED, ParameterSharding, name_of_expert
@@ -51,6 +50,9 @@ class Layout:
         tokens: Sequence[int] = ()
         parallel = config.parallel
         if parallel.modality_parallel_size > 1 and parallel.placement == "auto":
+            # Here, because it imports megatron-core, which takes as long as a GB of tensors.
+            from mot_megatron.data.corpus import TRAIN_SPLIT, Corpus
+
             split = Corpus.open(config.data.corpus).description.splits[TRAIN_SPLIT]
             tokens = tokens_of_towers(config.model, split.tokens_per_modality)
         placement = place_towers(config, tokens)
