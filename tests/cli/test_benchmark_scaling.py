@@ -13,6 +13,7 @@ from mot_megatron.config_files import parse_config
 from mot_megatron.errors import ConfigError
 from mot_megatron.scaling.roles import Role, roles_of
 from tests.cli.console import only_error
+from tests.columns import widest
 from tests.small_runs import CONFIG
 
 VOCABULARY = "model.vocab_size=256"
@@ -37,7 +38,7 @@ def test_ledgers_of_every_role_are_printed(
 ) -> None:
     assert main(arguments(config_file, "4", MP2)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     assert sum("place 1 in the modality group (rank 1)" in line for line in lines) == 1
     assert any("all-to-all" in line and "modality" in line for line in lines)
     assert main([*arguments(config_file, "4,8", MP2), "--json"]) == 0
@@ -100,7 +101,7 @@ def test_a_forecast_and_its_dense_twin(
     command = ["forecast", *arguments(config_file, "2")[1:], "--arms=dense", *options]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     assert "all times FORECAST" in lines[0]
     assert any(line.startswith("step over the dense twin's") for line in lines)
     command = ["forecast", *arguments(config_file, "2,4")[1:], "--arms=dense,moe-4x,hybrid"]

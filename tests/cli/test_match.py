@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mot_megatron.cli.match import main
 from mot_megatron.compare.curves import read_run, write_csv
 from tests.cli.console import only_error
+from tests.columns import widest
 from tests.compare.synthetic_runs import losses, points_of, write_description, write_run
 
 ARMS = {"dense": 1.0, "mot": 0.5, "moe": 0.8}
@@ -51,7 +52,7 @@ def test_everything_is_written(
     order = [runs["dense"][0], *runs["mot"], *runs["moe"], runs["dense"][1]]
     assert main([*order, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 120
+    assert widest(printed.splitlines()) <= 120
     of_mot = [line.split() for line in printed.splitlines() if line.startswith("mot  ")]
     assert [line[1:3] for line in of_mot[:4]] == [
         ["text", "steps"], ["text", "FLOPs"], ["text", "seconds"], ["image", "steps"],
@@ -165,7 +166,7 @@ def test_a_baseline_that_overfits_is_reported(
     said = "text: wide's loss is lowest after 33% of its steps and then rises; later steps are not"
     assert [line.startswith(said) for line in lines].count(True) == 1
     assert not any(line.startswith("image: ") for line in lines)
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
 
 
 def test_an_unfinished_run_is_reported(

@@ -18,6 +18,7 @@ from mot_megatron.planning.activations import Rows
 from mot_megatron.planning.memory import RankMemory, StateBytes
 from mot_megatron.rules import check
 from tests.cli.console import only_error
+from tests.columns import widest
 from tests.small_runs import CONFIG, write_corpus
 
 # A model with most weights in its layers, not in its vocabulary: 3.8 of 4.3 M elements.
@@ -72,7 +73,7 @@ def test_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = "parallel.pipeline_model_parallel_size=2"
     assert main(arguments(config_file, 2, stages)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     assert lines[0] == "small, 3 towers on 2 ranks: bytes per rank"
     first, second = lines[2].split(), lines[3].split()
     assert first[:2] == ["0", "0"]
@@ -92,7 +93,7 @@ def test_titles_distinguish_the_dense_twins(config_file: Path) -> None:
         " (as many model replicas: ranks / modality-parallel size):",
         "fullest rank / dense twin on 4 ranks (as many ranks):",
     ]
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
 
 
 def test_the_twin_of_experts_is_plain(config_file: Path) -> None:

@@ -16,6 +16,7 @@ from mot_megatron.planning.layouts import legal_layouts, plan
 from mot_megatron.planning.memory import state_bytes
 from mot_megatron.rules import check, check_world_size
 from tests.cli.console import only_error
+from tests.columns import widest
 from tests.small_runs import CONFIG, write_corpus
 
 VOCABULARY = "model.vocab_size=1024"
@@ -191,7 +192,7 @@ def test_token_shares_are_read_from_the_corpus(
 ) -> None:
     assert main(arguments(config_file, 2, 1.0, f"data.corpus={corpus}")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     assert lines[0].startswith("tokens of towers: text ")
     assert "speech 0%" in lines[0]
     report = planned(capsys, config_file, 2, 1.0, f"data.corpus={corpus}")
@@ -202,7 +203,7 @@ def test_token_shares_are_read_from_the_corpus(
 def test_table_without_a_corpus(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(config_file, 8, 1.0, VOCABULARY)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     assert lines[0].startswith("tokens divided equally among towers: ")
     # The first layout has the least communication: plain data parallelism.
     assert lines[4] == "without recomputation:"
@@ -260,7 +261,7 @@ def test_samples_during_training_exclude_no_layout(
     assert [layout.parallel for layout in sampling] == [layout.parallel for layout in plain]
     assert main(arguments(config_file, 4, 1.0, VOCABULARY, samples)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     assert lines[1].startswith("ignoring logging.sample_interval_steps = 5: ")
 
 
@@ -298,7 +299,7 @@ def test_the_best_layouts_are_ranked_by_time(
     assert main(command) == 0
     output = capsys.readouterr().out
     lines = output.splitlines()
-    assert all(len(line) <= 120 for line in lines)
+    assert widest(lines) <= 120
     rows = [line.split() for line in lines if " none " in line]
     seconds = [float(row[9]) for row in rows]
     assert seconds == sorted(seconds)

@@ -9,6 +9,7 @@ import pytest
 
 from mot_megatron.cli.summary import main
 from tests.cli.console import only_error
+from tests.columns import widest
 
 
 def write_run(folder: Path, text_bits: float) -> Path:
@@ -39,7 +40,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", 5.25)
     assert main(["--checkpoint", str(run), "--require", "unigram"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     (text,) = [line for line in lines if line.startswith("text")]
     assert text.split() == ["text", "5.250", "7.000", "4.000", "below", "unigram"]
     (image,) = [line for line in lines if line.startswith("image")]
@@ -104,7 +105,7 @@ def test_losses_with_causal_routing_are_preferred(
     # 7.5 is above the unigram entropy of 7, 5.25 is not.
     assert main(["--checkpoint", str(run), "--require", "unigram"]) == int(has_causal_router)
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 120
+    assert widest(printed.splitlines()) <= 120
     if has_causal_router:
         assert "7.500" in printed
         assert "routing sees later tokens: text 5.250, image 3.500" in printed

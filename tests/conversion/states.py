@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mot_megatron.checkpoint import CheckpointInfo, NamedTensor, save_checkpoint
+from mot_megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from mot_megatron.checkpoint.names import STATE_KINDS
+from mot_megatron.checkpoint.storage import INDEX_NAME, read_index
 from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.conversion.layout import Layout, layout_config
 from mot_megatron.conversion.reshard import reshard
@@ -116,3 +118,21 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     """Return the only line on standard error besides progress, which a slow machine prints."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     return only_error("\n".join(line for line in lines if "%|" not in line))
+
+
+def assert_equal_files(one: Path, other: Path) -> None:
+    """Assert that two checkpoints have the same files, with the same bytes but for the index.
+
+    Pickle refers to a string object that it has written before, but not to an equal one, so equal
+    indices may differ in bytes; and the manifest has the size of the index.
+    """
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    for name in names - {INDEX_NAME, MANIFEST_NAME}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    indices = [read_index(folder) for folder in (one, other)]
+    assert indices[0].state_dict_metadata == indices[1].state_dict_metadata
+    assert indices[0].storage_data == indices[1].storage_data
+    first, second = (read_manifest(folder) for folder in (one, other))
+    assert first.files.keys() == second.files.keys()
+    assert first.model_copy(update={"files": {}}) == second.model_copy(update={"files": {}})

@@ -25,7 +25,7 @@ from mot_megatron.errors import CheckpointError
 from mot_megatron.model.sharding import ParameterSharding
 from tests.checkpoint import states
 from tests.checkpoint.states import global_values, reseal
-from tests.conversion.states import TP2, config_of, infos_of, write_source
+from tests.conversion.states import TP2, assert_equal_files, config_of, infos_of, write_source
 from tests.ranks import PRELOAD
 
 BIG = ("model.hidden_size=512", "model.ffn_hidden_size=1024", "model.num_layers=6")
@@ -83,8 +83,7 @@ def test_written_as_torch_writes(tmp_path: Path) -> None:
         metadata=source.metadata,
         config_text=source.config_text,
     )
-    for path in first.iterdir():
-        assert (info.path / path.name).read_bytes() == path.read_bytes(), path.name
+    assert_equal_files(info.path, first)
 
 
 def test_files_of_a_limited_size(tmp_path: Path) -> None:

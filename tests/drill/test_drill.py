@@ -18,6 +18,7 @@ from mot_megatron.errors import CheckpointError
 from mot_megatron.job.local_job import Ended
 from tests.checkpoint.states import save
 from tests.cli.console import only_error
+from tests.columns import widest
 from tests.small_runs import CONFIG, write_corpus
 
 GOOD = Ended(status=0, errors=(), has_traceback=False, last_step=20, survivors=0)
@@ -87,7 +88,7 @@ def test_the_table_lists_faults_and_problems() -> None:
     lines = summarize([a_round("none"), killed, a_round("rank killed")])
     assert lines[2].split() == ["rank", "killed", "2", "2.0", "s", "6", "1"]
     assert lines[-1] == "run-1, rank killed () after 1.0 s: a traceback was printed"
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
 
 
 def test_bad_arguments_are_one_line_errors(

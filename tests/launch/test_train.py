@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[attr-defined]
 
 from mot_megatron.job.ports import free_port
+from tests.columns import widest
 from tests.launch.entry_points import EntryPoint, Finished, run_entry_point
 from tests.small_runs import CONFIG, MODALITIES, write_corpus
 
@@ -123,7 +124,7 @@ def test_console_lines_are_short_and_stderr_is_empty(
     place, finished = finished_run
     assert finished.errors == ""
     lines = finished.output.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert widest(lines) <= 120
     steps = [re.match(r"step +(\d+)/4 ", line) for line in lines]
     assert [int(match[1]) for match in steps if match] == [2, 4]
     assert lines[-1] == f"done: {place.run / 'summary.json'}"
@@ -173,7 +174,8 @@ def test_tensorboard_scalars(finished_run: tuple[Workplace, Finished]) -> None:
         "utilization/mfu_percent",
     }
     held_out = {"loss_total/held_out", *(f"loss_held_out/{name}" for name in NAMES)}
-    assert set(events.Tags()["scalars"]) == per_step | held_out
+    saves = {"checkpoint/stall_seconds", "checkpoint/write_seconds"}
+    assert set(events.Tags()["scalars"]) == per_step | held_out | saves
     for tag in per_step | held_out:
         points = events.Scalars(tag)
         assert [point.step for point in points] == ([2, 4] if tag in per_step else [4]), tag

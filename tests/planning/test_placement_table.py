@@ -6,6 +6,7 @@ from mot_megatron.config_files import parse_config
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement, balanced_placement
 from mot_megatron.planning.placement_table import placement_table
+from tests.columns import widest
 from tests.small_runs import CONFIG
 
 SETTINGS = ["model.vocab_size=256", "parallel.modality_parallel_size=2"]
@@ -30,7 +31,7 @@ def test_table_has_one_line_per_rank() -> None:
     assert "31,936" in first  # 15552 + 16384
     assert "47,488" in second  # 2 * 15552 + 16384
     assert last == "busiest rank: 1.00 times the mean FLOPs; 3 copies of towers"
-    assert max(map(len, (header, first, second))) <= 120
+    assert widest((header, first, second)) <= 120
 
 
 def test_split_towers_show_their_shares() -> None:

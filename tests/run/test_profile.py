@@ -17,6 +17,7 @@ from mot_megatron.run import loop
 from mot_megatron.run.profile import split_text
 from mot_megatron.run.step_clock import COMPUTE, EXCHANGE
 from mot_megatron.train.session import build_groups, resolve_config
+from tests.columns import widest
 from tests.ranks import run_ranks
 from tests.small_runs import small_config, write_corpus
 
@@ -55,7 +56,7 @@ def test_chosen_ranks_trace_chosen_steps_and_train_the_same(tmp_path: Path) -> N
     _, _, table = of_second.partition("step 4 on rank 1:\n")
     assert COMPUTE in table
     assert EXCHANGE in table
-    assert max(map(len, table.splitlines()[1:8])) <= 120
+    assert widest(table.splitlines()[1:8]) <= 120
     plain, other = (
         json.loads((tmp_path / name / "small" / "summary.json").read_text())
         for name in ("plain", "traced")

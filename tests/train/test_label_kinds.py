@@ -18,6 +18,7 @@ from mot_megatron.train.label_kinds import KINDS, held_out_by_kind, kind_of_id
 from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.trained import TrainedModel, load_trained_model
 from tests.cli.console import only_error
+from tests.columns import widest
 from tests.small_corpus import make_corpus
 from tests.train.test_trained import save_step
 
@@ -94,7 +95,7 @@ def test_command_prints_a_line_per_modality(run: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     for modality in ("text", "image", "speech"):
         assert f"\n{modality}" in printed
-    assert all(len(line) <= 120 for line in printed.splitlines()[1:])
+    assert widest(printed.splitlines()[1:]) <= 120
 
 
 def test_json_equals_the_table(
