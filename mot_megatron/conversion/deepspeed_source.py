@@ -4,7 +4,7 @@ A universal checkpoint has a folder per parameter, ``zero/NAME/fp32.pt``. A ZeRO
 files per rank: of the model, with the names and shapes of parameters, and of the optimizer, with
 the fp32 weights that a rank owns. ZeRO-1 and 2 concatenate the parameters of a group and give each
 rank a consecutive part; ZeRO-3 gives each rank a part of each parameter, padded to equal lengths.
-optimizer files, the model's own weights are taken, in the type that it computed in.
+Without optimizer files, the model's own weights are taken, in the type that it computed in.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def _checkpoint_folder(path: Path) -> Path:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path / _LATEST} cannot be read: {error}") from None
     inside = path / tag
-    if Path(tag).name != tag or not inside.is_dir() or inside.is_symlink():
+    plain = Path(tag).name == tag and tag not in ("", "..")
+    if not plain or not inside.is_dir() or inside.is_symlink():
         raise CheckpointError(
             f"{path / _LATEST}: it names {tag!r}; allowed: the name of a folder beside it"
         )

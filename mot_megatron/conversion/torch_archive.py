@@ -181,6 +181,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, count = pid
+        if key not in self.places:
+            raise ValueError(f"storage {key} is not in it")
         offset, size = self.places[key]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not _is_natural(count):
             raise TypeError(f"storage {key} is no storage of numbers")
