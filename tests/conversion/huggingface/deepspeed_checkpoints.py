@@ -29,6 +29,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "zero3": LlamaConfig(**SHAPES, tie_word_embeddings=True),
 }
 FROZEN = "model.layers.1.input_layernorm.weight"
+FROZEN_VALUE = 1.5
 STEP = "global_step1"
 
 
@@ -63,7 +64,7 @@ def _train(deepspeed: Any, folder: Path, config: PretrainedConfig, stage: int) -
     torch.manual_seed(stage)
     model = AutoModelForCausalLM.from_config(config)
     if stage == 1:
-        model.get_parameter(FROZEN).requires_grad_(False)
+        model.get_parameter(FROZEN).requires_grad_(False).fill_(FROZEN_VALUE)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [{"params": [p for p in trained if (p.ndim > 1) == matrix]} for matrix in (1, 0)]
     settings = {
