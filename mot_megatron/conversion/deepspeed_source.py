@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ class DeepSpeedSource:
                 f"{self.directory}: it has tensors with and without {self.prefix!r} in their names"
             )
 
-    @cached_property
+    @property
     def infos(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every tensor, by name."""
         return {name: each.info for name, each in self._tensors.items()}
@@ -96,7 +95,7 @@ class DeepSpeedSource:
             raise CheckpointError(f"{self.directory}: it lacks {self.prefix}{name}")
         each = self._tensors[name]
         values = torch.empty(each.info.num_bytes, dtype=torch.uint8)
-        memory, start = memoryview(values.numpy()), 0
+        memory, start = values.numpy().data, 0
         for part in each.parts:
             part.read_into(memory[start : start + part.info.num_bytes])
             start += part.info.num_bytes
@@ -165,7 +164,7 @@ def _universal(directory: Path) -> dict[str, _Tensor]:
     return tensors
 
 
-def _shapes_beside(directory: Path) -> dict[str, tuple[int, ...]]:
+def _shapes_beside(directory: Path) -> dict[str, Sequence[int]]:
     files = sorted(directory.glob("*mp_rank_00_model_states.pt"))
     if not files:
         raise CheckpointError(

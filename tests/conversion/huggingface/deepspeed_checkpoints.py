@@ -90,7 +90,7 @@ def _convert(folder: Path, name: str) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder / name))
+    weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder / name))
     torch.save(
         {n.removeprefix("inner."): w.clone() for n, w in weights.items()}, folder / f"{name}.pt"
     )
