@@ -171,7 +171,7 @@ def read_index(directory: Path) -> Metadata:
     except OSError as error:
         raise CheckpointError(f"{INDEX_NAME} cannot be read: {error.strerror}") from None
     try:
-        _check_pickle(content)
+        check_pickle(content)
         index = _IndexUnpickler(io.BytesIO(content)).load()
         _check_index(index)
         _check_pieces(index, _file_sizes(directory))
@@ -255,7 +255,7 @@ def _enum_member(enumeration: Any, name: str) -> Enum:
     return enumeration[name]
 
 
-def _check_pickle(content: bytes) -> None:
+def check_pickle(content: bytes) -> None:
     """Check that unpickling ``content`` allocates no more than its own size suggests.
 
     The index of a memo entry may be any number, and the memo is as long as the largest.
@@ -388,16 +388,31 @@ def open_piece(file: IO[bytes], place: Any) -> IO[bytes]:
     piece = io.BufferedReader(_Piece(file, place.offset, place.length))
     try:
         with zipfile.ZipFile(piece) as archive:
-            members = archive.infolist()
+            check_members(archive, place.length)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise pickle.UnpicklingError(f"{place.relative_path} is damaged: {error}") from None
-    # Compressed members could be larger by any factor.
-    if sum(member.file_size for member in members) > place.length or any(
-        member.compress_type != zipfile.ZIP_STORED for member in members
-    ):
-        raise pickle.UnpicklingError(f"{place.relative_path} contains compressed data")
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(f"{place.relative_path} {error}") from None
     piece.seek(0)
     return piece
+
+
+def check_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Return the members of an archive of ``size`` bytes that torch.save wrote, by name.
+
+    Raises:
+        pickle.UnpicklingError: It has compressed or duplicate members, as torch.save never writes.
+    """
+    members = archive.infolist()
+    # Compressed members could be larger by any factor.
+    if sum(member.file_size for member in members) > size or any(
+        member.compress_type != zipfile.ZIP_STORED for member in members
+    ):
+        raise pickle.UnpicklingError("contains compressed data")
+    by_name = {member.filename: member for member in members}
+    if len(by_name) < len(members):
+        raise pickle.UnpicklingError("contains two members of the same name")
+    return by_name
 
 
 class _Piece(io.RawIOBase):

@@ -12,6 +12,9 @@ CONVERSIONS = {
     "reshard": Command("checkpoint_reshard", "lay the files out as another layout reads them"),
     "to-hf": Command("checkpoint_to_hf", "export to a folder that Hugging Face transformers loads"),
     "from-hf": Command("checkpoint_from_hf", "start a run from Llama, Qwen, BAGEL or an export"),
+    "from-deepspeed": Command(
+        "checkpoint_from_deepspeed", "start a run from the weights of a DeepSpeed checkpoint"
+    ),
     "weights": Command("checkpoint_weights", "write the weights alone, or the mean of several"),
 }
 

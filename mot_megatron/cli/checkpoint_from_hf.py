@@ -23,9 +23,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mot_megatron.cli.arguments import add_config, add_verify_and_dry_run, user_path
+from mot_megatron.cli.arguments import user_path
 from mot_megatron.cli.command import choose_device, run_command, say
-from mot_megatron.cli.upcycle import parse_towers
+from mot_megatron.cli.foreign_import import add_new_run, import_model
 
 NAME = "checkpoint from-hf"
 
@@ -35,17 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=user_path, metavar="SRC", help="folder with config.json and safetensors"
     )
-    add_config(parser)
-    parser.add_argument(
-        "--map",
-        dest="towers",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NEW=OLD",
-        help="tower of the new run, and the tower of the source that it copies",
-    )
-    add_verify_and_dry_run(parser)
+    add_new_run(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,39 +43,10 @@ def run(options: argparse.Namespace) -> int:
     say(NAME, f"reading {options.source}")
     choose_device()
 
-    from mot_megatron.config_files import load_config
     from mot_megatron.conversion.huggingface.foreign import open_foreign
-    from mot_megatron.conversion.huggingface.imports import plan_import, write_import
-    from mot_megatron.data.corpus import Corpus
-    from mot_megatron.train.session import resolve_config
 
     source = open_foreign(options.source)
-    defaults = (str(options.source), {"model": dict(source.keys)})
-    config = load_config(options.config, options.overrides, defaults)
-    corpus = Corpus.open(config.data.corpus)
-    config = resolve_config(config, corpus)
-    plan = plan_import(source, config, corpus, parse_towers(options.towers))
-    infos = source.tensors.infos
-    print(f"from {options.source}: {source.kind}, {len(infos)} tensors")
-    for name, old in plan.towers.items():
-        print(f"tower {name}: a copy of tower {old}")
-    print(
-        f"vocabulary: {len(plan.rows.source)} rows, {plan.rows.num_new} of them new; matched"
-        f" {plan.rows.rule}"
-    )
-    if plan.drawn:
-        print(f"initialized: {len(plan.drawn)} tensors of routers")
-    for what, count in plan.left_out.items():
-        print(f"left out: {count} tensors, {what}")
-    size = sum(output.info.num_bytes for output in plan.outputs)
-    print(f"{len(plan.outputs)} tensors with zero moments, {size / 1e9:.3f} GB")
-    if options.dry_run:
-        print("nothing was written (--dry-run)")
-        return 0
-    checkpoint = write_import(source, plan, config, corpus, options.verify)
-    compared = ", compared with the source" if options.verify else ""
-    print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0{compared}")
-    print(f"train it with --config {config.run_directory / 'config.toml'}")
+    import_model(source, source.kind, options)
     return 0
 
 

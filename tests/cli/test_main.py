@@ -86,6 +86,7 @@ def test_help_is_fast(command: str) -> None:
         "checkpoint inspect nowhere",
         "checkpoint reshard nowhere nowhere --world-size 1",
         "checkpoint weights nowhere nowhere",
+        "checkpoint from-deepspeed nowhere --config nowhere",
         "plan --config nowhere --world-size 1 --memory-gb 1",
         "memory --config nowhere --world-size 1",
         "match nowhere elsewhere",

@@ -6,7 +6,7 @@ this program's own exports. Whatever would compute something else is refused by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,8 +28,10 @@ from mot_megatron.conversion.huggingface.safetensors_files import (
     SafetensorsSource,
     read_json,
 )
+from mot_megatron.conversion.tensors import TensorSource
 from mot_megatron.errors import CheckpointError, first_problem
 
+CONFIG_FILE = "config.json"
 BAGEL_CONFIG = "llm_config.json"
 _BAGEL_WEIGHTS = "ema"
 _BAGEL_LEFT_OUT = {
@@ -176,9 +178,12 @@ class ForeignModel:
     """A model in one of the known formats; no weights have been read."""
 
     directory: Path
+    """Folder of the weights."""
+    description: Path
+    """Folder of the configuration, and of the tokenizer if there is one."""
     kind: str
     """Architecture, as in "qwen3" or "bagel"."""
-    tensors: SafetensorsSource
+    tensors: TensorSource
     vocab_size: int
     """Rows of its embedding."""
     keys: Mapping[str, Any]
@@ -218,12 +223,28 @@ def open_foreign(directory: Path) -> ForeignModel:
     """
     if (directory / BAGEL_CONFIG).is_file():
         return _open_bagel(directory)
-    path = directory / "config.json"
+    path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} contains neither config.json nor {BAGEL_CONFIG}, so it is no model of the"
-            " transformers library"
+            f"{directory} contains neither {CONFIG_FILE} nor {BAGEL_CONFIG}, so it is no model of"
+            " the transformers library"
         )
+    return open_described(directory, path, lambda: SafetensorsSource(directory))
+
+
+def open_described(
+    directory: Path, path: Path, tensors: Callable[[], TensorSource]
+) -> ForeignModel:
+    """Check a configuration, and the names and shapes of tensors that it describes.
+
+    Args:
+        directory: Folder of the weights.
+        path: The configuration, as the transformers library writes it.
+        tensors: Opens the weights; called once the architecture is known.
+
+    Raises:
+        CheckpointError: See ``open_foreign``.
+    """
     document = read_json(path)
     kind = document.get("model_type")
     known = ("llama", "qwen2", "qwen3", MIXTURE)
@@ -237,29 +258,33 @@ def open_foreign(directory: Path) -> ForeignModel:
         names = list(dict.fromkeys(mixture.tower_of_modality.values()))
         if names != mixture.towers or len(mixture.experts) != len(names):
             raise CheckpointError(f"{path}: tower_of_modality and experts do not match towers")
-        return _foreign(directory, kind, mixture, mixture.tower_of_modality, TOWERS)
-    return _foreign(directory, kind, _parsed(_Dense, document, path), None, DENSE)
+        shapes, towers, naming = mixture, mixture.tower_of_modality, TOWERS
+    else:
+        shapes, towers, naming = _parsed(_Dense, document, path), {DENSE_TOWER: DENSE_TOWER}, DENSE
+    return _foreign(directory, path.parent, kind, shapes, towers, naming, tensors())
 
 
 def _foreign(
     directory: Path,
+    description: Path,
     kind: str,
     shapes: _Dense | _Mixture,
-    towers: Mapping[str, str] | None,
+    towers: Mapping[str, str],
     naming: Naming,
+    tensors: TensorSource,
 ) -> ForeignModel:
-    tensors = SafetensorsSource(directory)
     _check_layers(directory, shapes, tensors)
     left_out = dict(_DENSE_LEFT_OUT)
     if shapes.tie_word_embeddings:
         left_out["lm_head.weight"] = "output head, which is tied to the embedding"
     return ForeignModel(
         directory,
+        description,
         kind,
         tensors,
         shapes.vocab_size,
         shapes.model_keys(),
-        towers or {DENSE_TOWER: DENSE_TOWER},
+        towers,
         naming,
         left_out,
     )
@@ -276,6 +301,7 @@ def _open_bagel(directory: Path) -> ForeignModel:
     normed = f"{BAGEL.prefix}model.layers.0.self_attn.q_norm.weight" in tensors.infos
     return ForeignModel(
         directory,
+        directory,
         "bagel",
         tensors,
         shapes.vocab_size,
@@ -286,7 +312,7 @@ def _open_bagel(directory: Path) -> ForeignModel:
     )
 
 
-def _check_layers(directory: Path, shapes: _Shapes, tensors: SafetensorsSource) -> None:
+def _check_layers(directory: Path, shapes: _Shapes, tensors: TensorSource) -> None:
     """Check the sizes before anything is listed that is as long as they claim."""
     heads, hidden = shapes.num_attention_heads, shapes.hidden_size
     stated = shapes.head_dim

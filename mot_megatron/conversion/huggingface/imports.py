@@ -69,7 +69,9 @@ def plan_import(
     used = {each.name: each for each in correspondences(old, source.naming)}
     _check_tensors(source, used.values())
     plan = plan_tensors(old, config, towers)
-    rows = match_rows(source.directory, source.vocab_size, corpus, config.model.num_vocabulary_rows)
+    rows = match_rows(
+        source.description, source.vocab_size, corpus, config.model.num_vocabulary_rows
+    )
     outputs: list[OutputTensor] = []
     for new, name in plan.copied.items():
         outputs += _with_moments(_copy(source, new, used[name], rows, config.run.seed))

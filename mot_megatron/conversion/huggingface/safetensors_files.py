@@ -15,7 +15,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,7 +88,7 @@ class SafetensorsSource:
             raise CheckpointError(_absent(directory, stem))
         self._places = _places(path)
 
-    @cached_property
+    @property
     def infos(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every tensor, by name."""
         return {name: place.info for name, place in self._places.items()}
