@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -68,6 +68,17 @@ _INDEX_GLOBALS = {
         )
     ),
 }
+_PLANNER = "torch.distributed.checkpoint.planner"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_FOREIGN_GLOBALS = {
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType")),
+    *((_PLANNER, name) for name in ("TensorWriteData", "BytesIOWriteData")),
+    *((_MEGATRON, name) for name in ("MCoreSavePlan", "MCoreMetadata")),
+    ("pathlib", "PosixPath"),
+}
+"""What an index of another program also refers to; none of it is needed."""
 # Errors that unpickling damaged or malicious bytes may raise, according to the documentation of the
 # pickle module and the checks below.
 UNPICKLING_ERRORS = (
@@ -166,13 +177,53 @@ def read_index(directory: Path) -> Metadata:
         CheckpointError: The file is missing, damaged or not an index of tensors, or a tensor or a
             part of one is not in the files.
     """
+    return _checked_index(directory, lambda index: index)
+
+
+def read_foreign_index(
+    directory: Path, wanted: Callable[[str], bool]
+) -> tuple[Metadata, tuple[str, ...]]:
+    """Read an index that another program wrote, which may list more than the wanted tensors.
+
+    Plans of a writer, which some programs store in it, and objects, which are pickles, are passed
+    over; the tensors that remain are checked as in ``read_index``.
+
+    Args:
+        directory: Folder of ``.metadata``.
+        wanted: Tells whether a tensor, by its name, is needed.
+
+    Returns:
+        The index of the wanted tensors, and the names of all other entries.
+
+    Raises:
+        CheckpointError: See ``read_index``.
+    """
+    others: list[str] = []
+
+    def only_wanted(index: Metadata) -> Metadata:
+        kept = {n: e for n, e in stored_tensors(index).items() if wanted(n)}
+        others.extend(str(name) for name in index.state_dict_metadata if name not in kept)
+        places = {at: place for at, place in index.storage_data.items() if at.fqn in kept}
+        return Metadata(state_dict_metadata=dict(kept), storage_data=places)
+
+    index = _checked_index(directory, only_wanted, _FOREIGN_GLOBALS)
+    return index, tuple(others)
+
+
+def _checked_index(
+    directory: Path,
+    select: Callable[[Metadata], Metadata],
+    ignored: Collection[tuple[str, str]] = (),
+) -> Metadata:
     try:
         content = read_regular_file(directory / INDEX_NAME, _LONGEST_INDEX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{INDEX_NAME} cannot be read: {error.strerror}") from None
     try:
         _check_pickle(content)
-        index = _IndexUnpickler(io.BytesIO(content)).load()
+        index = _IndexUnpickler(io.BytesIO(content), ignored).load()
+        _check_kind(index)
+        index = select(index)
         _check_index(index)
         _check_pieces(index, _file_sizes(directory))
     except UNPICKLING_ERRORS as error:
@@ -235,7 +286,13 @@ def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Te
 class _IndexUnpickler(pickle.Unpickler):
     """An unpickler that accepts only the classes of an index and rejects others before any call."""
 
+    def __init__(self, stream: IO[bytes], ignored: Collection[tuple[str, str]]) -> None:
+        super().__init__(stream)
+        self._ignored = ignored
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ignored:
+            return _Ignored
         if (module, name) in _INDEX_GLOBALS:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -243,6 +300,19 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no index needs")
+
+
+class _Ignored:
+    """Stands in for an object that an index contains and nobody needs; it keeps nothing."""
+
+    def __new__(cls, *_args: object) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *_args: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
 
 
 def _enum_member(enumeration: Any, name: str) -> Enum:
@@ -266,9 +336,12 @@ def _check_pickle(content: bytes) -> None:
             raise ValueError(f"memo entry {argument} in {len(content)} bytes")
 
 
-def _check_index(index: Any) -> None:
+def _check_kind(index: Any) -> None:
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise TypeError(f"it contains a {type(index).__name__}")
+
+
+def _check_index(index: Metadata) -> None:
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(name, str):
             raise TypeError(f"a tensor is named {name!r}")

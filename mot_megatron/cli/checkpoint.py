@@ -12,6 +12,8 @@ CONVERSIONS = {
     "reshard": Command("checkpoint_reshard", "lay the files out as another layout reads them"),
     "to-hf": Command("checkpoint_to_hf", "export to a folder that Hugging Face transformers loads"),
     "from-hf": Command("checkpoint_from_hf", "start a run from Llama, Qwen, BAGEL or an export"),
+    "to-megatron": Command("checkpoint_to_megatron", "export a dense model to megatron-core"),
+    "from-megatron": Command("checkpoint_from_megatron", "start a run from a dense GPTModel"),
     "weights": Command("checkpoint_weights", "write the weights alone, or the mean of several"),
 }
 

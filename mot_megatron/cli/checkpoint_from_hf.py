@@ -21,11 +21,16 @@ left out and counted.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_verify_and_dry_run, user_path
 from mot_megatron.cli.command import choose_device, run_command, say
 from mot_megatron.cli.upcycle import parse_towers
+
+if TYPE_CHECKING:
+    from mot_megatron.config import Config
+    from mot_megatron.conversion.huggingface.foreign import ForeignModel
 
 NAME = "checkpoint from-hf"
 
@@ -55,18 +60,35 @@ def run(options: argparse.Namespace) -> int:
 
     from mot_megatron.config_files import load_config
     from mot_megatron.conversion.huggingface.foreign import open_foreign
-    from mot_megatron.conversion.huggingface.imports import plan_import, write_import
-    from mot_megatron.data.corpus import Corpus
-    from mot_megatron.train.session import resolve_config
 
     source = open_foreign(options.source)
     defaults = (str(options.source), {"model": dict(source.keys)})
     config = load_config(options.config, options.overrides, defaults)
+    wanted = parse_towers(options.towers)
+    import_model(source, config, wanted, dry_run=options.dry_run, verify=options.verify)
+    return 0
+
+
+def import_model(
+    source: ForeignModel, config: Config, wanted: Mapping[str, str], *, dry_run: bool, verify: bool
+) -> None:
+    """Write the run of a model from another program, and report what it consists of.
+
+    Args:
+        source: The model.
+        config: The run's configuration, as it was loaded.
+        wanted: Source tower of new towers.
+        dry_run: Write nothing.
+        verify: Compare what was written with the source.
+    """
+    from mot_megatron.conversion.huggingface.imports import plan_import, write_import
+    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.train.session import resolve_config
+
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
-    plan = plan_import(source, config, corpus, parse_towers(options.towers))
-    infos = source.tensors.infos
-    print(f"from {options.source}: {source.kind}, {len(infos)} tensors")
+    plan = plan_import(source, config, corpus, wanted)
+    print(f"from {source.directory}: {source.kind}, {len(source.tensors.infos)} tensors")
     for name, old in plan.towers.items():
         print(f"tower {name}: a copy of tower {old}")
     print(
@@ -76,17 +98,16 @@ def run(options: argparse.Namespace) -> int:
     if plan.drawn:
         print(f"initialized: {len(plan.drawn)} tensors of routers")
     for what, count in plan.left_out.items():
-        print(f"left out: {count} tensors, {what}")
+        print(f"left out: {count} {'entries' if what in source.unread else 'tensors'}, {what}")
     size = sum(output.info.num_bytes for output in plan.outputs)
     print(f"{len(plan.outputs)} tensors with zero moments, {size / 1e9:.3f} GB")
-    if options.dry_run:
+    if dry_run:
         print("nothing was written (--dry-run)")
-        return 0
-    checkpoint = write_import(source, plan, config, corpus, options.verify)
-    compared = ", compared with the source" if options.verify else ""
+        return
+    checkpoint = write_import(source, plan, config, corpus, verify)
+    compared = ", compared with the source" if verify else ""
     print(f"{checkpoint.path}: {checkpoint.num_tensors} tensors, step 0{compared}")
     print(f"train it with --config {config.run_directory / 'config.toml'}")
-    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
