@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
@@ -68,17 +69,6 @@ _INDEX_GLOBALS = {
         )
     ),
 }
-_PLANNER = "torch.distributed.checkpoint.planner"
-_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
-_FOREIGN_GLOBALS = {
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType")),
-    *((_PLANNER, name) for name in ("TensorWriteData", "BytesIOWriteData")),
-    *((_MEGATRON, name) for name in ("MCoreSavePlan", "MCoreMetadata")),
-    ("pathlib", "PosixPath"),
-}
-"""What an index of another program also refers to; none of it is needed."""
 # Errors that unpickling damaged or malicious bytes may raise, according to the documentation of the
 # pickle module and the checks below.
 UNPICKLING_ERRORS = (
@@ -206,14 +196,14 @@ def read_foreign_index(
         places = {at: place for at, place in index.storage_data.items() if at.fqn in kept}
         return Metadata(state_dict_metadata=dict(kept), storage_data=places)
 
-    index = _checked_index(directory, only_wanted, _FOREIGN_GLOBALS)
+    index = _checked_index(directory, only_wanted, _FOREIGN_CLASSES)
     return index, tuple(others)
 
 
 def _checked_index(
     directory: Path,
     select: Callable[[Metadata], Metadata],
-    ignored: Collection[tuple[str, str]] = (),
+    more_classes: Mapping[tuple[str, str], type] | None = None,
 ) -> Metadata:
     try:
         content = read_regular_file(directory / INDEX_NAME, _LONGEST_INDEX_BYTES)
@@ -221,7 +211,7 @@ def _checked_index(
         raise CheckpointError(f"{INDEX_NAME} cannot be read: {error.strerror}") from None
     try:
         _check_pickle(content)
-        index = _IndexUnpickler(io.BytesIO(content), ignored).load()
+        index = _IndexUnpickler(io.BytesIO(content), more_classes or {}).load()
         _check_kind(index)
         index = select(index)
         _check_index(index)
@@ -286,13 +276,13 @@ def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Te
 class _IndexUnpickler(pickle.Unpickler):
     """An unpickler that accepts only the classes of an index and rejects others before any call."""
 
-    def __init__(self, stream: IO[bytes], ignored: Collection[tuple[str, str]]) -> None:
+    def __init__(self, stream: IO[bytes], more_classes: Mapping[tuple[str, str], type]) -> None:
         super().__init__(stream)
-        self._ignored = ignored
+        self._more_classes = more_classes
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ignored:
-            return _Ignored
+        if (module, name) in self._more_classes:
+            return self._more_classes[module, name]
         if (module, name) in _INDEX_GLOBALS:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -313,6 +303,23 @@ class _Ignored:
 
     def __setstate__(self, _state: object) -> None:
         pass
+
+
+_PLANNER = "torch.distributed.checkpoint.planner"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_FOREIGN_CLASSES: dict[tuple[str, str], type] = {
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): BytesStorageMetadata,
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"): _Ignored,
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    (_MEGATRON, "MCoreSavePlan"): _Ignored,
+    (_PLANNER, "SavePlan"): _Ignored,
+    (_PLANNER, "WriteItem"): _Ignored,
+    (_PLANNER, "WriteItemType"): _Ignored,
+    (_PLANNER, "TensorWriteData"): _Ignored,
+    (_PLANNER, "BytesIOWriteData"): _Ignored,
+    ("pathlib", "PosixPath"): _Ignored,
+}
+"""What an index of another program also refers to, and what it becomes here."""
 
 
 def _enum_member(enumeration: Any, name: str) -> Enum:

@@ -86,6 +86,8 @@ def test_help_is_fast(command: str) -> None:
         "checkpoint inspect nowhere",
         "checkpoint reshard nowhere nowhere --world-size 1",
         "checkpoint weights nowhere nowhere",
+        "checkpoint to-megatron nowhere nowhere",
+        "checkpoint from-megatron nowhere --config nowhere",
         "plan --config nowhere --world-size 1 --memory-gb 1",
         "memory --config nowhere --world-size 1",
         "match nowhere elsewhere",

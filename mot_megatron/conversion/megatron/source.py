@@ -176,8 +176,8 @@ def _check_format(directory: Path) -> None:
     path = directory / FORMAT_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {FORMAT_FILE}, so it is no distributed checkpoint of megatron-core;"
-            " give the folder of a single checkpoint, such as iter_0001000"
+            f"{directory} has no {FORMAT_FILE}, so it is no distributed checkpoint of"
+            " megatron-core; give the folder of a single checkpoint, such as iter_0001000"
         )
     kind = read_json(path).get("sharded_backend")
     if kind != FORMAT:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 from pathlib import Path
 from typing import Any
@@ -89,10 +88,6 @@ def load_on_rank(folder: str, ids: torch.Tensor) -> torch.Tensor:
 
     _on_cpu()
     model = build(json.loads(Path(folder, "gpt_model.json").read_text()))
-    state, missing, unexpected = dist_checkpointing.load(
-        model.sharded_state_dict(), os.fspath(folder), strict="return_all"
-    )
-    assert not missing and not unexpected, (missing, unexpected)
-    state = dist_checkpointing.load(model.sharded_state_dict(), os.fspath(folder))
+    state = dist_checkpointing.load(model.sharded_state_dict(), folder, strict="raise_all")
     model.load_state_dict(state)
     return logits(model, ids)
