@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
-def build(arguments: dict[str, dict[str, Any]]) -> Any:
+def build(arguments: dict[str, dict[str, Any]], tensor_parallel_size: int = 1) -> Any:
     """Build a GPTModel from what gpt_model.json contains; call it on a rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -19,11 +20,12 @@ def build(arguments: dict[str, dict[str, Any]]) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_parallel_size)
     settings = dict(arguments["TransformerConfig"])
     activation = getattr(torch.nn.functional, settings.pop("activation_func"))
     config = TransformerConfig(
         **settings,
+        tensor_model_parallel_size=tensor_parallel_size,
         activation_func=activation,
         use_cpu_initialization=True,
         bias_activation_fusion=False,
@@ -91,3 +93,15 @@ def load_on_rank(folder: str, ids: torch.Tensor) -> torch.Tensor:
     state = dist_checkpointing.load(model.sharded_state_dict(), folder, strict="raise_all")
     model.load_state_dict(state)
     return logits(model, ids)
+
+
+def save_again_on_ranks(folder: str, other: str) -> None:
+    """Load a checkpoint into a model that is split over all ranks, and save it to a new folder."""
+    from megatron.core import dist_checkpointing
+
+    _on_cpu()
+    arguments = json.loads(Path(folder, "gpt_model.json").read_text())
+    model = build(arguments, tensor_parallel_size=dist.get_world_size())
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
+    Path(other).mkdir(exist_ok=True)
+    dist_checkpointing.save(model.sharded_state_dict(), other)
