@@ -3,8 +3,9 @@
 Example: mot checkpoint to-megatron runs/dense exported --verify
 
 The folder is what megatron-core's dist_checkpointing.save writes of a GPTModel with the local
-layers, and dist_checkpointing.load reads it into one. Its arguments are in gpt_model.json. Models with several towers, with experts or with norms after the layers are refused:
-no GPTModel computes the same. The optimizer's moments are left out and counted.
+layers, and dist_checkpointing.load reads it into one. Its arguments are in gpt_model.json. Models
+with several towers, with experts or with norms after the layers are refused: no GPTModel computes
+the same. The optimizer's moments are left out and counted.
 
 The folder is written under a temporary name, with a manifest of all files, and renamed when it is
 complete. No model is built: the tensors are read and written one after the other.
