@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
@@ -166,13 +167,53 @@ def read_index(directory: Path) -> Metadata:
         CheckpointError: The file is missing, damaged or not an index of tensors, or a tensor or a
             part of one is not in the files.
     """
+    return _checked_index(directory, lambda index: index)
+
+
+def read_foreign_index(
+    directory: Path, wanted: Callable[[str], bool]
+) -> tuple[Metadata, tuple[str, ...]]:
+    """Read an index that another program wrote, which may list more than the wanted tensors.
+
+    Plans of a writer, which some programs store in it, and objects, which are pickles, are passed
+    over; the tensors that remain are checked as in ``read_index``.
+
+    Args:
+        directory: Folder of ``.metadata``.
+        wanted: Tells whether a tensor, by its name, is needed.
+
+    Returns:
+        The index of the wanted tensors, and the names of all other entries.
+
+    Raises:
+        CheckpointError: See ``read_index``.
+    """
+    others: list[str] = []
+
+    def only_wanted(index: Metadata) -> Metadata:
+        kept = {n: e for n, e in stored_tensors(index).items() if wanted(n)}
+        others.extend(str(name) for name in index.state_dict_metadata if name not in kept)
+        places = {at: place for at, place in index.storage_data.items() if at.fqn in kept}
+        return Metadata(state_dict_metadata=dict(kept), storage_data=places)
+
+    index = _checked_index(directory, only_wanted, _FOREIGN_CLASSES)
+    return index, tuple(others)
+
+
+def _checked_index(
+    directory: Path,
+    select: Callable[[Metadata], Metadata],
+    more_classes: Mapping[tuple[str, str], type] | None = None,
+) -> Metadata:
     try:
         content = read_regular_file(directory / INDEX_NAME, _LONGEST_INDEX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{INDEX_NAME} cannot be read: {error.strerror}") from None
     try:
         check_pickle(content)
-        index = _IndexUnpickler(io.BytesIO(content)).load()
+        index = _IndexUnpickler(io.BytesIO(content), more_classes or {}).load()
+        _check_kind(index)
+        index = select(index)
         _check_index(index)
         _check_pieces(index, _file_sizes(directory))
     except UNPICKLING_ERRORS as error:
@@ -235,7 +276,13 @@ def read_tensors(directory: Path, index: Metadata, described: dict[str, torch.Te
 class _IndexUnpickler(pickle.Unpickler):
     """An unpickler that accepts only the classes of an index and rejects others before any call."""
 
+    def __init__(self, stream: IO[bytes], more_classes: Mapping[tuple[str, str], type]) -> None:
+        super().__init__(stream)
+        self._more_classes = more_classes
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._more_classes:
+            return self._more_classes[module, name]
         if (module, name) in _INDEX_GLOBALS:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -243,6 +290,36 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no index needs")
+
+
+class _Ignored:
+    """Stands in for an object that an index contains and nobody needs; it keeps nothing."""
+
+    def __new__(cls, *_args: object) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *_args: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+_PLANNER = "torch.distributed.checkpoint.planner"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_FOREIGN_CLASSES: dict[tuple[str, str], type] = {
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): BytesStorageMetadata,
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"): _Ignored,
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    (_MEGATRON, "MCoreSavePlan"): _Ignored,
+    (_PLANNER, "SavePlan"): _Ignored,
+    (_PLANNER, "WriteItem"): _Ignored,
+    (_PLANNER, "WriteItemType"): _Ignored,
+    (_PLANNER, "TensorWriteData"): _Ignored,
+    (_PLANNER, "BytesIOWriteData"): _Ignored,
+    ("pathlib", "PosixPath"): _Ignored,
+}
+"""What an index of another program also refers to, and what it becomes here."""
 
 
 def _enum_member(enumeration: Any, name: str) -> Enum:
@@ -266,9 +343,12 @@ def check_pickle(content: bytes) -> None:
             raise ValueError(f"memo entry {argument} in {len(content)} bytes")
 
 
-def _check_index(index: Any) -> None:
+def _check_kind(index: Any) -> None:
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise TypeError(f"it contains a {type(index).__name__}")
+
+
+def _check_index(index: Metadata) -> None:
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(name, str):
             raise TypeError(f"a tensor is named {name!r}")

@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -128,8 +129,17 @@ def divide(pieces_of_ranks: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
     return divided
 
 
-def write_index_of(directory: Path, files: Iterable[WrittenFile]) -> None:
+def write_index_of(
+    directory: Path,
+    files: Iterable[WrittenFile],
+    objects: Mapping[str, tuple[str, int, int]] | None = None,
+) -> None:
     """Write the index of the tensors in ``files`` and flush it to disk.
+
+    Args:
+        directory: Folder of the files.
+        files: All tensor files.
+        objects: By name, where other programs find objects: file, offset and length in bytes.
 
     Raises:
         CheckpointError: The index cannot be written.
@@ -143,6 +153,9 @@ def write_index_of(directory: Path, files: Iterable[WrittenFile]) -> None:
         for file, plan in zip(listed, plans, strict=True)
         for item, (start, length) in zip(plan.items, file.spans, strict=True)
     ]
+    for name, place in (objects or {}).items():
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        results.append(WriteResult(MetadataIndex(name), place[2], _StorageInfo(*place)))
     try:
         write_index(directory, metadata, results)
     except OSError as error:

@@ -15,6 +15,8 @@ CONVERSIONS = {
     "from-deepspeed": Command(
         "checkpoint_from_deepspeed", "start a run from the weights of a DeepSpeed checkpoint"
     ),
+    "to-megatron": Command("checkpoint_to_megatron", "export a dense model to megatron-core"),
+    "from-megatron": Command("checkpoint_from_megatron", "start a run from a dense GPTModel"),
     "weights": Command("checkpoint_weights", "write the weights alone, or the mean of several"),
 }
 

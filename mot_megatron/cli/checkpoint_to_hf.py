@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from mot_megatron.conversion.huggingface.export import check_new, plan_export, write_export
+    from mot_megatron.conversion.folder import check_new
+    from mot_megatron.conversion.huggingface.export import plan_export, write_export
     from mot_megatron.conversion.source import CheckpointSource
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.train.trained import SavedRun
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"from {source.checkpoint.path}, step {source.checkpoint.step}: {plan.model_type}")
     for what, count in plan.left_out.items():
         print(f"left out: {count} tensors, {what}")
-    check_new(options.destination, plan)
+    check_new(options.destination, plan.num_bytes)
     print(
         f"{len(plan.outputs)} weights, {plan.num_bytes / 1e9:.3f} GB, in {len(plan.shards)} files"
     )

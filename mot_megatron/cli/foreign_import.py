@@ -1,14 +1,16 @@
-"""What ``mot checkpoint from-hf`` and ``from-deepspeed`` share: a run from a foreign model."""
+"""What ``mot checkpoint from-hf``, ``from-deepspeed`` and ``from-megatron`` share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_verify_and_dry_run
 from mot_megatron.cli.upcycle import parse_towers
 
 if TYPE_CHECKING:
+    from mot_megatron.config import ModelConfig
     from mot_megatron.conversion.huggingface.foreign import ForeignModel
 
 
@@ -27,13 +29,19 @@ def add_new_run(parser: argparse.ArgumentParser) -> None:
     add_verify_and_dry_run(parser)
 
 
-def import_model(source: ForeignModel, format_name: str, options: argparse.Namespace) -> None:
+def import_model(
+    source: ForeignModel,
+    format_name: str,
+    options: argparse.Namespace,
+    check: Callable[[ForeignModel, ModelConfig], None] | None = None,
+) -> None:
     """Write the run, and report its towers, its vocabulary and what was left out.
 
     Args:
         source: The model.
         format_name: What the source is, for people.
         options: See ``add_new_run``.
+        check: Raises an error if the configuration lacks what the source does not tell.
     """
     from mot_megatron.config_files import load_config
     from mot_megatron.conversion.huggingface.imports import plan_import, write_import
@@ -42,6 +50,8 @@ def import_model(source: ForeignModel, format_name: str, options: argparse.Names
 
     defaults = (str(source.directory), {"model": dict(source.keys)})
     config = load_config(options.config, options.overrides, defaults)
+    if check:
+        check(source, config.model)
     corpus = Corpus.open(config.data.corpus)
     config = resolve_config(config, corpus)
     plan = plan_import(source, config, corpus, parse_towers(options.towers))
@@ -56,7 +66,7 @@ def import_model(source: ForeignModel, format_name: str, options: argparse.Names
     if plan.drawn:
         print(f"initialized: {len(plan.drawn)} tensors of routers")
     for what, count in plan.left_out.items():
-        print(f"left out: {count} tensors, {what}")
+        print(f"left out: {count} {'entries' if what in source.unread else 'tensors'}, {what}")
     size = sum(output.info.num_bytes for output in plan.outputs)
     print(f"{len(plan.outputs)} tensors with zero moments, {size / 1e9:.3f} GB")
     if options.dry_run:

@@ -63,7 +63,10 @@ def write_checkpoint(
     pieces = [Piece.whole(o.name, o.info.shape, o.info.dtype) for o in outputs]
     return write_pieces(
         directory,
-        {f"__0_{number}.distcp": part for number, part in enumerate(_split(pieces, file_bytes))},
+        {
+            f"__0_{number}.distcp": part
+            for number, part in enumerate(split_into_files(pieces, file_bytes))
+        },
         lambda piece: by_name[piece.name].produce(),
         step=step,
         metadata=metadata,
@@ -198,8 +201,8 @@ def _in_parallel(workers: int, work: Callable[[Any], T], items: Sequence[Any]) -
             pool.shutdown(cancel_futures=True)
 
 
-def _split(pieces: Sequence[Piece], file_bytes: int) -> Iterator[list[Piece]]:
-    """Yield the pieces of each file: as many as fit, but at least one."""
+def split_into_files(pieces: Sequence[Piece], file_bytes: int) -> Iterator[list[Piece]]:
+    """Yield the pieces of each file: as many as ``file_bytes`` take, but at least one."""
     part: list[Piece] = []
     size = 0
     for piece in pieces:

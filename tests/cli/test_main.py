@@ -87,6 +87,8 @@ def test_help_is_fast(command: str) -> None:
         "checkpoint reshard nowhere nowhere --world-size 1",
         "checkpoint weights nowhere nowhere",
         "checkpoint from-deepspeed nowhere --config nowhere",
+        "checkpoint to-megatron nowhere nowhere",
+        "checkpoint from-megatron nowhere --config nowhere",
         "plan --config nowhere --world-size 1 --memory-gb 1",
         "memory --config nowhere --world-size 1",
         "match nowhere elsewhere",

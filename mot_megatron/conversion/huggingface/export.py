@@ -10,27 +10,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mot_megatron.checkpoint.agreement import describe_os_error
-from mot_megatron.checkpoint.find import UNFINISHED_SUFFIX
 from mot_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
     record_of,
-    sync_directory,
     write_durably,
     write_manifest,
 )
 from mot_megatron.checkpoint.names import WEIGHT_PREFIX
 from mot_megatron.checkpoint.storage import progress_bar
 from mot_megatron.config import Config
+from mot_megatron.conversion.folder import check_new, new_folder
 from mot_megatron.conversion.huggingface.model_config import (
     MIXTURE,
     MODELLING_FILE,
@@ -54,7 +52,7 @@ from mot_megatron.conversion.huggingface.safetensors_files import (
 )
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.conversion.tensors import OutputTensor, TensorInfo
-from mot_megatron.conversion.write import check_space, equal_bits
+from mot_megatron.conversion.write import equal_bits
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus, Modality
 from mot_megatron.errors import CheckpointError, DataError
 
@@ -106,7 +104,7 @@ def plan_export(
     config = source.config
     kind = model_type_of(config.model)
     used = list(correspondences(config, TOWERS if kind == MIXTURE else DENSE))
-    left_out = _check_tensors(source, used)
+    left_out = check_weights(source, used)
     outputs = list(_outputs(source, used, dtype))
     shards = plan_shards(outputs, shard_bytes)
     name = str(outputs[0].info.dtype).removeprefix("torch.")
@@ -118,17 +116,6 @@ def plan_export(
     if clash:
         raise DataError(f"{corpus.directory}: codebook {clash[0]} has the name of an exported file")
     return ExportPlan(kind, source.checkpoint.step, tuple(shards), documents, copies, left_out)
-
-
-def check_new(directory: Path, plan: ExportPlan) -> None:
-    """Check that a folder can be written: it does not exist, and there is space.
-
-    Raises:
-        CheckpointError: It exists, or its file system has too little space.
-    """
-    if directory.exists():
-        raise CheckpointError(f"{directory} exists; give a new folder, or move it away")
-    check_space(directory, plan.num_bytes)
 
 
 def write_export(plan: ExportPlan, directory: Path, verify: bool = False) -> Manifest:
@@ -143,41 +130,13 @@ def write_export(plan: ExportPlan, directory: Path, verify: bool = False) -> Man
         CheckpointError: See ``check_new``; or a file cannot be written, or differs.
         UserError: A tensor cannot be read.
     """
-    check_new(directory, plan)
-    temporary = directory.with_name(directory.name + UNFINISHED_SUFFIX)
-    try:
-        _clear(temporary, plan)
-        temporary.mkdir(parents=True)
-        try:
-            manifest = _write(plan, temporary)
-            if verify:
-                _compare(plan, temporary)
-            temporary.rename(directory)
-            sync_directory(directory.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"cannot write {directory}: {describe_os_error(error)}") from error
-    return manifest
-
-
-def _clear(temporary: Path, plan: ExportPlan) -> None:
-    """Delete what an export that was killed has left.
-
-    Raises:
-        CheckpointError: The folder contains something else.
-    """
-    if not temporary.exists():
-        return
+    check_new(directory, plan.num_bytes)
     known = {*plan.documents, *plan.copies, MANIFEST_NAME}
-    for path in temporary.iterdir():
-        if path.is_dir() or (path.name not in known and path.suffix != SUFFIX):
-            raise CheckpointError(
-                f"{temporary} exists, and {path.name} in it is not of an unfinished export; move it"
-                " away"
-            )
-    shutil.rmtree(temporary)
+    with new_folder(directory, lambda name: name in known or name.endswith(SUFFIX)) as temporary:
+        manifest = _write(plan, temporary)
+        if verify:
+            _compare(plan, temporary)
+    return manifest
 
 
 def _write(plan: ExportPlan, temporary: Path) -> Manifest:
@@ -195,7 +154,6 @@ def _write(plan: ExportPlan, temporary: Path) -> Manifest:
         step=plan.step, num_tensors=len(plan.outputs), files=dict(sorted(records.items()))
     )
     write_manifest(temporary, manifest)
-    sync_directory(temporary)
     return manifest
 
 
@@ -213,8 +171,12 @@ def _compare(plan: ExportPlan, temporary: Path) -> None:
             progress.update(output.info.num_bytes)
 
 
-def _check_tensors(source: CheckpointSource, used: list[Correspondence]) -> dict[str, int]:
-    """Check that the weights are those of the model, and count the other tensors."""
+def check_weights(source: CheckpointSource, used: Iterable[Correspondence]) -> dict[str, int]:
+    """Check that the weights are those of the model, and count the other tensors, by kind.
+
+    Raises:
+        CheckpointError: The checkpoint lacks a weight, or has one that is unknown.
+    """
     path, shapes = source.checkpoint.path, {each.name: each.shape for each in used}
     left_out: Counter[str] = Counter()
     for name, info in source.infos.items():

@@ -6,8 +6,9 @@ this program's own exports. Whatever would compute something else is refused by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,7 +23,14 @@ from mot_megatron.config import (
     UntiedConfig,
 )
 from mot_megatron.conversion.huggingface.model_config import MIXTURE
-from mot_megatron.conversion.huggingface.names import BAGEL, DENSE, TOWERS, Naming
+from mot_megatron.conversion.huggingface.names import (
+    BAGEL,
+    DENSE,
+    TOWERS,
+    Correspondence,
+    Naming,
+    correspondences,
+)
 from mot_megatron.conversion.huggingface.safetensors_files import (
     SUFFIX,
     SafetensorsSource,
@@ -190,9 +198,12 @@ class ForeignModel:
     """Values of the [model] section that its weights determine."""
     towers: Mapping[str, str]
     """Tower of each modality."""
-    naming: Naming
+    correspondences: Callable[[Config], Iterator[Correspondence]]
+    """Yields all tensors of a resolved model, with the source's tensors that they consist of."""
     known_left_out: Mapping[str, str]
     """Beginnings of names of tensors that have no place in this program, with what they are."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Number of other entries of the files, which are not read, by what they are."""
 
     def config_for(self, target: Config) -> Config:
         """Return this model's configuration, with the vocabulary size of ``target``."""
@@ -285,7 +296,7 @@ def _foreign(
         shapes.vocab_size,
         shapes.model_keys(),
         towers,
-        naming,
+        partial(correspondences, naming=naming),
         left_out,
     )
 
@@ -307,7 +318,7 @@ def _open_bagel(directory: Path) -> ForeignModel:
         shapes.vocab_size,
         {**shapes.model_keys(), "qk_norm": normed},
         {"understanding": "und", "generation": "gen"},
-        BAGEL,
+        partial(correspondences, naming=BAGEL),
         _BAGEL_LEFT_OUT,
     )
 

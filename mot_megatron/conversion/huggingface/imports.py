@@ -1,4 +1,4 @@
-"""Import a model in a Hugging Face format as the start of a new run, tensor by tensor.
+"""Import a model in a format of another program as the start of a new run, tensor by tensor.
 
 Every tower of the new run copies one tower of the source, as ``mot upcycle`` does: a dense model's
 weights go into all towers, or into all experts of a tower. The embedding and the output head are
@@ -17,7 +17,7 @@ from mot_megatron.checkpoint import CheckpointInfo
 from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
 from mot_megatron.config import Config
 from mot_megatron.conversion.huggingface.foreign import ForeignModel
-from mot_megatron.conversion.huggingface.names import Correspondence, correspondences
+from mot_megatron.conversion.huggingface.names import Correspondence
 from mot_megatron.conversion.huggingface.vocabulary import Rows, match_rows
 from mot_megatron.conversion.tensors import OutputTensor, TensorInfo
 from mot_megatron.conversion.write import write_checkpoint
@@ -66,7 +66,7 @@ def plan_import(
     old = source.config_for(config)
     towers = source_towers(old.model, config.model, wanted)
     check_upcycling(old.model, config.model, towers)
-    used = {each.name: each for each in correspondences(old, source.naming)}
+    used = {each.name: each for each in source.correspondences(old)}
     _check_tensors(source, used.values())
     plan = plan_tensors(old, config, towers)
     rows = match_rows(
@@ -200,7 +200,7 @@ def _left_out(
     Raises:
         CheckpointError: A tensor is unknown.
     """
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(source.unread)
     reasons = {
         name: f"tower {_tower_of(each.name, tower_names)}, which no tower copies"
         for each in known.values()

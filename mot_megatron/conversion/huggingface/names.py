@@ -54,7 +54,8 @@ class Correspondence:
     """Its shape in checkpoints."""
     split_into: tuple[str, ...]
     """Names in the other format."""
-    kind: Literal["whole", "qkv", "gate_up"] = "whole"
+    kind: Literal["whole", "flat", "qkv", "gate_up"] = "whole"
+    """flat: one tensor, with the first two dimensions as one."""
     group_width: tuple[int, ...] = ()
     """Heads of q, k and v in a key-value group, for kind "qkv"."""
     num_groups: int = 1
@@ -70,6 +71,8 @@ class Correspondence:
         """Split a tensor of this program into the other format's, as views where possible."""
         if self.kind == "whole":
             return (whole,)
+        if self.kind == "flat":
+            return (whole.flatten(0, 1),)
         if self.kind == "gate_up":
             return tuple(whole.unbind(0))
         columns = whole.shape[1:]
@@ -78,7 +81,7 @@ class Correspondence:
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join the other format's tensors into this program's: the inverse of ``split``."""
-        if self.kind == "whole":
+        if self.kind in ("whole", "flat"):
             return parts[0].view(self.shape)
         if self.kind == "gate_up":
             return torch.stack(tuple(parts))

@@ -80,18 +80,14 @@ class SafetensorsSource:
         self.directory = directory
         self._places: dict[str, _Place] = {}
         index = directory / (stem + INDEX_SUFFIX)
+        path = directory / (stem + SUFFIX)
         if index.is_file():
             self._open_indexed(index)
-            return
-        path = directory / (stem + SUFFIX)
-        if not path.is_file():
+        elif path.is_file():
+            self._places = _places(path)
+        else:
             raise CheckpointError(_absent(directory, stem))
-        self._places = _places(path)
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Shape and dtype of every tensor, by name."""
-        return {name: place.info for name, place in self._places.items()}
+        self.infos = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Read a whole tensor into new memory.

@@ -1,0 +1,1 @@
+"""Tests of megatron-core's distributed checkpoints."""
