@@ -129,11 +129,15 @@ def _component_lines(source: CheckpointSource) -> list[str]:
     from mot_megatron.conversion.inspection import by_component
 
     def line(component: str, shape: str, kinds: str, size: str) -> str:
-        return f"{component:<42} {shape:<26} {kinds:<33} {size:>16}"
+        return f"{component:<42} {shape:<26} {kinds:<34} {size:>15}"
 
     lines = [line("component", "shape and dtype", "tensors", "bytes")]
     for (component, shape), group in by_component(source.infos).items():
-        kinds = ", ".join(f"{number} {kind}" for kind, number in group.kinds.items())
+        numbers = set(group.kinds.values())
+        if len(numbers) == 1:
+            kinds = f"{numbers.pop()} x {', '.join(group.kinds)}"
+        else:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in group.kinds.items())
         lines.append(line(component, shape, kinds, f"{group.num_bytes:,}"))
     total = sum(info.num_bytes for info in source.infos.values())
     return [*lines, line("total", "", f"{len(source.infos):,}", f"{total:,}")]
