@@ -57,7 +57,7 @@ def test_a_second_job_on_the_port_ends_and_the_first_goes_on(config: Path, tmp_p
     with started(one, launcher(config, one / "runs", 10**6, port)) as first:
         wait_for_a_step(one, first)
         with started(other, launcher(config, other / "runs", 10, port)) as second:
-            assert second.wait(180) != 0
+            assert second.wait(300) != 0
         reasons = [
             line
             for line in (other / "stderr").read_text().splitlines()
@@ -68,7 +68,7 @@ def test_a_second_job_on_the_port_ends_and_the_first_goes_on(config: Path, tmp_p
         assert "--master_port" in reasons[0]
         assert first.poll() is None
         (one / "runs" / "small" / "stop").touch()
-        assert first.wait(120) == 0
+        assert first.wait(300) == 0
     assert (one / "stderr").read_text() == ""
     assert "asked to stop: saved after step" in (one / "stdout").read_text()
     assert not (one / "runs" / "small" / "stop").exists()
@@ -170,7 +170,7 @@ def test_output_that_nobody_reads_any_more_does_not_end_a_run(config: Path, tmp_
         time.sleep(1)  # further lines meet the closed pipe
         training.send_signal(signal.SIGINT)
         assert_gone([training], 60)
-        pipe.wait(90)
+        pipe.wait(180)
     assert (tmp_path / "stderr").read_text() == ""
     assert list((runs / "small" / "checkpoints").glob("step_*[0-9]"))
 
@@ -190,7 +190,7 @@ def test_variables_of_a_launcher_are_checked(
     variables = {**variables, "MASTER_PORT": "29500", name: value}
     arguments = arguments_of(config, tmp_path, 6)
     with EntryPoint(tmp_path, SCRIPT, *arguments, environment=variables) as running:
-        finished = running.wait(60)
+        finished = running.wait(180)
     assert finished.status == 2
     assert (
         finished.errors == f"error: environment variable {name} = {value!r}; allowed: {allowed}\n"
@@ -207,7 +207,7 @@ def test_an_unknown_host_of_rank_0_is_said_at_once(config: Path, tmp_path: Path)
     }
     arguments = arguments_of(config, tmp_path, 6)
     with EntryPoint(tmp_path, SCRIPT, *arguments, environment=variables) as running:
-        finished = running.wait(60)
+        finished = running.wait(180)
     assert finished.status == 2
     assert "rank 0's host 'no.such.host.invalid' is unknown here" in finished.errors
 
@@ -272,7 +272,7 @@ def test_a_calibrated_machine_can_be_forecast(
     options = ["--num_accelerators", "2", "--master_port", str(free_port())]
     command = [*options, "--module", "mot_megatron.cli.scaling_calibrate", f"--config={config}"]
     with started(tmp_path, [*LAUNCHER, *command, f"--output={profile}"]) as job:
-        assert job.wait(120) == 0
+        assert job.wait(300) == 0
     machine = load_machine(profile)
     assert machine.stamps == ("MEASURED",)
     assert "launch_us" in machine.measured

@@ -161,7 +161,7 @@ def test_a_signal_stops_the_run_and_not_the_launcher(
         (launcher,) = psutil.Process(process.pid).children()
         launcher.send_signal(number)
     process.send_signal(number)
-    assert process.wait(30) == 75
+    assert process.wait(120) == 75
     assert attempts(tmp_path) == 1
     assert not (tmp_path / STOP_FILE).exists()
 
