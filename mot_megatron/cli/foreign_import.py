@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mot_megatron.cli.arguments import add_config, add_verify_and_dry_run
-from mot_megatron.cli.upcycle import parse_towers
+from mot_megatron.cli.upcycle import add_map, parse_towers
 
 if TYPE_CHECKING:
     from mot_megatron.config import ModelConfig
@@ -17,15 +17,7 @@ if TYPE_CHECKING:
 def add_new_run(parser: argparse.ArgumentParser) -> None:
     """Add ``--config``, ``--set``, ``--map``, ``--verify`` and ``--dry-run``."""
     add_config(parser)
-    parser.add_argument(
-        "--map",
-        dest="towers",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NEW=OLD",
-        help="tower of the new run, and the tower of the source that it copies",
-    )
+    add_map(parser)
     add_verify_and_dry_run(parser)
 
 

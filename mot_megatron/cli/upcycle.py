@@ -41,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line; ``--config`` and ``--set`` configure the new run."""
     add_checkpoint(parser)
     add_config(parser)
+    add_map(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="compare both models' logits on a held-out sequence"
+    )
+
+
+def add_map(parser: argparse.ArgumentParser) -> None:
+    """Add ``--map``, whose values ``parse_towers`` reads."""
     parser.add_argument(
         "--map",
         dest="towers",
@@ -49,9 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NEW=OLD",
         help="tower of the new run, and the tower of the source that it copies",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare both models' logits on a held-out sequence"
     )
 
 
