@@ -322,11 +322,13 @@ _FOREIGN_CLASSES: dict[tuple[str, str], type] = {
 """What an index of another program also refers to, and what it becomes here."""
 
 
-def _enum_member(enumeration: Any, name: str) -> Enum:
+def _enum_member(enumeration: Any, name: str) -> Enum | _Ignored:
     """Stand in for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of enumerations.
 
     Nothing but members of enumerations can be looked up.
     """
+    if enumeration is _Ignored:
+        return _Ignored()
     if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
         raise pickle.UnpicklingError(f"it calls getattr on {enumeration!r}")
     return enumeration[name]

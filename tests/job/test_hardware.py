@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mot_megatron.job.hardware import disable_malloc_trim
-from tests.ranks import run_ranks
 
+TRIES = 12
 BLOCK = 1 << 24
 """Elements of 4 bytes: 64 MiB, 16,384 pages of 4 KiB."""
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -33,11 +35,24 @@ def faults_before_and_after() -> tuple[int, int]:
     return before, min(faults_of_a_block() for _ in range(6))
 
 
+def in_a_new_process() -> list[int]:
+    script = f"from {__name__} import faults_before_and_after as f; print(*f())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return [int(word) for word in done.stdout.split()]
+
+
 @pytest.mark.skipif(
     HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(),
     reason="with huge pages always on, a block has too few pages to measure",
 )
 def test_freed_memory_is_reused() -> None:
-    ((before, after),) = run_ranks(faults_before_and_after, 1)
-    assert before > 1000  # by default glibc returns the memory; otherwise this test proves nothing
-    assert after < 100
+    # Addresses are random. In some processes another mapping is in the way of the heap, and malloc
+    # then returns blocks all the same.
+    results = []
+    while len(results) < TRIES and not (results and results[-1] < 100):
+        before, after = in_a_new_process()
+        assert before > 1000  # by default glibc returns the memory, so that this proves something
+        results.append(after)
+    assert results[-1] < 100, results
