@@ -168,6 +168,8 @@ class _Unpickler(pickle.Unpickler):
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
             **{("torch", str(dtype)[6:]): dtype for dtype in _STORAGES.values()},
             **dict.fromkeys(_INERT, _Inert),
+            # Python 3.11.0 to 3.11.3 pickle members of enumerations with it.
+            ("__builtin__", "getattr"): self._member,
         }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -189,6 +191,11 @@ class _Unpickler(pickle.Unpickler):
         if count * dtype.itemsize > size:
             raise ValueError(f"storage {key} should have {count} elements, but has {size} bytes")
         return _Storage(offset, count, dtype)
+
+    def _member(self, owner: Any, _name: str) -> _Inert:
+        if owner is not _Inert:
+            raise pickle.UnpicklingError(f"it calls getattr on {owner!r}")
+        return _Inert()
 
     def _tensor(
         self, storage: _Storage, start: int, shape: Any, strides: Any, *_: Any
