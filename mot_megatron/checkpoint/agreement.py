@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from mot_megatron.errors import CheckpointError
+from mot_megatron.parallel.gather import values_of_all_ranks
 
 T = TypeVar("T")
 
@@ -41,9 +42,7 @@ def on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None)
     outcome = _attempt(work)
     if not dist.is_initialized():
         return _values([outcome])
-    outcomes: list[tuple[T | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome, group=group)
-    return _values(outcomes)
+    return _values(values_of_all_ranks(outcome, group))
 
 
 def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

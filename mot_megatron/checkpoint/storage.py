@@ -415,24 +415,32 @@ def _overlap(one: tuple[tuple[int, int], ...], other: tuple[tuple[int, int], ...
     )
 
 
+def cause_of_failed_write(error: RuntimeError) -> OSError | None:
+    """Return the OSError that made torch.save fail; None if it was something else.
+
+    torch.save reports positions in the half-written archive, and has the cause as context alone.
+    """
+    context = error.__context__
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return None if context is None else OSError(context.errno, context.strerror)
+
+
 class _Writer(FileSystemWriter):
     """A writer that reports the cause of a failed write and omits storage metadata from the index.
 
-    When a write fails, torch.save raises a RuntimeError about positions in the half-written
-    archive. The OSError is only the context of that error, which would not reach the other ranks.
-    The storage metadata would contain a path of this machine and a random number.
+    Otherwise that cause would not reach the other ranks. The storage metadata would contain a path
+    of this machine and a random number.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            context = error.__context__
-            while context is not None and not isinstance(context, OSError):
-                context = context.__context__
-            if context is None:
+            cause = cause_of_failed_write(error)
+            if cause is None:
                 raise
-            raise OSError(context.errno, context.strerror) from error
+            raise cause from error
 
     def storage_meta(self) -> StorageMeta | None:
         return None

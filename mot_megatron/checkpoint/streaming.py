@@ -41,6 +41,7 @@ from mot_megatron.checkpoint.agreement import describe_os_error
 from mot_megatron.checkpoint.manifest import FileRecord
 from mot_megatron.checkpoint.storage import (
     UNPICKLING_ERRORS,
+    cause_of_failed_write,
     open_piece,
     write_index,
 )
@@ -233,13 +234,10 @@ def _save_piece(values: torch.Tensor, piece: Piece, stream: _HashingStream) -> N
     try:
         torch.save(values.detach(), cast("IO[bytes]", stream))  # it only writes
     except RuntimeError as error:
-        # torch reports positions in the half-written archive; the cause is the context.
-        context = error.__context__
-        while context is not None and not isinstance(context, OSError):
-            context = context.__context__
-        if context is None:
+        cause = cause_of_failed_write(error)
+        if cause is None:
             raise
-        raise OSError(context.errno, context.strerror) from error
+        raise cause from error
 
 
 def _index_of(piece: Piece) -> MetadataIndex:

@@ -29,6 +29,7 @@ from mot_megatron.checkpoint.save import Background, Keep, save_checkpoint
 from mot_megatron.checkpoint.tensors import NamedTensor
 from mot_megatron.errors import CheckpointError, TrainingError
 from mot_megatron.model.sharding import experts_of, parts_of, sharding_of
+from mot_megatron.parallel.gather import values_of_all_ranks
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.train.session import Session
 from mot_megatron.train.staging import StagedState, Staging
@@ -232,8 +233,7 @@ def _check_finite(broken: list[str], step: int, device: torch.device) -> None:
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     if not count:
         return
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, broken[:_BROKEN_NAMES])
+    gathered = values_of_all_ranks(broken[:_BROKEN_NAMES])
     names = list(dict.fromkeys(name for of_rank in gathered for name in of_rank))
     more = f"{len(names) - 1} more" if count <= _BROKEN_NAMES else "more"
     others = f" (and {more})" if len(names) > 1 else ""
