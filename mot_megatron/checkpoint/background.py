@@ -81,8 +81,13 @@ class BackgroundWriter:
     writer, because those of training, in another thread, would mix with them.
     """
 
-    def __init__(self) -> None:
-        """Create the group, with gloo on any device. Collective over the world."""
+    def __init__(self, confirm: Callable[[], None] | None = None) -> None:
+        """Create the group, with gloo on any device. Collective over the world.
+
+        Args:
+            confirm: See ``Background``.
+        """
+        self._confirm = confirm
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -152,5 +157,5 @@ class BackgroundWriter:
 
     def _write(self, save: Save, count: _Count) -> Written:
         begin = time.perf_counter()
-        checkpoint = save(background=Background(self._group, count))
+        checkpoint = save(background=Background(self._group, count, self._confirm))
         return Written(checkpoint, time.perf_counter() - begin)

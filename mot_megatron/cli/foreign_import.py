@@ -55,6 +55,8 @@ def import_model(
         f"vocabulary: {len(plan.rows.source)} rows, {plan.rows.num_new} of them new; matched"
         f" {plan.rows.rule}"
     )
+    if plan.rows.num_left_out:
+        print(f"left out: {plan.rows.num_left_out} rows of the source's vocabulary")
     if plan.drawn:
         print(f"initialized: {len(plan.drawn)} tensors of routers")
     for what, count in plan.left_out.items():

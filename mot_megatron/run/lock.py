@@ -80,6 +80,21 @@ class RunLock:
         """Add the processes of all ranks to the file, for people and tools that end them."""
         self._content["ranks"] = [asdict(rank) for rank in ranks]
 
+    def confirm(self) -> None:
+        """Make sure that no other job has taken the folder over, by reading the file once more.
+
+        Raises:
+            CheckpointError: Another job has.
+        """
+        found = self._read()
+        if found is not None and not self._is_mine():
+            self.taken_by = str(_owner_of(found) or "another job")
+        if self.taken_by:
+            raise CheckpointError(
+                f"{self.path.parent}: another job ({self.taken_by}) took over this folder while"
+                " this job was suspended; this job ends without saving"
+            )
+
     def release(self) -> None:
         """Give the lock back; a folder that holds nothing else is removed."""
         self._ended.set()

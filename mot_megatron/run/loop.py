@@ -219,6 +219,7 @@ def _start(
         saver=stack.enter_context(
             RunSaver(
                 session,
+                lock,
                 search.damaged,
                 progress.steps if search.checkpoint else None,
                 console,
@@ -322,10 +323,7 @@ def _beginning(reason: str) -> str:
 def _one_step(run: _Run) -> StepResult:
     session, progress = run.session, run.progress
     if run.lock.taken_by:
-        raise TrainingError(
-            f"{run.config.run_directory}: another job ({run.lock.taken_by}) took over this folder"
-            " while this job was suspended; this job ends without saving"
-        )
+        run.lock.confirm()
     run.position = session.loader.state_dict()
     guard = SpikeGuard(progress.recent) if run.config.training.on_spike else None
     with run.profiler.around(progress.steps + 1) as add:

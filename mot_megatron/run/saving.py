@@ -15,6 +15,7 @@ from types import TracebackType
 from mot_megatron.checkpoint.background import BackgroundWriter, Written
 from mot_megatron.errors import CheckpointError
 from mot_megatron.run.console import Console
+from mot_megatron.run.lock import RunLock
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.session import Session
 from mot_megatron.train.staging import Staging
@@ -38,6 +39,7 @@ class RunSaver:
     def __init__(
         self,
         session: Session,
+        lock: RunLock,
         damaged: Collection[Path],
         saved_steps: int | None,
         console: Console,
@@ -47,6 +49,7 @@ class RunSaver:
 
         Args:
             session: The run.
+            lock: Says whether the folder still belongs to this job, before a save changes it.
             damaged: Checkpoints that failed verification when the run was resumed.
             saved_steps: Steps done at the checkpoint from which the run was resumed, if any.
             console: Prints a line for every save.
@@ -56,7 +59,7 @@ class RunSaver:
         if asynchronous is None:
             asynchronous = session.groups.device.type == "cpu"
         self._asynchronous = asynchronous
-        self._writer = BackgroundWriter()
+        self._writer = BackgroundWriter(lock.confirm)
         self._staging = Staging()
         self._session = session
         self._damaged = damaged

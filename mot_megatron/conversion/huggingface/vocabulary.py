@@ -32,6 +32,8 @@ class Rows:
 
     source: np.ndarray
     """[V] int64: row of the source's matrix, or -1 for a new row."""
+    source_rows: int
+    """Rows of the source's matrix."""
     rule: str
     """How they were matched, for people."""
 
@@ -39,6 +41,11 @@ class Rows:
     def num_new(self) -> int:
         """Number of new rows."""
         return int((self.source == _NEW).sum())
+
+    @property
+    def num_left_out(self) -> int:
+        """Number of the source's rows that no row of the new matrix copies."""
+        return self.source_rows - len(np.unique(self.source[self.source != _NEW]))
 
     def resized(self, matrix: torch.Tensor, name: str, seed: int) -> torch.Tensor:
         """Return the new matrix, [V, h] in fp32; ``name`` and ``seed`` determine the new rows."""
@@ -80,7 +87,7 @@ def match_rows(directory: Path, source_rows: int, corpus: Corpus, num_rows: int)
         assert isinstance(codec, TextCodec)
         for token, id_ in codec.tokenizer.get_vocab().items():
             rows[modality.first_id + id_] = theirs.get(token, _NEW)
-    return Rows(rows, f"by the tokens of {path} and of the corpus's tokenizer")
+    return Rows(rows, source_rows, f"by the tokens of {path} and of the corpus's tokenizer")
 
 
 def _same_vocabulary(directory: Path, corpus: Corpus) -> bool:
@@ -91,4 +98,5 @@ def _same_vocabulary(directory: Path, corpus: Corpus) -> bool:
 
 def _by_id(source_rows: int, num_rows: int, reason: str) -> Rows:
     ids = np.arange(num_rows)
-    return Rows(np.where(ids < source_rows, ids, _NEW), f"by id, because {reason}")
+    rows = np.where(ids < source_rows, ids, _NEW)
+    return Rows(rows, source_rows, f"by id, because {reason}")

@@ -41,6 +41,7 @@ def test_by_token_with_two_tokenizers(tmp_path: Path, corpus: Corpus) -> None:
     for token, id_ in ours.items():
         assert rows.source[id_] == theirs.get(token, -1), token
     assert (rows.source[TEXT_SIZE:] == -1).all()
+    assert rows.num_left_out == TEXT_SIZE - len(common)
     assert "by the tokens" in rows.rule
 
 
@@ -49,7 +50,8 @@ def test_new_rows_have_the_statistics_of_their_columns() -> None:
     scale, shift = torch.tensor([0.1, 1.0, 5.0]), torch.tensor([0.0, -2.0, 30.0])
     matrix = torch.randn(500, 3, generator=generator) * scale + shift
     source = np.concatenate((np.arange(10), np.full(4000, -1), [499]))
-    rows = Rows(source, "test")
+    rows = Rows(source, 500, "test")
+    assert rows.num_left_out == 500 - 11
     resized = rows.resized(matrix, "embedding", seed=3)
     assert torch.equal(resized[:10], matrix[:10])
     assert torch.equal(resized[-1], matrix[499])
