@@ -9,6 +9,7 @@ from mot_megatron.cli.main import Command, dispatch
 
 BENCHMARKS = {
     "layer": Command("benchmark_layer", "time one layer and other ways to untie weights"),
+    "step": Command("benchmark_step", "time whole steps, also against another checkout"),
     "data": Command("benchmark_data", "time packing and the preparation of micro-batches"),
     "scaling": Command("benchmark_scaling", "measure, count and forecast how training scales"),
 }

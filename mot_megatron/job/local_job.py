@@ -45,6 +45,7 @@ class Job:
         environment: Mapping[str, str],
         hosts: Hosts | None = None,
         is_supervised: bool = False,
+        directory: Path | None = None,
     ) -> None:
         """Start the job.
 
@@ -55,6 +56,7 @@ class Job:
             environment: All environment variables of the job.
             hosts: Machines on which it runs; None for this one alone.
             is_supervised: Start it under ``mot supervise``, on this machine.
+            directory: Working directory, from which Python also imports; None for the present one.
         """
         port = free_port()
         self.output = output
@@ -73,6 +75,7 @@ class Job:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
+                cwd=directory,
                 start_new_session=True,
             )
         self._seen: set[int] = set()

@@ -11,11 +11,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.parallel.axes import EXPERT, MODALITY, PIPELINE, TENSOR, TENSOR_EXPERT, WORLD
+from mot_megatron.parallel.collectives import collective_call
 from mot_megatron.train.step import StepSeconds
 
 COMPUTE, OPTIMIZER, DATA = "computation", "optimizer", "data"
@@ -58,6 +58,7 @@ class StepClock(TorchDispatchMode):
         self._last_axis = WORLD
         self._depth = 0
         self._times: list[tuple[tuple[str, str], Any, Any]] = []
+        self._sent: Counter[tuple[str, str]] = Counter()
 
     def take(self) -> Counter[tuple[str, str]]:
         """Return and forget the seconds by phase and axis. Waits for the device."""
@@ -69,16 +70,29 @@ class StepClock(TorchDispatchMode):
         self._times.clear()
         return found
 
+    def take_sent(self) -> dict[str, int]:
+        """Return and forget the bytes that this rank has sent, by cause of ``TRAFFIC``.
+
+        They are those of ring algorithms; see ``CollectiveCall.sent_bytes``.
+        """
+        found = dict.fromkeys(TRAFFIC, 0)
+        for (phase, axis), count in self._sent.items():
+            if phase != "data":
+                cause = WEIGHTS if phase == "optimizer" else _OF_AXIS.get(axis, GRADIENTS)
+                found[cause] += count
+        self._sent.clear()
+        return found
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and time it if it is a collective."""
         del types
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
-        for argument in args:
-            with contextlib.suppress(TypeError, RuntimeError):
-                name = ProcessGroup.unbox(argument).group_name
-                self._last_axis = self._axes.get(name, WORLD)
-                break
+        call = collective_call(func._overloadpacket.__name__, args)
+        if call is not None:
+            self._last_axis = self._axes.get(call.group.group_name, WORLD)
+            key = self._progress_report.now.name, self._last_axis
+            self._sent[key] += round(call.sent_bytes)
         with self._timed():
             return func(*args, **(kwargs or {}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mot_megatron.job.stop import StopRequest
 from mot_megatron.parallel.axes import axes_of
 from mot_megatron.parallel.gather import values_of_all_ranks
 from mot_megatron.parallel.groups import ProcessGroups
-from mot_megatron.run.step_clock import CAUSES, StepClock, split_step
+from mot_megatron.run.step_clock import CAUSES, TRAFFIC, StepClock, split_step
 from mot_megatron.train.agreement import package_versions
 from mot_megatron.train.session import Trainer, build_schedule
 from mot_megatron.train.step import StepResult, train_step
@@ -41,7 +42,7 @@ def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
 
     Nothing else is written: no run folder, no checkpoint. The seconds of a part of a step are the
     mean over ranks; those of a whole step belong to the slowest rank. SPLIT_STEPS further steps are
-    split by cause on every rank.
+    split by cause on every rank, and what the rank sends in one of them is counted.
 
     Args:
         trainer: Model, optimizer and data.
@@ -56,7 +57,7 @@ def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
     count = config.training.train_steps
     axes = axes_of(groups, config.model.tower_names)
     clock = StepClock(axes, trainer.progress_report, groups.device)
-    results, splits = [], []
+    results, splits, sent = [], [], []
     for step in range(1, count + SPLIT_STEPS + 1):
         rate = schedule.at(min(step, count) - 1)
         with clock if step > count else contextlib.nullcontext():
@@ -65,18 +66,22 @@ def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
             raise TrainingError(f"stopped after step {step}/{count}; no times were written")
         if step > count:
             splits.append(split_step(result.seconds, clock.take()))
+            sent.append(clock.take_sent())
         else:
             results.append(result)
     document = _document(config, groups, results)
-    document["split"] = _gathered(splits)
+    document["split"] = _gathered(splits, CAUSES)
+    document["sent_bytes"] = _gathered(sent, TRAFFIC)
     on_first_rank(lambda: _write(output, document))
 
 
-def _gathered(splits: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Return the seconds by cause, for each rank the mean over its steps. Collective."""
-    mine = {cause: sum(split[cause] for split in splits) / len(splits) for cause in CAUSES}
+def _gathered(
+    steps: Sequence[Mapping[str, float]], causes: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return the values by cause, for each rank the mean over its steps. Collective."""
+    mine = {cause: sum(step[cause] for step in steps) / len(steps) for cause in causes}
     everyone = values_of_all_ranks(mine)
-    return {cause: [split[cause] for split in everyone] for cause in CAUSES}
+    return {cause: [step[cause] for step in everyone] for cause in causes}
 
 
 def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) -> dict[str, Any]:

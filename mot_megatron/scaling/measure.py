@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from mot_megatron.config import Config
 from mot_megatron.errors import ConfigError, DataError
@@ -54,6 +56,8 @@ class Setting:
     """How long a job may take."""
     hosts: Hosts | None = None
     """Machines of the jobs; None for this one alone."""
+    checkouts: Mapping[str, Path] = field(default_factory=dict)
+    """Folder of the package that the jobs of an arm import; the other arms import this one."""
     synthetic: str = ""
     """Shares of the tokens of modalities in synthetic batches; empty for the corpus."""
 
@@ -73,6 +77,7 @@ class Setting:
             "warmup": self.warmup,
             "steps": self.steps,
             "synthetic": self.synthetic,
+            **({"checkouts": checkouts} if (checkouts := self._checkouts()) else {}),
             "arms": {
                 arm: {
                     str(size): config.model_dump(mode="json", exclude={"run"})
@@ -81,6 +86,9 @@ class Setting:
                 for arm, sizes in self.configs.items()
             },
         }
+
+    def _checkouts(self) -> dict[str, str]:
+        return {arm: str(path) for arm, path in self.checkouts.items()}
 
 
 def prepare(setting: Setting) -> None:
@@ -149,17 +157,25 @@ def _run(setting: Setting, point: Point, record: Path) -> str | None:
     config = setting.configs[point.arm][point.world_size]
     training = config.training.model_copy(update={"train_steps": setting.warmup + setting.steps})
     path = record.with_suffix(".toml")
-    write_atomically(path, config.model_copy(update={"training": training}).to_toml())
+    config = config.model_copy(update={"training": training})
+    # Without the defaults, because another checkout need not know all keys.
+    keys = config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    write_atomically(path, tomli_w.dumps(keys))
     record.unlink(missing_ok=True)
     arguments = [f"--config={path}", f"--benchmark={record}"]
     if setting.synthetic:
         arguments.append(f"--synthetic={setting.synthetic}")
+    checkout = setting.checkouts.get(point.arm)
+    environment = dict(setting.environment)
+    if checkout is not None:
+        environment["PYTHONPATH"] = str(checkout)
     job = Job(
         arguments,
         point.world_size,
         record.with_suffix(".log"),
-        setting.environment,
+        environment,
         setting.hosts,
+        directory=checkout,
     )
     try:
         timed_out = not job.wait(setting.job_seconds, poll_seconds=_POLL_SECONDS)

@@ -9,18 +9,17 @@ import contextlib
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter
 
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.optim import reduction
+from mot_megatron.parallel.collectives import collective_call, tensor_bytes, tensors_in
 from mot_megatron.scaling.balanced_routing import KnownCounts
 from mot_megatron.scaling.ledger import (
     BACKWARD,
@@ -39,20 +38,6 @@ from mot_megatron.scaling.ledger import (
 )
 from mot_megatron.scaling.valueless import value_read_by_host
 
-_COLLECTIVES: Mapping[str, tuple[str, int, int]] = {
-    "allreduce_": ("all-reduce", 1, 0),
-    "_allgather_base_": ("all-gather", 2, 0),
-    "allgather_": ("all-gather", 2, 0),
-    "_reduce_scatter_base_": ("reduce-scatter", 2, 1),
-    "reduce_scatter_": ("reduce-scatter", 2, 1),
-    "alltoall_base_": ("all-to-all", 2, 1),
-    "broadcast_": ("broadcast", 1, 0),
-    "reduce_": ("reduce", 1, 0),
-    "send": ("send", 1, 0),
-    "recv_": ("receive", 1, 0),
-}
-"""By name in torch.ops.c10d: kind, and positions of the group and of the counted tensors."""
-_SYNCHRONIZATIONS = ("barrier", "monitored_barrier_")
 _FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1}
 """Operators of matrix products, and the position of their first factor."""
 _WITHOUT_KERNEL = (
@@ -225,21 +210,17 @@ class LedgerRecorder(TorchDispatchMode):
         self._first_pending = len(self._collectives)
 
     def _record_collective(self, name: str, args: Any, part: str) -> None:
-        if name in _SYNCHRONIZATIONS:
+        call = collective_call(name, args)
+        if call is None:
             return
-        if name not in _COLLECTIVES:
-            raise NotImplementedError(f"the ledger does not know the collective c10d.{name}")
-        kind, of_group, of_tensors = _COLLECTIVES[name]
-        group = ProcessGroup.unbox(args[of_group])
-        if group.size() == 1:
-            return
+        group = call.group
         axis = self._axes.get(group.group_name, group.group_name)
         if axis not in self._members:
             self._members[axis] = tuple(dist.get_process_group_ranks(group))
         if part == BACKWARD and reduction.is_starting():
             part = REDUCTION
-        sizes = sum(_size(tensor) for tensor in _tensors(args[of_tensors]))
-        self._collectives.append(Collective(part, kind, axis, group.size(), sizes))
+        collective = Collective(part, call.kind, axis, group.size(), call.num_bytes)
+        self._collectives.append(collective)
 
 
 class _LiveMemory:
@@ -256,7 +237,7 @@ class _LiveMemory:
 
     def see(self, result: Any, part: str) -> None:
         """Take note of the tensors that an operator of a part of the step has returned."""
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self._add(tensor)
         if self._now > self.result.peak:
             self.result.peak, self.result.peak_part = self._now, part
@@ -274,14 +255,6 @@ class _LiveMemory:
 
         self._alive[key] = weakref.ref(storage, forget)
         self._now += size
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_iter(values) if isinstance(leaf, torch.Tensor))
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _product(first: torch.Tensor, result: torch.Tensor) -> Product:
@@ -324,20 +297,20 @@ def _attention_flops(args: Any, backward: bool) -> int:
 def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
     """Return the bytes that an operator reads and writes."""
     if name in _OF_ROWS:
-        return 2 * _size(result) + sum(map(_size, _tensors((args[1:], kwargs))))
+        return 2 * tensor_bytes(result) + sum(map(tensor_bytes, tensors_in((args[1:], kwargs))))
     if name in _INTO_ROWS:
-        return 3 * _size(args[-1] if isinstance(args[-1], torch.Tensor) else args[2])
+        return 3 * tensor_bytes(args[-1] if isinstance(args[-1], torch.Tensor) else args[2])
     written = read = 0
     for position, argument in enumerate(func._schema.arguments):
         value = kwargs.get(argument.name)
         if value is None and position < len(args):
             value = args[position]
-        size = sum(map(_size, _tensors(value)))
+        size = sum(map(tensor_bytes, tensors_in(value)))
         if argument.is_write:
             written += size
         if not (argument.is_write and name in _OVERWRITING):
             read += size
     in_place = any(argument.is_write for argument in func._schema.arguments)
     if not in_place:
-        written = sum(map(_size, _tensors(result)))
+        written = sum(map(tensor_bytes, tensors_in(result)))
     return read + written
