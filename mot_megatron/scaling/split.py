@@ -62,7 +62,9 @@ def splits_of(record: Mapping[str, Any]) -> dict[str, Split]:
             role.append(f"place {mesh.modality_rank(rank)}")
         split = {cause: seconds[rank] for cause, seconds in of_ranks.items()}
         by_role.setdefault(", ".join(role) or "all", []).append(split)
-    filled = sum(median(counts) for counts in record["tokens"].values()) / record["positions"]
+    counts = record["tokens"].values()
+    steps = len(next(iter(counts)))
+    filled = sum(map(sum, counts)) / (steps * record["positions"])
     found = {}
     for role, splits in by_role.items():
         mean = without_waiting(splits, exchange=min(of_ranks[EXCHANGE]))

@@ -11,6 +11,7 @@ import pytest
 
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.planning.arms import MODEL, TWIN
+from mot_megatron.run.step_clock import CAUSES, COMPUTE, GRADIENTS
 from mot_megatron.scaling import measure as measure_module
 from mot_megatron.scaling.conclusions import ratios_of, regressions, times_page, times_to_loss
 from mot_megatron.scaling.measure import (
@@ -21,6 +22,7 @@ from mot_megatron.scaling.measure import (
     read_records,
 )
 from mot_megatron.scaling.report import document, page, plot, rows_of
+from mot_megatron.scaling.split import PADDING, splits_of
 from tests.model.small_models import small_config
 
 CONFIG = small_config({"text": "text"})
@@ -69,6 +71,21 @@ RECORDS = {
     Point(MODEL, 4, 0): record(4, [1.25, 1.25], 200),
     Point(TWIN, 4, 0): {"error": "out of memory"},
 }
+
+
+def test_padding_is_the_mean_share_of_empty_positions() -> None:
+    """The modalities vary against each other: the sum of their medians is not the usual sum."""
+    of_ranks = {cause: [0.0] for cause in CAUSES} | {COMPUTE: [8.0], GRADIENTS: [2.0]}
+    job = {
+        "world_size": 1,
+        "parallel": CONFIG.parallel.model_dump(mode="json"),
+        "positions": 100,
+        "tokens": {"text": [80, 80, 0, 80], "image": [20, 20, 60, 20]},
+        "split": of_ranks,
+    }
+    (split,) = splits_of(job).values()
+    assert split[PADDING] == pytest.approx(0.8 * 0.1)
+    assert (split[COMPUTE], split[GRADIENTS]) == pytest.approx((0.72, 0.2))
 
 
 def test_figures_of_fixed_numbers() -> None:
