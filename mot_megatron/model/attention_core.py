@@ -11,10 +11,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mot_megatron.model.micro_batch import MicroBatch
 
+_BLOCK = 128
+"""Queries, or keys, of a block of FlexAttention's mask."""
 AttentionCore = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer index, q, k, v) -> output [t, heads, d]; a key-value cache uses the layer index."""
 
@@ -97,8 +99,16 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
-    """Build the block-sparse causal mask [b, s, s] within documents from ids [b, s]."""
-    num_rows, sequence_length = document_ids.shape
+    """Build the block-sparse causal mask [b, s, s] within documents, without that of all pairs.
+
+    Because documents are contiguous, the ids at the borders of blocks tell what a block contains.
+    The query block i sees a part of the key block j < i if the last key and the first query are of
+    one document, and all of it if the first key and the last query are.
+
+    Args:
+        document_ids: [b, s] integers, equal within a document and ascending along a sequence.
+    """
+    length = document_ids.shape[1]
 
     def visible(
         row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -107,6 +117,27 @@ def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
         same = document_ids[row, query] == document_ids[row, key]
         return (query >= key) & same
 
-    return create_block_mask(
-        visible, num_rows, None, sequence_length, sequence_length, device=str(document_ids.device)
+    first = document_ids[:, ::_BLOCK]
+    num_blocks = first.shape[1]
+    ends = torch.arange(1, num_blocks + 1, device=document_ids.device) * _BLOCK - 1
+    last = document_ids[:, ends.clamp(max=length - 1)]
+    block = torch.arange(num_blocks, device=document_ids.device)
+    earlier = block[:, None] > block
+    complete = (ends < length)[:, None]
+    full = earlier & complete & (last[:, :, None] == first[:, None, :])
+    touched = earlier & (first[:, :, None] == last[:, None, :])
+    partial = (touched & ~full) | (block[:, None] == block)
+    return BlockMask.from_kv_blocks(
+        *_in_order(partial),
+        *_in_order(full),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(length, length),
     )
+
+
+def _in_order(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number of marked blocks of each row, and the blocks with the marked ones first."""
+    blocks = blocks[:, None].int()  # one mask for all heads
+    order = blocks.argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()

@@ -116,7 +116,9 @@ def deepspeed_config(
         bucket = 1
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
-        "overlap_comm": False,
+        # Gathers of ZeRO-3 on a stream of their own; this project reduces the other stages'
+        # gradients itself, or has DeepSpeed do so after backward.
+        "overlap_comm": settings.zero_stage == 3 and groups.device.type == "cuda",
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": LARGEST_BUCKET,
         # ZeRO-3 keeps all vectors whole, since gathering them costs more than sharding saves, but
@@ -134,6 +136,8 @@ def deepspeed_config(
         "gradient_clipping": 0.0,  # ZeroEngine clips instead, through GatedAdamW
         "gradient_allreduce_op": "sum" if sums_gradients(settings) else "mean",
         "steps_per_print": NEVER,
+        # It would wait for the GPU in every forward pass.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
         # GatedAdamW is not one of the optimizer types that DeepSpeed accepts, and it also runs on
         # the CPU.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 from mot_megatron.model.attention_core import (
     DocumentAttention,
     FlexDocumentAttention,
     build_attention_core,
+    document_block_mask,
 )
 from tests.model.small_models import random_tokens, small_config
 
@@ -70,6 +73,32 @@ def test_flex_attention_equals_document_attention(
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 512, 1000])
+def test_the_block_mask_is_that_of_all_pairs(length: int) -> None:
+    """Documents begin and end inside of blocks and at their borders; some span several blocks."""
+    generator = torch.Generator().manual_seed(length)
+    rows = [torch.zeros(length), torch.arange(length) // 128, torch.arange(length)]
+    for mean in (10, 100, 400):
+        begins = torch.rand(length, generator=generator) < 1 / mean
+        rows.append(begins.cumsum(0))
+    ids = torch.stack([row.long() for row in rows])
+
+    def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (ids[row, query] == ids[row, key])
+
+    expected = create_block_mask(visible, len(ids), None, length, length, device="cpu")
+    actual = document_block_mask(ids)
+    assert actual.seq_lengths == expected.seq_lengths
+    assert actual.BLOCK_SIZE == expected.BLOCK_SIZE
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = getattr(expected, f"{name}_num_blocks"), f"{name}_indices"
+        assert torch.equal(getattr(actual, f"{name}_num_blocks"), counts), name
+        for place in counts.nonzero():
+            count = counts[tuple(place)]
+            of_row = (getattr(mask, indices)[tuple(place)][:count] for mask in (actual, expected))
+            assert torch.equal(*of_row), (name, place)
 
 
 @pytest.mark.gpu
