@@ -58,6 +58,9 @@ class DataConfig(Section):
     also give every micro-batch the same number of tokens of each tower, in proportion to the
     tower's share of the corpus, so that shapes are static; the remaining positions are padded.
     Evaluation always packs by sequence."""
+    prefetch: bool | None = None
+    """Prepare the micro-batches of the next step in a thread while the present step runs, on a GPU
+    in pinned memory. Absent: on a GPU. On a CPU, the thread takes its time from the step."""
 
 
 class ModalityConfig(Section):

@@ -10,6 +10,7 @@ grouped slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -45,12 +46,12 @@ class ExchangePlan:
     rank_pairs: tuple[int, ...]
     """[P]: ``attended_pairs`` of each rank."""
 
-    def to(self, device: torch.device) -> ExchangePlan:
-        """Return the same plan with its tensors on ``device``."""
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ExchangePlan:
+        """Return the same plan with ``function`` of its tensors."""
         return replace(
             self,
-            arrival_index=self.arrival_index.to(device, non_blocking=True),
-            position_index=self.position_index.to(device, non_blocking=True),
+            arrival_index=function(self.arrival_index),
+            position_index=function(self.position_index),
         )
 
 
@@ -112,13 +113,20 @@ class MicroBatch:
         return self.group_index // self.document_ids.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``; from pinned memory, do not wait."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """Return the same batch in pinned memory of the host."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
-                value = value.to(device, non_blocking=True)
+                value = function(value)
             elif isinstance(value, ExchangePlan):
-                value = value.to(device)
+                value = value.mapped(function)
             moved[field.name] = value
         return MicroBatch(**moved)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from mot_megatron.config import Config
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.modality_shards import ModalityShard
+from mot_megatron.data.prefetch import PrefetchedLoader
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
@@ -162,17 +164,7 @@ def build_session(
 
     Collective over the world.
     """
-    training = config.training
-    loader = PackedLoader(
-        corpus,
-        TRAIN_SPLIT,
-        seq_length=config.data.seq_length,
-        micro_batch_size=training.micro_batch_size,
-        grouping=grouping_plan(config, groups),
-        shard=_data_shard(groups),
-        seed=config.run.seed,
-        packing=config.data.packing,
-    )
+    loader = _build_loader(config, corpus, groups)
     # Check documents of both splits before building the model, which may take minutes.
     _held_out_batches(config, corpus, groups, limit_sequences=None)
     trainer = build_trainer(config, groups, loader, progress_report)
@@ -185,6 +177,24 @@ def build_session(
         progress_report=trainer.progress_report,
         corpus=corpus,
         schedule=build_schedule(config),
+    )
+
+
+def _build_loader(config: Config, corpus: Corpus, groups: ProcessGroups) -> PackedLoader:
+    on_gpu = groups.device.type == "cuda"
+    build: Callable[..., PackedLoader] = PackedLoader
+    if on_gpu if config.data.prefetch is None else config.data.prefetch:
+        ahead = config.accumulation_steps(groups.data_size)
+        build = functools.partial(PrefetchedLoader, ahead=ahead, pin=on_gpu)
+    return build(
+        corpus,
+        TRAIN_SPLIT,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        grouping=grouping_plan(config, groups),
+        shard=_data_shard(groups),
+        seed=config.run.seed,
+        packing=config.data.packing,
     )
 
 

@@ -51,7 +51,7 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
         (2, [PP2, VPP2], [FOUR_LAYERS, TIED]),
         (4, [PP2, VPP2], [FOUR_LAYERS]),
         (4, [PP2, TP2, SP], [TIED]),
-        (2, [MP2], TWO_TOWERS),
+        (2, [MP2, "data.prefetch=true"], TWO_TOWERS),
         (2, [MP2, HEADS, FULL], [*TWO_TOWERS, TIED]),
         (2, [MP2, ZERO2, SELECTIVE], []),
         (2, [MP2, HEADS, ZERO2], [*SHARED_PARTS, BIASES]),

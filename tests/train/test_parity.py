@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
     ("world_size", "layout", "model"),
     [
         (2, [DP1], []),
-        (2, [ZERO2, "training.micro_batch_size=2"], []),
+        (2, [ZERO2, "training.micro_batch_size=2", "data.prefetch=true"], []),
         (2, [ZERO3], []),
         (2, [ZERO3, OFFLOAD], []),
         (2, ["parallel.zero_stage=0"], DENSE),
