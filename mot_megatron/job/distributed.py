@@ -142,5 +142,8 @@ def join_world(world: World) -> torch.device:
         )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device, **place)
+    # Without device_id: with it, every new group splits the world's communicator, which all ranks
+    # must take part in, and a large world has thousands of groups. Without it, a group gets its
+    # communicator at its first collective, from its members alone.
+    dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, **place)
     return device

@@ -13,13 +13,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Dense bf16 and fp32 (TF32 off) FLOP/s from NVIDIA's data sheets.
+_A100 = {"bf16": 312e12, "fp32": 19.5e12}
+_HOPPER_SXM = {"bf16": 989e12, "fp32": 67e12}
+_HOPPER_NVL = {"bf16": 835e12, "fp32": 60e12}
 _DATA_SHEET: dict[str, dict[str, float]] = {
-    "H200": {"bf16": 989e12, "fp32": 67e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA H100 80GB HBM3": _HOPPER_SXM,
+    "NVIDIA H100 NVL": _HOPPER_NVL,
+    "NVIDIA H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
+    "NVIDIA H200": _HOPPER_SXM,
+    "NVIDIA H200 NVL": _HOPPER_NVL,
+    "NVIDIA B200": {"bf16": 2250e12},
+    "NVIDIA L40S": {"bf16": 362e12, "fp32": 91.6e12},
 }
+"""Dense FLOP/s from NVIDIA's data sheets, fp32 without TF32, by the full name of the device.
+
+Variants of one chip differ: a name that is not here, such as that of a part of a GPU, is no match.
+"""
 _MEASURED_SIZE = 1024
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -64,10 +77,10 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
     For a known GPU this is the value of its data sheet, otherwise that of a measured matmul.
     """
-    name = device_name(device)
-    for model, peaks in _DATA_SHEET.items():
-        if device.type == "cuda" and model in name:
-            return peaks[precision]
+    if device.type == "cuda":
+        known = _DATA_SHEET.get(device_name(device), {}).get(precision)
+        if known is not None:
+            return known
     return _measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Memory settings of a process."""
+"""Memory settings of a process, and the peak of a device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mot_megatron.job import hardware
 from mot_megatron.job.hardware import disable_malloc_trim
 
 TRIES = 12
@@ -56,3 +57,24 @@ def test_freed_memory_is_reused() -> None:
         assert before > 1000  # by default glibc returns the memory, so that this proves something
         results.append(after)
     assert results[-1] < 100, results
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H100 NVL", "fp32", 60),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", 1),
+        ("NVIDIA B200", "fp32", 1),
+        ("NVIDIA GeForce RTX 4090", "bf16", 1),
+    ],
+)
+def test_the_peak_is_that_of_exactly_this_device(
+    name: str, precision: str, teraflops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that the data sheets do not name is measured, here as one teraflop per second."""
+    monkeypatch.setattr(hardware, "device_name", lambda _: name)
+    monkeypatch.setattr(hardware, "_measured_flops", lambda *_: 1e12)
+    assert hardware.peak_flops(torch.device("cuda", 0), precision) == teraflops * 1e12
