@@ -403,7 +403,10 @@ class EvaluationConfig(Section):
     step."""
     max_sequences: PositiveInt | None = None
     """Number of packed sequences of the validation split to evaluate, over all ranks; absent: all.
-    The evaluation after the last step always uses all."""
+    The evaluation after the last step uses ``final_max_sequences`` instead."""
+    final_max_sequences: PositiveInt | None = None
+    """Number of packed sequences of the validation split to evaluate after the last step, over all
+    ranks; absent: all."""
 
 
 class LoggingConfig(Section):

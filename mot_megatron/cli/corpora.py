@@ -24,7 +24,7 @@ def resolve_from_corpus(config: Config) -> tuple[Config, Mapping[str, int] | Non
     # Imported here because it imports megatron, which takes seconds.
     from mot_megatron.data.corpus import Corpus
 
-    description = Corpus.open(config.data.corpus).description
+    description = Corpus.open(config.data.corpus, once=True).description
     names = [modality.name for modality in description.modalities]
     config = config.resolved_for(names, description.vocab_size)
     return config, description.splits[TRAIN_SPLIT].tokens_per_modality

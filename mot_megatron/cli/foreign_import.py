@@ -44,7 +44,7 @@ def import_model(
     config = load_config(options.config, options.overrides, defaults)
     if check:
         check(source, config.model)
-    corpus = Corpus.open(config.data.corpus)
+    corpus = Corpus.open(config.data.corpus, once=True)
     config = resolve_config(config, corpus)
     plan = plan_import(source, config, corpus, parse_towers(options.towers))
     infos = source.tensors.infos

@@ -178,7 +178,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     # DeepSpeed reads these even if the process group exists.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
-        corpus = Corpus.open(world.config.data.corpus)
+        corpus = Corpus.open(world.config.data.corpus, once=True)
         config = resolve_config(world.config, corpus)
         dist.init_process_group(
             "gloo",

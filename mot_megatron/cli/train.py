@@ -200,7 +200,7 @@ def run(
     )
 
     check_device(config, works_on_gpus())
-    corpus = Corpus.open(config.data.corpus)
+    corpus = Corpus.open(config.data.corpus, once=True)
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
     groups = build_groups(config, corpus, join(world, config, corpus))

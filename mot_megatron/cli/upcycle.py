@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.train.upcycle_plan import first_forwards, source_towers, whole_model
 
     config = load_config(options.config, options.overrides)
-    corpus = Corpus.open(config.data.corpus)
+    corpus = Corpus.open(config.data.corpus, once=True)
     config = resolve_config(config, corpus)
     source = SavedRun.open(options.checkpoint)
     source.check_corpus(corpus, "data.corpus")

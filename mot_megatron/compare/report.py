@@ -175,14 +175,18 @@ def _optimizer(optimizer: OptimizerConfig) -> str:
 
 
 def _held_out(record: RunRecord) -> str:
-    sequences, length = record.config.evaluation.max_sequences, record.config.data.seq_length
+    evaluation, length = record.config.evaluation, record.config.data.seq_length
+    sequences, final = evaluation.max_sequences, evaluation.final_max_sequences
     whole = sum(record.corpus["tokens"][HELD_OUT_SPLIT].values())
-    if sequences is None or sequences * length >= whole:
+    if sequences == final and (sequences is None or sequences * length >= whole):
         return "Held-out losses use the whole validation split"
+    of_all = "the whole split" if final is None else f"{final} sequences"
+    if sequences is None:
+        return f"Held-out curves use the whole validation split, final held-out losses {of_all}"
     return (
         f"Held-out curves use {sequences} sequences, {sequences * length / whole:.0%} of the"
         " validation split and the same for all runs; the intervals do not include the uncertainty"
-        " from this choice. Final held-out losses use the whole split"
+        f" from this choice. Final held-out losses use {of_all}"
     )
 
 

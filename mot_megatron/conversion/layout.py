@@ -53,7 +53,7 @@ class Layout:
             # Here, because it imports megatron-core, which takes as long as a GB of tensors.
             from mot_megatron.data.corpus import TRAIN_SPLIT, Corpus
 
-            split = Corpus.open(config.data.corpus).description.splits[TRAIN_SPLIT]
+            split = Corpus.open(config.data.corpus, once=True).description.splits[TRAIN_SPLIT]
             tokens = tokens_of_towers(config.model, split.tokens_per_modality)
         placement = place_towers(config, tokens)
         check_experts_placed(config, placement, world_size)

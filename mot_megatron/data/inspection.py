@@ -19,7 +19,7 @@ from mot_megatron.data.codebooks.speech import UnitCodec, write_sound
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.packing import pack
-from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
+from mot_megatron.data.statistics import ModalityStatistics, statistics_of
 from mot_megatron.errors import DataError
 
 _COLUMNS = 16
@@ -155,7 +155,7 @@ def inspect(
     description = corpus.description
     longest = max(counts.longest_document for counts in description.splits.values())
     seq_length = seq_length or max(512, longest)
-    statistics = measure_corpus(corpus)
+    statistics = statistics_of(corpus)
     validation = corpus.split("validation")
     shown = np.linspace(0, len(validation) - 1, min(num_examples, len(validation)))
     return {

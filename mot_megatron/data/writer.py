@@ -24,6 +24,9 @@ import numpy as np
 from mot_megatron.data.corpus import (
     DESCRIPTION_FILE,
     FORMAT,
+    HELD_OUT_SPLIT,
+    TRAIN_SPLIT,
+    Corpus,
     CorpusDescription,
     FileDigests,
     Modality,
@@ -32,6 +35,7 @@ from mot_megatron.data.corpus import (
     parse_description,
 )
 from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path
+from mot_megatron.data.statistics import STATISTICS_FILE, render_statistics
 from mot_megatron.errors import DataError
 from mot_megatron.job.processes import Process
 
@@ -156,7 +160,8 @@ class CorpusWriter:
             DataError: The name is taken or not a plain file name, or the disk is full.
         """
         path = self._root / name
-        if Path(name).name != name or name == DESCRIPTION_FILE or path.suffix in {".bin", ".idx"}:
+        reserved = (DESCRIPTION_FILE, STATISTICS_FILE)
+        if Path(name).name != name or name in reserved or path.suffix in {".bin", ".idx"}:
             raise DataError(f"{self.directory}: cannot add a file named {name!r}")
         if path.exists():
             raise DataError(f"{self.directory}: file {name!r} was added twice")
@@ -207,6 +212,9 @@ class CorpusWriter:
             text = render_description(self._describe(counts))
             parse_description(text, DESCRIPTION_FILE)
             (self._root / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
+            if {TRAIN_SPLIT, HELD_OUT_SPLIT} <= counts.keys():
+                statistics = render_statistics(Corpus.open(self._root))
+                (self._root / STATISTICS_FILE).write_text(statistics, encoding="utf-8")
             for path in self._root.iterdir():
                 _flush_to_disk(path)
             self._root.chmod(0o755)  # mkdtemp makes directories for the owner only

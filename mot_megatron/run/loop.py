@@ -429,14 +429,17 @@ def _evaluate(run: _Run, whole: bool = False) -> HeldOut:
 
     Args:
         run: The run.
-        whole: Use the whole split, even if evaluation.max_sequences limits it.
+        whole: See ``Session.held_out_batches``.
     """
     session, step = run.session, run.progress.steps
     session.progress_report.enter("evaluation")
     # Log it under another tag, because its loss is not comparable with losses of a part.
-    apart = whole and run.config.evaluation.max_sequences is not None
+    evaluation = run.config.evaluation
+    apart = whole and evaluation.max_sequences != evaluation.final_max_sequences
     if apart:
-        run.console.say("evaluating the whole validation split:")
+        limit = evaluation.final_max_sequences
+        part = "the whole" if limit is None else f"{limit} sequences of the"
+        run.console.say(f"evaluating {part} validation split:")
     check_stop = functools.partial(_check_stop, run.stop, session.groups)
     held_out = evaluate_held_out(session, whole, check_stop)
     run.progress.evaluated_steps = step
@@ -473,7 +476,7 @@ def _sample(run: _Run) -> None:
 def _finish(run: _Run) -> None:
     _save(run)
     evaluation = run.config.evaluation
-    limited = evaluation.max_sequences is not None
+    limited = evaluation.max_sequences != evaluation.final_max_sequences
     if limited and not run.logged and _due(run.progress.steps, evaluation.interval_steps):
         _evaluate(run)
     # The summary compares these losses with entropies of the whole split.

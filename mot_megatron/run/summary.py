@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mot_megatron.config import Config
-from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
+from mot_megatron.data.statistics import ModalityStatistics, statistics_of
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import device_name
 from mot_megatron.parallel.placement import Placement
@@ -32,7 +32,7 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
         OSError: The file cannot be written; an older one is unchanged.
     """
     config, corpus = session.config, session.corpus
-    statistics = measure_corpus(corpus)
+    statistics = statistics_of(corpus)
     seconds = progress.seconds
     summary = {
         "name": config.run.name,

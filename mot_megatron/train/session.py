@@ -83,9 +83,11 @@ class Session(Trainer):
         """Return this rank's share of the validation split.
 
         Args:
-            whole: Use the whole split, even if evaluation.max_sequences limits it.
+            whole: Use the whole split unless evaluation.final_max_sequences limits it, even if
+                evaluation.max_sequences does.
         """
-        limit = None if whole else self.config.evaluation.max_sequences
+        evaluation = self.config.evaluation
+        limit = evaluation.final_max_sequences if whole else evaluation.max_sequences
         return _held_out_batches(self.config, self.corpus, self.groups, limit)
 
 

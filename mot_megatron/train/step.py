@@ -202,7 +202,7 @@ def evaluate_held_out(
 
     Args:
         session: The run.
-        whole: Use the whole split, even if evaluation.max_sequences limits it.
+        whole: See ``Session.held_out_batches``.
         check_stop: See ``evaluate``.
     """
     model = session.config.model

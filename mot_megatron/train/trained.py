@@ -120,7 +120,7 @@ def load_trained_model(
         DataError: The corpus cannot be opened.
     """
     saved = SavedRun.open(path)
-    corpus = Corpus.open(corpus_directory or saved.config.data.corpus)
+    corpus = Corpus.open(corpus_directory or saved.config.data.corpus, once=True)
     saved.check_corpus(corpus, "--corpus")
     # Experts must choose among as many tokens as in training.
     pool = {"micro_batch_size": saved.config.pool_sequences}

@@ -1,12 +1,13 @@
 """Measured entropies compared with closed forms for synthetic sources."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mot_megatron.data.corpus import Corpus, Modality
-from mot_megatron.data.statistics import ModalityStatistics, measure_corpus
+from mot_megatron.data.statistics import ModalityStatistics, measure_corpus, statistics_of
 from mot_megatron.data.writer import CorpusWriter
 
 STATES = 4
@@ -122,3 +123,33 @@ def test_modality_without_tokens_has_no_entropy(tmp_path: Path) -> None:
         for split in ("train", "validation"):
             writer.add(split, [("main", [0, 1, 2])])
     assert set(measure_corpus(Corpus.open(tmp_path / "c"))) == {"main"}
+
+
+def test_statistics_are_stored_when_the_corpus_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modality = Modality(name="main", first_id=0, size=STATES)
+    corpus = build(tmp_path / "c", modality, chain(CIRCULANT, 30, 1), chain(CIRCULANT, 10, 2))
+    measured = measure_corpus(corpus)
+    with monkeypatch.context() as patch:
+        patch.setattr("mot_megatron.data.statistics.measure_corpus", lambda _: {})
+        assert statistics_of(corpus) == measured
+        # Those of another corpus, or damaged ones, do not count.
+        assert statistics_of(replace(corpus, fingerprint="another")) == {}
+        path = corpus.directory / "statistics.json"
+        for damaged in ("", "[]", path.read_text().replace("unigram", "bigram")):
+            path.write_text(damaged)
+            assert statistics_of(corpus) == {}
+    path.unlink()
+    assert statistics_of(corpus) == measured
+
+
+def test_a_large_split_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second half of the documents has another distribution; both are in the sample."""
+    monkeypatch.setattr("mot_megatron.data.statistics.LARGEST_SAMPLE", 13_000)
+    train = np.concatenate((np.zeros((200, DOCUMENT), int), np.ones((200, DOCUMENT), int)))
+    found = measure(tmp_path / "c", train, train[::2])
+    # Of 400 documents with 130 tokens, every fourth is in the sample.
+    assert found.train_tokens == 100 * (DOCUMENT - 1)
+    assert found.all_tokens.unigram == pytest.approx(1, abs=1e-3)
+    assert found.all_tokens.one_token == pytest.approx(0, abs=1e-2)

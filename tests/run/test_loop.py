@@ -207,15 +207,16 @@ def test_unwritable_summary_does_not_fail_the_run(corpus: Path, tmp_path: Path) 
     assert errors == [None, None]  # the run itself is done
 
 
-def test_last_evaluation_covers_the_whole_split(tmp_path: Path) -> None:
+def test_last_evaluation_covers_the_whole_split_or_what_was_asked(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     reached = []
-    for limit in ([], ["evaluation.max_sequences=1"]):
+    final = "evaluation.final_max_sequences=1"
+    for limit in ([], ["evaluation.max_sequences=1"], ["evaluation.max_sequences=1", final]):
         overrides = ["training.train_steps=1", f"run.name=limit{len(limit)}", *limit]
         assert run_ranks(train_on_ranks, 1, corpus, tmp_path, overrides, None) == [None]
         summary = tmp_path / f"limit{len(limit)}" / "summary.json"
         reached.append(json.loads(summary.read_text())["modalities"])
-    assert reached[0] == reached[1]
+    assert reached[0] == reached[1] != reached[2]
 
 
 def test_modality_without_held_out_tokens(tmp_path: Path) -> None:
