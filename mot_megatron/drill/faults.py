@@ -29,9 +29,11 @@ def kill_a_rank(job: Job, _run: Path, chance: random.Random) -> str:
     return f"rank {rank} of {len(ranks)} started ranks"
 
 
-def kill_all_ranks(job: Job, _run: Path, _chance: random.Random) -> str:
-    """SIGKILL all ranks that have started, as when a machine is switched off."""
+def kill_all_ranks(job: Job, run: Path, chance: random.Random) -> str:
+    """SIGKILL all ranks that have started, or the launcher if none has."""
     ranks = job.ranks()
+    if not ranks:
+        return kill_the_launcher(job, run, chance)
     for pid in ranks:
         _signal(pid, signal.SIGKILL)
     return f"{len(ranks)} started ranks"

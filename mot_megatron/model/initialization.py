@@ -1,18 +1,23 @@
 """Initialize weights from the seed and a parameter's global name, and from nothing else.
 
 Each rank draws the whole tensor from a generator of its own and keeps its shard. Every layout
-therefore starts from the same model, whatever order modules are built in.
+therefore starts from the same model, whatever order modules are built in, and threads may draw
+several tensors at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
-from mot_megatron.model.sharding import parts_of
+from mot_megatron.model.sharding import NamedPart, parts_of
+
+DRAWN_AT_ONCE = 8
+"""Tensors that a rank draws at a time at most: one per thread that torch has."""
 
 
 def initialize_parameters(
@@ -20,19 +25,29 @@ def initialize_parameters(
 ) -> None:
     """Fill every matrix with this rank's shard of normal(0, std), drawn in fp32.
 
-    Vectors keep their values: norm weights start as ones, and biases as zeros.
+    Vectors keep their values: norm weights start as ones, and biases as zeros. Parameters on the
+    meta device stay without values.
     """
-    for name, parameter in model.named_parameters():
-        for part in parts_of(name, parameter):
-            shape, shard_dim = part.sharding.global_shape, part.sharding.shard_dim
-            if len(shape) == 1:
-                continue
-            whole = initial_values(part.name, shape, seed, std)
-            if shard_dim is not None:
-                whole = whole.chunk(tensor_size, shard_dim)[tensor_rank]
-            with torch.no_grad():
-                rows = parameter[part.rows]
-                rows.copy_(whole.reshape(rows.shape))
+
+    def fill(parameter: nn.Parameter, part: NamedPart) -> None:
+        shape, shard_dim = part.sharding.global_shape, part.sharding.shard_dim
+        whole = initial_values(part.name, shape, seed, std)
+        if shard_dim is not None:
+            whole = whole.chunk(tensor_size, shard_dim)[tensor_rank]
+        with torch.no_grad():
+            rows = parameter[part.rows]
+            rows.copy_(whole.reshape(rows.shape))
+
+    matrices = [
+        (parameter, part)
+        for name, parameter in model.named_parameters()
+        for part in parts_of(name, parameter)
+        if len(part.sharding.global_shape) > 1 and not parameter.is_meta
+    ]
+    # Drawing takes 6 to 13 ns per number and does not hold Python's lock.
+    with ThreadPoolExecutor(min(DRAWN_AT_ONCE, torch.get_num_threads()), "initial values") as pool:
+        for done in [pool.submit(fill, *matrix) for matrix in matrices]:
+            done.result()
 
 
 def initial_values(name: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ Start: a rank builds its whole part of the model (its pipeline stage, towers and
 shard) on the host before moving it to the GPU. Linear layers and vocabulary matrices are built in
 the training precision; norms, routers and experts are built in fp32. To initialize a matrix, the
 rank draws the whole global matrix in fp32 and keeps its shard. Every rank does this, whatever the
-ZeRO stage.
+ZeRO stage, with up to ``DRAWN_AT_ONCE`` matrices at a time, of which the largest are counted.
 
 Resume: after that, the rank reads fp32 weights and both moments of its whole part, 12 bytes per
 parameter, and copies its share to the device. An offloaded optimizer is in host memory as well.
@@ -16,10 +16,13 @@ GPU, as it does if there is room; otherwise it holds a group's weights on the ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mot_megatron.config import Config
+from mot_megatron.model.initialization import DRAWN_AT_ONCE
 from mot_megatron.model.inventory import HeldParameter
 
 _FP32 = 4
@@ -46,7 +49,7 @@ def host_bytes(config: Config, held: Sequence[HeldParameter], offloaded: int) ->
         offloaded: Bytes of model state that stay in host memory during training.
     """
     built = sum(parameter.size * _built_width(config, parameter) for parameter in held)
-    drawn = max(_global_elements(config, parameter) for parameter in held)
+    drawn = sum(heapq.nlargest(DRAWN_AT_ONCE, _drawn(config, held)))
     start = max(built + _FP32 * drawn, offloaded)
     resume = _RESUMED * sum(parameter.size for parameter in held) + offloaded
     return HostBytes(start, max(start, resume))
@@ -58,15 +61,23 @@ def _built_width(config: Config, parameter: HeldParameter) -> int:
     return 2 if in_bf16 else _FP32
 
 
-def _global_elements(config: Config, parameter: HeldParameter) -> int:
-    """Return the elements drawn at once: a whole global matrix, or one expert's if stacked."""
-    if len(parameter.shape) == 1:
-        return 0  # norms are not drawn
+def _drawn(config: Config, held: Iterable[HeldParameter]) -> Iterator[int]:
+    """Yield the elements of every tensor that is drawn; experts are drawn one by one."""
+    for parameter in held:
+        if len(parameter.shape) == 1:
+            continue  # norms are not drawn
+        elements, count = _global_elements(config, parameter)
+        yield from itertools.repeat(elements, count)
+
+
+def _global_elements(config: Config, parameter: HeldParameter) -> tuple[int, int]:
+    """Return the elements of a whole global matrix, and how many such a parameter consists of."""
     parallel = config.parallel
     elements = parameter.size
     if parameter.tensor_parallel:
         elements *= parallel.tensor_model_parallel_size
     experts = config.model.experts_of_towers[parameter.tower] if parameter.experts else None
-    if experts is not None:
-        elements //= experts.num_moe_experts // parallel.expert_model_parallel_size
-    return elements
+    if experts is None:
+        return elements, 1
+    stacked = experts.num_moe_experts // parallel.expert_model_parallel_size
+    return elements // stacked, stacked
