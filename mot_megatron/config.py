@@ -44,6 +44,11 @@ class RunConfig(Section):
     """Parent folder of all runs, absolute or relative to the working directory."""
     seed: NonNegativeInt = 1234
     """Seed of the initial weights and of the order of the training data, the same on all ranks."""
+    initialize_from: UserPath | None = None
+    """Begin with the weights of this model instead of random ones: the folder of a run, of its
+    checkpoints or of one checkpoint, in any layout. Optimizer, learning rate and position in the
+    data begin anew. The corpus may be another one with the same modalities, special tokens and
+    codebooks. Once the run has a checkpoint of its own, it continues from that."""
 
 
 class DataConfig(Section):

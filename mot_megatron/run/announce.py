@@ -13,10 +13,20 @@ from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
 from mot_megatron.train.session import Session, build_schedule
+from mot_megatron.train.trained import SavedRun
 
 
-def announce(session: Session, console: Console, resumed: CheckpointInfo | None) -> None:
-    """Print the model, the layout, the corpus, and the checkpoint that the run continues from."""
+def announce(
+    session: Session, console: Console, resumed: CheckpointInfo | None, origin: SavedRun | None
+) -> None:
+    """Print the model, the layout, the corpus, and where the weights come from.
+
+    Args:
+        session: The run.
+        console: Prints it.
+        resumed: The checkpoint that the run continues from.
+        origin: The model whose weights a new run begins with.
+    """
     config, groups = session.config, session.groups
     count = count_parameters(config.model)
     towers = ", ".join(
@@ -43,6 +53,10 @@ def announce(session: Session, console: Console, resumed: CheckpointInfo | None)
         console.say(describe_budgets(session.loader.budgets, towers, fill))
     if resumed:
         console.say(f"continuing from {resumed.path}")
+    if origin:
+        console.say(
+            f"beginning with the weights of {origin.config.run.name}: {origin.checkpoint.path}"
+        )
 
 
 def changed_model(saved: Config, config: Config) -> str:

@@ -44,6 +44,7 @@ from mot_megatron.run.samples import log_samples
 from mot_megatron.run.saving import RunSaver
 from mot_megatron.run.spikes import SPIKES_FILE, choose_act, go_back, write_down
 from mot_megatron.run.summary import has_summary, mark_stale, write_summary
+from mot_megatron.train.initialize import initialize_from_checkpoint
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.resume import keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_session
@@ -190,12 +191,14 @@ def _start(
     session = build_session(config, corpus, groups, progress_report)
     first = session.is_first_rank
     _check_stop(stop, groups)
-    progress = Progress()
+    progress, origin = Progress(), None
     if search.checkpoint and saved is not None:
         try:
             progress = restore(session, search.checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{changed_model(saved, config)}") from error
+    elif config.run.initialize_from is not None:
+        origin = initialize_from_checkpoint(session)
     _check_stop(stop, groups)
     # A finished run that is started again is evaluated again, but its points are logged already.
     nothing_left = progress.steps >= config.training.train_steps
@@ -236,7 +239,7 @@ def _start(
         step_file=StepFile(config.run_directory if first else None),
     )
     stack.callback(_close, run)
-    announce(session, console, search.checkpoint)
+    announce(session, console, search.checkpoint, origin)
     if saved is not None:
         announce_changes(config, saved, progress.steps, console)
     return run

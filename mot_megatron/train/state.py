@@ -148,7 +148,7 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     if metadata.get(CONTENTS) == WEIGHTS_ONLY:
         raise CheckpointError(
             f"{checkpoint.path} has weights only, no optimizer state and no data position to resume"
-            " from; `mot upcycle` starts a new run from weights"
+            " from; run.initialize_from starts a new run from weights"
         )
     try:
         saved = metadata["progress"]
@@ -171,6 +171,27 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     load_checkpoint(checkpoint, tensors, session.groups)
     session.engine.import_state(_LoadedState(states, session.groups.device), optimizer_steps)
     return progress
+
+
+def restore_weights(session: Session, checkpoint: CheckpointInfo) -> None:
+    """Set the weights from a checkpoint saved in any layout, of any floating-point dtype.
+
+    Moments become zero, and no optimizer step counts as done. Collective over the world.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another model.
+    """
+    states = {
+        WEIGHT_PREFIX + name: _empty_part(parameter, session.groups)
+        for name, parameter in session.model.named_parameters()
+    }
+    tensors = [
+        tensor
+        for name, parameter in session.model.named_parameters()
+        for tensor in _named_parts(WEIGHT_PREFIX, name, parameter, states[WEIGHT_PREFIX + name])
+    ]
+    load_checkpoint(checkpoint, tensors, session.groups, prefix=WEIGHT_PREFIX, any_float=True)
+    session.engine.import_state(_LoadedState(states, session.groups.device), optimizer_steps=0)
 
 
 def load_weights(
@@ -210,21 +231,29 @@ def _named_parts(
 
 
 class _LoadedState(Mapping[str, Mapping[str, torch.Tensor]]):
-    """States on the host by parameter, moved to the device one parameter at a time."""
+    """States on the host by parameter, moved to the device one parameter at a time.
+
+    Moments that are absent are zero.
+    """
 
     def __init__(self, parts: dict[str, torch.Tensor], device: torch.device) -> None:
         self._parts = parts
         self._device = device
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
-        return {kind: self._parts[f"{kind}/{name}"].to(self._device) for kind in STATE_KINDS}
+        weight = self._parts[WEIGHT_PREFIX + name].to(self._device)
+        found = {kind: self._parts.get(f"{kind}/{name}") for kind in STATE_KINDS}
+        return {
+            kind: torch.zeros_like(weight) if part is None else part.to(self._device)
+            for kind, part in found.items()
+        }
 
     def __iter__(self) -> Iterator[str]:
         prefix = WEIGHT_PREFIX
         return (name.removeprefix(prefix) for name in self._parts if name.startswith(prefix))
 
     def __len__(self) -> int:
-        return len(self._parts) // len(STATE_KINDS)
+        return sum(1 for _ in self)
 
 
 def _check_finite(broken: list[str], step: int, device: torch.device) -> None:
