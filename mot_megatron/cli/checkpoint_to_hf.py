@@ -18,35 +18,25 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from mot_megatron.cli.arguments import (
-    CHECKPOINT_HELP,
-    add_moved_corpus,
-    add_verify_and_dry_run,
-    user_path,
-)
-from mot_megatron.cli.command import choose_device, run_command, say
+from mot_megatron.cli.arguments import add_moved_corpus
+from mot_megatron.cli.command import choose_device, run_command
+from mot_megatron.cli.export import add_export, dtype_of, export, open_source
 from mot_megatron.errors import ConfigError
 
 NAME = "checkpoint to-hf"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
-    parser.add_argument("source", type=user_path, metavar="SRC", help=CHECKPOINT_HELP)
-    parser.add_argument("destination", type=user_path, metavar="DST", help="new folder to write")
+    add_export(parser)
     add_moved_corpus(parser)
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="convert the weights (default: keep their dtype)"
-    )
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
         help="size of the weight files, as 500MB or 5GB (default: %(default)s)",
     )
-    add_verify_and_dry_run(parser)
 
 
 def parse_size(text: str) -> int:
@@ -63,35 +53,18 @@ def run(options: argparse.Namespace) -> int:
     shard_bytes = parse_size(options.max_shard_size)
     choose_device()
 
-    import torch
-
-    from mot_megatron.conversion.folder import check_new
     from mot_megatron.conversion.huggingface.export import plan_export, write_export
-    from mot_megatron.conversion.source import CheckpointSource
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.train.trained import SavedRun
 
-    source = CheckpointSource(options.source)
-    for line in source.skipped:
-        say(NAME, f"skipped {line}")
+    source = open_source(NAME, options.source)
     corpus = Corpus.open_vocabulary(options.corpus or source.config.data.corpus)
     SavedRun(source.checkpoint, source.config, ()).check_corpus(corpus, "--corpus")
-    dtype = None if options.dtype is None else getattr(torch, DTYPES[options.dtype])
-    plan = plan_export(source, corpus, dtype, shard_bytes)
+    plan = plan_export(source, corpus, dtype_of(options), shard_bytes)
     print(f"from {source.checkpoint.path}, step {source.checkpoint.step}: {plan.model_type}")
-    for what, count in plan.left_out.items():
-        print(f"left out: {count} tensors, {what}")
-    check_new(options.destination, plan.num_bytes)
-    print(
-        f"{len(plan.outputs)} weights, {plan.num_bytes / 1e9:.3f} GB, in {len(plan.shards)} files"
-    )
-    if options.dry_run:
-        print("nothing was written (--dry-run)")
-        return 0
-    manifest = write_export(plan, options.destination, options.verify)
-    compared = ", compared with the source" if options.verify else ""
-    print(f"{options.destination}: {len(manifest.files)} files{compared}")
-    return 0
+    size = f"{plan.num_bytes / 1e9:.3f} GB"
+    weights = f"{len(plan.outputs)} weights, {size}, in {len(plan.shards)} files"
+    return export(options, plan, weights, write_export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from mot_megatron.cli.arguments import add_source_and_destination, positive_int
 from mot_megatron.cli.command import run_command, say
+from mot_megatron.cli.export import add_dtype, dtype_of
 
 NAME = "checkpoint weights"
 
@@ -24,11 +25,7 @@ NAME = "checkpoint weights"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     add_source_and_destination(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=["fp32", "bf16", "fp16"],
-        help="convert the weights (default: keep their dtype, which is fp32 after training)",
-    )
+    add_dtype(parser)
     parser.add_argument(
         "--average",
         type=positive_int,
@@ -42,8 +39,6 @@ def run(options: argparse.Namespace) -> int:
     """Write the checkpoint and print what was written, or would be."""
     say(NAME, f"reading {options.source}")
 
-    import torch
-
     from mot_megatron.conversion.tensors import size_text
     from mot_megatron.conversion.weights import (
         left_out,
@@ -53,12 +48,11 @@ def run(options: argparse.Namespace) -> int:
     )
     from mot_megatron.conversion.write import check_destination, write_checkpoint
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
     sources = newest_sources(options.source, options.average, options.workers)
     newest = sources[0]
     for line in newest.skipped:
         say(NAME, f"skipped {line}")
-    outputs = weight_outputs(sources, dtypes[options.dtype])
+    outputs = weight_outputs(sources, dtype_of(options))
     total = sum(output.info.num_bytes for output in outputs)
     step = newest.checkpoint.step
     check_destination(options.destination, step, total)

@@ -47,19 +47,20 @@ def verified_once(directory: Path, names: Sequence[str]) -> Iterator[bool]:
             yield False
             return
         yield True
-        newest = max(max(times) for *_, times in before.values())
+        newest = max(max(of_file[-2:]) for of_file in before.values())
         is_settled = time.time_ns() - newest > _SETTLED_SECONDS * 1e9
         if is_settled and _state(directory, names) == before:
             with contextlib.suppress(OSError):  # a full disk costs a verification, not the job
                 write_atomically(stamp, json.dumps(before))
 
 
-def _state(directory: Path, names: Sequence[str]) -> dict[str, list[object]]:
-    state: dict[str, list[object]] = {}
+def _state(directory: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """Return size, device, inode and the times of change of every file."""
+    state = {}
     for name in names:
         found = (directory / name).stat()
         times = [found.st_mtime_ns, found.st_ctime_ns]
-        state[name] = [found.st_size, found.st_dev, found.st_ino, times]
+        state[name] = [found.st_size, found.st_dev, found.st_ino, *times]
     return state
 
 
