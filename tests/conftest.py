@@ -1,9 +1,15 @@
-"""Markers: every test that is not slow is fast."""
+"""Markers: every test that is not slow is fast. Without a GPU, Triton interprets its kernels."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which megatron-core and DeepSpeed may do.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,9 +29,10 @@ from mot_megatron.model.grouping import Grouping
 from mot_megatron.model.initialization import initialize_parameters
 from mot_megatron.model.layer import Layer, LayerInputs
 from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.routing import RoutingMode, routing_pools
-from mot_megatron.model.towers import ParallelLinears
+from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.parallel.placement import balanced_placement
 
@@ -109,23 +110,24 @@ def run_in_sequence_order(
     The rows of each tower are picked before, and merged after, every operation with untied weights.
     """
     attention = layer.attention
-    width = sum(attention.group_width)
-    qkv = attention.qkv(rows.pick(x))
-    split = [
-        part.view(len(part), attention.local_groups, width, attention.head_dim).split(
-            attention.group_width, dim=2
-        )
-        for part in qkv
-    ]
+    split = [attention.heads.split(part) for part in attention.qkv(rows.pick(x))]
     queries, keys, values = zip(*split, strict=True)
     q = layer_inputs.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
     k = layer_inputs.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
     v = rows.merge(values).flatten(1, 2)
     mixed = layer_inputs.attend(0, q, k, v).flatten(1)
-    x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
-    return x + rows.merge(
-        layer.feed_forward_norm(layer.feed_forward(rows.pick(x), layer_inputs.pools))
-    )
+    updates = attention.output_projection(rows.pick(mixed))
+    x = x + rows.merge(_normalize(layer.attention_norm, updates))
+    updates = layer.feed_forward(rows.pick(x), layer_inputs.pools)
+    return x + rows.merge(_normalize(layer.feed_forward_norm, updates))
+
+
+def _normalize(norms: PerTower, slices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    normed = []
+    for norm, part in zip(norms.modules_of_slices, slices, strict=True):
+        assert isinstance(norm, RMSNorm)
+        normed.append(norm.normalize(part))
+    return normed
 
 
 @dataclass(frozen=True)
