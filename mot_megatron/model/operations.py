@@ -109,38 +109,48 @@ PLAIN = LayerOperations(
 """Plain PyTorch: the reference for every other implementation."""
 
 
-def triton_runs_on(device: torch.device) -> bool:
-    """Return whether Triton is installed and compiles for ``device``, or interprets kernels."""
+Backend = Literal["auto", "torch", "triton", "compile"]
+
+
+def check_backend(backend: Backend, on_gpus: bool) -> None:
+    """Check that ``model.layer_backend`` runs on the devices of this job.
+
+    Raises:
+        ConfigError: It is "triton", and Triton is absent, or there is no GPU.
+    """
+    if backend == "triton" and not _triton_runs(on_gpus):
+        raise ConfigError(
+            'model.layer_backend = "triton" needs a GPU and the package triton; allowed here:'
+            ' "auto", "torch" or "compile"'
+        )
+
+
+def layer_operations(backend: Backend, on_gpus: bool) -> LayerOperations:
+    """Return the implementation that ``model.layer_backend`` selects on the devices of this job.
+
+    Raises:
+        ConfigError: As ``check_backend``.
+    """
+    check_backend(backend, on_gpus)
+    if backend == "auto":
+        backend = "triton" if on_gpus and _triton_runs(on_gpus) else "torch"
+    if backend == "triton":
+        return triton_operations()
+    return compiled_operations() if backend == "compile" else PLAIN
+
+
+def _triton_runs(on_gpus: bool) -> bool:
     if find_spec("triton") is None:
         return False
-    if device.type == "cuda":
+    if on_gpus:
         return True
     from triton import knobs
 
-    return knobs.runtime.interpret
+    return knobs.runtime.interpret  # as in tests
 
 
-def layer_operations(
-    backend: Literal["auto", "torch", "triton", "compile"], device: torch.device
-) -> LayerOperations:
-    """Return the implementation that ``model.layer_backend`` selects on ``device``.
-
-    Raises:
-        ConfigError: Triton was asked for, and it does not run here.
-    """
-    if backend == "auto":
-        backend = "triton" if device.type == "cuda" and triton_runs_on(device) else "torch"
-    if backend == "triton":
-        if not triton_runs_on(device):
-            raise ConfigError(
-                'model.layer_backend = "triton" needs a GPU and the package triton; allowed here:'
-                ' "auto", "torch" or "compile"'
-            )
-        return _triton()
-    return _compiled() if backend == "compile" else PLAIN
-
-
-def _triton() -> LayerOperations:
+def triton_operations() -> LayerOperations:
+    """Return the fused kernels."""
     # Triton is absent from torch's builds without CUDA.
     from mot_megatron.model.fused.gather import gathered
     from mot_megatron.model.fused.qkv import rotated_heads
@@ -150,7 +160,8 @@ def _triton() -> LayerOperations:
     return LayerOperations(swiglu, norm_then_add, add_then_norm, gathered, rotated_heads)
 
 
-def _compiled() -> LayerOperations:
+def compiled_operations() -> LayerOperations:
+    """Return plain PyTorch, fused by torch.compile at the first call with new sizes."""
     return LayerOperations(
         torch.compile(_swiglu),
         torch.compile(_norm_then_add),

@@ -28,8 +28,8 @@ from mot_megatron.model.grouping import Grouping
 from mot_megatron.model.heads import HeadNorms, ProjectedHeads
 from mot_megatron.model.rotary import RotaryAngles
 
-BLOCK_ELEMENTS = 4096
-"""Elements of a block of units, without padding of the head size to a power of two."""
+BLOCK_ELEMENTS = 2048
+"""Elements of a block of units, whose head size is padded to a power of two."""
 
 
 def rotated_heads(
@@ -213,7 +213,7 @@ def _forward(
     column = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (unit < units) & (column < HALF)
     row, place, group, part = _place(unit, GROUPS, QUERIES)
-    is_query, is_value = part < QUERIES, part > QUERIES
+    is_query, is_key, is_value = part < QUERIES, part == QUERIES, part > QUERIES
     source = rows + row.to(tl.int64) * row_stride + place * 2 * HALF
     first, second = _halves(source, column, inside, HALF)
     position = tl.load(index + row, mask=unit < units, other=0)
@@ -225,11 +225,12 @@ def _forward(
         second = tl.where(is_value, second, second * inverse * weight_2)
     cos, sin = _angles(cosine, sine, position, column, inside & ~is_value, HALF)
     turned_1, turned_2 = first * cos - second * sin, second * cos + first * sin
-    of_query = ((position * GROUPS + group) * QUERIES + part) * 2 * HALF
-    of_group = (position * GROUPS + group) * 2 * HALF
-    target = tl.where(is_value, v + of_group, k + of_group)
-    target = tl.where(is_query, q + of_query, target)
-    _store(target, column, turned_1, turned_2, inside, HALF)
+    # Three masked stores: choosing between pointers per unit would keep Triton from vectorizing one.
+    query = q + ((position * GROUPS + group) * QUERIES + part) * 2 * HALF
+    shared = (position * GROUPS + group) * 2 * HALF
+    _store(query, column, turned_1, turned_2, inside & is_query, HALF)
+    _store(k + shared, column, turned_1, turned_2, inside & is_key, HALF)
+    _store(v + shared, column, turned_1, turned_2, inside & is_value, HALF)
 
 
 @triton.jit
@@ -277,8 +278,10 @@ def _backward(
         query = of_q + position * q_row_stride + (group * QUERIES + part) * q_head_stride
         key = of_k + position * k_row_stride + group * k_head_stride
         value = of_v + position * v_row_stride + group * v_head_stride
-        source = tl.where(is_query, query, tl.where(is_value, value, key))
-        arrived_1, arrived_2 = _halves(source, column, inside, HALF)
+        query_1, query_2 = _halves(query, column, inside & is_query, HALF)
+        key_1, key_2 = _halves(key, column, inside & is_key, HALF)
+        value_1, value_2 = _halves(value, column, inside & is_value, HALF)
+        arrived_1, arrived_2 = query_1 + key_1 + value_1, query_2 + key_2 + value_2
         cos, sin = _angles(cosine, sine, position, column, inside & ~is_value, HALF)
         first, second = arrived_1 * cos + arrived_2 * sin, arrived_2 * cos - arrived_1 * sin
         if HAS_NORM:
