@@ -187,8 +187,8 @@ def run(
 
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.distributed import works_on_gpus
-    from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.model.operations import check_backend
+    from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device
     from mot_megatron.run.loop import train
     from mot_megatron.run.timing import time_steps

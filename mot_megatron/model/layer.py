@@ -116,11 +116,13 @@ class Attention(nn.Module):
         """Return the norm weights, which ZeRO-3 keeps whole outside of their modules too."""
         if not self.qk_norm:
             return None
-        queries, keys = (
-            tuple(module.summed_weight() for module in norm.modules_of_slices)
-            for norm in (self.q_norm, self.k_norm)
-        )
-        return HeadNorms(queries, keys, self.norm_eps)
+        return HeadNorms(_weights(self.q_norm), _weights(self.k_norm), self.norm_eps)
+
+
+def _weights(norms: PerTower) -> Stream:
+    return tuple(
+        norm.summed_weight() for norm in norms.modules_of_slices if isinstance(norm, RMSNorm)
+    )
 
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from mot_megatron.model.fused.launch import check_dtype, with_contiguous_rows
+from mot_megatron.model.fused.launch import (
+    Tiling,
+    check_dtype,
+    launch,
+    place,
+    with_contiguous_rows,
+)
 from mot_megatron.model.grouping import Grouping
 
-LARGEST_BLOCK = 4096
+TILE_ELEMENTS = 2048
 
 
 def gathered(grouping: Grouping, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -33,12 +39,9 @@ class _Gathered(torch.autograd.Function):
         ctx.grouping = grouping
         size, slots = rows.shape[1], sum(grouping.slots)
         output = rows.new_empty(slots, size)
-        if output.numel():
-            block = min(triton.next_power_of_2(size), LARGEST_BLOCK)
-            with torch.cuda.device_of(rows):
-                _forward[(slots, triton.cdiv(size, block))](
-                    rows, rows.stride(0), grouping.positions, output, size, BLOCK=block
-                )
+        tiling = Tiling.of(slots, size, TILE_ELEMENTS)
+        arguments = (rows, rows.stride(0), grouping.positions, output, slots, size)
+        launch(_forward, tiling.grid, *arguments, **tiling.meta)
         return output.split(grouping.slots)
 
     @staticmethod
@@ -47,10 +50,20 @@ class _Gathered(torch.autograd.Function):
 
 
 @triton.jit
-def _forward(rows, row_stride, positions, output, size, BLOCK: tl.constexpr):  # noqa: N803
-    slot = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(positions + slot)
-    filled = tl.where(position >= 0, size, 0)  # a padding slot has no position
-    row = tl.load(rows + position * row_stride + column, mask=column < filled, other=0.0)
-    tl.store(output + slot * size + column, row, mask=column < size)
+def _forward(
+    rows,
+    row_stride,
+    positions,
+    output,
+    slots,
+    size,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot, column = place(ROWS, BLOCK)
+    inside = (slot < slots) & (column < size)
+    position = tl.load(positions + slot, mask=slot < slots, other=-1)
+    source = rows + position * row_stride + column
+    # A padding slot has no position.
+    row = tl.load(source, mask=inside & (position >= 0), other=0.0)
+    tl.store(output + slot * size + column, row, mask=inside)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Allowed dtypes of the tensors; kernels compute in fp32, so wider ones would lose digits."""
@@ -29,6 +34,42 @@ def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """The division of [n, size] into tiles [ROWS, BLOCK], whose sides are powers of two."""
+
+    grid: tuple[int, int]
+    """Tiles in each dimension."""
+    meta: dict[str, int]
+    """ROWS, BLOCK and the number of warps: keywords of a launch."""
+
+    @classmethod
+    def of(cls, rows: int, size: int, elements: int, whole_rows: bool = False) -> Tiling:
+        """Divide into tiles of at most ``elements``, or of at least one row if ``whole_rows``."""
+        block = triton.next_power_of_2(size)
+        if not whole_rows:
+            block = min(block, elements)
+        tile_rows = max(elements // block, 1)
+        grid = triton.cdiv(rows, tile_rows), triton.cdiv(size, block)
+        meta = {"ROWS": tile_rows, "BLOCK": block, "num_warps": warps_for(tile_rows * block)}
+        return cls(grid, meta)
+
+
 def warps_for(elements: int) -> int:
     """Return the number of warps of a program that holds ``elements`` per tensor in registers."""
     return 4 if elements <= 2048 else 8 if elements <= 8192 else 16
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run ``kernel`` on the device of its first argument, or not at all if the grid is empty."""
+    if min(grid) > 0:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **constants)
+
+
+@triton.jit
+def place(ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the rows [ROWS, 1] (int64) and columns [1, BLOCK] of this program's tile."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, column

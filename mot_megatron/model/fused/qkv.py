@@ -21,6 +21,7 @@ import triton.language as tl
 from mot_megatron.model.fused.launch import (
     MOST_PARTIAL_SUMS,
     check_dtype,
+    launch,
     warps_for,
     with_contiguous_rows,
 )
@@ -62,26 +63,13 @@ class _RotatedHeads(torch.autograd.Function):
         tokens = sum(index.numel() for index in grouping.indices)
         counts = (heads.groups * heads.queries_per_group, heads.groups, heads.groups)
         q, k, v = (projections[0].new_empty(tokens, n, heads.head_dim) for n in counts)
+        constants = _constants(heads, has_norm=bool(weights))
         for tower, (rows, index) in enumerate(zip(projections, grouping.indices, strict=True)):
-            if index.numel():
-                pair = weights[tower::towers] or (rows, rows)
-                block = _block_units(heads)
-                units = index.numel() * heads.groups * heads.units_per_group
-                with torch.cuda.device_of(rows):
-                    _forward[(triton.cdiv(units, block),)](
-                        rows,
-                        rows.stride(0),
-                        *pair,
-                        rotary.cosine,
-                        rotary.sine,
-                        index,
-                        q,
-                        k,
-                        v,
-                        units,
-                        eps,
-                        **_sizes(heads, block, has_norm=bool(weights)),
-                    )
+            units = index.numel() * heads.groups * heads.units_per_group
+            inputs = (rows, rows.stride(0), *_weights_of(tower, weights, rows))
+            angles = (rotary.cosine, rotary.sine)
+            grid = (triton.cdiv(units, constants["UNITS"]),)
+            launch(_forward, grid, *inputs, *angles, index, q, k, v, units, eps, **constants)
         ctx.grouping, ctx.heads, ctx.rotary, ctx.eps = grouping, heads, rotary, eps
         ctx.save_for_backward(*projections, *weights)
         return q, k, v
@@ -93,35 +81,20 @@ class _RotatedHeads(torch.autograd.Function):
         projections, weights = ctx.saved_tensors[:towers], ctx.saved_tensors[towers:]
         arrived = [with_contiguous_rows(gradient) for gradient in gradients]
         strides = [stride for gradient in arrived for stride in gradient.stride()[:2]]
-        block = _block_units(heads)
+        constants = _constants(heads, has_norm=bool(weights))
         results: list[torch.Tensor] = []
         of_weights: list[torch.Tensor] = [torch.empty(0)] * len(weights)
         for tower, (rows, index) in enumerate(zip(projections, grouping.indices, strict=True)):
             result = torch.empty_like(rows, memory_format=torch.contiguous_format)
             units = rows.shape[0] * heads.groups * heads.units_per_group
-            programs = min(triton.cdiv(units, block), MOST_PARTIAL_SUMS)
-            partial = rows.new_empty(
-                programs if weights else 0, 2, heads.head_dim, dtype=torch.float32
+            programs = min(triton.cdiv(units, constants["UNITS"]), MOST_PARTIAL_SUMS)
+            partial = rows.new_empty(programs, 2, heads.head_dim, dtype=torch.float32)
+            inputs = (
+                *(rows, rows.stride(0), *_weights_of(tower, weights, rows)),
+                *(rotary.cosine, rotary.sine, index, *arrived, *strides),
             )
-            if units:
-                pair = weights[tower::towers] or (rows, rows)
-                with torch.cuda.device_of(rows):
-                    _backward[(programs,)](
-                        rows,
-                        rows.stride(0),
-                        *pair,
-                        rotary.cosine,
-                        rotary.sine,
-                        index,
-                        *arrived,
-                        *strides,
-                        result,
-                        partial,
-                        units,
-                        index.numel(),
-                        ctx.eps,
-                        **_sizes(heads, block, has_norm=bool(weights)),
-                    )
+            sizes = (units, index.numel(), ctx.eps)
+            launch(_backward, (programs,), *inputs, result, partial, *sizes, **constants)
             results.append(result)
             if weights:
                 sums = partial.sum(0).to(weights[0].dtype)
@@ -129,26 +102,29 @@ class _RotatedHeads(torch.autograd.Function):
         return None, None, None, None, *results, *of_weights
 
 
-def _block_units(heads: ProjectedHeads) -> int:
-    """Return the number of units of a block, a power of two."""
-    return max(BLOCK_ELEMENTS // triton.next_power_of_2(heads.head_dim), 1)
+def _weights_of(
+    tower: int, weights: Sequence[torch.Tensor], unused: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Return the weights for a tower's queries and keys, from [all queries', all keys']."""
+    return weights[tower :: len(weights) // 2] if weights else (unused, unused)
 
 
-def _sizes(heads: ProjectedHeads, block: int, has_norm: bool) -> dict[str, Any]:
-    half = triton.next_power_of_2(heads.head_dim // 2)
+def _constants(heads: ProjectedHeads, has_norm: bool) -> dict[str, Any]:
+    block = triton.next_power_of_2(heads.head_dim // 2)
+    units = max(BLOCK_ELEMENTS // (2 * block), 1)
     return {
         "GROUPS": heads.groups,
         "QUERIES": heads.queries_per_group,
         "HALF": heads.head_dim // 2,
         "HAS_NORM": has_norm,
-        "UNITS": block,
-        "HALF_BLOCK": half,
-        "num_warps": warps_for(block * half),
+        "UNITS": units,
+        "HALF_BLOCK": block,
+        "num_warps": warps_for(units * block),
     }
 
 
 @triton.jit
-def _place(unit, GROUPS: tl.constexpr, QUERIES: tl.constexpr):  # noqa: N803
+def _place(unit, GROUPS: tl.constexpr, QUERIES: tl.constexpr):
     """Return the row, the place in it, the key-value head and the place among its units."""
     row = unit // (GROUPS * (QUERIES + 2))
     place = unit % (GROUPS * (QUERIES + 2))
@@ -156,7 +132,7 @@ def _place(unit, GROUPS: tl.constexpr, QUERIES: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _halves(source, column, inside, HALF: tl.constexpr):  # noqa: N803
+def _halves(source, column, inside, HALF: tl.constexpr):
     """Load both halves of every head in fp32."""
     first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + column + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -164,7 +140,7 @@ def _halves(source, column, inside, HALF: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _weights(of_queries, of_keys, is_query, column, HALF: tl.constexpr):  # noqa: N803
+def _weights(of_queries, of_keys, is_query, column, HALF: tl.constexpr):
     """Load both halves of the norm weights of every unit."""
     inside = column < HALF
     query_1, query_2 = _halves(of_queries, column, inside, HALF)
@@ -173,7 +149,7 @@ def _weights(of_queries, of_keys, is_query, column, HALF: tl.constexpr):  # noqa
 
 
 @triton.jit
-def _angles(cosine, sine, position, column, inside, HALF: tl.constexpr):  # noqa: N803
+def _angles(cosine, sine, position, column, inside, HALF: tl.constexpr):
     """Load cosines and sines; both halves of a head have the same."""
     offset = position * 2 * HALF + column
     cos = tl.load(cosine + offset, mask=inside, other=1.0).to(tl.float32)
@@ -182,7 +158,7 @@ def _angles(cosine, sine, position, column, inside, HALF: tl.constexpr):  # noqa
 
 
 @triton.jit
-def _store(target, column, first, second, inside, HALF: tl.constexpr):  # noqa: N803
+def _store(target, column, first, second, inside, HALF: tl.constexpr):
     dtype = target.dtype.element_ty
     tl.store(target + column, first.to(dtype), mask=inside)
     tl.store(target + column + HALF, second.to(dtype), mask=inside)
@@ -202,12 +178,12 @@ def _forward(
     v,
     units,
     eps,
-    GROUPS: tl.constexpr,  # noqa: N803
-    QUERIES: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    HAS_NORM: tl.constexpr,  # noqa: N803
-    UNITS: tl.constexpr,  # noqa: N803
-    HALF_BLOCK: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNITS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
     column = tl.arange(0, HALF_BLOCK)[None, :]
@@ -225,7 +201,7 @@ def _forward(
         second = tl.where(is_value, second, second * inverse * weight_2)
     cos, sin = _angles(cosine, sine, position, column, inside & ~is_value, HALF)
     turned_1, turned_2 = first * cos - second * sin, second * cos + first * sin
-    # Three masked stores: choosing between pointers per unit would keep Triton from vectorizing one.
+    # Three masked stores, because Triton cannot vectorize one whose pointers differ per unit.
     query = q + ((position * GROUPS + group) * QUERIES + part) * 2 * HALF
     shared = (position * GROUPS + group) * 2 * HALF
     _store(query, column, turned_1, turned_2, inside & is_query, HALF)
@@ -256,12 +232,12 @@ def _backward(
     units,
     tokens,
     eps,
-    GROUPS: tl.constexpr,  # noqa: N803
-    QUERIES: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    HAS_NORM: tl.constexpr,  # noqa: N803
-    UNITS: tl.constexpr,  # noqa: N803
-    HALF_BLOCK: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNITS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, HALF_BLOCK)[None, :]
     query_sum_1 = tl.zeros((HALF_BLOCK,), dtype=tl.float32)

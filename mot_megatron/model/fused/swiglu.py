@@ -13,9 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from mot_megatron.model.fused.launch import check_dtype, with_contiguous_rows
+from mot_megatron.model.fused.launch import (
+    Tiling,
+    check_dtype,
+    launch,
+    place,
+    with_contiguous_rows,
+)
 
-LARGEST_BLOCK = 1024
+TILE_ELEMENTS = 1024
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -31,12 +37,9 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         output = gate_up.new_empty(rows, size)
-        if output.numel():
-            block = min(triton.next_power_of_2(size), LARGEST_BLOCK)
-            with torch.cuda.device_of(gate_up):
-                _forward[(rows, triton.cdiv(size, block))](
-                    gate_up, gate_up.stride(0), output, size, BLOCK=block
-                )
+        tiling = Tiling.of(rows, size, TILE_ELEMENTS)
+        arguments = (gate_up, gate_up.stride(0), output, rows, size)
+        launch(_forward, tiling.grid, *arguments, **tiling.meta)
         return output
 
     @staticmethod
@@ -45,26 +48,24 @@ class _SwiGLU(torch.autograd.Function):
         gradient = with_contiguous_rows(gradients[0])
         rows, size = gradient.shape
         result = gate_up.new_empty(rows, 2 * size)
-        if result.numel():
-            block = min(triton.next_power_of_2(size), LARGEST_BLOCK)
-            with torch.cuda.device_of(gate_up):
-                _backward[(rows, triton.cdiv(size, block))](
-                    gate_up,
-                    gate_up.stride(0),
-                    gradient,
-                    gradient.stride(0),
-                    result,
-                    size,
-                    BLOCK=block,
-                )
+        tiling = Tiling.of(rows, size, TILE_ELEMENTS)
+        inputs = (gate_up, gate_up.stride(0), gradient, gradient.stride(0))
+        launch(_backward, tiling.grid, *inputs, result, rows, size, **tiling.meta)
         return result
 
 
 @triton.jit
-def _forward(gate_up, row_stride, output, size, BLOCK: tl.constexpr):  # noqa: N803
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
+def _forward(
+    gate_up,
+    row_stride,
+    output,
+    rows,
+    size,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, column = place(ROWS, BLOCK)
+    inside = (row < rows) & (column < size)
     source = gate_up + row * row_stride + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + size, mask=inside, other=0.0).to(tl.float32)
@@ -79,12 +80,13 @@ def _backward(
     gradient,
     gradient_stride,
     output,
+    rows,
     size,
-    BLOCK: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
+    row, column = place(ROWS, BLOCK)
+    inside = (row < rows) & (column < size)
     source = gate_up + row * row_stride + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + size, mask=inside, other=0.0).to(tl.float32)

@@ -50,7 +50,7 @@ def assert_equal_operations(
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Compare within ``tolerance`` of each element and of the mean; 1e-6 for results that cancel."""
+    """Compare within ``tolerance`` of each element and the mean; 1e-6 for results that cancel."""
     scale = float(expected.detach().abs().mean()) if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.detach().float(), expected.detach(), rtol=tolerance, atol=tolerance * scale + 1e-6

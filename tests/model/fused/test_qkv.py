@@ -8,7 +8,7 @@ import torch
 from mot_megatron.model.fused import qkv
 from mot_megatron.model.grouping import Grouping
 from mot_megatron.model.heads import HeadNorms, ProjectedHeads
-from mot_megatron.model.operations import rotated_heads
+from mot_megatron.model.operations import RotatedHeads, rotated_heads
 from mot_megatron.model.rotary import RotaryAngles
 from tests.model.fused.comparisons import assert_equal_operations, random_rows
 
@@ -52,7 +52,9 @@ def check(
     ]
     weights = [random_rows(heads.head_dim, seed=9 + i, dtype=dtype) for i in range(2 * towers)]
 
-    def run(operation, rotary: RotaryAngles, tensors: tuple[torch.Tensor, ...]):  # noqa: ANN001
+    def run(
+        operation: RotatedHeads, rotary: RotaryAngles, tensors: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         rows, own = tensors[:towers], tensors[towers:]
         norms = HeadNorms(own[:towers], own[towers:], EPS) if normed else None
         return operation(rows, heads, norms, grouping, rotary)

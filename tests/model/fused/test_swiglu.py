@@ -37,5 +37,5 @@ def test_saves_nothing_but_its_input() -> None:
 
 
 def test_refuses_a_dtype_wider_than_its_arithmetic() -> None:
-    with pytest.raises(TypeError, match="float64.*allowed: torch.float32 or torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"float64.*allowed: torch\.float32 or torch\.bfloat16"):
         swiglu(torch.zeros(2, 4, dtype=torch.float64))

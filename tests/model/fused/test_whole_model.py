@@ -130,7 +130,10 @@ def test_tensor_parallel_ranks_equal_one_rank_of_plain_pytorch(sequence_parallel
 
 def test_names_of_parameters_do_not_depend_on_the_backend() -> None:
     names = [
-        [name for name, _ in single_rank_model(small_config(THREE_TOWERS, *more)).named_parameters()]
+        [
+            name
+            for name, _ in single_rank_model(small_config(THREE_TOWERS, *more)).named_parameters()
+        ]
         for more in ((), (TRITON,))
     ]
     assert names[0] == names[1]
@@ -150,6 +153,6 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
     check_backend("triton", on_gpus=False)
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    with pytest.raises(ConfigError, match='layer_backend = "triton" needs a GPU.*allowed here'):
+    with pytest.raises(ConfigError, match=r'layer_backend = "triton" needs a GPU.*allowed here'):
         check_backend("triton", on_gpus=False)
     check_backend("triton", on_gpus=True)
