@@ -30,6 +30,7 @@ from mot_megatron.model.initialization import initialize_parameters
 from mot_megatron.model.layer import Layer, LayerInputs
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.norm import RMSNorm
+from mot_megatron.model.operations import PLAIN, LayerOperations, layer_operations
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.routing import RoutingMode, routing_pools
 from mot_megatron.model.towers import ParallelLinears, PerTower
@@ -44,6 +45,8 @@ MIXTURES = {
     f"top-1-of-{NUM_EXPERTS}": 'routing = "topk"',
 }
 """Mixtures of experts in a single tower, with one expert per token, on average or exactly."""
+FUSED_ALONE = ("swiglu", "norm_then_add", "rotated_heads", "to_towers")
+"""Operations of a post-norm layer that are also timed one at a time."""
 LONGEST_RUN = 256
 """Maximum number of consecutive tokens of one modality."""
 PROFILED_OPERATIONS = 15
@@ -211,6 +214,25 @@ class Benchmark:
             for v in variants
         ]
 
+    def fused(self, backend: Literal["triton", "compile"]) -> list[Variant]:
+        """Return dense and ours with fused operations, and with each of these alone.
+
+        Raises:
+            ConfigError: Triton does not run on the device.
+        """
+        operations = layer_operations(backend, self.device.type == "cuda")
+        most = NUM_TOWERS[-1]
+        names = {1: "dense"} | {towers: f"mot-{towers}" for towers in NUM_TOWERS}
+        variants = [
+            self._ours(towers, f"{name} {backend}", operations=operations)[0]
+            for towers, name in names.items()
+        ]
+        for field in FUSED_ALONE:
+            alone = replace(PLAIN, **{field: getattr(operations, field)})
+            name = f"{names[most]} {backend} {field}"
+            variants.append(self._ours(most, name, operations=alone)[0])
+        return variants
+
     def exchange_permutations(self, exchange: Literal["sequence", "heads"]) -> Variant:
         """Return only the exchange's work on rows, on one of a pair of ranks, without sending."""
         placement = balanced_placement([1.0, 1.0], 2)
@@ -239,14 +261,18 @@ class Benchmark:
         return self._ours(num_towers, name)[0]
 
     def _ours(
-        self, num_towers: int, name: str, experts: str | None = None
+        self,
+        num_towers: int,
+        name: str,
+        experts: str | None = None,
+        operations: LayerOperations = PLAIN,
     ) -> tuple[Variant, LayerInputs, torch.Tensor]:
         config = self._config(num_towers, experts)
         towers, batch = self._batch(num_towers)
         batch = batch.to(self.device)
         grouping = Grouping.of(batch)
         layer_inputs = self._layer_inputs(config.model, batch, grouping, range(num_towers))
-        layer = self._layer(config, self.groups)
+        layer = self._layer(config, self.groups, operations)
         inputs = tuple(
             part.detach().requires_grad_() for part in grouping.to_towers(self._stream())
         )
@@ -284,10 +310,12 @@ class Benchmark:
             to_sequence=torch.cat,
         )
 
-    def _layer(self, config: Config, groups: ProcessGroups) -> Layer:
+    def _layer(
+        self, config: Config, groups: ProcessGroups, operations: LayerOperations = PLAIN
+    ) -> Layer:
         linears = ParallelLinears(groups, sequence_parallel=False, dtype=self.dtype)
         routing = RoutingMode((1 / self.tokens,) * config.model.num_towers)
-        layer = Layer(config.model, linears, 0, recompute_core=False, routing=routing)
+        layer = Layer(config.model, linears, 0, False, routing, operations)
         initialize_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
         return layer.to(device=self.device, dtype=self.dtype)
 

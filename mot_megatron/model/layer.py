@@ -83,34 +83,34 @@ class Attention(nn.Module):
 
     def forward(self, stream: Stream, layer_inputs: LayerInputs) -> Stream:
         """Attend: K x [g_k, h] -> K x [g_k, h]."""
-        projections, grouping = self.qkv(stream), layer_inputs.grouping
-        rotated = self.operations.rotated_heads
-        if rotated is not None and isinstance(grouping, Grouping):
-            rotary = layer_inputs.rotary
-            q, k, v = rotated(projections, self.heads, self._head_norms(), grouping, rotary)
-            mixed = self._attend(layer_inputs, q, k, v, _unchanged)
-            return self.output_projection(self.operations.to_towers(grouping, mixed.flatten(1)))
-        queries, keys, values = zip(*map(self.heads.split, projections), strict=True)
-        parts = (self.q_norm(queries), self.k_norm(keys), values)
-        q, k, v = grouping.to_attention(*(_merge_groups(slices) for slices in parts))
-        mixed = self._attend(layer_inputs, q, k, v, layer_inputs.rotary.rotate)
-        return self.output_projection(grouping.from_attention(mixed))
+        q, k, v, rotate = self._heads(self.qkv(stream), layer_inputs)
 
-    def _attend(
-        self,
-        layer_inputs: LayerInputs,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotate: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor]:
             return (layer_inputs.attend(self.index, rotate(q), rotate(k), v),)
 
         # Keep the exchange outside: recomputing it would run its collectives again.
         recompute = self.recompute_core and torch.is_grad_enabled()
         (mixed,) = _recomputed(attend, (q, k, v)) if recompute else attend(q, k, v)
-        return mixed
+        grouping = layer_inputs.grouping
+        if isinstance(grouping, Grouping):
+            slices = self.operations.to_towers(grouping, mixed.flatten(1))
+        else:
+            slices = grouping.from_attention(mixed)
+        return self.output_projection(slices)
+
+    def _heads(
+        self, projections: Stream, layer_inputs: LayerInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return q, k, v in sequence order, and the function that rotates q and k if need be."""
+        grouping, rotary = layer_inputs.grouping, layer_inputs.rotary
+        rotated_heads = self.operations.rotated_heads
+        if rotated_heads is not None and isinstance(grouping, Grouping):
+            norms = self._head_norms()
+            return *rotated_heads(projections, self.heads, norms, grouping, rotary), _unchanged
+        queries, keys, values = zip(*map(self.heads.split, projections), strict=True)
+        parts = (self.q_norm(queries), self.k_norm(keys), values)
+        q, k, v = grouping.to_attention(*(_merge_groups(slices) for slices in parts))
+        return q, k, v, rotary.rotate
 
     def _head_norms(self) -> HeadNorms | None:
         """Return the norm weights, which ZeRO-3 keeps whole outside of their modules too."""
