@@ -1,11 +1,15 @@
-"""Operations that torch.compile fuses equal plain PyTorch."""
+"""Operations that torch.compile fuses equal plain PyTorch, with varying numbers of rows.
+
+The test captures and differentiates their graphs, but runs them without generating code, which
+takes minutes on a CPU.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,43 +24,41 @@ from tests.model.small_models import (
 )
 
 ROOT = Path(__file__).parents[2]
-TOWERS = {"text": "all", "image": "all"}
+TOWERS = {"text": "text", "image": "image"}
 
 
 def compare_backends() -> None:
-    """Compare a model whose operations are compiled with plain PyTorch."""
-    overrides = ("model.num_layers=1", "model.hidden_size=16", "model.num_attention_heads=2")
+    """Compare models whose operations are compiled with plain PyTorch."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    overrides = ("model.num_layers=1", "model.norm_placement=pre")
     plain, compiled = (
-        small_config(TOWERS, *overrides, f"model.layer_backend={backend}")
+        single_rank_model(small_config(TOWERS, *overrides, f"model.layer_backend={backend}"))
         for backend in ("torch", "compile")
     )
-    both = []
-    for config in (plain, compiled):
-        model = single_rank_model(config)
-        batch = random_tokens(0, list(TOWERS), (1, 1), (1, 13)).micro_batch(config)
-        loss, _ = model(batch)
-        loss.backward()
-        both.append({"loss": loss.detach(), **take_gradients(model)})
-    assert_all_close(both[1], both[0], 1e-5)
-    frames = torch._dynamo.utils.counters["frames"]
-    assert frames["ok"] == frames["total"] > 0, frames
+    for mix in ((1, 1), (2, 1)):
+        both = []
+        for model in (plain, compiled):
+            batch = random_tokens(0, list(TOWERS), mix, (1, 13)).micro_batch(small_config(TOWERS))
+            loss, _ = model(batch)
+            loss.backward()
+            both.append({"loss": loss.detach(), **take_gradients(model)})
+        assert_all_close(both[1], both[0], 1e-5)
+    # Every call was captured, and in one piece.
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 3
+    assert not counters["graph_break"], counters["graph_break"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_operations_equal_plain_pytorch(tmp_path: Path) -> None:
-    environment = os.environ | {
-        "TORCH_COMPILE_DISABLE": "0",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-    }
+def test_compiled_operations_equal_plain_pytorch() -> None:
     command = "from tests.model.test_compiled_operations import compare_backends as f; f()"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", command],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"TORCH_COMPILE_DISABLE": "0"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
