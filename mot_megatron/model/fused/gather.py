@@ -49,7 +49,7 @@ class _Gathered(torch.autograd.Function):
         return None, ctx.grouping.scatter(gradients)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _forward(
     rows,
     row_stride,

@@ -164,7 +164,7 @@ def _store(target, column, first, second, inside, HALF: tl.constexpr):
     tl.store(target + column + HALF, second.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _forward(
     rows,
     row_stride,
@@ -209,7 +209,7 @@ def _forward(
     _store(v + shared, column, turned_1, turned_2, inside & is_value, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "tokens"])
 def _backward(
     rows,
     row_stride,

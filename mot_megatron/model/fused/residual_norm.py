@@ -96,7 +96,7 @@ class _ResidualNorm(torch.autograd.Function):
         return result, of_residual, of_weight, None, None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     update,
     update_stride,
@@ -129,7 +129,7 @@ def _forward(
     tl.store(output + row * size + column, result.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     normalized,
     normalized_stride,

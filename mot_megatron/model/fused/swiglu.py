@@ -54,7 +54,7 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     gate_up,
     row_stride,
@@ -73,7 +73,7 @@ def _forward(
     tl.store(output + row * size + column, result.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     gate_up,
     row_stride,
