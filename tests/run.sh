@@ -15,6 +15,11 @@ if [[ " $* " != *" -m gpu "* ]]; then
     export TORCH_COMPILE_DISABLE=1 CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
 fi
 
+# A machine with its own packages (MOT_PYTHON) has Triton with its torch, if it has a GPU.
+if [ -z "${MOT_PYTHON:-}" ] && ! "$PYTHON" -c 'import triton' 2>/dev/null; then
+    "$PYTHON" -m pip install --disable-pip-version-check --quiet -r requirements-tests.txt
+fi
+
 failed=()
 
 # $1: name of the check; the rest: its command.

@@ -29,9 +29,11 @@ from mot_megatron.model.grouping import Grouping
 from mot_megatron.model.initialization import initialize_parameters
 from mot_megatron.model.layer import Layer, LayerInputs
 from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.norm import RMSNorm
+from mot_megatron.model.operations import PLAIN, LayerOperations, layer_operations
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.routing import RoutingMode, routing_pools
-from mot_megatron.model.towers import ParallelLinears
+from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.parallel.placement import balanced_placement
 
@@ -43,6 +45,8 @@ MIXTURES = {
     f"top-1-of-{NUM_EXPERTS}": 'routing = "topk"',
 }
 """Mixtures of experts in a single tower, with one expert per token, on average or exactly."""
+FUSED_ALONE = ("swiglu", "norm_then_add", "rotated_heads", "to_towers")
+"""Operations of a post-norm layer that are also timed one at a time."""
 LONGEST_RUN = 256
 """Maximum number of consecutive tokens of one modality."""
 PROFILED_OPERATIONS = 15
@@ -109,23 +113,24 @@ def run_in_sequence_order(
     The rows of each tower are picked before, and merged after, every operation with untied weights.
     """
     attention = layer.attention
-    width = sum(attention.group_width)
-    qkv = attention.qkv(rows.pick(x))
-    split = [
-        part.view(len(part), attention.local_groups, width, attention.head_dim).split(
-            attention.group_width, dim=2
-        )
-        for part in qkv
-    ]
+    split = [attention.heads.split(part) for part in attention.qkv(rows.pick(x))]
     queries, keys, values = zip(*split, strict=True)
     q = layer_inputs.rotary.rotate(rows.merge(attention.q_norm(queries)).flatten(1, 2))
     k = layer_inputs.rotary.rotate(rows.merge(attention.k_norm(keys)).flatten(1, 2))
     v = rows.merge(values).flatten(1, 2)
     mixed = layer_inputs.attend(0, q, k, v).flatten(1)
-    x = x + rows.merge(layer.attention_norm(attention.output_projection(rows.pick(mixed))))
-    return x + rows.merge(
-        layer.feed_forward_norm(layer.feed_forward(rows.pick(x), layer_inputs.pools))
-    )
+    updates = attention.output_projection(rows.pick(mixed))
+    x = x + rows.merge(_normalize(layer.attention_norm, updates))
+    updates = layer.feed_forward(rows.pick(x), layer_inputs.pools)
+    return x + rows.merge(_normalize(layer.feed_forward_norm, updates))
+
+
+def _normalize(norms: PerTower, slices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    normed = []
+    for norm, part in zip(norms.modules_of_slices, slices, strict=True):
+        assert isinstance(norm, RMSNorm)
+        normed.append(norm.normalize(part))
+    return normed
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,25 @@ class Benchmark:
             for v in variants
         ]
 
+    def fused(self, backend: Literal["triton", "compile"]) -> list[Variant]:
+        """Return dense and ours with fused operations, and with each of these alone.
+
+        Raises:
+            ConfigError: Triton does not run on the device.
+        """
+        operations = layer_operations(backend, self.device.type == "cuda")
+        most = NUM_TOWERS[-1]
+        names = {1: "dense"} | {towers: f"mot-{towers}" for towers in NUM_TOWERS}
+        variants = [
+            self._ours(towers, f"{name} {backend}", operations=operations)[0]
+            for towers, name in names.items()
+        ]
+        for field in FUSED_ALONE:
+            alone = replace(PLAIN, **{field: getattr(operations, field)})
+            name = f"{names[most]} {backend} {field}"
+            variants.append(self._ours(most, name, operations=alone)[0])
+        return variants
+
     def exchange_permutations(self, exchange: Literal["sequence", "heads"]) -> Variant:
         """Return only the exchange's work on rows, on one of a pair of ranks, without sending."""
         placement = balanced_placement([1.0, 1.0], 2)
@@ -237,14 +261,18 @@ class Benchmark:
         return self._ours(num_towers, name)[0]
 
     def _ours(
-        self, num_towers: int, name: str, experts: str | None = None
+        self,
+        num_towers: int,
+        name: str,
+        experts: str | None = None,
+        operations: LayerOperations = PLAIN,
     ) -> tuple[Variant, LayerInputs, torch.Tensor]:
         config = self._config(num_towers, experts)
         towers, batch = self._batch(num_towers)
         batch = batch.to(self.device)
         grouping = Grouping.of(batch)
         layer_inputs = self._layer_inputs(config.model, batch, grouping, range(num_towers))
-        layer = self._layer(config, self.groups)
+        layer = self._layer(config, self.groups, operations)
         inputs = tuple(
             part.detach().requires_grad_() for part in grouping.to_towers(self._stream())
         )
@@ -282,10 +310,12 @@ class Benchmark:
             to_sequence=torch.cat,
         )
 
-    def _layer(self, config: Config, groups: ProcessGroups) -> Layer:
+    def _layer(
+        self, config: Config, groups: ProcessGroups, operations: LayerOperations = PLAIN
+    ) -> Layer:
         linears = ParallelLinears(groups, sequence_parallel=False, dtype=self.dtype)
         routing = RoutingMode((1 / self.tokens,) * config.model.num_towers)
-        layer = Layer(config.model, linears, 0, recompute_core=False, routing=routing)
+        layer = Layer(config.model, linears, 0, False, routing, operations)
         initialize_parameters(layer, config.run.seed, config.model.init_std, 0, 1)
         return layer.to(device=self.device, dtype=self.dtype)
 

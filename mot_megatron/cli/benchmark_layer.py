@@ -15,8 +15,11 @@ slows both.
 Every token uses one of them (on average), so the active FLOPs are those of dense plus the router.
 It also adds expert-choice-4-causal, which also trains a causal router. --exchange adds
 exchange-sequence and exchange-heads: what one of two modality-parallel ranks does to q, k, v and
-the output, without the communication. --compile adds dense and ours with torch.compile, which takes
-minutes on a CPU.
+the output, without the communication.
+
+--fused BACKEND adds dense and ours with fused operations, as model.layer_backend = BACKEND selects
+them, and mot-3 with each of these operations alone. --compile adds dense and ours with
+torch.compile of whole layers. Compilation takes minutes on a CPU.
 
 --world-size 2 times a pair of ranks instead, each with its own sequence: dense, mot-2 with both
 towers on both ranks, and mot-2-mp2 with one tower on each rank, exchanging q, k, v and the output
@@ -79,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--experts", action="store_true", help="add dense with mixtures of experts")
     parser.add_argument(
+        "--fused",
+        choices=("triton", "compile"),
+        help="add dense and ours with fused operations, all and one at a time",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="add dense and ours with torch.compile"
     )
     parser.add_argument(
@@ -123,13 +131,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--repeats 1: must be at least 2, to measure a spread")
     if options.profile and options.json:
         raise ConfigError("--profile prints text only; omit --json")
-    single = (
-        options.profile or options.exchange or options.experts or options.compile or options.threads
-    )
+    added = options.exchange or options.experts or options.fused or options.compile
+    single = added or options.profile or options.threads
     if options.world_size > 1 and (single or options.clock != "wall"):
         raise ConfigError(
             f"--world-size {PAIR} requires wall time and one thread per rank, and excludes"
-            " --profile, --exchange, --experts and --compile"
+            " --profile, --exchange, --experts, --fused and --compile"
         )
     if options.device != "cpu" and options.clock != "wall":
         raise ConfigError(f"--clock {options.clock}: allowed with --device cpu only")
@@ -165,6 +172,8 @@ def choose_variants(options: argparse.Namespace, device: torch.device) -> list[V
         variants += setting.mixtures()
     if options.exchange:
         variants += [setting.exchange_permutations(kind) for kind in ("sequence", "heads")]
+    if options.fused is not None:
+        variants += setting.fused(options.fused)
     if options.compile:
         variants += setting.compiled()
     return variants

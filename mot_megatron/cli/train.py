@@ -187,6 +187,7 @@ def run(
 
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.job.distributed import works_on_gpus
+    from mot_megatron.model.operations import check_backend
     from mot_megatron.planning.placement_table import placement_table
     from mot_megatron.rules import check_device
     from mot_megatron.run.loop import train
@@ -200,6 +201,7 @@ def run(
     )
 
     check_device(config, works_on_gpus())
+    check_backend(config.model.layer_backend, works_on_gpus())
     corpus = Corpus.open(config.data.corpus, once=True)
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
@@ -241,12 +243,14 @@ def run_on_synthetic(
     import torch.distributed as dist
 
     from mot_megatron.job.distributed import works_on_gpus
+    from mot_megatron.model.operations import check_backend
     from mot_megatron.rules import check_device
     from mot_megatron.run.timing import time_steps
     from mot_megatron.scaling.synthetic import SyntheticBatches, build_groups, parse_shares
     from mot_megatron.train.session import build_trainer
 
     check_device(config, works_on_gpus())
+    check_backend(config.model.layer_backend, works_on_gpus())
     config.model.num_vocabulary_rows  # noqa: B018 - raises if the vocabulary is unknown
     given = [share for share in options.synthetic.split(",") if share]
     shares = parse_shares(list(config.model.modalities), given)

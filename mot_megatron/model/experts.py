@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import nn
 
 from mot_megatron.config import ModelConfig
+from mot_megatron.model.operations import PLAIN, LayerOperations
 from mot_megatron.model.routing import Routing, RoutingMode, RoutingPool, router_class
 from mot_megatron.model.sharding import ParameterSharding, mark_experts, set_sharding
 from mot_megatron.model.towers import ParallelLinears
@@ -28,7 +29,12 @@ class ExpertFeedForward(nn.Module):
     """A mixture of experts in place of a feed-forward network; unassigned rows become zeros."""
 
     def __init__(
-        self, config: ModelConfig, linears: ParallelLinears, tower: int, mode: RoutingMode
+        self,
+        config: ModelConfig,
+        linears: ParallelLinears,
+        tower: int,
+        mode: RoutingMode,
+        operations: LayerOperations = PLAIN,
     ) -> None:
         """Build one layer's expert FFN for a local tower."""
         super().__init__()
@@ -44,7 +50,7 @@ class ExpertFeedForward(nn.Module):
             pool_group=linears.partial_rows,
             balancing_group=linears.groups.balancing.get(tower, linears.partial_rows),
         )
-        self.experts = GroupedExperts(config, held, linears.groups.tensor_size)
+        self.experts = GroupedExperts(config, held, linears.groups.tensor_size, operations)
         self.dispatcher = None
         if groups.tensor_expert.size() > 1:
             self.dispatcher = MoEAlltoAllTokenDispatcher(
@@ -98,11 +104,14 @@ class ExpertFeedForward(nn.Module):
 class GroupedExperts(nn.Module):
     """Stacked SwiGLU networks of a rank's experts: (silu(x W_gate) * (x W_up)) W_down."""
 
-    def __init__(self, config: ModelConfig, held: range, tensor_size: int) -> None:
+    def __init__(
+        self, config: ModelConfig, held: range, tensor_size: int, operations: LayerOperations
+    ) -> None:
         """Allocate this rank's tensor-parallel shard of the experts ``held``."""
         super().__init__()
         h, f = config.hidden_size, config.feed_forward_size
         self.num_held = len(held)
+        self.operations = operations
         self.gate_up = nn.Parameter(torch.empty(self.num_held * 2 * f // tensor_size, h))
         self.down = nn.Parameter(torch.empty(self.num_held * h, f // tensor_size))
         set_sharding(self.gate_up, ParameterSharding((2, f, h), shard_dim=1))
@@ -126,8 +135,8 @@ class GroupedExperts(nn.Module):
         ends = counts.to(rows.device).cumsum(0).to(torch.int32)
         gate_up = self.gate_up.unflatten(0, (self.num_held, -1)).transpose(1, 2)
         down = self.down.unflatten(0, (self.num_held, -1)).transpose(1, 2)
-        gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
-        outputs = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+        inner = self.operations.swiglu(F.grouped_mm(rows, gate_up, offs=ends))
+        outputs = F.grouped_mm(inner, down, offs=ends)
         return outputs * weights.to(outputs.dtype)[:, None]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,14 @@ class Grouping:
         """Whether the two orders coincide, as with one tower without padding."""
         return len(self.slots) == 1 and self.slots[0] == self.indices[0].numel()
 
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[g] int64: sequence position of every slot's token; -1 for padding slots."""
+        parts = []
+        for index, slots in zip(self.indices, self.slots, strict=True):
+            parts += [index, index.new_full((slots - index.numel(),), -1)]
+        return torch.cat(parts)
+
     def to_sequence(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
         """Move K slices [g_k, ...] to [t, ...] in sequence order, dropping padding slots."""
         if self.is_identity:
@@ -67,12 +76,20 @@ class Grouping:
             return (rows,)
         return _ToTowers.apply(self, rows)
 
+    def scatter(self, slices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Write K slices [g_k, ...] to [t, ...], without recording it for backward."""
+        num_tokens = sum(index.numel() for index in self.indices)
+        rows = slices[0].new_empty(num_tokens, *slices[0].shape[1:])
+        for index, part in zip(self.indices, slices, strict=True):
+            rows.index_copy_(0, index, part[: index.numel()])
+        return rows
+
 
 class _ToSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grouping: Grouping, *slices: torch.Tensor) -> torch.Tensor:
         ctx.grouping = grouping
-        return _scatter(grouping, slices)
+        return grouping.scatter(slices)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -87,15 +104,7 @@ class _ToTowers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, _scatter(ctx.grouping, gradients)
-
-
-def _scatter(grouping: Grouping, slices: Sequence[torch.Tensor]) -> torch.Tensor:
-    num_tokens = sum(index.numel() for index in grouping.indices)
-    rows = slices[0].new_empty(num_tokens, *slices[0].shape[1:])
-    for index, part in zip(grouping.indices, slices, strict=True):
-        rows.index_copy_(0, index, part[: index.numel()])
-    return rows
+        return None, ctx.grouping.scatter(gradients)
 
 
 def _gather(grouping: Grouping, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -27,6 +27,7 @@ from mot_megatron.model.layer import Layer, LayerInputs, Stream, run_layer
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.norm import RMSNorm
 from mot_megatron.model.objectives import Labels, VocabularyShard, Weighting, head_losses
+from mot_megatron.model.operations import layer_operations
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
 from mot_megatron.model.routing import (
@@ -154,12 +155,14 @@ class MixtureOfTransformers(nn.Module):
     ) -> None:
         super().__init__()
         model, training = config.model, config.training
-        check_device(config, groups.device.type == "cuda")
+        on_gpus = groups.device.type == "cuda"
+        check_device(config, on_gpus)
         self.config = model
         self.groups = groups
         self.dtype = dtype
         self.sequence_parallel = config.parallel.sequence_parallel
         self.recompute_layers = training.recompute == "full"
+        operations = layer_operations(model.layer_backend, on_gpus)
         linears = ParallelLinears(groups, self.sequence_parallel, dtype)
         self.pieces = pieces_of_stage(config, groups.pipeline_rank)
         self.towers = groups.towers_held(model.num_towers)
@@ -175,6 +178,7 @@ class MixtureOfTransformers(nn.Module):
                     index,
                     recompute_core=training.recompute == "selective",
                     routing=self.routing,
+                    operations=operations,
                 )
                 for piece in self.pieces
                 for index in piece.layers

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import nn
 
+from mot_megatron.model.operations import LayerOperations
 from mot_megatron.model.sharding import ParameterSharding, set_sharding
 
 
@@ -32,7 +33,45 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize [..., size] over the last dimension."""
-        weight = self.weight
-        if self.partial_rows is not None:
-            weight = copy_to_tensor_model_parallel_region(weight, group=self.partial_rows)
-        return F.rms_norm(x, (self.size,), weight, self.eps)
+        return self.normalize(x)
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize, also for a subclass with another ``forward``."""
+        return F.rms_norm(x, (self.size,), self.summed_weight(), self.eps)
+
+    def summed_weight(self) -> torch.Tensor:
+        """Return the weight, whose gradient backward sums over ``partial_rows``."""
+        if self.partial_rows is None:
+            return self.weight
+        return copy_to_tensor_model_parallel_region(self.weight, group=self.partial_rows)
+
+
+class ResidualNorm(RMSNorm):
+    """RMSNorm with the residual addition beside it; which comes first is ``norms_sum``.
+
+    Args:
+        size: Width of the rows.
+        eps: Added to the mean square.
+        partial_rows: As for ``RMSNorm``.
+        operations: The implementation to use.
+        norms_sum: Whether it normalizes the sum (pre-norm) or the update (post-norm).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        partial_rows: dist.ProcessGroup | None,
+        operations: LayerOperations,
+        norms_sum: bool,
+    ) -> None:
+        super().__init__(size, eps, partial_rows)
+        self.operations = operations
+        self.norms_sum = norms_sum
+
+    def forward(  # type: ignore[override]
+        self, update: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return residual + norm(update), or s = residual + update and norm(s); rows [n, size]."""
+        add = self.operations.add_then_norm if self.norms_sum else self.operations.norm_then_add
+        return add(update, residual, self.summed_weight(), self.eps)

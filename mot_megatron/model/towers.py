@@ -54,10 +54,15 @@ class PerTower(nn.Module):
             slices: One slice per tower held.
             others: Further arguments of the modules, each with one item per tower held.
         """
-        modules = self.towers.values() if self.untied else [self.shared] * self.num_held
         return tuple(
-            module(*of_tower) for module, *of_tower in zip(modules, slices, *others, strict=True)
+            module(*of_tower)
+            for module, *of_tower in zip(self.modules_of_slices, slices, *others, strict=True)
         )
+
+    @property
+    def modules_of_slices(self) -> list[nn.Module]:
+        """The module of each slice."""
+        return list(self.towers.values()) if self.untied else [self.shared] * self.num_held
 
 
 @dataclass(frozen=True)

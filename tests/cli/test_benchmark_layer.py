@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mot_megatron.benchmark.layer_variants import MIXTURES, Benchmark, Variant
+from mot_megatron.benchmark.layer_variants import FUSED_ALONE, MIXTURES, Benchmark, Variant
 from mot_megatron.cli import benchmark_layer
 from mot_megatron.parallel.groups import build_single_process_groups
 from tests.cli.console import only_error
@@ -80,6 +80,26 @@ def test_mixtures_and_exchange_are_optional(capsys: pytest.CaptureFixture[str]) 
     result = json.loads(capsys.readouterr().out)
     exchanges = {"exchange-sequence", "exchange-heads"}
     assert set(result["ratio_to_dense"]) - set(NAMES) == MIXTURES.keys() | exchanges
+
+
+def test_fused_operations_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--tokens", "24", "--hidden", "16", "--heads", "2", "--repeats", "2"]
+    assert benchmark_layer.main([*tiny, "--fused", "triton", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    whole = {f"{name} triton" for name in ("dense", "mot-2", "mot-3")}
+    alone = {f"mot-3 triton {field}" for field in FUSED_ALONE}
+    assert set(result["ratio_to_dense"]) - set(NAMES) == whole | alone
+
+
+def test_fused_operations_alone_give_the_outputs_of_plain_pytorch() -> None:
+    device = torch.device("cpu")
+    groups = build_single_process_groups(device)
+    setting = Benchmark(24, 16, 2, device, torch.float32, groups)
+    expected = setting.ours(3, "mot-3").step()
+    variants = [variant for variant in setting.fused("triton") if "mot-3" in variant.name]
+    assert len(variants) == 1 + len(FUSED_ALONE)
+    for variant in variants:
+        torch.testing.assert_close(variant.step(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_tower_has_work() -> None:

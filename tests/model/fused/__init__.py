@@ -1,0 +1,1 @@
+"""Tests of the fused operations; Triton interprets them without a GPU."""
