@@ -29,6 +29,7 @@ from mot_megatron.cli.command import (
     run_command,
     say,
 )
+from mot_megatron.cli.configs import config_directory
 from mot_megatron.errors import ConfigError
 
 NAME = "check-machine"
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         environment |= ON_CPU
-    context = Context(device, num_devices, directory, environment)
+    context = Context(device, num_devices, directory, config_directory(), environment)
     record = open_record(directory, _machine(device, num_devices), options.again)
     run_checks(checks, context, record, 60 * options.minutes, lambda line: say(NAME, line))
     document = record.document()

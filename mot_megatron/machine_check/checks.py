@@ -21,6 +21,8 @@ class Context:
     """Ranks that the largest checks may use: GPUs, or processes on a CPU."""
     directory: Path
     """Folder of the report, with a folder ``logs`` for what checks write."""
+    configs: Path
+    """Folder of the configuration files that are shipped with the package."""
     environment: Mapping[str, str]
     """Environment variables of the jobs."""
 

@@ -53,7 +53,7 @@ def run_isolated(check: Check, context: Context, seconds: float) -> Outcome:
             process.join(_END_SECONDS)
         process.kill()
         process.join()
-        _kill(started + [*map(Process.of, group_members(process.pid))])
+        _kill([*started, *map(Process.of, group_members(process.pid))])
     where = f"see logs/{log.name}"
     if timed_out:
         return Outcome("FAIL", f"not done after {seconds:.0f} s, and killed", where)

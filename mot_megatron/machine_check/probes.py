@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from mot_megatron.machine_check.checks import Context
 from mot_megatron.machine_check.outcome import Outcome
 
+COMPILES_NOT = Outcome("SKIPPED", "torch.compile is switched off", "unset TORCH_COMPILE_DISABLE")
 _POISONED_SIZES = [1 << power for power in range(4, 21)]
 
 
@@ -20,6 +21,11 @@ def poison_freed_memory(device: torch.device) -> None:
     """Fill freed blocks of all sizes with NaN, so that results that nothing writes are seen."""
     blocks = [torch.full((size,), float("nan"), device=device) for size in _POISONED_SIZES * 4]
     del blocks
+
+
+def compiles() -> bool:
+    """Return whether torch.compile compiles in this process."""
+    return not torch._dynamo.config.disable
 
 
 def zero_rows(context: Context) -> Outcome:
@@ -141,10 +147,9 @@ def compilation(context: Context) -> Outcome:
         return F.silu(x) * y + torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
     x, y = torch.randn(2, 32, 64, device=device)
-    if torch.compiler.is_compiling() or torch._dynamo.config.disable:
-        return Outcome("SKIPPED", "torch.compile is switched off", "unset TORCH_COMPILE_DISABLE")
+    if not compiles():
+        return COMPILES_NOT
     error = relative_error(torch.compile(function)(x, y), function(x, y))
     if not error <= 1e-5:
         return Outcome("FAIL", f"relative error {error:.1e}", "do not use torch.compile here")
     return Outcome("PASS", f"compiled and equal, relative error {error:.1e}")
-

@@ -160,8 +160,6 @@ def run_checks(
 
 def skipped(check: Check, context: Context, seconds_left: float) -> Outcome | None:
     """Return why a check is not run here, or None if it is."""
-    if check.device not in (None, context.device):
-        return Outcome("SKIPPED", f"needs a device of the kind {check.device}")
     if check.num_devices > context.num_devices:
         return Outcome("SKIPPED", f"needs {check.num_devices} devices, --devices has fewer")
     if check.seconds > seconds_left:
