@@ -16,11 +16,13 @@ Without a GPU everything runs small, on the CPU. The exit status is 1 if a check
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mot_megatron.cli.arguments import add_json, add_output, positive_float, positive_int
+from mot_megatron.cli.arguments import add_json, add_output, positive_float, positive_int, user_path
 from mot_megatron.cli.command import (
     ON_CPU,
     choose_device,
@@ -31,6 +33,9 @@ from mot_megatron.cli.command import (
 )
 from mot_megatron.cli.configs import config_directory
 from mot_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mot_megatron.machine_check.checks import Context
 
 NAME = "check-machine"
 
@@ -62,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the checks, and run none")
     parser.add_argument(
         "--again", action="store_true", help="run everything again, and forget the record"
+    )
+    parser.add_argument(
+        "--record",
+        type=user_path,
+        metavar="FILE",
+        help="compute the recorded losses anew on this CPU, and write them to FILE (for developers,"
+        " after a change of the numbers of training; takes minutes)",
     )
     add_output(parser, "folder of the report", required=False)
     add_json(parser)
@@ -98,6 +110,8 @@ def run(options: argparse.Namespace) -> int:
     if device == "cpu":
         environment |= ON_CPU
     context = Context(device, num_devices, directory, config_directory(), environment)
+    if options.record is not None:
+        return _record_reference(context, options.record)
     record = open_record(directory, _machine(device, num_devices), options.again)
     run_checks(checks, context, record, 60 * options.minutes, lambda line: say(NAME, line))
     document = record.document()
@@ -106,6 +120,24 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(page(record.machine, {n: e.outcome for n, e in record.entries.items()}))
     return int(any(entry.outcome.status == "FAIL" for entry in record.entries.values()))
+
+
+def _record_reference(context: Context, path: Path) -> int:
+    """Compute the reference losses and write them to ``path``.
+
+    Raises:
+        ConfigError: The ranks would use GPUs.
+        UserError: A job failed.
+    """
+    from mot_megatron.files import write_atomically
+    from mot_megatron.machine_check.parity import record_reference
+
+    if context.on_gpu:
+        raise ConfigError("--record: the reference is computed on a CPU; set DS_ACCELERATOR=cpu")
+    (context.directory / "logs").mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record_reference(context), indent=1) + "\n")
+    say(NAME, f"wrote {path}")
+    return 0
 
 
 def _num_devices(wanted: int | None, device: str) -> int:

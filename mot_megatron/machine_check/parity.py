@@ -76,6 +76,11 @@ def parity(
     return judge(record["total_bits"], reference["bits"][model], config)
 
 
+def steps_of(model: str) -> int:
+    """Return the number of steps of a model's reference."""
+    return 20 if model == "plain" else 5
+
+
 def small_config(corpus: Path, model: str, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of the small model."""
     text = (_FOLDER / "model.toml").read_text(encoding="utf-8")
@@ -111,16 +116,12 @@ def record_reference(context: Context) -> dict[str, Any]:
     corpus = make_corpus(context.directory / "corpus")
     bits = {}
     for model in MODELS:
-        steps = PLAIN_STEPS if model == "plain" else BRANCH_STEPS
-        overrides = [f"training.train_steps={steps}", "parallel.zero_stage=0"]
+        overrides = [f"training.train_steps={steps_of(model)}", "parallel.zero_stage=0"]
         config = small_config(corpus.directory, model, overrides)
         bits[model] = timed_job(context, _file_name(f"reference-{model}", 1), config, 1)[
             "total_bits"
         ]
     return {"torch": torch.__version__, "corpus": corpus.fingerprint, "bits": bits}
-
-
-PLAIN_STEPS, BRANCH_STEPS = 20, 5
 
 
 def _file_name(name: str, world_size: int) -> str:

@@ -37,12 +37,18 @@ def page(machine: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> str:
         lines += [f"## {part.capitalize()}", "", "| check | result | seen |", "|---|---|---|"]
         lines += [
             f"| {_cell(name.partition('/')[2])} | {_MARKS[outcome.status]} |"
-            f" {_cell(outcome.seen)} |"
+            f" {_cell(outcome.seen)}{_note(outcome)} |"
             for name, outcome in outcomes.items()
             if name.partition("/")[0] == part
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _note(outcome: Outcome) -> str:
+    """Return the advice of an outcome that is not listed under what to do."""
+    shown = outcome.advice and outcome.status in ("PASS", "SKIPPED")
+    return f" ({_cell(outcome.advice)})" if shown else ""
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ def resume(context: Context) -> Outcome:
     """
     corpus = make_corpus(context.directory / "corpus").directory
     runs = context.directory / "runs"
+    # An interrupted check has left runs that would be continued.
+    shutil.rmtree(runs, ignore_errors=True)
     names = ("whole", "continued")
     try:
         for name, steps in ((names[0], _STEPS), (names[1], _SAVED_STEP), (names[1], _STEPS)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -70,7 +71,7 @@ def open_record(directory: Path, machine: dict[str, Any], again: bool) -> Record
     Args:
         directory: Folder of the report.
         machine: Description of this machine.
-        again: Forget what is recorded.
+        again: Forget what is recorded, and remove what the checks have written.
 
     Raises:
         DataError: The folder cannot be written, or holds something else.
@@ -81,9 +82,14 @@ def open_record(directory: Path, machine: dict[str, Any], again: bool) -> Record
     try:
         if path.exists():
             found = json.loads(read_regular_file(path))
-            if not again:
+            entries = _entries(found)
+            if again:
+                # Checks use what others have measured or written.
+                for name in ("logs", "corpus", "runs"):
+                    shutil.rmtree(directory / name, ignore_errors=True)
+            else:
                 _check_same(path, found, machine)
-                record.entries = _entries(found)
+                record.entries = entries
         elif directory.exists() and any(directory.iterdir()):
             raise DataError(f"{directory}: not empty, and holds no {RECORD_FILE}")
         (directory / "logs").mkdir(parents=True, exist_ok=True)
