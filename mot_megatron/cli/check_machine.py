@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mot_megatron.machine_check.checks import Context
 
 NAME = "check-machine"
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells give it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="list the checks, and run none")
     parser.add_argument(
-        "--again", action="store_true", help="run everything again, and forget the record"
+        "--again",
+        action="store_true",
+        help="run these checks again, also those that the record has",
     )
     parser.add_argument(
         "--record",
@@ -112,8 +116,13 @@ def run(options: argparse.Namespace) -> int:
     context = Context(device, num_devices, directory, config_directory(), environment)
     if options.record is not None:
         return _record_reference(context, options.record)
-    record = open_record(directory, _machine(device, num_devices), options.again)
-    run_checks(checks, context, record, 60 * options.minutes, lambda line: say(NAME, line))
+    again = [check.name for check in checks] if options.again else ()
+    record = open_record(directory, _machine(device, num_devices), again)
+    try:
+        run_checks(checks, context, record, 60 * options.minutes, lambda line: say(NAME, line))
+    except KeyboardInterrupt:
+        say(NAME, "interrupted; the same command continues")
+        return INTERRUPTED
     document = record.document()
     if options.json:
         print_json(document)

@@ -32,9 +32,8 @@ def attention(context: Context, *, head_dim: int, heads: int, groups: int, lengt
         return COMPILES_NOT
     device = torch.device(context.device)
     dtype = torch.bfloat16 if context.on_gpu else torch.float32
-    worst = dict.fromkeys(("output", "q gradient", "k gradient", "v gradient"), 0.0)
-    if not context.on_gpu:
-        worst = {"output": 0.0}
+    names = ("output", "q gradient", "k gradient", "v gradient")
+    worst: dict[str, float] = dict.fromkeys(names if context.on_gpu else names[:1], 0.0)
     for number in range(4):
         generator = torch.Generator().manual_seed(number)
         ids = _documents(length, generator).to(device)

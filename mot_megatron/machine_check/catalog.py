@@ -186,13 +186,17 @@ def _layouts() -> list[Check]:
 def _first_speed(on_gpu: bool) -> list[Check]:
     """The speed checks that come before the branches, so that a short time limit has them."""
     config, overrides = _base(on_gpu)
+    of_rates = {"config": config, "overrides": overrides}
+    if on_gpu:
+        batch = ("training.micro_batch_size=4", "training.global_batch_size=4")
+        of_rates = {"config": "paper/1.5b-dense.toml", "overrides": batch}
     large = {"tokens": 4096, "hidden": 2048, "heads": 16, "repeats": 10}
     return [
         Check(
             "speed/rates",
             f"{_PACKAGE}.speed:rates",
             60 if on_gpu else 40,
-            settings={"config": config, "overrides": overrides},
+            settings=of_rates,
         ),
         Check(
             "speed/layer",

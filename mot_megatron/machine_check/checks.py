@@ -10,6 +10,9 @@ from typing import Any
 
 from mot_megatron.machine_check.outcome import Outcome
 
+TIMES_SUFFIX = ".times.json"
+"""End of the names of files with the times of steps, which several checks may use."""
+
 
 @dataclass(frozen=True)
 class Context:

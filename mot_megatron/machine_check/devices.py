@@ -7,7 +7,7 @@ import torch
 from mot_megatron.machine_check.checks import Context
 from mot_megatron.machine_check.outcome import Outcome
 
-_LARGEST_USED = 0.05
+_LARGEST_USED = 0.1
 """Share of a GPU's memory that its driver may use; more belongs to another process."""
 
 

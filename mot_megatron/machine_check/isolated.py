@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from mot_megatron.machine_check.outcome import Outcome
 
 _END_SECONDS = 10.0
 """How long a check that is told to stop may take to end its own processes."""
+_POLL_SECONDS = 0.05
 _LONGEST_REASON = 300
 
 
-def run_isolated(check: Check, context: Context, seconds: float) -> Outcome:
-    """Run a check in a new process and return its outcome.
+def run_isolated(check: Check, context: Context, seconds: float) -> Outcome | None:
+    """Run a check in a new process and return its outcome, or None if it was not done in time.
 
     The process and all that it has started are killed if it is not done in time, and what is left
     of them after its end. What it prints goes to a file in the folder ``logs``.
@@ -32,8 +34,8 @@ def run_isolated(check: Check, context: Context, seconds: float) -> Outcome:
         context: What it is given.
         seconds: Its time limit.
     """
-    stem = check.name.replace("/", "-").replace(" ", "-")
-    log, result = context.file(f"{stem}.log"), context.file(f"{stem}.outcome.json")
+    log = context.directory / log_name(check)
+    result = log.with_suffix(".outcome.json")
     result.unlink(missing_ok=True)
     log.write_bytes(b"")
     process = multiprocessing.get_context("spawn").Process(
@@ -54,12 +56,17 @@ def run_isolated(check: Check, context: Context, seconds: float) -> Outcome:
         process.kill()
         process.join()
         _kill([*started, *map(Process.of, group_members(process.pid))])
-    where = f"see logs/{log.name}"
     if timed_out:
-        return Outcome("FAIL", f"not done after {seconds:.0f} s, and killed", where)
+        return None
     if not result.exists():
-        return Outcome("FAIL", _reason(process.exitcode, log), where)
+        return Outcome("FAIL", _reason(process.exitcode, log), f"see {log_name(check)}")
     return Outcome(**json.loads(result.read_text()))
+
+
+def log_name(check: Check) -> str:
+    """Return the file with what a check prints, relative to the folder of the report."""
+    stem = "".join(c if c.isalnum() or c in "._" else "-" for c in check.name)
+    return f"logs/{stem}.log"
 
 
 def _work(check: Check, context: Context, log: Path, result: Path) -> None:
@@ -76,8 +83,12 @@ def _work(check: Check, context: Context, log: Path, result: Path) -> None:
 
 
 def _kill(processes: list[Process]) -> None:
+    """Kill processes and wait until they are gone, with the devices' memory that they hold."""
     for each in processes:
         each.kill_if_here()
+    deadline = time.monotonic() + _END_SECONDS
+    while not all(each.is_dead for each in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _reason(status: int | None, log: Path) -> str:

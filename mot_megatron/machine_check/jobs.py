@@ -11,7 +11,7 @@ from mot_megatron.config import Config
 from mot_megatron.errors import UserError
 from mot_megatron.files import write_atomically
 from mot_megatron.job.local_job import Job
-from mot_megatron.machine_check.checks import Context
+from mot_megatron.machine_check.checks import TIMES_SUFFIX, Context
 
 _POLL_SECONDS = 0.5
 _END_SECONDS = 30.0
@@ -37,7 +37,7 @@ def timed_job(
     Raises:
         JobError: It did not end well; in one line, with the job's own errors.
     """
-    record = context.file(f"{name}.times.json")
+    record = context.file(f"{name}{TIMES_SUFFIX}")
     record.unlink(missing_ok=True)
     arguments = [f"--benchmark={record}"]
     if synthetic:

@@ -1,4 +1,4 @@
-"""A run that is continued from its checkpoint against one that is not, and its evaluation."""
+"""A run that is continued from its checkpoint against one that is not; both are evaluated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resume(context: Context) -> Outcome:
     """Train six steps, and three steps and then three more; compare checkpoints and losses.
 
     The losses are those that ``mot evaluate`` prints for the last checkpoints. If the weights are
-    equal bit by bit, so are the losses; on a GPU, rounding may differ.
+    equal bit by bit, so are the losses; on a GPU, rounding may differ. ``mot generate`` must run.
     """
     corpus = make_corpus(context.directory / "corpus").directory
     runs = context.directory / "runs"
@@ -33,12 +33,14 @@ def resume(context: Context) -> Outcome:
     try:
         for name, steps in ((names[0], _STEPS), (names[1], _SAVED_STEP), (names[1], _STEPS)):
             run_job(context, f"{name}-{steps}-steps", _config(runs, corpus, name, steps), 1)
-        bits = _evaluate(context, [runs / name for name in names])
+        folders = [runs / name for name in names]
+        bits = _evaluate(context, folders)
+        _generate(context, folders[-1])
     except JobError as error:
         return Outcome("FAIL", str(error), "read the job's log in logs/")
     numbers = {"bits_per_token": bits}
     if content_of(runs / names[0]) == content_of(runs / names[1]):
-        seen = f"{_STEPS} steps, and {_SAVED_STEP} steps that are continued: equal bit by bit"
+        seen = f"{_STEPS} steps, and {_SAVED_STEP} that are continued to {_STEPS}: equal bit by bit"
         return Outcome("PASS", seen, "", numbers)
     difference = max(abs(bits[0][name] - bits[1][name]) for name in bits[0])
     seen = f"held-out losses differ by {difference:.1e} bits, checkpoints not equal bit by bit"
@@ -46,6 +48,37 @@ def resume(context: Context) -> Outcome:
         advice = "a run that is continued differs by rounding from one that is not"
         return Outcome("PASS", seen, advice, numbers)
     return Outcome("FAIL", seen, "do not stop and continue runs here before this is found", numbers)
+
+
+def _generate(context: Context, run: Path) -> None:
+    """Continue a prompt of token ids, as long as it takes to use the key-value cache.
+
+    Raises:
+        JobError: ``mot generate`` failed.
+    """
+    output = context.directory / "generated"
+    shutil.rmtree(output, ignore_errors=True)
+    words = ["--checkpoint", str(run), "--ids", "--prompt", "1 2 4 5", "--into", "text"]
+    _mot(context, "generate", *words, "--max-tokens", "16", "--output", str(output))
+
+
+def _mot(context: Context, command: str, *arguments: str) -> str:
+    """Run a command of ``mot`` and return what it prints.
+
+    Raises:
+        JobError: It failed; in one line.
+    """
+    finished = subprocess.run(
+        [sys.executable, "-m", "mot_megatron", command, *arguments],
+        env=dict(context.environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise JobError(f"mot {command}: status {finished.returncode}: {last}")
+    return finished.stdout
 
 
 def _config(runs: Path, corpus: Path, name: str, steps: int) -> Config:
@@ -65,19 +98,11 @@ def _evaluate(context: Context, runs: list[Path]) -> list[dict[str, float]]:
         JobError: ``mot evaluate`` failed.
     """
     checkpoints = [word for run in runs for word in ("--checkpoint", str(run))]
-    finished = subprocess.run(
-        [sys.executable, "-m", "mot_megatron", "evaluate", *checkpoints, "--json"],
-        env=dict(context.environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if finished.returncode:
-        raise JobError(f"mot evaluate: {finished.stderr.strip().splitlines()[-1]}")
+    printed = _mot(context, "evaluate", *checkpoints, "--json")
     return [
         {
             name: losses["bits_per_token"]
             for name, losses in each["as_trained"]["modalities"].items()
         }
-        for each in json.loads(finished.stdout)["checkpoints"]
+        for each in json.loads(printed)["checkpoints"]
     ]

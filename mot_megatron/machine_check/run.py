@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.files import read_regular_file, write_atomically
-from mot_megatron.machine_check.checks import Check, Context
-from mot_megatron.machine_check.isolated import run_isolated
+from mot_megatron.machine_check.checks import TIMES_SUFFIX, Check, Context
+from mot_megatron.machine_check.isolated import log_name, run_isolated
 from mot_megatron.machine_check.outcome import Outcome
 from mot_megatron.machine_check.report import page
 
@@ -22,6 +21,9 @@ REPORT_FILE = "check.md"
 FORMAT = 1
 _PATIENCE = 4.0
 """A check is killed after this many times the seconds that it should take."""
+_LATER = "give the same command again, or a longer --minutes"
+_MAY_DIFFER = "devices"
+"""What the record says of the machine, but may change when checks are continued."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,17 @@ class Record:
             raise DataError(f"{directory}: cannot be written: {error.strerror}") from None
 
 
-def open_record(directory: Path, machine: dict[str, Any], again: bool) -> Record:
+def open_record(directory: Path, machine: dict[str, Any], again: Collection[str] = ()) -> Record:
     """Create the folder of a report, or read the record in it.
 
     Args:
         directory: Folder of the report.
         machine: Description of this machine.
-        again: Forget what is recorded, and remove what the checks have written.
+        again: Names of checks whose outcomes are forgotten.
 
     Raises:
         DataError: The folder cannot be written, or holds something else.
-        ConfigError: The record is of another machine or other software.
+        ConfigError: The record is of another machine or other software, and has further checks.
     """
     path = directory / RECORD_FILE
     record = Record(machine)
@@ -83,13 +85,13 @@ def open_record(directory: Path, machine: dict[str, Any], again: bool) -> Record
         if path.exists():
             found = json.loads(read_regular_file(path))
             entries = _entries(found)
-            if again:
-                # Checks use what others have measured or written.
-                for name in ("logs", "corpus", "runs"):
-                    shutil.rmtree(directory / name, ignore_errors=True)
-            else:
+            record.entries = {name: e for name, e in entries.items() if name not in again}
+            if record.entries:
                 _check_same(path, found, machine)
-                record.entries = entries
+            if again:
+                # Checks use the steps that others have timed.
+                for timed in (directory / "logs").glob(f"*{TIMES_SUFFIX}"):
+                    timed.unlink()
         elif directory.exists() and any(directory.iterdir()):
             raise DataError(f"{directory}: not empty, and holds no {RECORD_FILE}")
         (directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def _check_same(path: Path, found: dict[str, Any], machine: dict[str, Any]) -> N
     wanted = json.loads(json.dumps(machine))
     for key in [*wanted, *found["machine"]]:
         before, now = found["machine"].get(key), wanted.get(key)
-        if before != now:
+        if before != now and key != _MAY_DIFFER:
             raise ConfigError(
                 f"{path}: recorded with {key} {before!r}, but here it is {now!r}; give --again to"
                 " replace the record, or another --output"
@@ -153,8 +155,7 @@ def run_checks(
             outcome = skipped(check, context, deadline - begin)
             if outcome is None:
                 say(f"{number}/{len(checks)}: {check.name}")
-                seconds = min(deadline - begin, _PATIENCE * check.seconds)
-                outcome = run_isolated(check, context, seconds)
+                outcome = _outcome(check, context, deadline - begin)
             entry = Entry(outcome, time.monotonic() - begin)
             advice = f" -> {outcome.advice}" if outcome.advice else ""
             say(f"{outcome.status} {check.name}: {outcome.seen}{advice}")
@@ -162,6 +163,17 @@ def run_checks(
         rest = dict(before)
         Record(record.machine, record.entries | rest).write(context.directory)
     record.entries |= before
+
+
+def _outcome(check: Check, context: Context, seconds_left: float) -> Outcome:
+    """Run a check; one that takes far too long fails, unless the time for all checks ended it."""
+    patience = _PATIENCE * check.seconds
+    outcome = run_isolated(check, context, min(seconds_left, patience))
+    if outcome is not None:
+        return outcome
+    if seconds_left < patience:
+        return Outcome("SKIPPED", f"cut off after {seconds_left:.0f} s, at the limit", _LATER)
+    return Outcome("FAIL", f"not done after {patience:.0f} s", f"it hangs: see {log_name(check)}")
 
 
 def skipped(check: Check, context: Context, seconds_left: float) -> Outcome | None:
@@ -172,6 +184,6 @@ def skipped(check: Check, context: Context, seconds_left: float) -> Outcome | No
         return Outcome(
             "SKIPPED",
             f"may take {check.seconds:.0f} s, but {max(seconds_left, 0):.0f} s are left",
-            "give the same command again, or a longer --minutes",
+            _LATER,
         )
     return None

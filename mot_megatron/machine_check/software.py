@@ -81,6 +81,7 @@ def _requirements() -> list[Requirement]:
 
 def _cuda_problems(found: dict[str, Any]) -> list[str]:
     import torch
+    import torch.cuda.nccl
 
     found["cuda"] = torch.version.cuda
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

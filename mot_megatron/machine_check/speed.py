@@ -15,7 +15,7 @@ from mot_megatron.benchmark.layer_variants import MIXTURES, Benchmark, measure, 
 from mot_megatron.config import Config
 from mot_megatron.config_files import load_config
 from mot_megatron.job.hardware import peak_flops
-from mot_megatron.machine_check.checks import Context
+from mot_megatron.machine_check.checks import TIMES_SUFFIX, Context
 from mot_megatron.machine_check.jobs import JobError, timed_job
 from mot_megatron.machine_check.outcome import Outcome
 from mot_megatron.parallel.groups import build_single_process_groups
@@ -202,12 +202,13 @@ def switch(
         variables: Environment variables that it sets.
         advice: What to do if it makes steps faster; empty if it is a trade against something else.
     """
-    base_file = context.file(f"{_name('step', config, base, 1)}.times.json")
+    base_name = _name("step", config, base, 1)
+    base_file = context.file(f"{base_name}{TIMES_SUFFIX}")
     try:
         if base_file.exists():
             without = json.loads(base_file.read_text())
         else:
-            without = _timed(context, base_file.name.removesuffix(".times.json"), config, base, 1)
+            without = _timed(context, base_name, config, base, 1)
         changed = replace(context, environment={**context.environment, **(variables or {})})
         name = _name("switch", config, [*overrides, *(variables or {}).values()], 1)
         with_it = _timed(changed, name, config, [*base, *overrides], 1)

@@ -117,7 +117,7 @@ def test_links_and_layers(context: Context) -> None:
     assert set(outcome.numbers["bytes_per_second"]) == {"all-reduce", "all-to-all"}
     small = {"tokens": 64, "hidden": 32, "heads": 2}
     assert speed.repeatability(context, **small).status == "PASS"
-    outcome = speed.layer(context, **small, repeats=2)
+    outcome = speed.layer(context, tokens=64, hidden=32, heads=2, repeats=2)
     assert set(outcome.numbers["ratio_to_dense"]) == {"mot-2", "mot-3"}
 
 

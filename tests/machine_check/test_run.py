@@ -34,7 +34,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 def checked(
     directory: Path, checks: list[Check], seconds: float = 1000.0, again: bool = False
 ) -> Record:
-    record = open_record(directory, MACHINE, again)
+    names = [check.name for check in checks] if again else ()
+    record = open_record(directory, MACHINE, names)
     context = Context("cpu", 1, directory, directory, {})
     run_checks(checks, context, record, seconds, lambda _: None)
     return record
@@ -99,24 +100,47 @@ def test_an_interrupted_check_keeps_what_was_done(
     assert "one" in (tmp_path / "check.md").read_text()
     checked(tmp_path, checks)
     assert (tmp_path / "logs" / "ran").read_text().count("fine") == 3  # each once
-    # Other checks are added to the record; --again forgets it.
+    # Other checks are added to the record; --again runs only the chosen ones.
     checked(tmp_path, [fake("a/four")])
-    assert set(recorded(tmp_path)) == {"a/one", "a/two", "a/three", "a/four"}
     checked(tmp_path, checks[:1], again=True)
-    assert set(recorded(tmp_path)) == {"a/one"}
-    assert (tmp_path / "logs" / "ran").read_text().count("fine") == 1
+    assert set(recorded(tmp_path)) == {"a/one", "a/two", "a/three", "a/four"}
+    assert (tmp_path / "logs" / "ran").read_text().count("fine") == 5
 
 
-def test_records_of_something_else_are_errors(tmp_path: Path) -> None:
-    checked(tmp_path / "one", [])
+def test_a_hang_is_a_failure_unless_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def hang(check: Check, context: Context, seconds: float) -> None:
+        del check, context
+        limits.append(seconds)
+
+    monkeypatch.setattr(run, "run_isolated", hang)
+    checks = [fake("a/one", seconds=10), fake("a/two", seconds=40)]
+    found = checked(tmp_path, checks, seconds=100).entries
+    assert limits == pytest.approx([40, 100], abs=2)
+    assert found["a/one"].outcome.status == "FAIL"
+    assert found["a/one"].outcome.seen == "not done after 40 s"
+    assert found["a/one"].outcome.advice == "it hangs: see logs/a-one.log"
+    assert found["a/two"].outcome.status == "SKIPPED"
+    assert found["a/two"].outcome.seen.startswith("cut off after ")
+
+
+def test_records_of_something_else_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_isolated", lambda check, context, _: check.run(context))
+    checked(tmp_path / "one", [fake("a/b")])
     with pytest.raises(ConfigError, match=r"recorded with torch '2', but here it is '3'; give --"):
-        open_record(tmp_path / "one", {**MACHINE, "torch": "3"}, again=False)
-    open_record(tmp_path / "one", {**MACHINE, "torch": "3"}, again=True)
+        open_record(tmp_path / "one", {**MACHINE, "torch": "3"})
+    open_record(tmp_path / "one", {**MACHINE, "devices": 8})
+    open_record(tmp_path / "one", {**MACHINE, "torch": "3"}, ["a/b"])
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "letter").touch()
     with pytest.raises(DataError, match=r"two: not empty, and holds no check\.json"):
-        open_record(tmp_path / "two", MACHINE, again=False)
+        open_record(tmp_path / "two", MACHINE)
     for content in ("[]", "{", '{"machine": {}, "checks": {"a/b": {"seconds": 1}}}'):
         (tmp_path / "one" / "check.json").write_text(content)
         with pytest.raises(DataError, match=r"check\.json: not written by mot check-machine"):
-            open_record(tmp_path / "one", MACHINE, again=True)
+            open_record(tmp_path / "one", MACHINE)
