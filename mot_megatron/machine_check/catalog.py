@@ -178,7 +178,13 @@ def _layouts() -> list[Check]:
         "EP 2 x DP 4": ("top-2", 8, [experts]),
     }
     return [
-        _check_parity(f"layouts/{name}", overrides, model=model, world_size=size)
+        _check_parity(
+            f"layouts/{name}",
+            overrides,
+            model=model,
+            world_size=size,
+            seconds=_JOB_SECONDS * max(1, size // 4),
+        )
         for name, (model, size, overrides) in layouts.items()
     ]
 

@@ -64,8 +64,3 @@ class Check:
         module, _, name = self.function.partition(":")
         function: Callable[..., Outcome] = getattr(import_module(module), name)
         return function(context, **self.settings)
-
-    @property
-    def part(self) -> str:
-        """The part of the report."""
-        return self.name.partition("/")[0]

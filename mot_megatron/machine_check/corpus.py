@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from mot_megatron.data.builders.randomness import generator
 from mot_megatron.data.corpus import Corpus, Modality
+from mot_megatron.data.indexed import bin_path
 from mot_megatron.data.writer import CorpusWriter
 
 _MODALITIES = (
@@ -41,6 +43,12 @@ def make_corpus(directory: Path) -> Corpus:
                 for number in range(documents):
                     writer.add(split, _document(generator(_SEED, split, str(number))))
     return Corpus.open(directory)
+
+
+def digest_of(corpus: Corpus) -> str:
+    """Return the SHA-256 of the token files, which fixes what the model is trained on."""
+    files = [bin_path(corpus.directory / split).read_bytes() for split in _DOCUMENTS]
+    return hashlib.sha256(b"".join(files)).hexdigest()
 
 
 def _document(random: np.random.Generator) -> list[tuple[str, np.ndarray]]:

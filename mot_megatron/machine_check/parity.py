@@ -16,7 +16,7 @@ import torch
 from mot_megatron.config import Config
 from mot_megatron.config_files import parse_config
 from mot_megatron.machine_check.checks import Context
-from mot_megatron.machine_check.corpus import make_corpus
+from mot_megatron.machine_check.corpus import digest_of, make_corpus
 from mot_megatron.machine_check.jobs import JobError, timed_job
 from mot_megatron.machine_check.outcome import Outcome
 
@@ -60,7 +60,7 @@ def parity(
     """
     corpus = make_corpus(context.directory / "corpus")
     reference = json.loads(REFERENCE_FILE.read_text())
-    if corpus.fingerprint != reference["corpus"]:
+    if digest_of(corpus) != reference["corpus"]:
         return Outcome(
             "FAIL",
             "the corpus that is made on the spot has other bytes than the one of the reference",
@@ -121,7 +121,7 @@ def record_reference(context: Context) -> dict[str, Any]:
         bits[model] = timed_job(context, _file_name(f"reference-{model}", 1), config, 1)[
             "total_bits"
         ]
-    return {"torch": torch.__version__, "corpus": corpus.fingerprint, "bits": bits}
+    return {"torch": torch.__version__, "corpus": digest_of(corpus), "bits": bits}
 
 
 def _file_name(name: str, world_size: int) -> str:

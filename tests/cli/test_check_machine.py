@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mot_megatron.cli.check_machine import main
+from mot_megatron.machine_check import parity, run
 from tests.cli.console import only_error
 
 
@@ -49,3 +50,21 @@ def test_a_small_check_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFix
     report = (tmp_path / "check" / "check.md").read_text()
     assert "Nothing here was run on a GPU" in report
     assert "| TP 2, sequence parallel | PASS | 5 steps in fp32" in report
+
+
+def test_the_reference_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "record_reference", lambda context: {"on": context.device})
+    path = tmp_path / "reference.json"
+    assert main(["--record", str(path), "--output", str(tmp_path / "check")]) == 0
+    assert json.loads(path.read_text()) == {"on": "cpu"}
+
+
+def test_an_interrupted_check_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_isolated", interrupted)
+    assert main(["--quick", "--output", str(tmp_path / "check")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")

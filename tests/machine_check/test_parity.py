@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.machine_check.corpus import make_corpus
+from mot_megatron.machine_check import parity
+from mot_megatron.machine_check.checks import Context
+from mot_megatron.machine_check.corpus import digest_of, make_corpus
 from mot_megatron.machine_check.parity import REFERENCE_FILE, judge, small_config, steps_of
 
 REFERENCE = json.loads(REFERENCE_FILE.read_text())
@@ -16,8 +18,8 @@ REFERENCE = json.loads(REFERENCE_FILE.read_text())
 
 def test_the_corpus_is_that_of_the_reference(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
-    assert corpus.fingerprint == REFERENCE["corpus"]
-    assert make_corpus(tmp_path / "corpus").fingerprint == REFERENCE["corpus"]
+    assert digest_of(corpus) == REFERENCE["corpus"]
+    assert digest_of(make_corpus(tmp_path / "corpus")) == REFERENCE["corpus"]
 
 
 def test_the_reference_is_complete_and_learns() -> None:
@@ -49,3 +51,12 @@ def test_differences_are_judged(
     assert outcome.status == ("FAIL" if words else "PASS")
     assert (words or "") in outcome.advice
     assert outcome.numbers["bits"] == bits
+
+
+def test_losses_of_another_corpus_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "digest_of", lambda _: "other")
+    outcome = parity.parity(Context("cpu", 1, tmp_path, tmp_path, {}), steps=1)
+    assert outcome.status == "FAIL"
+    assert "has other bytes than the one of the reference" in outcome.seen
