@@ -168,15 +168,20 @@ def _num_devices(wanted: int | None, device: str) -> int:
 def _machine(device: str, num_devices: int) -> dict[str, Any]:
     """Return what the report says about the machine, and what must not change on continuing."""
     import socket
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
 
     import torch
 
     from mot_megatron.job.hardware import device_name
 
+    # Asked in another process, so that this one holds no memory of a GPU while checks run.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        name = pool.submit(device_name, torch.device(device)).result()
     return {
         "host": socket.gethostname(),
         "device": device,
-        "name": device_name(torch.device(device)),
+        "name": name,
         "devices": num_devices,
         "torch": torch.__version__,
     }

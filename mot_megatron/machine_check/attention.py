@@ -7,7 +7,11 @@ import torch
 from mot_megatron.machine_check.checks import Context
 from mot_megatron.machine_check.outcome import Outcome
 from mot_megatron.machine_check.probes import COMPILES_NOT, compiles, relative_error
-from mot_megatron.model.attention_core import DocumentAttention, FlexDocumentAttention
+from mot_megatron.model.attention_core import (
+    AttentionCore,
+    DocumentAttention,
+    FlexDocumentAttention,
+)
 
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """bf16 has 8 bits: products of a few hundred terms differ by about half a percent."""
@@ -61,7 +65,10 @@ def _documents(length: int, generator: torch.Generator) -> torch.Tensor:
     return starts.cumsum(1)
 
 
-def _run(core, tensors: tuple[torch.Tensor, ...], upstream: torch.Tensor, backward: bool):
+def _run(
+    core: AttentionCore, tensors: tuple[torch.Tensor, ...], upstream: torch.Tensor, backward: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the output, and with ``backward`` the gradients of q, k and v."""
     leaves = [tensor.detach().requires_grad_(backward) for tensor in tensors]
     output = core(0, *leaves)
     if not backward:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ def _links_of_rank(rank: int, folder: str, size: int, kind: str) -> None:
             (Path(folder) / "links.json").write_text(json.dumps(document))
 
 
-def _time(operation, device: torch.device) -> float:
+def _time(operation: Callable[[], object], device: torch.device) -> float:
     return seconds_of(operation, device, repeats=4, rounds=5)
 
 
@@ -147,7 +148,9 @@ def _device(kind: str, rank: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def _world(folder: str, rank: int, size: int, device: torch.device, binds_device: bool):
+def _world(
+    folder: str, rank: int, size: int, device: torch.device, binds_device: bool
+) -> Iterator[None]:
     """Join a world over a file in ``folder``, and leave it at the end."""
     on_gpu = device.type == "cuda"
     if on_gpu:

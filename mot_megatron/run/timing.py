@@ -37,7 +37,7 @@ SPLIT_STEPS = 3
 
 
 def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
-    """Run ``training.train_steps`` steps and write their times. Collective over the world.
+    """Run ``training.train_steps`` steps; write their times and losses. Collective over the world.
 
     Nothing else is written: no run folder, no checkpoint. The seconds of a part of a step are the
     mean over ranks; those of a whole step belong to the slowest rank. SPLIT_STEPS further steps are

@@ -86,7 +86,7 @@ def test_an_interrupted_check_keeps_what_was_done(
     del ran
     good = run.run_isolated
 
-    def interrupted(check: Check, context: Context, seconds: float) -> Outcome:
+    def interrupted(check: Check, context: Context, seconds: float) -> Outcome | None:
         if check.name == "a/two":
             raise KeyboardInterrupt
         return good(check, context, seconds)
