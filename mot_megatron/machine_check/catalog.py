@@ -69,7 +69,7 @@ def _of_the_machine(on_gpu: bool) -> list[Check]:
                 quick=True,
                 settings={"world_size": size},
             )
-            for size in (2, 8)
+            for size in (2, 4, 8)
         ),
     ]
 
@@ -170,6 +170,9 @@ def _layouts() -> list[Check]:
         "EP 2, top-2": ("top-2", 2, [experts]),
         "DP 2, ZeRO-2": ("plain", 2, [f"{parallel}zero_stage=2"]),
         "DP 2, ZeRO-3": ("plain", 2, [f"{parallel}zero_stage=3"]),
+        "TP 2 x PP 2": ("plain", 4, [tensor, sequence, stages]),
+        "TP 2 x MP 2": ("plain", 4, [tensor, sequence, modalities]),
+        "EP 2 x DP 2": ("top-2", 4, [experts]),
         "DP 8": ("plain", 8, []),
         "DP 8, ZeRO-3": ("plain", 8, [f"{parallel}zero_stage=3"]),
         "TP 2 x PP 2 x DP 2": ("plain", 8, [tensor, sequence, stages]),
