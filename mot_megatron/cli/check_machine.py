@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.machine_check.catalog import all_checks
     from mot_megatron.machine_check.checks import Context
     from mot_megatron.machine_check.report import page
-    from mot_megatron.machine_check.run import open_record, run_checks
+    from mot_megatron.machine_check.run import locked, open_record, run_checks
 
     num_devices = _num_devices(options.devices, device)
     checks = [
@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> int:
     again = [check.name for check in checks] if options.again else ()
     record = open_record(directory, _machine(device, num_devices), again)
     try:
-        run_checks(checks, context, record, 60 * options.minutes, lambda line: say(NAME, line))
+        with locked(directory):
+            run_checks(checks, context, record, 60 * options.minutes, lambda line: say(NAME, line))
     except KeyboardInterrupt:
         say(NAME, "interrupted; the same command continues")
         return INTERRUPTED

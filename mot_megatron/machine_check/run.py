@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,21 @@ def open_record(directory: Path, machine: dict[str, Any], again: Collection[str]
         raise DataError(f"{path}: not written by mot check-machine: {error}") from None
     record.write(directory)
     return record
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other checks of this machine out of a folder; a process that ends gives it back.
+
+    Raises:
+        DataError: Another one is running.
+    """
+    with (directory / "logs" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{directory}: another mot check-machine is running there") from None
+        yield
 
 
 def _check_same(path: Path, found: dict[str, Any], machine: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.machine_check import run
 from mot_megatron.machine_check.checks import Check, Context
 from mot_megatron.machine_check.outcome import Outcome
-from mot_megatron.machine_check.run import Record, open_record, run_checks
+from mot_megatron.machine_check.run import Record, locked, open_record, run_checks
 from tests.machine_check.fakes import fake
 
 MACHINE = {"device": "cpu", "torch": "2"}
@@ -125,6 +125,15 @@ def test_a_hang_is_a_failure_unless_the_time_is_over(
     assert found["a/one"].outcome.advice == "it hangs: see logs/a-one.log"
     assert found["a/two"].outcome.status == "SKIPPED"
     assert found["a/two"].outcome.seen.startswith("cut off after ")
+
+
+def test_two_checks_do_not_write_one_folder(tmp_path: Path) -> None:
+    open_record(tmp_path, MACHINE)
+    words = "another mot check-machine is running"
+    with locked(tmp_path), pytest.raises(DataError, match=words), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
 
 
 def test_records_of_something_else_are_errors(
