@@ -16,7 +16,8 @@ HANG_SECONDS = 600
 
 def passes(context: Context, *, words: str = "fine") -> Outcome:
     sys.stdout.write("what a check prints\n")
-    context.file("ran").open("a").write(f"{words}\n")
+    with context.file("ran").open("a") as file:
+        file.write(f"{words}\n")
     return Outcome("PASS", words, "", {"number": 1.5})
 
 
