@@ -10,6 +10,7 @@ setup(
     package_data={
         "mot_megatron.configs": ["**/*.toml", "**/*.md", "**/*.csv"],
         "mot_megatron.data": ["*.pyi"],
+        "mot_megatron.machine_check": ["*.toml", "*.json"],
     },
     include_package_data=False,
     ext_modules=[

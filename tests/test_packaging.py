@@ -81,6 +81,8 @@ def test_contents_of_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
     assert any(name.startswith("mot_megatron/data/_native.") for name in names)
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.toml")}
     assert {f"mot_megatron/{name}" for name in configs} <= set(names)
+    of_check = {f"mot_megatron/machine_check/{name}" for name in ("model.toml", "reference.json")}
+    assert of_check <= set(names)
     assert not any(name.endswith((".cpp", ".h")) for name in names)
 
 

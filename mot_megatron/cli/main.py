@@ -39,6 +39,9 @@ COMMANDS = {
     "drill": Command(
         "drill", "kill, stop and damage training jobs, and check that nothing is lost"
     ),
+    "check-machine": Command(
+        "check_machine", "check that a machine trains correctly, and how fast it is"
+    ),
     "supervise": Command(
         "supervise", "start training, and start it again after a failure that this can mend"
     ),

@@ -97,7 +97,7 @@ def run_rounds(
     if first.status != 0:
         output = setting.directory / "reference-1.txt"
         raise TrainingError(f"the run without faults ended with status {first.status}: {output}")
-    wanted = _content(setting, "reference")
+    wanted = content_of(setting.directory / "reference")
     deadline = time.monotonic() + seconds
     number = 0
     while time.monotonic() < deadline:
@@ -108,7 +108,7 @@ def run_rounds(
             limit = job_seconds if time.monotonic() < deadline else None
             result = _round(setting, name, jobs, chance, limit, _LONGEST_JOB * job_seconds)
             done = (setting.directory / name / "summary.json").exists()
-            if done and _content(setting, name) != wanted:
+            if done and content_of(setting.directory / name) != wanted:
                 result.problems.append("the last checkpoint differs from that without faults")
             yield result
 
@@ -244,9 +244,9 @@ def _saved_step(setting: Setting, name: str) -> int:
     return found.step if found else 0
 
 
-def _content(setting: Setting, name: str) -> str:
-    """Return a digest of the tensors of a run's newest checkpoint."""
-    found = open_checkpoint(checkpoint_directory(setting.directory / name)).checkpoint
+def content_of(run: Path) -> str:
+    """Return a digest of the step and tensors of the newest checkpoint of a run's folder."""
+    found = open_checkpoint(checkpoint_directory(run)).checkpoint
     assert found is not None
     files = read_manifest(found.path).files
     tensors = {file: record.sha256 for file, record in files.items() if file.endswith(".distcp")}

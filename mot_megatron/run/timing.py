@@ -38,7 +38,7 @@ SPLIT_STEPS = 3
 
 
 def time_steps(trainer: Trainer, output: Path, stop: StopRequest) -> None:
-    """Run ``training.train_steps`` steps and write their times. Collective over the world.
+    """Run ``training.train_steps`` steps; write their times and losses. Collective over the world.
 
     Nothing else is written: no run folder, no checkpoint. The seconds of a part of a step are the
     mean over ranks; those of a whole step belong to the slowest rank. SPLIT_STEPS further steps are
@@ -104,6 +104,7 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
             for index, name in enumerate(config.model.modalities)
         },
         "flops": [result.counts.flops(config.model) for result in results],
+        "total_bits": [result.total_bits for result in results],
         "imbalance": [result.counts.imbalance for result in results],
         "peak_flops_per_second": peak_flops(groups.device, precision) * dist.get_world_size(),
         "peak_memory_bytes": peak_memory_of_fullest_rank(groups.device),

@@ -27,6 +27,7 @@ SCRIPTS = {
     "benchmark_data": "benchmark data",
     "benchmark_layer": "benchmark layer",
     "benchmark_scaling": "benchmark scaling",
+    "check_machine": "check-machine",
     "compare": "compare",
     "convert_checkpoint": "checkpoint",
     "drill": "drill",
@@ -41,8 +42,8 @@ SCRIPTS = {
     "supervise": "supervise",
     "upcycle": "upcycle",
 }
-MAINTENANCE_SCRIPTS = {"draw_samples", "write_config_reference"}
-"""They write files of the documentation and are no commands."""
+MAINTENANCE_SCRIPTS = {"draw_samples", "make_wheelhouse", "write_config_reference"}
+"""They are no commands: they write files of the documentation, or collect the package's wheels."""
 SINGLE = [name for name in COMMANDS if name not in ("benchmark", "checkpoint")]
 WITH_SCRIPT = [*SINGLE, "checkpoint", *(f"benchmark {name}" for name in BENCHMARKS)]
 ALL = [
@@ -94,6 +95,7 @@ def test_help_is_fast(command: str) -> None:
         "match nowhere elsewhere",
         "compare nowhere --output nowhere --report-only",
         "benchmark layer --tokens 1",
+        "check-machine --only nothing",
         "benchmark data --corpus nowhere",
     ],
 )
