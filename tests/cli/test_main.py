@@ -27,6 +27,7 @@ SCRIPTS = {
     "benchmark_data": "benchmark data",
     "benchmark_layer": "benchmark layer",
     "benchmark_scaling": "benchmark scaling",
+    "benchmark_step": "benchmark step",
     "check_machine": "check-machine",
     "compare": "compare",
     "convert_checkpoint": "checkpoint",
@@ -159,7 +160,7 @@ def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert error.startswith("error: mot paint: no such command; allowed: prepare, inspect, ")
     assert error.count("\n") == 1
     assert main(["benchmark", "speed"]) == 2
-    assert capsys.readouterr().err.endswith("allowed: layer, data, scaling\n")
+    assert capsys.readouterr().err.endswith("allowed: layer, step, data, scaling\n")
 
 
 def test_only_the_command_line_uses_environment_variables() -> None:
