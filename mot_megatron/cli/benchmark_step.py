@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 
-from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
-from mot_megatron.cli.command import ON_CPU, choose_device, print_json, run_command, say
+from mot_megatron.cli.arguments import add_json, add_output, user_path
+from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.cli.scaling_rehearse import add_work, configs_of, resolve, world_sizes
-from mot_megatron.errors import ConfigError, DataError
+from mot_megatron.cli.timed_jobs import add_timing, job_environment, on_corpus, shares_text
+from mot_megatron.errors import ConfigError
 
 NAME = "benchmark step"
 
@@ -42,16 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="setting of the other jobs alone; may be repeated",
     )
-    parser.add_argument("--steps", type=positive_int, default=10, help="per job (default 10)")
-    parser.add_argument(
-        "--warmup", type=positive_int, default=3, help="steps before those (default 3)"
-    )
-    parser.add_argument("--repeats", type=positive_int, default=5, help="of each job (default 5)")
-    parser.add_argument(
-        "--synthetic",
-        action="store_true",
-        help="train on one synthetic batch instead of the corpus, with the shares of --share",
-    )
+    add_timing(parser, steps=10, warmup=3, repeats=5, job="jobs per version and size")
     add_output(parser, "folder for the records")
     add_json(parser)
 
@@ -60,9 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the jobs and print the table; return 1 if a job failed."""
     sizes = world_sizes(options.world_size)
     say(NAME, f"{' + '.join(map(str, options.config))} on {options.world_size} ranks")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if choose_device().type == "cpu":
-        environment |= ON_CPU
+    environment = job_environment()
 
     from mot_megatron.files import write_atomically
     from mot_megatron.scaling.measure import Setting, measure, prepare, read_records
@@ -85,13 +74,8 @@ def run(options: argparse.Namespace) -> int:
     configs, synthetic = {}, ""
     for arm, of_arm in overrides.items():
         config, shares = resolve(argparse.Namespace(**{**vars(options), "overrides": of_arm}))
-        corpus = config.data.corpus.resolve()
-        if not options.synthetic and not (corpus / "corpus.toml").exists():
-            raise DataError(f"{corpus}/corpus.toml: absent; give a corpus, or --synthetic")
-        data = config.data.model_copy(update={"corpus": corpus})
-        configs[arm] = configs_of(config.model_copy(update={"data": data}), sizes, options)
-        given = zip(config.model.modalities, shares, strict=True)
-        shares_of_arm = ",".join(f"{name}={share!r}" for name, share in given)
+        configs[arm] = configs_of(on_corpus(config, options.synthetic), sizes, options)
+        shares_of_arm = shares_text(config, shares)
         if synthetic not in ("", shares_of_arm):
             raise ConfigError("--against-set: both versions need the same modalities")
         synthetic = shares_of_arm

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
-from mot_megatron.cli.command import ON_CPU, choose_device, print_json, run_command, say
+from mot_megatron.cli.command import print_json, run_command, say
 from mot_megatron.cli.scaling_rehearse import (
     add_arms,
     add_best,
@@ -34,6 +34,7 @@ from mot_megatron.cli.scaling_rehearse import (
     resolve,
     world_sizes,
 )
+from mot_megatron.cli.timed_jobs import add_timing, job_environment, on_corpus, shares_text
 from mot_megatron.errors import DataError
 from mot_megatron.job.hosts import hosts_of_slurm, read_hostfile
 
@@ -43,24 +44,13 @@ NAME = "benchmark scaling measure"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     add_work(parser, is_rehearsal=False)
-    parser.add_argument("--steps", type=positive_int, default=20, help="per job (default 20)")
-    parser.add_argument(
-        "--warmup", type=positive_int, default=5, help="steps before those (default 5)"
-    )
-    parser.add_argument(
-        "--repeats", type=positive_int, default=3, help="jobs per arm and size (default 3)"
-    )
+    add_timing(parser, steps=20, warmup=5, repeats=3, job="jobs per arm and size")
     add_arms(parser)
     add_best(parser)
     parser.add_argument(
         "--machine",
         metavar="FILE|NAME",
         help="profile of this machine, or the name of one in configs/machines; needed for --best",
-    )
-    parser.add_argument(
-        "--synthetic",
-        action="store_true",
-        help="train on one synthetic batch instead of the corpus, with the shares of --share",
     )
     hosts = parser.add_mutually_exclusive_group()
     hosts.add_argument(
@@ -84,9 +74,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the jobs and write the report; return 1 if a job failed."""
     sizes = world_sizes(options.world_size)
     say(NAME, f"{' + '.join(map(str, options.config))} on {options.world_size} ranks")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if choose_device().type == "cpu":
-        environment |= ON_CPU
+    environment = job_environment()
     hosts = read_hostfile(options.hostfile) if options.hostfile else None
     if options.slurm:
         hosts = hosts_of_slurm(os.environ)
@@ -94,21 +82,14 @@ def run(options: argparse.Namespace) -> int:
         for size in sizes:
             hosts.check(size)
     config, shares = resolve(options)
-    corpus = config.data.corpus.resolve()
-    if not options.synthetic and not (corpus / "corpus.toml").exists():
-        raise DataError(
-            f"{corpus}/corpus.toml: absent; a measurement needs a corpus, or --synthetic"
-        )
+    config = on_corpus(config, options.synthetic)
 
     from mot_megatron.scaling.measure import Setting, measure, prepare
 
-    config = config.model_copy(update={"data": config.data.model_copy(update={"corpus": corpus})})
-    names = config.model.modalities
-    given = [f"{name}={share!r}" for name, share in zip(names, shares, strict=True)]
     setting = Setting(
         configs=arms_at_sizes(config, sizes, options, chooser(options, sizes, shares)),
         hosts=hosts,
-        synthetic=",".join(given) if options.synthetic else "",
+        synthetic=shares_text(config, shares) if options.synthetic else "",
         warmup=options.warmup,
         steps=options.steps,
         repeats=options.repeats,
