@@ -26,8 +26,8 @@ from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
 
 STATISTICS_FILE = "statistics.json"
 LARGEST_SAMPLE = 16_000_000
-"""Tokens of a split that tables are counted on at most; they take up to 180 bytes of memory each, for
-uniformly random ids (measured)."""
+"""Tokens of a split that tables are counted on at most; they take up to 180 bytes of memory each,
+for uniformly random ids (measured)."""
 _UNIGRAM_COUNT = 0.1
 """Added to the count of each id, so that unseen ids have a probability."""
 
