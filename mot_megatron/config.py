@@ -194,11 +194,11 @@ class ModelConfig(Section):
     attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
     """Kernel of the global self-attention. flex: FlexAttention, CUDA only; sdpa: PyTorch's scaled
     dot-product attention, one call per document; auto: flex on CUDA, sdpa elsewhere."""
-    layer_backend: Literal["auto", "torch", "triton", "compile"] = "auto"
+    layer_backend: Literal["auto", "torch", "triton", "compile"] = "torch"
     """Implementation of a layer's elementwise operations: norms, RoPE, SwiGLU, residual additions
     and the copies around attention. torch: PyTorch's operators, one after the other; triton: fused
     kernels, CUDA only; compile: torch.compile of the same operations; auto: triton on CUDA, torch
-    elsewhere."""
+    elsewhere. The kernels have not run on a GPU yet, so they are not the default."""
     modalities: dict[str, ModalityConfig] = Field(min_length=1)
     """One table per modality of the corpus, by its name in the corpus; all of them are required."""
     towers: dict[str, TowerConfig] = {}

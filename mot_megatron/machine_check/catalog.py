@@ -120,6 +120,13 @@ def _parity(on_gpu: bool) -> list[Check]:
     return checks
 
 
+_FUSED = {
+    "fused kernels": ['model.layer_backend="triton"'],
+    "compiled operations": ['model.layer_backend="compile"'],
+}
+"""Other implementations of a layer's elementwise operations, by the name of their checks."""
+
+
 def _branches(on_gpu: bool) -> list[Check]:
     """Five steps of everything that one device can do."""
     branches: dict[str, tuple[str, Sequence[str]]] = {
@@ -144,6 +151,14 @@ def _branches(on_gpu: bool) -> list[Check]:
     # In fp32, a mistake of experts cannot hide behind rounding.
     exact = ["expert choice", "top-2 of 4 experts"] if on_gpu else []
     checks += [_check_parity(f"branches/{name}, fp32", model=branches[name][0]) for name in exact]
+    if on_gpu:
+        checks += [
+            _check_parity(
+                f"branches/{name}, {precision}", [*override, f'training.precision="{precision}"']
+            )
+            for name, override in _FUSED.items()
+            for precision in ("fp32", "bf16")
+        ]
     return [*checks, _check_parity("branches/ZeRO-0, fp32", ["parallel.zero_stage=0"])]
 
 
@@ -288,6 +303,13 @@ def _switches(on_gpu: bool) -> list[Check]:
             "sdpa": {
                 "overrides": ['model.attention_backend="sdpa"'],
                 "advice": 'set model.attention_backend = "sdpa" here',
+            },
+            **{
+                name: {
+                    "overrides": override,
+                    "advice": f"set {override[0].replace('=', ' = ')} here",
+                }
+                for name, override in _FUSED.items()
             },
             "expandable segments": {
                 "variables": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
