@@ -87,8 +87,7 @@ class CorpusWriter:
     def __enter__(self) -> CorpusWriter:
         directory = self.directory
         with self._errors():
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise DataError(f"{directory}: exists already, expected a new or empty directory")
+            check_target(directory)
             directory.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(directory)
             owner = Process.of(os.getpid())
@@ -255,6 +254,16 @@ class CorpusWriter:
             raise DataError(
                 f"{self.directory}: cannot write the corpus: {error.strerror}"
             ) from error
+
+
+def check_target(directory: Path) -> None:
+    """Check that a corpus can be written to ``directory``.
+
+    Raises:
+        DataError: It exists and is not an empty directory.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise DataError(f"{directory}: exists already, expected a new or empty directory")
 
 
 def _integers(ids: Sequence[int] | np.ndarray, where: str) -> np.ndarray:
