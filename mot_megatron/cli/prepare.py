@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
 from mot_megatron.cli.command import print_json, run_command, say
-from mot_megatron.cli.prepare_documents import add_documents, document_build
+from mot_megatron.cli.prepare_documents import (
+    add_documents,
+    add_megatron,
+    document_build,
+    special_names,
+)
 
 if TYPE_CHECKING:
     from mot_megatron.data.corpus import Corpus
@@ -34,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         corpora.add_parser(
             "documents", help="your own files: JSONL, text, WebDataset, Parquet, datasets"
         )
+    )
+    add_megatron(
+        corpora.add_parser("megatron", help="existing .bin and .idx of text, which are linked")
     )
     openmoji = corpora.add_parser(
         "openmoji", help="emoji: pictures, names in eight languages, names spoken"
@@ -97,6 +105,16 @@ def build(options: argparse.Namespace) -> Corpus:
 
         if broken := build_documents(document_build(options)):
             say(NAME, f"{broken} broken documents left out; {options.output}/broken.jsonl")
+        return Corpus.open(options.output)
+    if options.builder == "megatron":
+        from mot_megatron.data.documents.megatron import wrap_token_files
+
+        wrap_token_files(
+            {"train": options.train, "validation": options.validation},
+            options.output,
+            options.tokenizer,
+            dict(special_names(options)),
+        )
         return Corpus.open(options.output)
     shared = {"seed": options.seed, "workers": options.workers, "limit": options.limit}
     if options.builder == "stamps":

@@ -69,6 +69,21 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_megatron(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mot prepare megatron``."""
+    for split in ("train", "validation"):
+        parser.add_argument(
+            f"--{split}",
+            type=user_path,
+            required=True,
+            metavar="PREFIX",
+            help=f"path of the .bin and .idx of the {split} split, without the suffix",
+        )
+    add_output(parser, "new or empty folder")
+    add_tokenizer(parser, required=True)
+    add_json(parser)
+
+
 def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("vocabulary")
     group.add_argument(

@@ -21,6 +21,7 @@ from mot_megatron.data.codebooks.speech import UnitCodec, train_speech_codebook
 from mot_megatron.data.codebooks.text import (
     LARGEST_TOKENIZER_BYTES,
     TextCodec,
+    parse_tokenizer,
     train_text_codebook,
 )
 from mot_megatron.data.corpus import Corpus, Modality
@@ -130,7 +131,7 @@ def train_vocabulary(
         content, special = adapt_tokenizer(
             training.tokenizer, training.tokenizer_name, special_names, dict(training.names)
         )
-        sizes[TEXT] = _size(Tokenizer.from_buffer(content))
+        sizes[TEXT] = num_ids(content)
     modalities = modalities_of(sizes, special)
     files = {CODECS[TEXT][1]: content}
     for modality in modalities:
@@ -203,11 +204,7 @@ def adapt_tokenizer(
         DataError: Not a tokenizer, a name is of no special token or no token, or two special
             tokens are the same token.
     """
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    # The library raises bare Exception for all malformed files.
-    except Exception as error:  # noqa: BLE001
-        raise DataError(f"{source}: not a tokenizer: {error}") from None
+    tokenizer = parse_tokenizer(content, source)
     for name, token in names.items():
         if name not in special_names:
             raise DataError(
@@ -234,8 +231,9 @@ def adapt_tokenizer(
     return content, special
 
 
-def _size(tokenizer: Tokenizer) -> int:
-    """Return the smallest range that contains all ids, which may have gaps."""
+def num_ids(content: bytes) -> int:
+    """Return the size of the range of all ids of a tokenizer.json, which may have gaps."""
+    tokenizer = Tokenizer.from_buffer(content)
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,70 +90,25 @@ def test_documents_decode_to_their_sources(built: Path, items: list[Item]) -> No
     assert not list(built.parent.glob(".corpus.*"))
 
 
-@pytest.mark.parametrize("workers", [2])
-def test_bytes_do_not_depend_on_workers(
-    built: Path, source: Path, tmp_path: Path, workers: int
-) -> None:
-    build(source, tmp_path / "corpus", workers=workers)
+def test_bytes_do_not_depend_on_workers(built: Path, source: Path, tmp_path: Path) -> None:
+    build(source, tmp_path / "corpus", workers=2)
     assert content(tmp_path / "corpus") == content(built)
 
 
-class StoppedError(Exception):
-    """Stands for a kill."""
+def test_other_settings_do_not_use_kept_work(source: Path, tmp_path: Path) -> None:
+    """Each of these builds fails after encoding, because nothing is held out."""
 
+    def left(**changes: Any) -> set[str]:
+        with pytest.raises(DataError, match="no documents for split validation"):
+            build(source, tmp_path / "corpus", validation_share=1e-9, **changes)
+        return {path.name for path in (tmp_path / ".corpus.working").glob("*-*")}
 
-def test_a_stopped_build_continues(
-    built: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "corpus"
-    real = building._list_broken
-    calls: list[int] = []
-
-    def stop_at_third(*arguments: object) -> int:
-        calls.append(1)
-        if len(calls) == 3:
-            raise StoppedError
-        return real(*arguments)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(building, "_list_broken", stop_at_third)
-    with pytest.raises(StoppedError):
-        build(source, output)
-    assert not output.exists()
-    working = tmp_path / ".corpus.working"
-    kept = {path: path.stat().st_mtime_ns for path in working.glob("shard-*.npz")}
-    assert len(kept) >= 3
-    codebooks = {path: path.stat().st_mtime_ns for path in working.glob("vocabulary-*/*")}
-    assert len(codebooks) == 4
-    damaged = sorted(kept)[0]
-    damaged.write_bytes(b"")
-
-    monkeypatch.setattr(building, "_list_broken", stop_at_third)  # calls go on: nothing stops now
-    encoded: list[Path] = []
-    submit = building.encode_shard
-    monkeypatch.setattr(building, "sample_shard", None)  # sampling again would fail
-    assert submit is building.encode_shard
-    build(source, output)
-    assert content(output) == content(built)
-    assert not working.exists()
-    assert encoded == []
-
-
-def test_other_settings_do_not_use_kept_shards(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> int:
-        raise StoppedError
-
-    output = tmp_path / "corpus"
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(building, "_list_broken", stop)
-        build(source, output)
-    before = {path.name for path in (tmp_path / ".corpus.working").glob("*-*")}
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(building, "_list_broken", stop)
-        build(source, output, vocabulary=replace(TINY, image_codes=5))
-    after = {path.name for path in (tmp_path / ".corpus.working").glob("*-*")}
-    assert not before & after
+    first = left()
+    assert len(first) == 1 + 4  # the codebooks and four shards
+    assert left(workers=2, max_broken=1) == first
+    other = left(vocabulary=replace(TINY, image_codes=5))
+    assert len(other) == 5
+    assert not other & first
 
 
 def test_split_key_keeps_documents_together(source: Path, tmp_path: Path) -> None:
@@ -220,7 +176,7 @@ def test_broken_documents_are_listed_and_limited(items: list[Item], tmp_path: Pa
         4: "media/3.png: not a readable picture",
         6: "media/5.wav: ",
         7: "media/6.png: No such file",
-        9: "not UTF-8 at byte 25 of the line",
+        9: "not UTF-8 at byte 24 of the line",
         10: "not JSON",
         11: "segment 1: text is not UTF-8 at position 0",
         12: "segment 1 has the keys ['text', 'image'], expected one of text, image, audio",
