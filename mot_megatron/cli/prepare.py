@@ -104,7 +104,10 @@ def build(options: argparse.Namespace) -> Corpus:
         from mot_megatron.data.documents.build import build_documents
 
         if broken := build_documents(document_build(options)):
-            say(NAME, f"{broken} broken documents left out; {options.output}/broken.jsonl")
+            say(
+                NAME,
+                f"{broken} broken documents left out; {options.output}/broken.jsonl lists them",
+            )
         return Corpus.open(options.output)
     if options.builder == "megatron":
         from mot_megatron.data.documents.megatron import wrap_token_files
