@@ -15,6 +15,7 @@ from mot_megatron.data.documents.raw import (
     Media,
     RawDocument,
     parse_document,
+    quoted,
 )
 from mot_megatron.errors import DataError
 
@@ -88,7 +89,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 def _document(
     path: Path, stem: str, members: Mapping[str, bytes], split_key: str | None
 ) -> RawDocument:
-    where = f"{path}:{stem}"
+    where = f"{path}:{quoted(stem)}"
     try:
         value = _description(members)
     except BrokenItemError as error:
@@ -107,7 +108,7 @@ def _description(members: Mapping[str, bytes]) -> dict[str, object]:
             try:
                 segments.append({key: content.decode()})
             except UnicodeDecodeError as error:
-                raise BrokenItemError(f"{name}: not UTF-8 at byte {error.start}") from None
+                raise BrokenItemError(f"{quoted(name)}: not UTF-8 at byte {error.start}") from None
         else:
             segments.append({key: name})
     if isinstance(described.get("text"), str) and not any("text" in each for each in segments):
@@ -119,9 +120,9 @@ def _json(name: str, content: bytes) -> dict[str, object]:
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:  # a Unicode error is a ValueError
-        raise BrokenItemError(f"{name}: not JSON: {error}") from None
+        raise BrokenItemError(f"{quoted(name)}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BrokenItemError(f"{name}: {str(value)[:40]!r}, expected an object")
+        raise BrokenItemError(f"{quoted(name)}: {quoted(value)}, expected an object")
     return value
 
 
@@ -130,8 +131,8 @@ def _among(members: Mapping[str, bytes]) -> FindMedia:
 
     def find(value: object, where: str) -> Media:
         name = by_suffix.get(value, value) if isinstance(value, str) else None
-        if name not in members:
-            raise BrokenItemError(f"{value!r} is no member of {where}: {', '.join(members)}")
-        return Media(str(name), members[name])
+        if name is None or name not in members:
+            raise BrokenItemError(f"{quoted(value)} is no member of {where}")
+        return Media(quoted(name), members[name])
 
     return find

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mot_megatron.data.builders.workers import worker_pool
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.documents.encode import EncodedShard, encode_shard
+from mot_megatron.data.documents.raw import is_language
 from mot_megatron.data.documents.sample import Sample, plan_sample, sample_shard
 from mot_megatron.data.documents.sources import Reading, Shard, list_shards
 from mot_megatron.data.documents.vocabulary import (
@@ -140,6 +141,8 @@ def _vocabulary(
         directory = build.working / f"vocabulary-{_digest(digest)}"
         return Vocabulary.load(directory) or copy_vocabulary(directory, build.vocabulary)
     new = build.vocabulary
+    if wrong := [name for name in new.languages or () if not is_language(name)]:
+        raise DataError(f"--languages {wrong[0]}: its token <{wrong[0]}> cannot be a language's")
     tokenizer = read_tokenizer(new.tokenizer) if new.tokenizer else None
     given = hashlib.sha256(tokenizer or b"").hexdigest()
     sources = [asdict(shard) for shard in shards]
@@ -236,21 +239,23 @@ def _encoded(
     pool: ProcessPoolExecutor,
 ) -> Iterator[EncodedShard]:
     """Yield the encoded shards in their order; those of an earlier run are not encoded again."""
-    futures: list[Future[None] | None] = [
-        None
-        if EncodedShard.load(path) is not None
-        else pool.submit(
-            encode_shard, shard, build.reading, vocabulary, build.validation_share, path
-        )
-        for shard, path in zip(shards, paths, strict=True)
-    ]
+
+    def submit(shard: Shard, path: Path) -> Future[None]:
+        share = build.validation_share
+        return pool.submit(encode_shard, shard, build.reading, vocabulary, share, path)
+
+    pairs = list(zip(shards, paths, strict=True))
+    futures = [None if path.is_file() else submit(shard, path) for shard, path in pairs]
     with tqdm(total=len(shards), desc="encoding", unit="shard", ncols=100) as bar:
-        for path, future in zip(paths, futures, strict=True):
+        for (shard, path), future in zip(pairs, futures, strict=True):
             if future is not None:
                 future.result()
             encoded = EncodedShard.load(path)
+            if encoded is None:  # a file of an earlier run that was damaged since
+                submit(shard, path).result()
+                encoded = EncodedShard.load(path)
             if encoded is None:
-                raise DataError(f"{path}: lost or damaged since it was written; start again")
+                raise DataError(f"{path}: damaged right after it was written; is the disk broken?")
             yield encoded
             bar.update()
 
@@ -262,7 +267,7 @@ def _list_broken(encoded: EncodedShard, build: DocumentBuild, before: int, liste
         DataError: There are more than allowed.
     """
     for each in encoded.broken:
-        listed.write(json.dumps(asdict(each), ensure_ascii=False) + "\n")
+        listed.write(json.dumps(asdict(each)) + "\n")
     broken = before + len(encoded.broken)
     if broken > build.max_broken:
         listed.flush()

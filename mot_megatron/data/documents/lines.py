@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from mot_megatron.data.documents.raw import (
     BrokenItemError,
     FindMedia,
@@ -38,13 +40,15 @@ def cut_lines(path: Path, most_lines: int) -> Iterator[tuple[int, int, int]]:
         DataError: The file cannot be read, or a line is too long.
     """
     start = end = count = 0
-    first = 1
-    for line in _lines(Span(path, 0, path.stat().st_size, 1)):
-        end += len(line)
-        count += 1
-        if count == most_lines or end - start >= _SHARD_BYTES:
-            yield start, end, first
-            start, first, count = end, first + count, 0
+    first, size = 1, path.stat().st_size
+    with tqdm(total=size, desc="listing", unit="B", unit_scale=True, delay=5, ncols=100) as bar:
+        for line in _lines(Span(path, 0, size, 1)):
+            end += len(line)
+            count += 1
+            if count == most_lines or end - start >= _SHARD_BYTES:
+                yield start, end, first
+                bar.update(end - start)
+                start, first, count = end, first + count, 0
     if end > start:
         yield start, end, first
 
@@ -77,6 +81,8 @@ def read_json(span: Span, find: FindMedia, split_key: str | None) -> Iterator[Ra
             value = json.loads(content.decode())
         except UnicodeDecodeError as error:
             yield RawDocument(where, problem=f"not UTF-8 at byte {error.start} of the line")
+        except json.JSONDecodeError as error:
+            yield RawDocument(where, problem=f"not JSON: {error.msg} at character {error.pos}")
         except (ValueError, RecursionError) as error:
             yield RawDocument(where, problem=f"not JSON: {error}")
         else:

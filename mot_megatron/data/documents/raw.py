@@ -8,12 +8,14 @@ order. A segment is an object with one of these three keys and perhaps ``languag
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mot_megatron.data.structure import IMAGE, SPEECH, TEXT
+from mot_megatron.data.structure import IMAGE, KINDS, SPEECH, TEXT, language_token, special_tokens
 from mot_megatron.errors import DataError
 from mot_megatron.files import read_regular_file
 
@@ -23,10 +25,24 @@ LANGUAGE_KEY = "language"
 SEGMENTS_KEY = "segments"
 LARGEST_FILE_BYTES = 1 << 30
 """Largest picture, sound or text file that is read; each is held in memory."""
+_LANGUAGE = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_LONGEST_QUOTE = 200
+_STRUCTURE = frozenset(special_tokens(KINDS, ()))
 
 
 class BrokenItemError(Exception):
     """A document cannot be used: it is counted, listed and left out."""
+
+
+def quoted(value: object) -> str:
+    """Return a value of a source for messages, on one line and not too long."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "..."
+
+
+def is_language(name: str) -> bool:
+    """Return whether ``name`` can have a token, such as ``<en>``, that means nothing else."""
+    return bool(_LANGUAGE.fullmatch(name)) and language_token(name) not in _STRUCTURE
 
 
 @dataclass(frozen=True)
@@ -94,19 +110,23 @@ def media_below(root: Path) -> FindMedia:
         if isinstance(value, Mapping):  # the form of pictures and sounds in Hugging Face datasets
             content = value.get("bytes")
             if isinstance(content, bytes):
-                return Media(str(value.get("path") or "embedded bytes"), content)
+                return Media(quoted(value.get("path") or "embedded bytes"), content)
             value = value.get("path")
         if isinstance(value, bytes):
             return Media("embedded bytes", value)
-        if not isinstance(value, str) or not value or "\0" in value:
-            raise BrokenItemError(f"{value!r} is not the path of a file")
-        path = (allowed / value).resolve()
+        if not isinstance(value, str) or not value:
+            raise BrokenItemError(f"{quoted(value)} is not the path of a file")
+        try:
+            path = (allowed / value).resolve()
+        # A null byte, half a surrogate pair, or links in a circle.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BrokenItemError(f"{value!r} is not the path of a file: {error}") from None
         if not path.is_relative_to(allowed):
             raise DataError(
                 f"{where}: {value!r} lies outside of {root}; files are read only below the folder "
                 "of the list, or below --root DIR (--root / allows all)"
             )
-        return Media(value, path=path)
+        return Media(quoted(value), path=path)
 
     return find
 
@@ -132,7 +152,7 @@ def parse_document(
     if split_key is not None:
         if not isinstance(value, Mapping) or value.get(split_key) is None:
             raise DataError(f"{where}: no key {split_key!r}, which --split-key names")
-        key = str(value[split_key])
+        key = json.dumps(value[split_key], sort_keys=True, default=str)
     try:
         return RawDocument(where, tuple(_segments(value, where, find)), key)
     except BrokenItemError as error:
@@ -167,18 +187,20 @@ def _segment(item: object, name: str, language: object, where: str, find: FindMe
     kinds = [key for key in given if key in KIND_OF_KEY]
     if len(kinds) != 1 or given.keys() - {*KIND_OF_KEY, LANGUAGE_KEY}:
         raise BrokenItemError(
-            f"{name} has the keys {list(given)}, expected one of {', '.join(KIND_OF_KEY)} and "
-            f"perhaps {LANGUAGE_KEY}"
+            f"{name} has the keys {quoted(list(given))}, expected one of "
+            f"{', '.join(KIND_OF_KEY)} and perhaps {LANGUAGE_KEY}"
         )
     value = given[kinds[0]]
     language = given.get(LANGUAGE_KEY, language)
-    if language is not None and not isinstance(language, str):
-        raise BrokenItemError(f"{name}: language {language!r}, expected text")
+    if language is not None and not (isinstance(language, str) and is_language(language)):
+        raise BrokenItemError(
+            f"{name}: language {quoted(language)}, expected letters, digits, - and _, such as en-GB"
+        )
     kind = KIND_OF_KEY[kinds[0]]
     if kind != TEXT:
         return RawSegment(kind, find(value, where))
     if not isinstance(value, str):
-        raise BrokenItemError(f"{name}: text {str(value)[:40]!r}, expected a string")
+        raise BrokenItemError(f"{name}: text {quoted(value)}, expected a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -16,8 +16,8 @@ from mot_megatron.data.documents.sources import Reading, Shard, read_shard
 
 _SAMPLED_SHARDS = 256
 """Largest number of shards that are read for the sample."""
-_CHARACTERS, _PICTURES, _UNITS = 10_000, 8, 100
-"""Most that one document contributes: characters of each text, pictures, units of each sound."""
+_CHARACTERS, _MEDIA, _UNITS = 10_000, 8, 100
+"""Most that one document contributes: characters, pictures and sounds, units of each sound."""
 
 
 @dataclass
@@ -84,12 +84,14 @@ def _content(document: RawDocument, validation_share: float) -> Sample:
         decoded = decode_document(document, validation_share)
     except BrokenItemError:
         return sample
+    room = _CHARACTERS
     for segment in () if decoded.held_out else decoded.segments:
         if isinstance(segment.content, str):
-            sample.texts.append(segment.content[:_CHARACTERS])
+            sample.texts.append(segment.content[:room])
+            room -= len(sample.texts[-1])
         elif isinstance(segment.content, SpeechFeatures):
-            sample.sounds.append(_spread(segment.content))
-        elif len(sample.pictures) < _PICTURES:
+            sample.sounds += [_spread(segment.content)] if len(sample.sounds) < _MEDIA else []
+        elif len(sample.pictures) < _MEDIA:
             sample.pictures.append(segment.content)
         if segment.language is not None:
             sample.languages.add(segment.language)

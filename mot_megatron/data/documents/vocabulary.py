@@ -219,7 +219,8 @@ def adapt_tokenizer(
         added = [AddedToken(name, lstrip=True, rstrip=True, special=True) for name in missing]
         tokenizer.add_special_tokens(added)
         content = tokenizer.to_str().encode()
-    special = {name: tokenizer.token_to_id(names.get(name, name)) for name in special_names}
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    special = {name: ids[names.get(name, name)] for name in special_names}
     by_id: dict[int, str] = {}
     for name, id_ in special.items():
         if id_ in by_id:

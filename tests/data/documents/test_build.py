@@ -171,29 +171,41 @@ def test_broken_documents_are_listed_and_limited(items: list[Item], tmp_path: Pa
     lines[11] = b'{"segments": [{"text": "x", "image": "media/0.png"}]}'
     lines[12] = b'{"text": ""}'
     lines[13] = b'{"text": "x", "language": "tlh"}'
+    lines[14] = b'{"text": "x", "language": "eos"}'
+    lines[15] = b'{"image": "\\ud800\\n.png"}'
+    lines[16] = b'{"image": "a\\u0000.png"}'
+    lines[17] = b'{"image": "absent\\n.png"}'
+    lines[18] = b'{"image": 7}'
+    lines[19] = b"[]"
     source.write_bytes(b"\n".join(lines))
     wanted = {
         4: "media/3.png: not a readable picture",
         6: "media/5.wav: ",
         7: "media/6.png: No such file",
         9: "not UTF-8 at byte 24 of the line",
-        10: "not JSON",
+        10: "not JSON: Expecting property name enclosed in double quotes at character 2",
         11: "segment 1: text is not UTF-8 at position 0",
         12: "segment 1 has the keys ['text', 'image'], expected one of text, image, audio",
         13: "the text is empty",
         14: "language 'tlh' is none of the corpus",
+        15: "segment 1: language eos, expected letters",
+        16: "'\\ud800\\n.png' is not the path of a file",
+        17: "'a\\x00.png' is not the path of a file",
+        18: "'absent\\n.png': No such file",
+        19: "7 is not the path of a file",
+        20: "no segments, expected a list",
     }
     vocabulary = replace(TINY, languages=("en",))
-    assert build(source, tmp_path / "most", max_broken=9, vocabulary=vocabulary) == 9
+    assert build(source, tmp_path / "most", max_broken=15, vocabulary=vocabulary) == 15
     listed = (tmp_path / "most" / building.BROKEN_FILE).read_text(encoding="utf-8").splitlines()
     for line, (number, problem) in zip(listed, wanted.items(), strict=True):
         assert json.loads(line)["where"] == f"{source}:{number}"
         assert json.loads(line)["problem"].startswith(problem)
     splits = Corpus.open(tmp_path / "most").description.splits.values()
-    assert sum(split.documents for split in splits) == COUNT - 9
+    assert sum(split.documents for split in splits) == COUNT - 15
     with pytest.raises(DataError) as raised:
-        build(source, tmp_path / "fewer", max_broken=8, vocabulary=vocabulary)
-    assert f"{source}:14: language 'tlh'" in str(raised.value)
-    assert "--max-broken 8" in str(raised.value)
+        build(source, tmp_path / "fewer", max_broken=14, vocabulary=vocabulary)
+    assert f"{source}:20: no segments" in str(raised.value)
+    assert "--max-broken 14" in str(raised.value)
     assert not (tmp_path / "fewer").exists()
-    assert len((tmp_path / ".fewer.working" / building.BROKEN_FILE).read_text().splitlines()) == 9
+    assert len((tmp_path / ".fewer.working" / building.BROKEN_FILE).read_text().splitlines()) == 15
