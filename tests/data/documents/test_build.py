@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,41 @@ def test_documents_decode_to_their_sources(built: Path, items: list[Item]) -> No
 def test_bytes_do_not_depend_on_workers(built: Path, source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "corpus", workers=2)
     assert content(tmp_path / "corpus") == content(built)
+
+
+def die(*_: object) -> None:
+    os._exit(9)
+
+
+def test_a_killed_worker_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "sample_shard", die)
+    with pytest.raises(DataError, match="a worker process was killed, perhaps for its memory"):
+        build(source, tmp_path / "corpus")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(DataError, match="exists already, expected a new or empty directory"):
+        build(source, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_kind_that_the_corpus_lacks_is_broken(source: Path, tmp_path: Path) -> None:
+    vocabulary = replace(TINY, kinds=("image",))
+    with pytest.raises(DataError, match="jsonl:1: a segment of speech, but the corpus has only"):
+        build(source, tmp_path / "corpus", vocabulary=vocabulary)
+
+
+def test_too_little_data_for_a_codebook(source: Path, tmp_path: Path) -> None:
+    vocabulary = replace(TINY, speech_codes=5000)
+    with pytest.raises(DataError, match=r"speech codebook: .* expected at least 5000"):
+        build(source, tmp_path / "corpus", vocabulary=vocabulary)
+    vocabulary = replace(TINY, text_ids=20)
+    with pytest.raises(DataError, match=r"--text-vocabulary: .* expected at most 20"):
+        build(source, tmp_path / "corpus", vocabulary=vocabulary)
 
 
 def test_other_settings_do_not_use_kept_work(source: Path, tmp_path: Path) -> None:
