@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +98,73 @@ def test_documents_decode_to_their_sources(built: Path, items: list[Item]) -> No
 def test_bytes_do_not_depend_on_workers(built: Path, source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "corpus", workers=2)
     assert content(tmp_path / "corpus") == content(built)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from mot_megatron.data.documents import build as building
+from tests.data.documents.raw_files import build
+
+real, calls = building._list_broken, []
+
+def hang_at_third(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        print("third", flush=True)
+        time.sleep(600)
+    return real(*arguments)
+
+building._list_broken = hang_at_third
+build(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)
+"""
+
+
+def test_a_killed_build_continues(
+    built: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, working = tmp_path / "corpus", tmp_path / ".corpus.working"
+    command = [sys.executable, "-c", KILLED, str(source), str(output)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "third\n"
+        with pytest.raises(DataError, match="another process builds this corpus"):
+            build(source, output)
+        process.kill()
+    assert not output.exists()
+    wait_for_lock(working / "lock")  # until the workers have noticed
+    kept = {path: path.stat().st_mtime_ns for path in working.glob("*-*/*")}
+    kept |= {path: path.stat().st_mtime_ns for path in working.glob("*.npz")}
+    assert len(kept) >= 4 + 3  # three codebooks and their description, three shards
+    damaged = next(path for path in kept if path.suffix == ".npz" and path.parent == working)
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    del kept[damaged]
+
+    real = building._list_broken
+    used: dict[Path, int] = {}
+
+    def note(*arguments: Any) -> int:
+        used.update({path: path.stat().st_mtime_ns for path in kept})
+        return real(*arguments)
+
+    monkeypatch.setattr(building, "_list_broken", note)
+    build(source, output)
+    assert content(output) == content(built)
+    assert used == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+
+
+def wait_for_lock(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    with path.open() as lock:
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "a worker has outlived its parent"
+                time.sleep(0.05)
 
 
 def die(*_: object) -> None:
