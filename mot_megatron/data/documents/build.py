@@ -107,7 +107,7 @@ def build_documents(build: DocumentBuild) -> int:
             "perhaps with fewer --workers or --shard-documents"
         ) from None
     except OSError as error:
-        raise DataError(f"{error.filename or build.working}: {error.strerror}") from error
+        raise DataError(f"{error.filename or build.working}: {error.strerror or error}") from error
     return broken
 
 

@@ -83,11 +83,16 @@ def list_shards(inputs: Sequence[Path], reading: Reading) -> list[Shard]:
 
     Raises:
         DataError: An input is missing or of an unknown format, a folder has no or several kinds of
-            source files, or a package that the format needs is missing.
+            source files, a file is given twice, or a package that the format needs is missing.
     """
     shards: list[Shard] = []
     texts: list[SourceFile] = []
-    for path in [each for given in inputs for each in _files_of(given)]:
+    paths = [each for given in inputs for each in _files_of(given)]
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise DataError(f"{path}: given twice, expected each file once")
+        seen.add(path.resolve())
         source = SourceFile.of(path)
         kind = FORMATS[path.suffix.lower()]
         if kind == "text" and reading.text_documents == "file":

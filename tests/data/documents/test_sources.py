@@ -229,6 +229,13 @@ def test_bad_sources_are_one_line(
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_is_given_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.txt: given twice"):
+        list_shards([path, tmp_path], WHOLE)
+
+
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n", encoding="utf-8")
