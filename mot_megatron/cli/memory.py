@@ -27,14 +27,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_config, add_json
 from mot_megatron.cli.command import QUIETLY_ON_CPU, print_json, run_command, say
 from mot_megatron.errors import ConfigError, TrainingError, UserError
+from mot_megatron.job.processes import end_with_parent
 
 if TYPE_CHECKING:
     from mot_megatron.config import Config
@@ -172,7 +171,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     from mot_megatron.data.corpus import Corpus
     from mot_megatron.train.session import build_groups, build_session, resolve_config
 
-    _end_with_parent()
+    end_with_parent()
     torch.set_num_threads(1)
     size = world.num_ranks
     # DeepSpeed reads these even if the process group exists.
@@ -194,18 +193,6 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
         sys.exit(2)
     (folder / f"result.{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    """Exit this rank when the process that started it ends."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
 
 
 def ratios(measured: list[RankMemory], dense: list[RankMemory]) -> dict[str, float]:

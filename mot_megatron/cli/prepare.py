@@ -1,6 +1,8 @@
-"""Build a corpus of text, images and speech.
+"""Build a corpus of text, images and speech, from your own files or from packages.
 
-Example: mot prepare openmoji --output corpora/openmoji
+Examples:
+  mot prepare documents photos.jsonl --output corpora/photos
+  mot prepare openmoji --output corpora/openmoji
 """
 
 from __future__ import annotations
@@ -12,6 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
 from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.prepare_documents import (
+    add_documents,
+    add_megatron,
+    document_build,
+    special_names,
+)
 
 if TYPE_CHECKING:
     from mot_megatron.data.corpus import Corpus
@@ -27,6 +35,14 @@ DEB_PACKAGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line: one subcommand per corpus."""
     corpora = parser.add_subparsers(dest="builder", required=True, metavar="CORPUS")
+    add_documents(
+        corpora.add_parser(
+            "documents", help="your own files: JSONL, text, WebDataset, Parquet, datasets"
+        )
+    )
+    add_megatron(
+        corpora.add_parser("megatron", help="existing .bin and .idx of text, which are linked")
+    )
     openmoji = corpora.add_parser(
         "openmoji", help="emoji: pictures, names in eight languages, names spoken"
     )
@@ -84,6 +100,25 @@ def build(options: argparse.Namespace) -> Corpus:
     """Build the corpus selected by the options, and open it."""
     from mot_megatron.data.corpus import Corpus
 
+    if options.builder == "documents":
+        from mot_megatron.data.documents.build import build_documents
+
+        if broken := build_documents(document_build(options)):
+            say(
+                NAME,
+                f"{broken} broken documents left out; {options.output}/broken.jsonl lists them",
+            )
+        return Corpus.open(options.output)
+    if options.builder == "megatron":
+        from mot_megatron.data.documents.megatron import wrap_token_files
+
+        wrap_token_files(
+            {"train": options.train, "validation": options.validation},
+            options.output,
+            options.tokenizer,
+            dict(special_names(options)),
+        )
+        return Corpus.open(options.output)
     shared = {"seed": options.seed, "workers": options.workers, "limit": options.limit}
     if options.builder == "stamps":
         from mot_megatron.data.builders.stamps import build_stamps

@@ -34,11 +34,12 @@ from mot_megatron.data.corpus import (
     describe,
     parse_description,
 )
-from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path
+from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path, read_token_file
 from mot_megatron.data.statistics import STATISTICS_FILE, render_statistics
 from mot_megatron.errors import DataError
 from mot_megatron.job.processes import Process
 
+_TOKENS_PER_CHUNK = 1 << 22
 _OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
 """End of the name of an unfinished corpus: the process that writes it, and random letters."""
 
@@ -81,14 +82,14 @@ class CorpusWriter:
         self._description: CorpusDescription = self._describe({})
         self._by_name = {modality.name: modality for modality in self._description.modalities}
         self._splits: dict[str, _OpenSplit] = {}
+        self._linked: dict[str, SplitCounts] = {}
         self._stack = ExitStack()
         self._temporary: Path | None = None
 
     def __enter__(self) -> CorpusWriter:
         directory = self.directory
         with self._errors():
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise DataError(f"{directory}: exists already, expected a new or empty directory")
+            check_target(directory)
             directory.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(directory)
             owner = Process.of(os.getpid())
@@ -153,6 +154,42 @@ class CorpusWriter:
             )
         self._append(split, ids)
 
+    def link(self, split: str, prefix: Path) -> None:
+        """Use existing token files as a split, by symbolic links to them.
+
+        Args:
+            split: Name of the split, to which no documents are added.
+            prefix: Path of both files without their suffix.
+
+        Raises:
+            DataError: The files are not those of one sequence per document in the dtype of the
+                vocabulary, or an id is outside of it.
+        """
+        vocab_size = self._description.vocab_size
+        tokens, offsets = read_token_file(prefix, vocab_size)
+        occurrences = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, len(tokens), _TOKENS_PER_CHUNK):
+            chunk = tokens[start : start + _TOKENS_PER_CHUNK]
+            if chunk.min() < 0 or chunk.max() >= vocab_size:
+                wrong = chunk[(chunk < 0) | (chunk >= vocab_size)][0]
+                raise DataError(
+                    f"{bin_path(prefix)}: token id {wrong}, expected 0..{vocab_size - 1}"
+                )
+            occurrences += np.bincount(chunk, minlength=vocab_size)
+        self._linked[split] = SplitCounts(
+            documents=len(offsets) - 1,
+            tokens=len(tokens),
+            tokens_per_modality={
+                modality.name: int(occurrences[modality.first_id : modality.end_id].sum())
+                for modality in self.modalities
+            },
+            longest_document=int(np.diff(offsets).max()),
+            sha256=FileDigests(bin=_sha256(bin_path(prefix)), idx=_sha256(idx_path(prefix))),
+        )
+        with self._errors():
+            for path in (bin_path, idx_path):
+                path(self._root / split).symlink_to(path(prefix).resolve())
+
     def add_file(self, name: str, content: bytes) -> None:
         """Add a file, for example a codebook, to the corpus directory.
 
@@ -199,7 +236,7 @@ class CorpusWriter:
         return _OpenSplit(tokens, np.zeros(len(self.modalities), dtype=np.int64))
 
     def _finish(self) -> None:
-        if not self._splits:
+        if not self._splits and not self._linked:
             raise DataError(f"{self.directory}: no documents were added, expected at least one")
         for modality in self.modalities:
             if modality.codebook and not (self._root / modality.codebook).is_file():
@@ -209,6 +246,7 @@ class CorpusWriter:
                 )
         with self._errors():
             counts = {name: self._close(name, split) for name, split in self._splits.items()}
+            counts |= self._linked
             text = render_description(self._describe(counts))
             parse_description(text, DESCRIPTION_FILE)
             (self._root / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
@@ -255,6 +293,16 @@ class CorpusWriter:
             raise DataError(
                 f"{self.directory}: cannot write the corpus: {error.strerror}"
             ) from error
+
+
+def check_target(directory: Path) -> None:
+    """Check that a corpus can be written to ``directory``.
+
+    Raises:
+        DataError: It exists and is not an empty directory.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise DataError(f"{directory}: exists already, expected a new or empty directory")
 
 
 def _integers(ids: Sequence[int] | np.ndarray, where: str) -> np.ndarray:

@@ -15,12 +15,9 @@ import numpy as np
 from mot_megatron.data.codebooks import CODECS, Codec
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import CorpusDescription, Modality
+from mot_megatron.data.structure import BEGIN_DOCUMENT, END_DOCUMENT, language_token
 from mot_megatron.errors import DataError
 
-BEGIN_DOCUMENT = "<bos>"
-"""Special token at the start of a document, if the corpus has it."""
-END_DOCUMENT = "<eos>"
-"""Special token at the end of a document, if the corpus has it."""
 DEFAULT_LANGUAGE = "en"
 
 
@@ -129,7 +126,7 @@ class PromptWriter:
 
     def _language(self, language: str | None) -> list[int]:
         special = self.description.special_tokens
-        token = f"<{language or DEFAULT_LANGUAGE}>"
+        token = language_token(language or DEFAULT_LANGUAGE)
         tags = _tags(self.description)
         if special.get(token) in tags:
             return [special[token]]

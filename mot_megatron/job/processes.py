@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class Process:
         if self.is_here and not self.is_dead:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.pid, signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """Exit this process, which multiprocessing has started, when its parent ends."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def start_of(pid: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mot_megatron.config import Config, ExpertsConfig, ModelConfig
 from mot_megatron.data.corpus import CorpusDescription
-from mot_megatron.generation.segments import BEGIN_DOCUMENT, END_DOCUMENT
+from mot_megatron.data.structure import BEGIN_DOCUMENT, END_DOCUMENT
 
 MODELLING_FILE = "modeling_mot.py"
 MIXTURE = "mixture_of_transformers"

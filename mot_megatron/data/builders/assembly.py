@@ -1,8 +1,7 @@
 """Corpus assembly: train the codebooks, encode the drafts, and write the documents.
 
-A document is ``<bos>``, then its segments in random order, then ``<eos>``. A segment is
-``<language> text``, ``<boi> 64 ids <eoi>`` or ``<boa> ids <eoa>``. Codebooks are trained on the
-training split only.
+The segments of a document are in random order (``data/structure.py`` says what surrounds them).
+Codebooks are trained on the training split only.
 """
 
 from __future__ import annotations
@@ -24,6 +23,17 @@ from mot_megatron.data.codebooks.speech import (
 )
 from mot_megatron.data.codebooks.text import TextCodec, train_text_codebook
 from mot_megatron.data.corpus import Modality
+from mot_megatron.data.structure import (
+    IMAGE,
+    KINDS,
+    PADDING,
+    SPEECH,
+    TEXT,
+    Piece,
+    assemble,
+    modalities_of,
+    special_tokens,
+)
 from mot_megatron.data.writer import CorpusWriter
 from mot_megatron.errors import DataError
 
@@ -36,10 +46,6 @@ NUM_SAMPLES = 96
 _PICTURES_PER_SLICE, _UNITS_PER_SLICE = 1 << 13, 1 << 18
 """Items encoded at a time, since float32 copies of millions of vectors would not fit in memory.
 Multiples of the slice size in ``kmeans``, so slicing here does not change the order of any sum."""
-_DELIMITERS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<boa>", "<eoa>")
-_TEXT, _IMAGE, _SPEECH = "text", "image", "speech"
-
-Segment = list[tuple[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -85,47 +91,18 @@ def open_writer(
     Raises:
         DataError: ``directory`` already exists and is not an empty directory.
     """
-    special = {token: index for index, token in enumerate(_special_tokens(languages))}
-    modalities = [
-        Modality(name=_TEXT, first_id=0, size=TEXT_IDS, codec="bpe", codebook="tokenizer.json"),
-        Modality(
-            name=_IMAGE,
-            first_id=TEXT_IDS,
-            size=IMAGE_IDS,
-            codec="image_patches",
-            codebook="image.npz",
-            begin_token=special["<boi>"],
-            end_token=special["<eoi>"],
-        ),
-        Modality(
-            name=_SPEECH,
-            first_id=TEXT_IDS + IMAGE_IDS,
-            size=SPEECH_IDS,
-            codec="speech_units",
-            codebook="speech.npz",
-            begin_token=special["<boa>"],
-            end_token=special["<eoa>"],
-        ),
-    ]
+    special = {token: index for index, token in enumerate(special_tokens(KINDS, languages))}
+    sizes = {TEXT: TEXT_IDS, IMAGE: IMAGE_IDS, SPEECH: SPEECH_IDS}
     return CorpusWriter(
         directory=directory,
         name=name,
         builder=builder,
         seed=seed,
-        modalities=modalities,
-        pad_token=special["<pad>"],
+        modalities=modalities_of(sizes, special),
+        pad_token=special[PADDING],
         special_tokens=special,
         licences=licences,
     )
-
-
-def language_token(language: str) -> str:
-    """Return the special token that precedes text in ``language``."""
-    return f"<{language}>"
-
-
-def _special_tokens(languages: Sequence[str]) -> list[str]:
-    return [*_DELIMITERS, *map(language_token, languages)]
 
 
 def write_documents(writer: CorpusWriter, drafts: Sequence[Draft]) -> None:
@@ -147,7 +124,7 @@ def write_documents(writer: CorpusWriter, drafts: Sequence[Draft]) -> None:
     shuffled = generator(writer.seed, "order of documents").permutation(len(drafts))
     order = sorted((drafts[index] for index in shuffled), key=lambda draft: draft.split)
     for draft in tqdm(order, desc="documents", ncols=100):
-        writer.add(draft.split, _document(draft, coded, writer))
+        writer.add_document(draft.split, _document(draft, coded, writer))
 
 
 def _code_text(
@@ -217,22 +194,14 @@ def _add_codebook(writer: CorpusWriter, modality: Modality, content: bytes) -> N
     writer.add_file(modality.codebook, content)
 
 
-def _document(draft: Draft, coded: _Coded, writer: CorpusWriter) -> Segment:
-    special = writer.special_tokens
-
-    def delimiter(name: str) -> tuple[str, np.ndarray]:
-        return _TEXT, np.array([special[name]])
-
-    segments: list[Segment] = []
-    text = coded.text[draft.key]
-    if text:
-        segments.append([delimiter(language_token(draft.language)), (_TEXT, np.array(text))])
-    if draft.key in coded.image:
-        ids = coded.image[draft.key]
-        segments.append([delimiter("<boi>"), (_IMAGE, ids), delimiter("<eoi>")])
-    units = coded.speech.get(draft.key, np.zeros(0, np.int64))[:LONGEST_SPEECH_UNITS]
-    if len(units):
-        segments.append([delimiter("<boa>"), (_SPEECH, units), delimiter("<eoa>")])
-    order = generator(writer.seed, draft.key, "order of segments").permutation(len(segments))
-    inside = [part for index in order for part in segments[index]]
-    return [delimiter("<bos>"), *inside, delimiter("<eos>")]
+def _document(draft: Draft, coded: _Coded, writer: CorpusWriter) -> np.ndarray:
+    text, image, speech = writer.modalities
+    none = np.zeros(0, np.int64)
+    pieces = [
+        Piece(text, np.array(coded.text[draft.key], dtype=np.int64), draft.language),
+        Piece(image, coded.image.get(draft.key, none)),
+        Piece(speech, coded.speech.get(draft.key, none)[:LONGEST_SPEECH_UNITS]),
+    ]
+    pieces = [piece for piece in pieces if len(piece.ids)]
+    order = generator(writer.seed, draft.key, "order of segments").permutation(len(pieces))
+    return assemble([pieces[index] for index in order], writer.special_tokens)

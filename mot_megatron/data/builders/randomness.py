@@ -32,3 +32,8 @@ def split_of(concept: str) -> str:
 def generator(seed: int, *key: str) -> np.random.Generator:
     """Return a random generator that depends only on ``seed`` and ``key``."""
     return np.random.default_rng(_digest("/".join((str(seed), *key))))
+
+
+def is_in_share(key: str, share: float) -> bool:
+    """Return whether ``key`` is one of the ``share`` of all keys that are held out."""
+    return _digest(f"document/{key}") < share * 2.0**128

@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from mot_megatron.job.processes import end_with_parent
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -34,6 +36,7 @@ def _begin_worker() -> None:
     # Ctrl-C signals the whole process group, but only the parent should shut the pool down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)
+    end_with_parent()
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,19 @@ def train_text_codebook(texts: Iterable[str], size: int, special_tokens: Sequenc
     return tokenizer.to_str().encode()
 
 
+def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
+    """Parse the content of a tokenizer.json, named ``source`` in errors.
+
+    Raises:
+        DataError: The content is not a tokenizer.
+    """
+    try:
+        return Tokenizer.from_buffer(content)
+    # The library raises bare Exception for all malformed files.
+    except Exception as error:  # noqa: BLE001
+        raise DataError(f"{source}: not a tokenizer: {error}") from None
+
+
 class TextCodec(Codec):
     """Converts between ids and text."""
 
@@ -67,11 +80,7 @@ class TextCodec(Codec):
         Raises:
             DataError: The content is not a tokenizer, or it has more ids than the modality.
         """
-        try:
-            tokenizer = Tokenizer.from_buffer(content)
-        # The library raises bare Exception for all malformed files.
-        except Exception as error:  # noqa: BLE001
-            raise DataError(f"{source}: not a tokenizer: {error}") from None
+        tokenizer = parse_tokenizer(content, source)
         if tokenizer.get_vocab_size() > modality.size:
             raise DataError(
                 f"{source}: {tokenizer.get_vocab_size()} ids, expected at most {modality.size}, "

@@ -1,0 +1,1 @@
+"""A corpus from raw files: sources, media, vocabulary, sampling and encoding."""

@@ -1,0 +1,189 @@
+"""Encode the documents of a shard to ids, in a file that a later run can use again."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from mot_megatron.data.codebooks.codec import Codec
+from mot_megatron.data.codebooks.image import PatchCodec
+from mot_megatron.data.codebooks.speech import SpeechFeatures, UnitCodec
+from mot_megatron.data.codebooks.text import TextCodec
+from mot_megatron.data.documents.decode import DecodedDocument, decode_document
+from mot_megatron.data.documents.raw import BrokenItemError, RawDocument
+from mot_megatron.data.documents.sources import Reading, Shard, read_shard
+from mot_megatron.data.documents.vocabulary import Vocabulary
+from mot_megatron.data.structure import Piece, assemble, language_token
+from mot_megatron.files import write_atomically
+
+_DOCUMENTS_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A document that was left out."""
+
+    where: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """The documents of a shard as ids of the vocabulary."""
+
+    ids: np.ndarray
+    """[tokens] int32, all documents one after the other."""
+    lengths: np.ndarray
+    """Tokens of each document, [documents] int64."""
+    held_out: np.ndarray
+    """Whether each document belongs to the validation split, [documents] bool."""
+    broken: tuple[Broken, ...]
+
+    def documents(self) -> Iterator[tuple[bool, np.ndarray]]:
+        """Yield whether a document is held out, and its ids."""
+        ends = np.cumsum(self.lengths)
+        for end, length, held_out in zip(ends, self.lengths, self.held_out, strict=True):
+            yield bool(held_out), self.ids[end - length : end]
+
+    def save(self, path: Path) -> None:
+        """Write the shard; the file is complete or absent."""
+        broken = json.dumps([[each.where, each.problem] for each in self.broken]).encode()
+        stream = io.BytesIO()
+        np.savez(
+            stream,
+            ids=self.ids,
+            lengths=self.lengths,
+            held_out=self.held_out,
+            broken=np.frombuffer(broken, np.uint8),
+        )
+        write_atomically(path, stream.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> EncodedShard | None:
+        """Read a shard; None if there is none, or its file is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                broken = json.loads(stored["broken"].tobytes())
+                return cls(
+                    stored["ids"],
+                    stored["lengths"],
+                    stored["held_out"],
+                    tuple(Broken(where, problem) for where, problem in broken),
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+@lru_cache(maxsize=1)
+def _codecs(vocabulary: Vocabulary) -> dict[str, Codec]:
+    codecs = vocabulary.load_codecs()
+    for codec in codecs.values():
+        if isinstance(codec, TextCodec):
+            # "<eos>" in a text is text, not the end of the document.
+            codec.tokenizer.encode_special_tokens = True
+    return codecs
+
+
+def encode_shard(
+    shard: Shard, reading: Reading, vocabulary: Vocabulary, validation_share: float, path: Path
+) -> None:
+    """Encode a shard into the file ``path``.
+
+    Raises:
+        DataError: The source cannot be read; single broken documents are only listed.
+    """
+    encoder = _Encoder(vocabulary, _codecs(vocabulary))
+    documents: list[np.ndarray] = []
+    held_out: list[bool] = []
+    broken: list[Broken] = []
+    source = read_shard(shard, reading)
+    while batch := list(itertools.islice(source, _DOCUMENTS_PER_BATCH)):
+        decoded = []
+        for document in batch:
+            try:
+                decoded.append(encoder.decode(document, validation_share))
+            except BrokenItemError as error:
+                broken.append(Broken(document.where, str(error)))
+        documents += encoder.encode([each for each, _ in decoded], [texts for _, texts in decoded])
+        held_out += [each.held_out for each, _ in decoded]
+    EncodedShard(
+        np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32),
+        np.array([len(document) for document in documents], dtype=np.int64),
+        np.array(held_out, dtype=bool),
+        tuple(broken),
+    ).save(path)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    vocabulary: Vocabulary
+    codecs: Mapping[str, Codec]
+
+    def decode(
+        self, document: RawDocument, validation_share: float
+    ) -> tuple[DecodedDocument, list[np.ndarray]]:
+        """Decode a document and encode its texts, which alone may still turn out to be broken."""
+        kinds, special = self.vocabulary.kinds, self.vocabulary.special
+        for segment in document.segments:
+            if segment.kind not in kinds:
+                raise BrokenItemError(
+                    f"a segment of {segment.kind}, but the corpus has only {', '.join(kinds)}; "
+                    "--kinds chooses what it has"
+                )
+            if segment.language is not None and language_token(segment.language) not in special:
+                raise BrokenItemError(
+                    f"language {segment.language!r} is none of the corpus; --languages lists them"
+                )
+        decoded = decode_document(document, validation_share)
+        texts = [each.content for each in decoded.segments if isinstance(each.content, str)]
+        return decoded, [self._text(text) for text in texts]
+
+    def _text(self, text: str) -> np.ndarray:
+        codec = next(each for each in self.codecs.values() if isinstance(each, TextCodec))
+        ids = np.array(codec.encode(text), dtype=np.int64)
+        delimiters = np.isin(ids, [*self.vocabulary.special.values(), self.vocabulary.pad_token])
+        if delimiters.any():
+            token = codec.decode(ids[delimiters][:1], keep_special=True)
+            raise BrokenItemError(f"the text contains {token!r}, a special token of the corpus")
+        return ids
+
+    def encode(
+        self, documents: Sequence[DecodedDocument], texts: Sequence[Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Return the ids of each document; pictures and sounds are encoded all at once."""
+        contents = [segment.content for each in documents for segment in each.segments]
+        pictures = iter(self._pictures([each for each in contents if isinstance(each, np.ndarray)]))
+        sounds = iter(self._sounds([each for each in contents if isinstance(each, SpeechFeatures)]))
+        encoded = []
+        for document, its_texts in zip(documents, texts, strict=True):
+            written = iter(its_texts)
+            pieces = []
+            for segment in document.segments:
+                modality = self.vocabulary.kinds[segment.kind]
+                if isinstance(segment.content, str):
+                    pieces.append(Piece(modality, next(written), segment.language))
+                elif isinstance(segment.content, SpeechFeatures):
+                    pieces.append(Piece(modality, next(sounds)))
+                else:
+                    pieces.append(Piece(modality, next(pictures)))
+            encoded.append(assemble(pieces, self.vocabulary.special))
+        return encoded
+
+    def _pictures(self, pictures: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        codec = next((each for each in self.codecs.values() if isinstance(each, PatchCodec)), None)
+        return [] if codec is None or not pictures else list(codec.encode(np.stack(pictures)))
+
+    def _sounds(self, sounds: Sequence[SpeechFeatures]) -> Sequence[np.ndarray]:
+        codec = next((each for each in self.codecs.values() if isinstance(each, UnitCodec)), None)
+        if codec is None or not sounds:
+            return []
+        ids = codec.encode(np.concatenate([sound.units for sound in sounds]))
+        return np.split(ids, np.cumsum([len(sound.units) for sound in sounds])[:-1])

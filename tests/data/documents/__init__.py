@@ -1,0 +1,1 @@
+"""Tests of mot_megatron.data.documents."""
