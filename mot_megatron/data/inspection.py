@@ -85,10 +85,12 @@ def held_out_segments(corpus: Corpus, index: int, count: int) -> list[np.ndarray
     return found[:count]
 
 
-def contact_sheet(corpus: Corpus, index: int, codec: PatchCodec) -> tuple[Image.Image, float]:
+def contact_sheet(
+    corpus: Corpus, index: int, codec: PatchCodec
+) -> tuple[Image.Image, float | None]:
     """Return originals above reconstructions, and the mean peak signal-to-noise ratio in dB.
 
-    A corpus without originals gives reconstructions only; the ratio is then NaN.
+    A corpus without originals gives reconstructions only, and no ratio.
     """
     samples = corpus.directory / SAMPLES_FILE
     if samples.is_file():
@@ -101,7 +103,7 @@ def contact_sheet(corpus: Corpus, index: int, codec: PatchCodec) -> tuple[Image.
     else:
         chosen = held_out_segments(corpus, index, _PICTURES)
         kinds = [np.stack([codec.decode(ids) for ids in chosen])] if chosen else [_BLANK]
-        ratio = float("nan")
+        ratio = None
     # Fill the last row with blanks.
     columns = min(_COLUMNS, len(kinds[0]))
     missing = _BLANK.repeat(-len(kinds[0]) % columns, axis=0)
@@ -125,7 +127,8 @@ def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[
                 sheet, ratio = contact_sheet(corpus, index, codec)
                 sheet.save(output / "contact_sheet.png")
                 report["contact_sheet"] = str(output / "contact_sheet.png")
-                report["psnr_db"] = ratio
+                if ratio is not None:
+                    report["psnr_db"] = ratio
             elif isinstance(codec, UnitCodec):
                 pause = np.zeros(int(_PAUSE_SECONDS * codec.sample_rate), np.float32)
                 chosen = held_out_segments(corpus, index, _SOUNDS)
