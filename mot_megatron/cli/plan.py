@@ -23,7 +23,7 @@ Memory is that of the rank that needs the most, in GB of 10^9 bytes. On the devi
 model state as DeepSpeed stores it, with padding, and activations as autograd stores them on a GPU.
 It does not include buffers of collectives, temporary tensors and fragmentation; leave a tenth of
 the memory for them. On the host, per rank, "start" is the rank's part of the model, which is built
-there before it moves to the GPU, plus the largest matrix in fp32. "resume" is 12 bytes per
+there before it moves to the GPU, plus the eight largest matrices in fp32. "resume" is 12 bytes per
 parameter of that part, which are needed to load a checkpoint. Multiply both by the ranks of a node,
 and add a few GB for libraries.
 
