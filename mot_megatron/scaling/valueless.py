@@ -21,6 +21,8 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from mot_megatron.scaling.known_shapes import KnownShapes
+
 _convert, _values_of = torch.Tensor.to, torch.Tensor.tolist
 META = torch.device("meta")
 FAKE_BACKEND = "cpu:fake,meta:fake"
@@ -59,6 +61,10 @@ class _WithoutValues(TorchDispatchMode):
     An operator sees the shape of an argument that has values, and does not change it.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes = KnownShapes()
+
     paused = 0
     """Number of ``with_values`` that are entered."""
 
@@ -77,7 +83,7 @@ class _WithoutValues(TorchDispatchMode):
             args, kwargs = tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
         if kwargs.get("device") is not None or _is_factory(func):
             kwargs["device"] = META
-        return func(*args, **kwargs)
+        return self._shapes.call(func, args, kwargs)
 
 
 def value_read_by_host(dtype: torch.dtype) -> bool | int | float:
