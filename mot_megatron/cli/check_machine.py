@@ -105,7 +105,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--only {' '.join(options.only)}: no check has these words; see --list")
     if options.list:
         for check in checks:
-            print(f"{check.name}: at most {check.seconds:.0f} s, {check.num_devices} devices")
+            plural = "s" if check.num_devices > 1 else ""
+            needs = f"{check.num_devices} device{plural}"
+            print(f"{check.name}: at most {check.seconds:.0f} s, {needs}")
         return 0
     if options.output is None:
         raise ConfigError("--output: required, the folder of the report")
