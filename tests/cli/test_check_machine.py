@@ -15,7 +15,7 @@ from tests.cli.console import only_error
 def test_the_checks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "probes/zero rows: at most 40 s, 1 devices" in lines
+    assert "probes/zero rows: at most 40 s, 1 device" in lines
     assert not any(line.startswith("branches/") for line in lines)
 
 
