@@ -7,9 +7,10 @@ search for checkpoints knows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mot_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from mot_megatron.checkpoint.storage import INDEX_NAME, check_complete
+from mot_megatron.errors import CheckpointError
 
 
 def documents_of(metadata: Mapping[str, Any], config_text: str) -> dict[str, str]:
@@ -45,6 +47,9 @@ class UnfinishedSave:
     directory: Path
     """Folder of the checkpoints."""
     step: int
+    confirm: Callable[[], None] | None = None
+    """Called before folders are created, renamed and deleted; raises CheckpointError if they belong
+    to another job by now. None: nobody else writes there."""
 
     @property
     def final(self) -> Path:
@@ -62,6 +67,7 @@ class UnfinishedSave:
         Args:
             clear: Names of the checkpoints whose unfinished saves are deleted, as a glob pattern.
         """
+        self._confirm()
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(clear + UNFINISHED_SUFFIX):
             final = leftover.with_name(leftover.name.removesuffix(REPLACED_SUFFIX))
@@ -88,6 +94,7 @@ class UnfinishedSave:
             CheckpointError: A tensor, part of a tensor, or a file is missing.
             OSError: A file cannot be written.
         """
+        self._confirm()
         num_tensors = check_complete(self.temporary, names)
         for name, text in documents.items():
             write_durably(self.temporary / name, text)
@@ -106,5 +113,11 @@ class UnfinishedSave:
         return CheckpointInfo(self.final, self.step, num_tensors, manifest.num_bytes)
 
     def discard(self) -> None:
-        """Delete the temporary folder."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        """Delete the temporary folder, unless it belongs to another job by now."""
+        with contextlib.suppress(CheckpointError):
+            self._confirm()
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _confirm(self) -> None:
+        if self.confirm is not None:
+            self.confirm()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,10 +41,6 @@ class Keep:
     neither counted nor deleted, like all others that are damaged."""
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Background:
     """What a save needs that runs in a thread beside training."""
@@ -55,8 +50,7 @@ class Background:
     progress: Progress
     """Receives the number of bytes written, instead of a progress bar."""
     confirm: Callable[[], None] | None = None
-    """Called on the first rank before folders are created, renamed and deleted; raises
-    CheckpointError if the folder belongs to another job by now. None: nobody else writes there."""
+    """See ``UnfinishedSave``; called on the first rank."""
 
 
 def save_checkpoint(
@@ -93,34 +87,19 @@ def save_checkpoint(
     keep = Keep(keep) if isinstance(keep, int) else keep
     if keep.newest < 1:
         raise ValueError(f"keep is {keep.newest}, must be at least 1")
-    save = UnfinishedSave(directory, step)
+    save = UnfinishedSave(directory, step, background.confirm if background else None)
     group = background and background.group
     described = describe(tensors, groups)
     documents = documents_of(metadata, config_text)
-    confirm = (background and background.confirm) or _nothing
-
-    def begin() -> None:
-        confirm()
-        save.begin()
-
-    def complete() -> CheckpointInfo:
-        confirm()
-        return save.complete(names, records, documents)
-
-    def discard() -> None:
-        with contextlib.suppress(CheckpointError):
-            confirm()
-            save.discard()
-
     try:
-        on_first_rank(begin, group)
+        on_first_rank(save.begin, group)
         names = write_tensors(save.temporary, described, group, background and background.progress)
         written = on_every_rank(lambda: _check_and_hash(save.temporary, described, names), group)
         records = {name: record for own in written for name, record in own.items()}
-        info = on_first_rank(complete, group)
+        info = on_first_rank(lambda: save.complete(names, records, documents), group)
     except CheckpointError as error:
         # No rank is still writing: all ranks exchange outcomes at the end of every step above.
-        on_first_rank(discard, group)
+        on_first_rank(save.discard, group)
         raise CheckpointError(
             f"cannot save checkpoint {save.final}: {error}; older checkpoints are untouched"
         ) from error

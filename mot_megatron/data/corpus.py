@@ -7,7 +7,6 @@ step. Ids out of range, for example, would silently be embedded as zeros.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tomllib
@@ -275,23 +274,40 @@ class Corpus:
             DataError: A file is missing, truncated or changed since it was written, corpus.toml is
                 invalid or contradicts the files, or an id is outside the vocabulary.
         """
+        corpus = cls.open_unchecked(directory)
+        prefixes = [directory / name for name in corpus.splits]
+        files = [path.name for p in prefixes for path in (bin_path(p), idx_path(p))]
+        try:
+            if not once:
+                corpus._check_content()
+                return corpus
+            with verified_once(directory, [DESCRIPTION_FILE, *files]) as is_needed:
+                if is_needed:
+                    corpus._check_content()
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}") from None
+        return corpus
+
+    @classmethod
+    def open_unchecked(cls, directory: Path) -> Corpus:
+        """Open ``directory`` as ``open`` does, but do not read the tokens.
+
+        Raises:
+            DataError: As ``open``, but for what only the tokens tell.
+        """
         corpus = cls.open_vocabulary(directory)
         description = corpus.description
-        prefixes = [directory / name for name in description.splits]
         try:
             splits = {
-                prefix.name: _open_split(directory, prefix.name, description) for prefix in prefixes
+                name: _open_split(directory, name, description) for name in description.splits
             }
-            files = [path.name for p in prefixes for path in (bin_path(p), idx_path(p))]
-            needed: contextlib.AbstractContextManager[bool] = contextlib.nullcontext(True)
-            if once:
-                needed = verified_once(directory, [DESCRIPTION_FILE, *files])
-            with needed as is_needed:
-                for split in splits.values() if is_needed else ():
-                    _check_content(split, directory / split.name, description)
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from None
         return replace(corpus, splits=splits)
+
+    def _check_content(self) -> None:
+        for split in self.splits.values():
+            _check_content(split, self.directory / split.name, self.description)
 
     @classmethod
     def open_vocabulary(cls, directory: Path) -> Corpus:

@@ -251,7 +251,7 @@ class CorpusWriter:
             parse_description(text, DESCRIPTION_FILE)
             (self._root / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
             if {TRAIN_SPLIT, HELD_OUT_SPLIT} <= counts.keys():
-                statistics = render_statistics(Corpus.open(self._root))
+                statistics = render_statistics(Corpus.open_unchecked(self._root))
                 (self._root / STATISTICS_FILE).write_text(statistics, encoding="utf-8")
             for path in self._root.iterdir():
                 _flush_to_disk(path)

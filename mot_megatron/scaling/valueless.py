@@ -61,12 +61,12 @@ class _WithoutValues(TorchDispatchMode):
     An operator sees the shape of an argument that has values, and does not change it.
     """
 
+    paused = 0
+    """Number of ``with_values`` that are entered."""
+
     def __init__(self) -> None:
         super().__init__()
         self._shapes = KnownShapes()
-
-    paused = 0
-    """Number of ``with_values`` that are entered."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
