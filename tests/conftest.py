@@ -21,6 +21,11 @@ def pytest_report_header() -> list[str]:
     return [] if HAS_TRITON else [f"{missing} pip install -r requirements-tests.txt"]
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their length: their content may hold a time, and workers must agree on it."""
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests as fast, and skip those that need a GPU where there is none."""
     for item in items:
