@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from tqdm import tqdm
 
+from mot_megatron.data.codec_names import NO_CODEC, CodecName
 from mot_megatron.data.indexed import bin_path, idx_path, read_token_file
 from mot_megatron.data.verification import verified_once
 from mot_megatron.errors import DataError, first_problem
@@ -51,8 +52,9 @@ class Modality(BaseModel):
     first_id: int = Field(ge=0)
     size: int = Field(ge=1)
     """Number of ids in the range."""
-    codec: Literal["bpe", "image_patches", "speech_units", "none"] = "none"
-    """Codec that decodes the ids; with "none", they cannot be decoded."""
+    codec: CodecName = NO_CODEC
+    """Codec that decodes the ids: a registered name, or ``module:Class`` of a subclass of
+    ``mot_megatron.data.codebooks.codec.Codec``; with "none", they cannot be decoded."""
     codebook: FileName | None = None
     """The codec's file in the corpus directory. None if and only if codec is "none"."""
     begin_token: int | None = None
@@ -152,7 +154,7 @@ def _check_ranges(description: CorpusDescription, source: str) -> None:
                 f"{next_id}: ranges must be contiguous"
             )
         next_id = modality.end_id
-        if (modality.codebook is None) != (modality.codec == "none"):
+        if (modality.codebook is None) != (modality.codec == NO_CODEC):
             raise DataError(
                 f"{source}: modality {modality.name} has codec = {modality.codec!r} and codebook = "
                 f"{modality.codebook!r}; every codec except 'none' needs a codebook, "

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mot_megatron.data.codebooks import CODECS
+from mot_megatron.data.codebooks import codec_class, load_codec
+from mot_megatron.data.codebooks.codec import PictureCodec
 from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
 
 STATISTICS_FILE = "statistics.json"
@@ -109,7 +110,9 @@ def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
     train, validation = (_sample(corpus.split(name)) for name in ("train", "validation"))
     vocab_size = corpus.description.vocab_size
     measured = {
-        modality.name: _measure(modality, train, validation, vocab_size)
+        modality.name: _measure(
+            modality, _context_distances(modality, corpus), train, validation, vocab_size
+        )
         for modality in corpus.description.modalities
     }
     return {name: statistics for name, statistics in measured.items() if statistics is not None}
@@ -128,16 +131,21 @@ def _sample(split: TokenSplit) -> TokenSplit:
     return TokenSplit(split.name, np.concatenate(tokens or [split.tokens[:0]]), offsets)
 
 
-def _second_distances(modality: Modality) -> list[int]:
-    codec = CODECS.get(modality.codec)
-    return sorted({2} if codec is None else {2, codec.row_length})
+def _context_distances(modality: Modality, corpus: Corpus) -> list[int]:
+    """Return 1, 2, and for a raster of codes the length of its rows."""
+    if modality.codebook is None or not issubclass(codec_class(modality.codec), PictureCodec):
+        return [1, 2]
+    return sorted({1, 2, load_codec(corpus.directory, modality).row_length})
 
 
 def _measure(
-    modality: Modality, train: TokenSplit, validation: TokenSplit, vocab_size: int
+    modality: Modality,
+    distances: list[int],
+    train: TokenSplit,
+    validation: TokenSplit,
+    vocab_size: int,
 ) -> ModalityStatistics | None:
     """Return the statistics of one modality; None if a split has no token of it to predict."""
-    distances = [1, *_second_distances(modality)]
     seen, seen_context = _with_context(train, modality, distances, vocab_size)
     held, held_context = _with_context(validation, modality, distances, vocab_size)
     if not len(seen) or not len(held):

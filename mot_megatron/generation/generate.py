@@ -23,7 +23,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from tqdm import tqdm
 
 from mot_megatron.data.batches import build_micro_batch
-from mot_megatron.data.codebooks import Codec, load_codec
+from mot_megatron.data.codebooks import load_codec
+from mot_megatron.data.codebooks.codec import Codec, SoundCodec
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError
@@ -204,6 +205,11 @@ class Item:
         """Decoded value: a string, pixels uint8 [h, w, 3] or sound float32 [n]."""
         return self.codec.decode(self.token_ids)
 
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of a sound; 0 of other media."""
+        return self.codec.sample_rate if isinstance(self.codec, SoundCodec) else 0
+
     def write(self, path: Path) -> None:
         """Write a file with the codec's suffix."""
         self.codec.write(self.token_ids, path)
@@ -273,7 +279,7 @@ class Generator:
         by_name = {modality.name: modality for modality in self.corpus.description.modalities}
         if name not in by_name:
             raise DataError(f"modality {name!r}, expected one of: {', '.join(by_name)}")
-        return SegmentRules.of(self.corpus.description, by_name[name])
+        return SegmentRules.of(self.corpus.description, by_name[name], self.codecs.get(name))
 
     def continue_text(
         self, text: str, into: str, settings: SamplingSettings, language: str | None = None

@@ -24,8 +24,8 @@ Charts = dict[str, list[str | list[str]]]
 """Charts of one section of the dashboard, by title: [kind, patterns of tags]."""
 
 GIB = 2**30
-PIXELS_PER_PIXEL = 4
-"""Factor by which images are enlarged, because TensorBoard blurs an image of 32 pixels."""
+LEAST_PIXELS = 128
+"""Smaller images are enlarged to this height or less, because TensorBoard blurs them."""
 _TITLE_LETTERS = 60
 DASHBOARD_FILE = "dashboard.json"
 """File in the folder of the event files with the dashboard sections of all parts of the run."""
@@ -178,7 +178,12 @@ class TensorBoardLog:
         self.writer.write(lambda writer: writer.add_text(tag, block, step))
 
     def log_media(
-        self, tag: str, media: str | np.ndarray, step: int, description: str = ""
+        self,
+        tag: str,
+        media: str | np.ndarray,
+        step: int,
+        description: str = "",
+        sample_rate: int = SAMPLE_RATE,
     ) -> None:
         """Write the output of a codec: text, an image [h, w, 3] uint8, or audio [n] float32.
 
@@ -189,10 +194,11 @@ class TensorBoardLog:
             self.log_text(tag, media, step)
             return
         if media.ndim == 3:
-            enlarged = media.repeat(PIXELS_PER_PIXEL, axis=0).repeat(PIXELS_PER_PIXEL, axis=1)
+            factor = max(1, LEAST_PIXELS // media.shape[0])
+            enlarged = media.repeat(factor, axis=0).repeat(factor, axis=1)
             summary = summaries.image(tag, enlarged, dataformats="HWC")
         else:
-            summary = summaries.audio(tag, media[None], sample_rate=SAMPLE_RATE)
+            summary = summaries.audio(tag, media[None], sample_rate=sample_rate)
         if description:
             # SummaryWriter has no argument for these.
             metadata = summary.value[0].metadata

@@ -209,7 +209,7 @@ def test_only_legal_ids_are_generated(corpus: Corpus):
 
 def test_rules_come_from_the_description(corpus: Corpus):
     by_name = {
-        modality.name: SegmentRules.of(corpus.description, modality)
+        modality.name: SegmentRules.of(corpus.description, modality, None)
         for modality in corpus.description.modalities
     }
     assert by_name["text"].content.tolist() == list(range(9, TEXT_SIZE))

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mot_megatron.data.documents.decode import decode_picture, decode_sound, decode_speech
+from mot_megatron.data.documents.decode import decode_picture, decode_sound
 from mot_megatron.data.documents.raw import BrokenItemError, Media
 
 MEDIA = Media("some.file", b"")
@@ -93,7 +93,7 @@ def test_rates_and_channels(rate: int, encoding: tuple[str, str]) -> None:
 )
 def test_broken_sounds(content: bytes, message: str) -> None:
     with pytest.raises(BrokenItemError) as raised:
-        decode_speech(MEDIA, content)
+        decode_sound(MEDIA, content)
     assert str(raised.value).startswith("some.file: ")
     assert message in str(raised.value)
 
