@@ -95,12 +95,15 @@ def run_codec(options: argparse.Namespace) -> int:
 
 
 def _vqgan(options: argparse.Namespace) -> None:
+    from mot_megatron.data.codebooks.image import LARGEST_PIXELS
     from mot_megatron.data.codebooks.vqgan import PictureSettings, import_pictures
     from mot_megatron.data.codebooks.weights import WeightsFile
     from mot_megatron.errors import DataError
 
     if (options.quantizer == "fsq") != bool(options.levels):
         raise DataError("--levels: needed with --quantizer fsq, and only then")
+    if options.pixels > LARGEST_PIXELS:
+        raise DataError(f"--pixels {options.pixels}: expected at most {LARGEST_PIXELS}")
     settings = PictureSettings(
         pixels=options.pixels, quantizer=options.quantizer, levels=options.levels
     )

@@ -244,7 +244,7 @@ def _given_codebook(options: argparse.Namespace, kind: str) -> GivenCodebook | N
         if codec is not None:
             raise DataError(f"--{kind}-codec {codec}: only with --{kind}-codebook, its file")
         return None
-    return GivenCodebook(codec or codec_of(path), path)
+    return GivenCodebook(codec or codec_of(path, kind), path)
 
 
 def special_names(options: argparse.Namespace) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mot_megatron.cli import inspect, prepare
 from mot_megatron.data.builders.assembly import SAMPLES_FILE
-from mot_megatron.data.codebooks.codec import pack_arrays
+from mot_megatron.data.codebooks.arrays import pack_arrays
 from mot_megatron.data.corpus import Corpus
 from tests.cli.console import only_error
 from tests.small_corpus import make_corpus

@@ -45,6 +45,13 @@ def test_documents_become_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--special", "<bos>=<s>"], "--special: only with --tokenizer"),
         (["--tokenizer", "t", "--text-vocabulary", "9"], "--text-vocabulary: not with --tokenizer"),
         (["--kinds", "video"], "--kinds video: expected image, speech or both"),
+        (["--image-codec", "vqgan"], "--image-codec vqgan: only with --image-codebook"),
+        (
+            ["--image-codebook", "i.npz", "--image-codes", "8", "--patch-pixels", "2"],
+            "--image-codes, --patch-pixels: not with --image-codebook, which has its own",
+        ),
+        (["--image-codebook", "i.npz"], "i.npz: No such file"),
+        (["--speech-codebook", "s.safetensors"], "s.safetensors: No such file"),
         (["--codebooks-from", "absent"], "absent/corpus.toml: No such file"),
         (["--tokenizer", "absent.json"], "absent.json: No such file"),
     ],

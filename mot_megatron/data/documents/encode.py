@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from mot_megatron.data.codebooks.codec import Codec, PictureCodec, SoundCodec
 from mot_megatron.data.codebooks.text import TextCodec
@@ -90,6 +91,8 @@ class EncodedShard:
 @lru_cache(maxsize=1)
 def _codecs(vocabulary: Vocabulary) -> dict[str, Codec]:
     codecs = vocabulary.load_codecs()
+    # Once more for a worker, now that libraries are loaded: the number of threads changes sums.
+    threadpool_limits(1)
     for codec in codecs.values():
         if isinstance(codec, TextCodec):
             # "<eos>" in a text is text, not the end of the document.

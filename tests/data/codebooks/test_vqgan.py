@@ -38,9 +38,10 @@ def janus() -> JanusVQVAE:
         torch.nn.init.normal_(parameter, std=0.1)
     with torch.no_grad():  # vectors around zero, and entries near them, so that many are used
         vectors = encoded(model, pictures(9, seed=1))
-        deviation = vectors.std(0)
+        deviation, bias = vectors.std(0), model.quant_conv.bias
+        assert bias is not None
         model.quant_conv.weight /= deviation[:, None, None, None]
-        model.quant_conv.bias.copy_((model.quant_conv.bias - vectors.mean(0)) / deviation)
+        bias.copy_((bias - vectors.mean(0)) / deviation)
         vectors = encoded(model, pictures(9, seed=1))
         model.quantize.embedding.weight.copy_(vectors[:: len(vectors) // CODES][:CODES])
     return model
