@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -337,8 +337,8 @@ class Corpus:
         return cls(directory, description, {}, hashlib.sha256(content).hexdigest())
 
     @cached_property
-    def vocabulary_digest(self) -> str:
-        """SHA-256 of what the ids mean: modalities, special tokens and the codebooks' content.
+    def vocabulary(self) -> dict[str, Any]:
+        """What the ids mean: modalities with the codebooks' digests, special and padding tokens.
 
         Raises:
             DataError: A codebook cannot be read.
@@ -356,7 +356,28 @@ class Corpus:
                         modality["codebook"] = hashlib.file_digest(file, "sha256").hexdigest()
                 except OSError as error:
                     raise DataError(f"{path}: {error.strerror}") from None
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return described
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """SHA-256 of ``vocabulary``; the same errors."""
+        return hashlib.sha256(json.dumps(self.vocabulary, sort_keys=True).encode()).hexdigest()
+
+    def description_text(self) -> str:
+        """Return the text of corpus.toml.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return read_regular_file(self.directory / DESCRIPTION_FILE).decode("utf-8-sig")
+
+    def parts(self, name: str) -> tuple[TokenSplit, ...]:
+        """Return the splits called ``name`` of which the data consists: one, unless it is a blend.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        return (self.split(name),)
 
     def split(self, name: str) -> TokenSplit:
         """Return the split called ``name``.

@@ -21,9 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from mot_megatron.data.blend import sources_of
 from mot_megatron.data.codebooks import codec_class, load_codec
 from mot_megatron.data.codebooks.codec import PictureCodec
-from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
+from mot_megatron.data.corpus import (
+    HELD_OUT_SPLIT,
+    TRAIN_SPLIT,
+    Corpus,
+    Modality,
+    TokenSplit,
+)
 
 STATISTICS_FILE = "statistics.json"
 LARGEST_SAMPLE = 16_000_000
@@ -107,7 +114,7 @@ def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
     Raises:
         DataError: A split is missing.
     """
-    train, validation = (_sample(corpus.split(name)) for name in ("train", "validation"))
+    train, validation = (_sample(corpus, name) for name in (TRAIN_SPLIT, HELD_OUT_SPLIT))
     vocab_size = corpus.description.vocab_size
     measured = {
         modality.name: _measure(
@@ -118,14 +125,37 @@ def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
     return {name: statistics for name, statistics in measured.items() if statistics is not None}
 
 
-def _sample(split: TokenSplit) -> TokenSplit:
-    """Return a split, or evenly spaced documents of it with at most ``LARGEST_SAMPLE`` tokens."""
-    if len(split.tokens) <= LARGEST_SAMPLE:
+def _sample(corpus: Corpus, name: str) -> TokenSplit:
+    """Return a split, or evenly spaced documents of it with at most ``LARGEST_SAMPLE`` tokens.
+
+    Training documents of a blend are sampled in the proportions in which they are read, without
+    repetition; held-out documents in those of the splits.
+    """
+    parts = corpus.parts(name)
+    sizes = [len(part.tokens) for part in parts]
+    if len(parts) == 1:
+        return _spaced(parts[0], LARGEST_SAMPLE)
+    shares = [float(source.share) for source in sources_of(corpus)]
+    if name == HELD_OUT_SPLIT:
+        shares = [size / sum(sizes) for size in sizes]
+    # The whole sample is limited by the source that is used up first.
+    limit = min(LARGEST_SAMPLE, *(size / share for size, share in zip(sizes, shares, strict=True)))
+    samples = [
+        _spaced(part, max(int(part.lengths[0]), round(limit * share)))
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    lengths = np.concatenate([sample.lengths for sample in samples])
+    tokens = np.concatenate([sample.tokens for sample in samples])
+    return TokenSplit(name, tokens, np.concatenate(([0], np.cumsum(lengths))))
+
+
+def _spaced(split: TokenSplit, most_tokens: int) -> TokenSplit:
+    if len(split.tokens) <= most_tokens:
         return split
-    stride = -(-len(split.tokens) // LARGEST_SAMPLE)
+    stride = -(-len(split.tokens) // most_tokens)
     chosen = np.arange(0, len(split), stride)
     lengths = split.lengths[chosen]
-    chosen = chosen[: np.searchsorted(np.cumsum(lengths), LARGEST_SAMPLE, side="right")]
+    chosen = chosen[: np.searchsorted(np.cumsum(lengths), most_tokens, side="right")]
     offsets = np.concatenate(([0], np.cumsum(split.lengths[chosen])))
     tokens = [split[int(document)] for document in chosen]
     return TokenSplit(split.name, np.concatenate(tokens or [split.tokens[:0]]), offsets)

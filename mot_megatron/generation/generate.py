@@ -11,6 +11,7 @@ Letters: n samples, p prompt tokens, s new tokens, V vocabulary rows.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -336,7 +337,7 @@ class Generator:
         rules = self.rules(into)
         settings = dataclasses.replace(settings, num_samples=1)
         samples: list[HeldOutSample] = []
-        for document in self.corpus.split(split):
+        for document in itertools.chain.from_iterable(self.corpus.parts(split)):
             if len(samples) == num_documents:
                 break
             held_out = held_out_prompt(self.corpus.description, rules, document)

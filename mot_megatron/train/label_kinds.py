@@ -79,7 +79,9 @@ def kind_of_id(corpus: Corpus) -> np.ndarray:
     description = corpus.description
     special = np.zeros(description.vocab_size, dtype=bool)
     special[list(description.special_tokens.values())] = True
-    counts = np.bincount(corpus.split(TRAIN_SPLIT).tokens, minlength=description.vocab_size)
+    counts = np.zeros(description.vocab_size, dtype=np.int64)
+    for part in corpus.parts(TRAIN_SPLIT):
+        counts += np.bincount(part.tokens, minlength=description.vocab_size)
     counts[special] = -1
     kinds = description.modality_of_id.astype(np.int64) * len(KINDS)
     most_common = [

@@ -11,6 +11,7 @@ from mot_megatron.checkpoint import CheckpointInfo, open_checkpoint, read_config
 from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.config_files import parse_config
+from mot_megatron.data.blend import open_training_data
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.flops import count_parameters
@@ -113,14 +114,18 @@ def load_trained_model(
     Args:
         path: Folder of a run, of its checkpoints, or of a single checkpoint.
         device: Device of the model.
-        corpus_directory: Current folder of the corpus; None if it has not moved since training.
+        corpus_directory: Folder of a corpus to use instead of the training data, for example
+            because that has moved since; None: the training data.
 
     Raises:
         CheckpointError: There is no usable checkpoint, or the corpus is another one.
         DataError: The corpus cannot be opened.
     """
     saved = SavedRun.open(path)
-    corpus = Corpus.open(corpus_directory or saved.config.data.corpus, once=True)
+    if corpus_directory is None:
+        corpus = open_training_data(saved.config.data)
+    else:
+        corpus = Corpus.open(corpus_directory, once=True)
     saved.check_corpus(corpus, "--corpus")
     # Experts must choose among as many tokens as in training.
     pool = {"micro_batch_size": saved.config.pool_sequences}
