@@ -75,13 +75,9 @@ class DocumentAttention:
     ) -> torch.Tensor:
         """Attend within each document; see the module docstring for shapes."""
         del layer
-        parts = (tensor.split(self.lengths) for tensor in (q, k, v))
-        return torch.cat(
-            [
-                attend_in_document(*part, mask)
-                for *part, mask in zip(*parts, self.masks, strict=True)
-            ]
-        )
+        queries, keys, values = (tensor.split(self.lengths) for tensor in (q, k, v))
+        documents = zip(queries, keys, values, self.masks, strict=True)
+        return torch.cat([attend_in_document(*document) for document in documents])
 
 
 def attend_in_document(

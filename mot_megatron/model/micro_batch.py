@@ -21,6 +21,23 @@ NO_LABEL = -100
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """What the rows of a micro-batch should predict as tokens, in the order of the rows."""
+
+    labels: torch.Tensor
+    """[g] int64: global ids, or NO_LABEL."""
+    label_modalities: torch.Tensor
+    """[g] int64: the modality index of each label."""
+    count: int
+    """n: rows with a label. The host knows it, so that no kernel has to be waited for."""
+
+    def labeled(self) -> torch.Tensor:
+        """Return the indices of the rows with a label, in ascending order, [n]."""
+        unlabeled = (self.labels == NO_LABEL).to(torch.uint8)
+        return torch.argsort(unlabeled, stable=True)[: self.count]
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """Which rank attends for each row of this rank's stream, and the order of received rows.
 
