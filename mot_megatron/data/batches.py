@@ -19,7 +19,7 @@ from mot_megatron.errors import DataError
 from mot_megatron.model.micro_batch import MicroBatch
 
 
-def build_micro_batch(
+def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are grouped
     token_ids: np.ndarray,
     document_ids: np.ndarray,
     modality_of_id: np.ndarray,
@@ -28,6 +28,7 @@ def build_micro_batch(
     num_towers: int,
     slot_multiple: int = 1,
     filled_tokens: np.ndarray | None = None,
+    visible: tuple[np.ndarray, np.ndarray] | None = None,
     shard: ModalityShard | None = None,
 ) -> MicroBatch:
     """Group the tokens of one micro-batch by tower. This is a pure function on the CPU.
@@ -42,6 +43,9 @@ def build_micro_batch(
             tensor-parallel size with sequence parallelism, otherwise 1.
         filled_tokens: [b] number of leading positions of each sequence that documents occupy; later
             positions get no label and count for no modality. Default: all.
+        visible: [b, s] integers each, the interval of positions of its sequence that each position
+            attends to: the first one, and the one after the last. It contains the position and lies
+            within the document. Default: the document up to the position.
         shard: With modality parallelism, the part of the micro-batch to return. The sequences are
             then those of the whole group, rank by rank, and b is a multiple of its size.
 
@@ -68,10 +72,12 @@ def build_micro_batch(
         num_towers,
         slot_multiple if shard is None else 1,
     )
+    first, end = visible or _causal(grouped["positions"].reshape(token_ids.shape))
     fields = {
-        "document_ids": document_ids.astype(np.int32),
+        "visible_from": first.astype(np.int32),
+        "visible_to": end.astype(np.int32),
         "num_sequences": sequences,
-        "attended_pairs": int(grouped["positions"].sum()) + token_ids.size,
+        "attended_pairs": int((end - first).sum()),
         **grouped,
     }
     used = np.arange(seq_length) < filled[:, None]
@@ -80,6 +86,12 @@ def build_micro_batch(
         fields = take_shard(fields, modalities, shard, slot_multiple)
     fields.update(_filled_slots(fields, used.ravel()))
     return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})
+
+
+def _causal(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the visible intervals of causal documents, given positions within them, [b, s]."""
+    places = np.arange(positions.shape[1])
+    return places - positions, np.broadcast_to(places + 1, positions.shape)
 
 
 def _filled_slots(fields: dict[str, Any], used: np.ndarray) -> dict[str, Any]:

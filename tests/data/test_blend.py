@@ -86,10 +86,10 @@ def loader(
 
 def documents_of(batch: MicroBatch) -> Batch:
     """Return the documents of a batch, without what fills up its sequences."""
-    ids = batch.token_ids[batch.ungroup_index].reshape(batch.document_ids.shape).tolist()
-    filled = batch.filled[batch.ungroup_index].reshape(batch.document_ids.shape).numpy()
+    ids = batch.token_ids[batch.ungroup_index].reshape(batch.visible_from.shape).tolist()
+    filled = batch.filled[batch.ungroup_index].reshape(batch.visible_from.shape).numpy()
     found = []
-    for row, numbers, used in zip(ids, batch.document_ids.numpy(), filled, strict=True):
+    for row, numbers, used in zip(ids, batch.visible_from.numpy(), filled, strict=True):
         end = int(used.sum())
         cuts = (np.flatnonzero(np.diff(numbers[:end])) + 1).tolist()
         found += [tuple(row[a:b]) for a, b in pairwise([0, *cuts, end])] if end else []
