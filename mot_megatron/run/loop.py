@@ -46,7 +46,7 @@ from mot_megatron.run.spikes import SPIKES_FILE, choose_act, go_back, write_down
 from mot_megatron.run.summary import has_summary, mark_stale, write_summary
 from mot_megatron.train.initialize import initialize_from_checkpoint
 from mot_megatron.train.interval import Interval
-from mot_megatron.train.resume import keep_warmup, read_saved_config
+from mot_megatron.train.resume import check_frozen, keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.spikes import SpikeGuard
 from mot_megatron.train.state import Progress, restore
@@ -186,6 +186,7 @@ def _start(
     search = resolve_resume(checkpoint_directory(config.run_directory))
     saved = read_saved_config(search.checkpoint) if search.checkpoint else None
     if saved is not None:
+        check_frozen(config, saved)
         config = keep_warmup(config, saved)
     _check_stop(stop, groups)
     session = build_session(config, corpus, groups, progress_report)

@@ -25,6 +25,7 @@ from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import CheckpointError
 from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
+from mot_megatron.model.inventory import is_frozen
 from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.state import Progress
@@ -92,7 +93,9 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
         sharding = ParameterSharding(tuple(weight.shape))
         tensors.append(NamedTensor(WEIGHT_PREFIX + name, weight, sharding))
         tensors += [
-            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), sharding) for kind in moments
+            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), sharding)
+            for kind in moments
+            if not is_frozen(config.model, name)
         ]
     return tensors
 
