@@ -338,7 +338,14 @@ def _check_experts(config: Config, source: str) -> None:
 
 
 def _check_frozen(config: Config, source: str) -> None:
-    placement, names = config.parallel.placement, config.model.tower_names
+    model = config.model
+    placement, names = config.parallel.placement, model.tower_names
+    for name, is_frozen, factor in zip(names, model.frozen_towers, model.lr_mults, strict=True):
+        if is_frozen and factor != 1:
+            raise ConfigError(
+                f"{source}: model.towers.{name}.lr_mult = {factor:g} with frozen = true, which"
+                " trains none of the tower's weights; allowed: 1"
+            )
     if placement == "auto":
         if config.parallel.modality_parallel_size > 1:
             return  # checked once the placement is known

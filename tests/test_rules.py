@@ -423,6 +423,11 @@ EXPERTS = [
 ALL_FROZEN = [f"model.towers.{name}.frozen=true" for name in ("text", "vision", "audio")]
 FROZEN = [
     (
+        ["model.towers.text.frozen=true", "model.towers.text.lr_mult=0.5"],
+        ["model.towers.text.lr_mult = 0.5 with frozen = true", "allowed: 1"],
+        ["model.towers.text.lr_mult=1", "model.towers.text.frozen=false"],
+    ),
+    (
         [f"{PIPELINE}=4", *ALL_FROZEN],
         [f"{PIPELINE} = 4", "ranks hold only text, vision, audio", "at most 2 stages"],
         [f"{PIPELINE}=2", "model.towers.audio.frozen=false", "model.untied.norms=false"],

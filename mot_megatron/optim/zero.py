@@ -125,7 +125,12 @@ class ZeroEngine:
         owned = by_owners(self._all.values(), groups)
         trained = by_owners(self._parameters.values(), groups)
         self._adamw = GatedAdamW(
-            parameter_groups(trained, settings.weight_decay, settings.elements_reduced_together),
+            parameter_groups(
+                trained,
+                settings.weight_decay,
+                settings.elements_reduced_together,
+                settings.lr_mults,
+            ),
             lr=0.0,  # set in every step
             betas=settings.betas,
             eps=settings.eps,
@@ -253,7 +258,7 @@ class ZeroEngine:
         and ``finite`` of the result is False on all ranks. Collective over the world.
 
         Args:
-            learning_rate: Learning rate of this step.
+            learning_rate: Learning rate of this step, which each tower's factor multiplies.
             accept: Receives the norms; if it returns False, on all ranks, neither weights nor
                 optimizer state change. None: accept every step.
         """
@@ -266,7 +271,7 @@ class ZeroEngine:
         self._adamw.open = norms.finite and accepted
         self._adamw.gradient_scale = self._clip_coefficient(norms.total) if norms.finite else 1.0
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         self._engine.step()
         self._engine.set_gradient_accumulation_boundary(False)
         return norms

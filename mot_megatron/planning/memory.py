@@ -1,11 +1,11 @@
 """Model state in closed form: the bytes of weights, gradients and optimizer on a rank.
 
 DeepSpeed stores a rank's parameters in one flat buffer per group. A group has the parameters with
-the same owners; matrices and vectors are in separate groups, and with expert parallelism an expert
-has fewer owners than its tower. ZeRO-1 in bf16 divides large groups. Each buffer is padded so that
-the owners get equal pieces at even offsets. ZeRO-3 pads each parameter instead. With this padding,
-the numbers are exact. Weights of frozen towers are in no buffer: they are stored in the precision
-of forward alone, and only ZeRO-3 shards them.
+the same owners and learning rate; matrices and vectors are in separate groups, and with expert
+parallelism an expert has fewer owners than its tower. ZeRO-1 in bf16 divides large groups. Each
+buffer is padded so that the owners get equal pieces at even offsets. ZeRO-3 pads each parameter
+instead. With this padding, the numbers are exact. Weights of frozen towers are in no buffer: they
+are stored in the precision of forward alone, and only ZeRO-3 shards them.
 
 Communication buffers are not counted: a rank needs one for gradients, of the size of its weights
 but at most 200 M elements, and with ZeRO-3 the gathered weights of a layer. DeepSpeed's host copies
@@ -163,7 +163,8 @@ def _buffers(
     placement: Placement | None,
     rank: int,
 ) -> list[_Buffer]:
-    sizes: dict[tuple[tuple[int, ...], int, bool], list[int]] = defaultdict(list)
+    sizes: dict[tuple[tuple[int, ...], int, bool, float], list[int]] = defaultdict(list)
+    factors = config.model.lr_mults
     everyone = tuple(range(mesh.modality))
     expert_size = config.parallel.expert_model_parallel_size
     for parameter in held:
@@ -171,12 +172,13 @@ def _buffers(
         if placement is not None and parameter.tower != SHARED:
             holders = placement.holders(parameter.tower)
         stride = expert_size if parameter.experts else 1
-        sizes[holders, stride, len(parameter.shape) > 1].append(parameter.size)
+        factor = 1.0 if parameter.tower == SHARED else factors[parameter.tower]
+        sizes[holders, stride, len(parameter.shape) > 1, factor].append(parameter.size)
     group, place = divmod(mesh.data_rank(rank), mesh.modality)
     parallel, precision = config.parallel, config.training.precision
     largest = largest_bucket(parallel.zero_stage, precision, parallel.offload)
     found = []
-    for (holders, stride, _), of_group in sizes.items():
+    for (holders, stride, *_), of_group in sizes.items():
         following = iter(of_group)
         found += [
             _Buffer(

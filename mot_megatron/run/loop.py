@@ -417,10 +417,17 @@ def _report(run: _Run) -> None:
     run.console.interval(progress.steps, interval, mfu, left, memory)
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
+        run.log.log_scalars(_tower_rates(config, interval.learning_rate), progress.steps)
         run.log.log_progress(progress)
     if run.routing:
         run.routing.report(run.log, progress.steps)
     run.saver.say_if_slow()
+
+
+def _tower_rates(config: Config, learning_rate: float) -> dict[str, float]:
+    """Return the learning rates of the towers that have one of their own, by tag."""
+    named = zip(config.model.tower_names, config.model.lr_mults, strict=True)
+    return {f"learning_rate/tower_{n}": f * learning_rate for n, f in named if f != 1}
 
 
 def _flops(config: Config, result: StepResult) -> float:

@@ -252,6 +252,7 @@ def _optimizer_settings(config: Config, groups: ProcessGroups) -> OptimizerSetti
         precision=training.precision,
         gradient_accumulation_steps=config.accumulation_steps(groups.data_size),
         micro_batch_size=training.micro_batch_size,
+        lr_mults=config.model.lr_mults,
     )
 
 

@@ -49,6 +49,7 @@ DOUBLE = "model.towers.image.experts={num_moe_experts=2,capacity_factor=2.0}"
 TOP2 = "model.towers.image.experts={num_moe_experts=4,routing='topk',topk=2,gate='softmax'}"
 FROZEN_TEXT, FROZEN_IMAGE = (f"model.towers.{name}.frozen=true" for name in ("text", "image"))
 FROZEN_CHOICE = "model.towers.text={frozen=true,experts={num_moe_experts=4,causal_router=true}}"
+SLOW_TEXT = "model.towers.text.lr_mult=0.5"
 FOUR_LAYERS = "model.num_layers=4"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 
@@ -109,6 +110,7 @@ def _compare(config: Config) -> Comparison:
                 [FROZEN_IMAGE, FROZEN_TEXT, "model.untied.qkv=false", "model.untied.norms=false"],
                 [FROZEN_TEXT, BF16, SELECTIVE, BIASES],
                 [FROZEN_CHOICE, FROZEN_IMAGE],
+                [SLOW_TEXT, *ODD],
             ],
         ),
         (
@@ -150,6 +152,8 @@ def _compare(config: Config) -> Comparison:
                 [FROZEN_TEXT, ZERO3, *ODD],
                 [FROZEN_TEXT, ZERO3, *ODD, BF16],
                 [FROZEN_TEXT, MP4, BF16],
+                [SLOW_TEXT, *ODD, BF16],
+                [SLOW_TEXT, *ODD, ZERO2],
                 [FROZEN_CHOICE, EP2, BF16],
             ],
         ),

@@ -1,4 +1,7 @@
-"""Frozen towers: trained weights as if the tower's gradients were dropped, in every layout."""
+"""Towers that train otherwise, in every layout: frozen, or with a learning rate of their own.
+
+Trained weights are as if the gradients of frozen towers were dropped.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ from tests.train.parity import (
 IMAGE, TEXT, SPEECH = (
     f"model.towers.{name}={{frozen=true}}" for name in ("image", "text", "speech")
 )
+SLOW, FAST = "model.towers.text.lr_mult=0.25", "model.towers.speech.lr_mult=2.0"
 ZERO0 = "parallel.zero_stage=0"
 BF16 = "training.precision=bf16"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
@@ -57,9 +61,18 @@ LISTED = "parallel.placement=[{text=1.0,image=0.4},{image=0.6,speech=1.0}]"
 
 
 def train_plainly(
-    corpus_directory: Path, overrides: list[str], dropped: set[int]
+    corpus_directory: Path,
+    overrides: list[str],
+    dropped: set[int],
+    factors: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
     """Train with torch's AdamW alone, dropping the gradients of some towers.
+
+    Args:
+        corpus_directory: The corpus.
+        overrides: Of the configuration, without ``model.towers``.
+        dropped: Towers without gradients.
+        factors: Factor on the learning rate of each tower.
 
     Returns:
         The first and the last weights, and the norm of the other gradients in every step.
@@ -73,8 +86,12 @@ def train_plainly(
     kept = [p for p in model.parameters() if tower_of(p) == SHARED or tower_of(p) not in dropped]
     adamw = torch.optim.AdamW(
         [
-            {"params": [p for p in kept if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in kept if p.ndim <= 1], "weight_decay": 0.0},
+            {
+                "params": [p],
+                "weight_decay": 0.1 if p.ndim > 1 else 0.0,
+                "factor": 1.0 if tower_of(p) == SHARED else factors[tower_of(p)],
+            }
+            for p in kept
         ],
         betas=(0.9, 0.95),
         eps=config.optimizer.adam_eps,
@@ -88,7 +105,7 @@ def train_plainly(
             (model(batch)[0] / counts.loss_weight(config.model.loss_weights)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(kept, config.optimizer.clip_grad)))
         for group in adamw.param_groups:
-            group["lr"] = schedule.at(step)
+            group["lr"] = group["factor"] * schedule.at(step)
         adamw.step()
     return before, {name: p.detach() for name, p in model.named_parameters()}, norms
 
@@ -113,6 +130,17 @@ def test_frozen_run_equals_plain_training_without_the_towers_gradients(
         assert [norm == 0 for norm in per_tower] == [tower in dropped for tower in range(3)]
 
 
+@pytest.mark.parametrize("model", [[], [*SHARED_PARTS, TIED]])
+def test_learning_rates_of_towers_equal_plain_training(
+    corpora: dict[str, Path], model: list[str]
+) -> None:
+    corpus = corpora["mixed"]
+    outcome: Outcome = run_ranks(run_steps, 1, corpus, [*model, SLOW, FAST])[0]
+    ((_, after, _),) = run_ranks(train_plainly, 1, corpus, model, set(), (0.25, 1.0, 2.0))
+    for name, weight in outcome.weights.items():
+        torch.testing.assert_close(weight, after[name], rtol=0, atol=TOLERANCE, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "layout", "model"),
@@ -135,6 +163,13 @@ def test_frozen_run_equals_plain_training_without_the_towers_gradients(
         (3, [MP3, ZERO2, "training.global_batch_size=6"], [*TWO_TOWERS, IMAGE]),
         (4, [MP2, TP2, SP, ZERO2], [IMAGE, TIED]),
         (4, [MP2, PP2], [IMAGE, *TWO_TOWERS]),
+        (2, [ZERO0], [SLOW, FAST]),
+        (2, [ZERO2, OFFLOAD], [SLOW, FAST]),
+        (2, [ZERO3], [SLOW, FAST]),
+        (2, [TP2, SP], [SLOW, IMAGE, FAST]),
+        (2, [PP2], [SLOW, FAST, TIED]),
+        (2, [MP2, LISTED, ZERO2], [SLOW, FAST]),
+        (4, [MP2, PP2, HEADS], [SLOW, *TWO_TOWERS]),
         (2, [EP2], [FROZEN_MIXTURE]),
         (4, [EP2, TP2, SP, ZERO2], [FROZEN_MIXTURE]),
     ],
