@@ -163,6 +163,13 @@ class TowerConfig(Section):
 
     experts: ExpertsConfig | None = None
     """Mixture of experts in every layer of this tower; absent: plain feed-forward networks."""
+    frozen: bool = False
+    """Keep the weights that belong to this tower alone as they are: they have no gradients and no
+    optimizer state. Embedding, output head and components that ``model.untied`` shares are trained
+    nevertheless. A run may freeze a tower when it resumes; it cannot unfreeze one."""
+    lr_mult: PositiveFloat = 1.0
+    """Factor on the learning rate of the schedule for the weights that belong to this tower alone,
+    and so on their weight decay too."""
 
 
 class UntiedConfig(Section):
@@ -255,6 +262,18 @@ class ModelConfig(Section):
         """Experts per tower, K entries; None for a tower with plain feed-forward networks."""
         plain = TowerConfig()
         return tuple(self.towers.get(name, plain).experts for name in self.tower_names)
+
+    @property
+    def frozen_towers(self) -> tuple[bool, ...]:
+        """Whether each of the K towers is frozen."""
+        plain = TowerConfig()
+        return tuple(self.towers.get(name, plain).frozen for name in self.tower_names)
+
+    @property
+    def lr_mults(self) -> tuple[float, ...]:
+        """Factor on the learning rate of each of the K towers."""
+        plain = TowerConfig()
+        return tuple(self.towers.get(name, plain).lr_mult for name in self.tower_names)
 
     @property
     def balanced_towers(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ All rules are checked before any process group is created. Each violation is exp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 
 from mot_megatron.config import VOCABULARY_MULTIPLE, Config, ExpertsConfig
@@ -25,6 +25,7 @@ def check(config: Config, source: str) -> None:
     _check_pipeline(config, source)
     _check_modality_parallel(config, source)
     _check_experts(config, source)
+    _check_frozen(config, source)
     _check_zero(config, source)
     _check_training(config, source)
     _check_checkpoint(config, source)
@@ -110,6 +111,36 @@ def check_expert_holders(config: Config, holders: Mapping[str, int]) -> None:
                 f"parallel.expert_model_parallel_size = {size} does not divide the"
                 f" {holders[tower]} data-parallel ranks that hold tower {tower}; nearest legal:"
                 f" {_nearest(_divisors(common), size)}"
+            )
+
+
+def check_trained(config: Config, held: Iterable[Collection[str]]) -> None:
+    """Check that every rank has weights to train, as its optimizer needs.
+
+    The first pipeline stage has the embedding and the last one the head, which are always trained.
+    A stage between them has only layers, so that a rank there may hold nothing but frozen towers.
+
+    Args:
+        config: The configuration.
+        held: Names of the towers on each rank of a modality group. With modality parallelism they
+            depend on the placement.
+
+    Raises:
+        ConfigError: Names the towers and what is allowed.
+    """
+    model, stages = config.model, config.parallel.pipeline_model_parallel_size
+    untied = model.untied
+    in_layers = (untied.feed_forward, untied.qkv, untied.output_projection, untied.norms)
+    if stages <= 2 or not all(in_layers) or (model.qk_norm and not untied.qk_norm):
+        return
+    frozen = {n for n, held in zip(model.tower_names, model.frozen_towers, strict=True) if held}
+    for towers in held:
+        if frozen.issuperset(towers):
+            raise ConfigError(
+                f"parallel.pipeline_model_parallel_size = {stages}: between the first and the last"
+                f" stage, ranks hold only {', '.join(towers)}, frozen with model.towers.NAME.frozen"
+                " = true, and would have nothing to train; allowed: at most 2 stages, or a tower"
+                " that is trained"
             )
 
 
@@ -324,6 +355,27 @@ def _check_experts(config: Config, source: str) -> None:
             " the towers, so none of them can have experts; allowed: true, or a single tower"
         )
     _check_grouped_matmul(config, source)
+
+
+def _check_frozen(config: Config, source: str) -> None:
+    model = config.model
+    placement, names = config.parallel.placement, model.tower_names
+    for name, is_frozen, factor in zip(names, model.frozen_towers, model.lr_mults, strict=True):
+        if is_frozen and factor != 1:
+            raise ConfigError(
+                f"{source}: model.towers.{name}.lr_mult = {factor:g} with frozen = true, which"
+                " trains none of the tower's weights; allowed: 1"
+            )
+    if placement == "auto":
+        if config.parallel.modality_parallel_size > 1:
+            return  # checked once the placement is known
+        held: Sequence[Collection[str]] = [names]
+    else:
+        held = [[name for name in names if shares.get(name)] for shares in placement]
+    try:
+        check_trained(config, held)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _check_grouped_matmul(config: Config, source: str) -> None:

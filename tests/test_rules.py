@@ -420,6 +420,29 @@ EXPERTS = [
         ["model.hidden_size=8", "model.hidden_size=12"],
     ),
 ]
+ALL_FROZEN = [f"model.towers.{name}.frozen=true" for name in ("text", "vision", "audio")]
+FROZEN = [
+    (
+        ["model.towers.text.frozen=true", "model.towers.text.lr_mult=0.5"],
+        ["model.towers.text.lr_mult = 0.5 with frozen = true", "allowed: 1"],
+        ["model.towers.text.lr_mult=1", "model.towers.text.frozen=false"],
+    ),
+    (
+        [f"{PIPELINE}=4", *ALL_FROZEN],
+        [f"{PIPELINE} = 4", "ranks hold only text, vision, audio", "at most 2 stages"],
+        [f"{PIPELINE}=2", "model.towers.audio.frozen=false", "model.untied.norms=false"],
+    ),
+    (
+        [
+            f"{PIPELINE}=4",
+            f"{MODALITY}=2",
+            f"{PLACEMENT}=[{{text = 1, audio = 1}}, {{vision = 1}}]",
+            "model.towers.vision.frozen=true",
+        ],
+        [f"{PIPELINE} = 4", "ranks hold only vision"],
+        [f"{PIPELINE}=2", "model.towers.vision.frozen=false", f"{PLACEMENT}=auto"],
+    ),
+]
 ILLEGAL = [
     *SHAPES,
     *TENSOR_PARALLEL,
@@ -427,6 +450,7 @@ ILLEGAL = [
     *EXCHANGES,
     *PLACEMENTS,
     *EXPERTS,
+    *FROZEN,
     *ZERO_STAGES,
     *TRAINING,
 ]

@@ -27,6 +27,7 @@ def load_checkpoint(
     groups: ProcessGroups | None,
     *,
     prefix: str = "",
+    unused: Collection[str] = (),
     any_float: bool = False,
 ) -> None:
     """Load this rank's tensors in place from a verified checkpoint.
@@ -42,6 +43,7 @@ def load_checkpoint(
         groups: The process groups; None for a single process, which holds every tensor whole.
         prefix: Ignore tensors of the checkpoint whose names do not start with this. Every other
             tensor must be requested by at least one rank; with "", that is all of them.
+        unused: Names that the checkpoint may have although no rank loads them.
         any_float: Convert floating-point values of another dtype instead of raising an error.
 
     Raises:
@@ -58,7 +60,7 @@ def load_checkpoint(
     try:
         on_every_rank(read_and_compare)
         (index,) = indices
-        unrequested = _unrequested(index, described, prefix, groups)
+        unrequested = _unrequested(index, {*described, *unused}, prefix, groups)
         if unrequested:
             raise _of_another_model(f"this model has no {_shorten(unrequested)}")
         on_every_rank(lambda: read_tensors(checkpoint.path, index, described))

@@ -24,8 +24,8 @@ model state as DeepSpeed stores it, with padding, and activations as autograd st
 It does not include buffers of collectives, temporary tensors and fragmentation; leave a tenth of
 the memory for them. On the host, per rank, "start" is the rank's part of the model, which is built
 there before it moves to the GPU, plus the eight largest matrices in fp32. "resume" is 12 bytes per
-parameter of that part, which are needed to load a checkpoint. Multiply both by the ranks of a node,
-and add a few GB for libraries.
+parameter of that part (4 if its tower is frozen), which are needed to load a checkpoint. Multiply
+both by the ranks of a node, and add a few GB for libraries.
 
 With modality parallelism, a rank's activations are estimated for the mean share of its towers'
 tokens. A micro-batch with more tokens for these towers needs more memory: in the worst case, that

@@ -23,7 +23,7 @@ from mot_megatron.model.sharding import SHARED, ParameterSharding, name_of_exper
 from mot_megatron.parallel.mesh import Mesh
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.planning.memory import mesh_of
-from mot_megatron.planning.placing import check_experts_placed, place_towers, tokens_of_towers
+from mot_megatron.planning.placing import check_placed, place_towers, tokens_of_towers
 from mot_megatron.rules import check_world_size
 
 
@@ -57,7 +57,7 @@ class Layout:
             split = open_training_data(config.data).description.splits[TRAIN_SPLIT]
             tokens = tokens_of_towers(config.model, split.tokens_per_modality)
         placement = place_towers(config, tokens)
-        check_experts_placed(config, placement, world_size)
+        check_placed(config, placement, world_size)
         return cls(config, mesh_of(config, world_size), placement)
 
     def files(self, infos: Mapping[str, TensorInfo]) -> list[list[Piece]]:
@@ -79,7 +79,7 @@ class Layout:
                     for parameter in self._written(
                         rank, held(self.mesh.pipeline_rank(rank), self._towers(rank))
                     )
-                    for kind in kinds
+                    for kind in _kinds(parameter, kinds)
                     for name, sharding in self._parts(parameter, rank)
                 ]
                 for rank in range(self.mesh.world_size)
@@ -139,6 +139,11 @@ def _names(parameter: HeldParameter, first_expert: int) -> Iterator[tuple[str, P
         yield name_of_expert(parameter.name, expert), parameter.sharding
 
 
+def _kinds(parameter: HeldParameter, kinds: Sequence[str]) -> Sequence[str]:
+    """Return the kinds of tensors of a parameter; a frozen one has no moments."""
+    return [kind for kind in kinds if kind == STATE_KINDS[0]] if parameter.frozen else kinds
+
+
 def _piece(
     name: str, infos: Mapping[str, TensorInfo], sharding: ParameterSharding, mesh: Mesh, rank: int
 ) -> Piece:
@@ -159,7 +164,7 @@ def _check_model(config: Config, infos: Mapping[str, TensorInfo], kinds: Sequenc
         f"{kind}/{name}": sharding.global_shape
         for parameter in held_parameters(alone, 0, range(config.model.num_towers))
         for name, sharding in _names(parameter, 0)
-        for kind in kinds or STATE_KINDS
+        for kind in _kinds(parameter, kinds or STATE_KINDS)
     }
     wrong = [f"it lacks {name}" for name in shapes if name not in infos]
     wrong += [f"{name} is not of this model" for name in infos if name not in shapes]

@@ -1,7 +1,8 @@
 """Parameter counts and floating-point operations of a model in closed form, by tower.
 
 Only matrix multiplications count, as is usual for model FLOPs utilization (MFU): one multiply-add
-is two operations, and backward costs twice as much as forward. Recomputed activations do not count.
+is two operations, and backward costs twice as much as forward, or as much as forward for a frozen
+matrix. Recomputed activations do not count.
 Causal routers do not count either, because the model computes the same without them.
 
 Letters: h hidden size, V vocabulary rows, K towers.
@@ -17,7 +18,8 @@ from mot_megatron.model.inventory import HeldParameter, layer_parameters, outer_
 from mot_megatron.model.sharding import SHARED
 
 FORWARD_AND_BACKWARD = 3
-"""One matrix multiplication in forward, two in backward (gradients of input and weight)."""
+"""One matrix multiplication in forward, two in backward (gradients of input and weight). A frozen
+matrix has no gradient, and saves one of the three."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ParameterCount:
     """Untied parameters of each of the K towers, with all experts and their routers."""
     shared: int
     """Embedding, head and components that are not untied."""
+    frozen: int = 0
+    """The part of ``total`` that is not trained."""
     causal_routers: int = 0
     """Causal routers of all towers. They predict the experts' choices without influencing the
     model, so comparisons of models leave them out."""
@@ -66,7 +70,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     Raises:
         ConfigError: the vocabulary size is not resolved.
     """
-    towers, shared, causal = [0] * model.num_towers, 0, 0
+    towers, shared, frozen, causal = [0] * model.num_towers, 0, 0, 0
     for copies, parameters in (
         (model.num_layers, layer_parameters(model)),
         (1, outer_parameters(model)),
@@ -78,7 +82,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
                 shared += copies * parameter.size
             else:
                 towers[parameter.tower] += copies * parameter.size
-    return ParameterCount(tuple(towers), shared, causal)
+                frozen += copies * parameter.size * parameter.frozen
+    return ParameterCount(tuple(towers), shared, frozen, causal)
 
 
 def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int) -> FlopCount:
@@ -96,9 +101,12 @@ def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: 
     # Two products of 2 * heads * d operations per pair; grouped queries share keys, not products.
     per_pair = 4 * FORWARD_AND_BACKWARD * model.num_layers * model.hidden_size
     head = 2 * FORWARD_AND_BACKWARD * model.hidden_size * model.num_vocabulary_rows
-    pairs = zip(active_flops_per_token(model), tower_tokens, strict=True)
+    per_token = zip(active_flops_per_token(model), _frozen_flops_per_token(model), strict=True)
     return FlopCount(
-        towers=tuple(FORWARD_AND_BACKWARD * per_token * tokens for per_token, tokens in pairs),
+        towers=tuple(
+            (FORWARD_AND_BACKWARD * active - frozen) * tokens
+            for (active, frozen), tokens in zip(per_token, tower_tokens, strict=True)
+        ),
         attention=per_pair * attended_pairs,
         head=head * sum(tower_tokens),
     )
@@ -111,7 +119,19 @@ def active_flops_per_token(model: ModelConfig) -> tuple[int, ...]:
     out. A mixture counts its router and the mean number of experts that process a token when none
     is dropped: ``topk``, or the capacity factor of expert choice.
     """
-    matrices = [p for p in layer_parameters(model) if len(p.shape) == 2 and not p.auxiliary]
+    return _flops_per_token(model, _matrices(model))
+
+
+def _frozen_flops_per_token(model: ModelConfig) -> tuple[int, ...]:
+    """Count the part of ``active_flops_per_token`` in frozen matrices, which get no gradients."""
+    return _flops_per_token(model, [matrix for matrix in _matrices(model) if matrix.frozen])
+
+
+def _matrices(model: ModelConfig) -> list[HeldParameter]:
+    return [p for p in layer_parameters(model) if len(p.shape) == 2 and not p.auxiliary]
+
+
+def _flops_per_token(model: ModelConfig, matrices: Sequence[HeldParameter]) -> tuple[int, ...]:
     return tuple(
         round(2 * model.num_layers * _active_elements(matrices, tower, experts))
         for tower, experts in enumerate(model.experts_of_towers)

@@ -36,6 +36,8 @@ class HeldParameter:
     """Number of experts stacked in it; 0 for any other parameter."""
     auxiliary: bool = False
     """Whether it is trained beside the model without influencing it: a causal router."""
+    frozen: bool = False
+    """Whether it is not trained, because its tower is frozen."""
 
     @property
     def size(self) -> int:
@@ -94,6 +96,12 @@ def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[H
     return held
 
 
+def is_frozen(model: ModelConfig, name: str) -> bool:
+    """Return whether a parameter, or one expert's part of it, is not trained, by its name."""
+    place = name.partition(".towers.")[2]
+    return bool(place) and model.frozen_towers[int(place.partition(".")[0])]
+
+
 def layer_parameters(model: ModelConfig) -> list[HeldParameter]:
     """List the unsharded parameters of one layer, of all towers; layers are alike."""
     return list(_layer(model, 0, range(model.num_towers), tensor=1, expert=1))
@@ -136,7 +144,7 @@ def _layer(
         "feed_forward_norm": (_alike([norm], towers), untied.norms),
     }
     for component, (weights, is_untied) in components.items():
-        yield from _per_tower(f"layers.{index}.{component}", weights, is_untied, tensor)
+        yield from _per_tower(model, f"layers.{index}.{component}", weights, is_untied, tensor)
 
 
 def _feed_forward(model: ModelConfig, experts: ExpertsConfig | None, expert: int) -> list[_Weight]:
@@ -167,7 +175,11 @@ def _alike(weights: Sequence[_Weight], towers: Sequence[int]) -> dict[int, Seque
 
 
 def _per_tower(
-    component: str, weights: Mapping[int, Sequence[_Weight]], untied: bool, tensor: int
+    model: ModelConfig,
+    component: str,
+    weights: Mapping[int, Sequence[_Weight]],
+    untied: bool,
+    tensor: int,
 ) -> Iterator[HeldParameter]:
     """Yield a component's weights once per held tower, or once in all if it is shared."""
     places = {tower: f"towers.{tower}" for tower in weights}
@@ -180,12 +192,14 @@ def _per_tower(
                 weight.sharding,
                 experts=weight.experts,
                 auxiliary=weight.auxiliary,
+                frozen=untied and model.frozen_towers[tower],
             )
 
 
 def _final_norm(model: ModelConfig, towers: Sequence[int], tensor: int) -> Iterator[HeldParameter]:
     norm = _weight("weight", model.hidden_size)
-    return _per_tower("final_norm", _alike([norm], towers), model.untied.final_norm, tensor)
+    untied = model.untied.final_norm
+    return _per_tower(model, "final_norm", _alike([norm], towers), untied, tensor)
 
 
 def _vocabulary_matrix(

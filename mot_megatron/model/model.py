@@ -33,6 +33,7 @@ from mot_megatron.model.routing import (
 )
 from mot_megatron.model.sharding import (
     SHARED,
+    freeze_towers,
     mark_replica,
     mark_tower,
     sharding_of,
@@ -93,6 +94,7 @@ class MixtureOfTransformers(nn.Module):
             self, config.run.seed, model.init_std, groups.tensor_rank, groups.tensor_size
         )
         self.to(dtype=dtype, device=groups.device)
+        freeze_towers(self, model.frozen_towers)
         # Not a buffer: ``to`` would round it to the weights' dtype, while the divisor is exact.
         self.loss_weights = torch.tensor(
             model.loss_weights, dtype=torch.float32, device=groups.device

@@ -7,6 +7,7 @@ so they do not depend on the kind of layer a parameter belongs to.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +126,19 @@ def name_of_expert(name: str, expert: int) -> str:
     """Return the checkpoint name of one expert's part of the stacked parameter ``name``."""
     stem, _, kind = name.rpartition(".")
     return f"{stem}.{expert}.{kind}"
+
+
+def freeze_towers(module: torch.nn.Module, frozen: Sequence[bool]) -> None:
+    """Exclude from training the parameters of ``module`` that belong to a frozen tower alone.
+
+    Args:
+        module: Its parameters have been marked with ``mark_tower``.
+        frozen: Whether each of the K towers is frozen.
+    """
+    for parameter in module.parameters():
+        tower = tower_of(parameter)
+        if tower != SHARED and frozen[tower]:
+            parameter.requires_grad_(False)
 
 
 def mark_auxiliary(module: torch.nn.Module) -> None:

@@ -106,7 +106,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration for ``settings``; DeepSpeed ignores unknown keys."""
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    vectors = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    vectors = [p.numel() for p in model.parameters() if p.ndim <= 1]
     # A bucket smaller than the largest parameter crashes ZeRO-2 on uneven sizes; one larger than
     # the model wastes memory.
     bucket = max(max(sizes), min(sum(sizes), LARGEST_BUCKET))

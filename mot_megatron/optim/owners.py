@@ -13,7 +13,7 @@ In either case, any two ranks agree on the order of the groups that they share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,34 +69,39 @@ def by_owners(parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> list
     return sorted(owned, key=order)
 
 
+def register_owners(owned: Iterable[Owned]) -> None:
+    """Tell DeepSpeed the groups of owners that have a name, and mark their parameters.
+
+    DeepSpeed reduces gradients in the order of the groups, and broadcasts the initial values of all
+    parameters in their groups, those of frozen ones too.
+    """
+    for owners in owned:
+        if owners.name is None:
+            continue
+        ranks = dist.get_process_group_ranks(owners.group)
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[owners.name] = owners.group
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[owners.name] = ranks
+        for parameter in owners.parameters:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = owners.name  # type: ignore[attr-defined]
+
+
 class OwnersModule(MoE):
     """A wrapper of the model that DeepSpeed treats as a mixture of experts.
 
-    DeepSpeed supports parameters with their own owners only in such a module.
+    DeepSpeed trains parameters with their own owners only in such a module, and such a module only
+    if it has some.
     """
 
-    def __init__(self, model: nn.Module, owned: Sequence[Owned]):
-        """Mark the parameters whose owners have a named group."""
+    def __init__(self, model: nn.Module):
+        """Wrap the model, whose owners are registered."""
         nn.Module.__init__(self)  # MoE.__init__ would build experts
         self.model = model
         self.num_experts = 1
-        self._groups = {o.name: o.group for o in owned if o.name is not None}
-        for group in owned:
-            if group.name is not None:
-                for parameter in group.parameters:
-                    parameter.allreduce = False  # type: ignore[attr-defined]
-                    parameter.group_name = group.name  # type: ignore[attr-defined]
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Run the forward pass of the model."""
         return self.model(*inputs, **named)
 
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:  # noqa: ARG002
-        """Register the groups. DeepSpeed calls this before it looks up groups.
-
-        The order matters, because DeepSpeed reduces the groups in this order.
-        """
-        for name, group in self._groups.items():
-            ranks = dist.get_process_group_ranks(group)
-            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = group
-            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Do nothing: the groups exist. MoE would create some."""

@@ -41,7 +41,8 @@ class Piece(NamedTuple):
     start: int
     """Its first element in the flattened full parameter."""
     values: dict[str, torch.Tensor]
-    """Live tensors by key, WEIGHT and MOMENTS, flat and equally long; empty if nothing is here."""
+    """Live tensors by key, WEIGHT and MOMENTS, flat and equally long; empty if nothing is here.
+    A frozen parameter has no moments."""
     is_full: bool
     """Whether every owner stores the full parameter. Otherwise the owners' pieces, in the order of
     their ranks, are the parameter."""
@@ -269,10 +270,7 @@ class Scattered:
         tensors = {WEIGHT: _present(safe_get_local_fp32_param(parameter))} | {
             key: _present(safe_get_local_optimizer_state(parameter, key)) for key in MOMENTS
         }
-        size: int = tensors[WEIGHT].numel()
-        start = min(self._data_rank * size, parameter.ds_numel)  # type: ignore[attr-defined]
-        length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
-        return Piece(start, {key: full[:length] for key, full in tensors.items()}, is_full=False)
+        return piece_of_owner(parameter, tensors, self._data_rank)
 
     def write(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
         """Set this rank's pieces; no collective.
@@ -298,6 +296,16 @@ class Scattered:
         start = self._data_rank * size
         values = full.flatten()[start : start + size]
         return nn.functional.pad(values, (0, size - values.numel()))
+
+
+def piece_of_owner(
+    parameter: nn.Parameter, padded: dict[str, torch.Tensor], data_rank: int
+) -> Piece:
+    """Return stage 3's piece of a parameter from its padded tensors on this rank."""
+    size = padded[WEIGHT].numel()
+    start = min(data_rank * size, parameter.ds_numel)  # type: ignore[attr-defined]
+    length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+    return Piece(start, {key: full[:length] for key, full in padded.items()}, is_full=False)
 
 
 def _pieces_of_gradients(optimizer: Any, optimized: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -38,6 +38,8 @@ class OptimizerSettings:
     """Micro-batches per optimizer step on each data-parallel rank."""
     micro_batch_size: int
     """Sequences per micro-batch on each data-parallel rank."""
+    lr_mults: tuple[float, ...] = ()
+    """Factor on the learning rate of each of the K towers' own weights; empty: 1 for all."""
 
     @property
     def elements_reduced_together(self) -> int | None:

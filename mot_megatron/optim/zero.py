@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mot_megatron.model.sharding import is_replica, tower_of
+from mot_megatron.optim import frozen
 from mot_megatron.optim.adamw import GatedAdamW
 from mot_megatron.optim.deepspeed_setup import (
     Topology,
@@ -36,9 +37,17 @@ from mot_megatron.optim.deepspeed_setup import (
     sums_gradients,
 )
 from mot_megatron.optim.norms import StepNorms, step_norms
-from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers
+from mot_megatron.optim.owners import OwnersModule, by_owners, has_owned_towers, register_owners
 from mot_megatron.optim.parameter_groups import parameter_groups
-from mot_megatron.optim.partitions import MOMENTS, Flat, Partition, Piece, Replicated, Scattered
+from mot_megatron.optim.partitions import (
+    MOMENTS,
+    WEIGHT,
+    Flat,
+    Partition,
+    Piece,
+    Replicated,
+    Scattered,
+)
 from mot_megatron.optim.reduction import BucketReduction, is_tied
 from mot_megatron.optim.settings import OptimizerSettings
 
@@ -84,9 +93,10 @@ class ZeroEngine:
     ):
         """Wrap ``model``, which must be on its device; ZeRO-3 shards its parameters in place.
 
-        Every parameter needs the attribute ``tower``; if tensor parallelism splits it, also
-        ``tensor_model_parallel = True``. Gradients of parameters that are not split must be
-        complete on every tensor-parallel rank. A parameter held by both the first and the last
+        Parameters that do not require gradients are frozen: forward reads them, and nothing else
+        happens to them. Every parameter needs the attribute ``tower``; if tensor parallelism splits
+        it, also ``tensor_model_parallel = True``. Gradients of parameters that are not split must
+        be complete on every tensor-parallel rank. A parameter held by both the first and the last
         pipeline stage needs ``tied_across_stages = True`` on both and ``mark_replica`` on the last.
 
         Collective over the world: the first owner of each parameter (the first rank of its
@@ -104,21 +114,30 @@ class ZeroEngine:
         self._model = model
         self._settings = settings
         self._groups = groups
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._all = dict(model.named_parameters())
+        self._parameters = {n: p for n, p in self._all.items() if p.requires_grad}
+        assert self._parameters, "every rank must have something to train"
         self._num_towers = self._count_towers() if num_towers is None else num_towers
         self._micro_batches = 0
         self._reached: set[str] = set()
         for name, parameter in self._parameters.items():
             parameter.register_hook(functools.partial(self._mark_reached, name))
-        owned = by_owners(self._parameters.values(), groups)
+        owned = by_owners(self._all.values(), groups)
+        trained = by_owners(self._parameters.values(), groups)
         self._adamw = GatedAdamW(
-            parameter_groups(owned, settings.weight_decay, settings.elements_reduced_together),
+            parameter_groups(
+                trained,
+                settings.weight_decay,
+                settings.elements_reduced_together,
+                settings.lr_mults,
+            ),
             lr=0.0,  # set in every step
             betas=settings.betas,
             eps=settings.eps,
             fused=True,
         )
-        module = OwnersModule(model, owned) if any(o.name for o in owned) else model
+        register_owners(owned)
+        module = OwnersModule(model) if any(o.name for o in trained) else model
         config = deepspeed_config(settings, model, groups)
         with contextlib.redirect_stdout(io.StringIO()):  # no setting disables its memory reports
             self._engine, optimizer, *_ = deepspeed.initialize(
@@ -136,7 +155,7 @@ class ZeroEngine:
         assert max(self._groups.pipeline_size, self._groups.modality_size) == 1, (
             "num_towers is required if ranks hold different parts of the model"
         )
-        return 1 + max(tower_of(p) for p in self._parameters.values())
+        return 1 + max(tower_of(p) for p in self._all.values())
 
     def _mark_reached(self, name: str, _gradient: torch.Tensor) -> None:
         self._reached.add(name)
@@ -239,7 +258,7 @@ class ZeroEngine:
         and ``finite`` of the result is False on all ranks. Collective over the world.
 
         Args:
-            learning_rate: Learning rate of this step.
+            learning_rate: Learning rate of this step, which each tower's factor multiplies.
             accept: Receives the norms; if it returns False, on all ranks, neither weights nor
                 optimizer state change. None: accept every step.
         """
@@ -252,7 +271,7 @@ class ZeroEngine:
         self._adamw.open = norms.finite and accepted
         self._adamw.gradient_scale = self._clip_coefficient(norms.total) if norms.finite else 1.0
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         self._engine.step()
         self._engine.set_gradient_accumulation_boundary(False)
         return norms
@@ -284,10 +303,15 @@ class ZeroEngine:
         states = [self._adamw.state[tensor][key] for tensor in optimized for key in MOMENTS]
         return HeldTensors(
             weights=[p.data for p in self._parameters.values()]
-            + [piece for piece in pieces if piece is not None],
+            + [piece for piece in pieces if piece is not None]
+            + [tensor for _, p in self._frozen() for tensor in frozen.held(p)],
             gradients=list(self._partition.gradient_tensors()),
             optimizer=optimized + states,
         )
+
+    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that are not trained."""
+        return ((name, p) for name, p in self._all.items() if name not in self._parameters)
 
     @property
     def optimizer_steps(self) -> int:
@@ -299,23 +323,29 @@ class ZeroEngine:
 
         Replicas of another pipeline stage's parameters are included. A state has the full fp32
         "weight", "exp_avg" and "exp_avg_sq" of this tensor-parallel rank, as new tensors on the
-        device. They are equal on all owners, for every ZeRO stage.
+        device; a frozen parameter has only the weight. They are equal on all owners, for every ZeRO
+        stage.
 
         Every parameter needs collectives over its owners, so all data-parallel ranks must exhaust
         the iterator. Ranks may hold different towers: all follow the model's order, which rules out
         deadlocks.
         """
-        for name, parameter in self._parameters.items():
-            yield name, self._partition.read(parameter)
+        for name, parameter in self._all.items():
+            trained = name in self._parameters
+            yield name, self._partition.read(parameter) if trained else frozen.read(parameter)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         """Yield the name and this rank's piece of every parameter here, in the model's order.
 
         No copies and no collectives. The pieces of a parameter's owners are its ``export_state``,
-        on any device if the optimizer is offloaded.
+        on any device if the optimizer is offloaded, and in the precision of forward if it is
+        frozen.
         """
-        for name, parameter in self._parameters.items():
-            yield name, self._partition.piece(parameter)
+        for name, parameter in self._all.items():
+            if name in self._parameters:
+                yield name, self._partition.piece(parameter)
+            else:
+                yield name, frozen.piece(parameter, self._groups.data_rank)
 
     def import_state(
         self, state: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int
@@ -329,8 +359,12 @@ class ZeroEngine:
             state: State by parameter name, as from ``export_state``.
             optimizer_steps: Number of optimizer steps completed.
         """
-        for name, parameter in self._parameters.items():
-            self._partition.write(parameter, dict(state[name]))
+        for name, parameter in self._all.items():
+            values = dict(state[name])
+            if name in self._parameters:
+                self._partition.write(parameter, values)
+            else:
+                frozen.write(parameter, values[WEIGHT], self._groups.data_rank)
         for tensor in self._partition.optimized():
             self._adamw.state[tensor]["step"].fill_(optimizer_steps)
         self._partition.publish()

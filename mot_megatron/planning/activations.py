@@ -3,6 +3,8 @@
 This counts what each operation saves: a linear layer its input; RMSNorm its input (and on a CPU,
 which has no fused kernel, the normalized rows, both in fp32); SwiGLU its two halves and the result
 of silu; attention q, k, v, its output and the softmax normalizers; head and loss their gradients.
+What is saved for the gradient of a weight alone is not saved in a frozen tower: the input of a
+linear layer and the normalized rows.
 Temporary tensors within an operation, and buffers for communication, are not counted.
 
 For experts, the load is assumed to be balanced: each token of a tower uses the mean number of
@@ -112,6 +114,10 @@ class _Sizes:
     """Bytes per layer that the feed-forward networks save of their inputs."""
     feed_forward: int
     """Other bytes per layer that they save."""
+    frozen: int
+    """The part of g in frozen towers."""
+    frozen_s: int
+    """The part of s in frozen towers."""
 
     @classmethod
     def of(cls, config: Config, rows: Rows, device: Device) -> _Sizes:
@@ -120,9 +126,14 @@ class _Sizes:
         heads, groups = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
         slices = modality if parallel.attention_exchange == "heads" else 1
         networks = [
-            _feed_forward(config, experts, slots)
-            for experts, slots in zip(model.experts_of_towers, rows.towers, strict=True)
+            _feed_forward(config, experts, slots, is_frozen and model.untied.feed_forward)
+            for experts, slots, is_frozen in zip(
+                model.experts_of_towers, rows.towers, model.frozen_towers, strict=True
+            )
         ]
+        frozen = sum(
+            slots for slots, held in zip(rows.towers, model.frozen_towers, strict=True) if held
+        )
         return cls(
             g=rows.stream,
             s=_cut(config, rows.stream),
@@ -141,6 +152,8 @@ class _Sizes:
             fused_norm=device == "cuda",
             feed_forward_inputs=sum(inputs for inputs, _ in networks),
             feed_forward=sum(inner for _, inner in networks),
+            frozen=frozen,
+            frozen_s=_cut(config, frozen),
         )
 
 
@@ -154,23 +167,27 @@ def _cut(config: Config, slots: int) -> int:
     return slots // parallel.tensor_model_parallel_size if parallel.sequence_parallel else slots
 
 
-def _feed_forward(config: Config, experts: ExpertsConfig | None, slots: int) -> tuple[int, int]:
+def _feed_forward(
+    config: Config, experts: ExpertsConfig | None, slots: int, frozen: bool
+) -> tuple[int, int]:
     """Return the bytes that a tower's network saves of its input, and other bytes it saves."""
     e, h, s = _element(config), config.model.hidden_size, _cut(config, slots)
     f = config.model.feed_forward_size // config.parallel.tensor_model_parallel_size
-    swiglu = 4 * f * e  # per row: gate and up, silu(gate), their product
+    # Per row: gate and up, silu(gate), and their product, which only the last matrix needs.
+    swiglu = (3 if frozen else 4) * f * e
     if experts is None:
-        return s * h * e, slots * swiglu
+        return 0 if frozen else s * h * e, slots * swiglu
     # The router reads the input in fp32 and saves, per row and expert, the gate and whether the row
     # is assigned to the expert. The causal router reads the input in its own precision.
-    inputs = s * h * FP32
+    inputs = 0 if frozen else s * h * FP32
     router = s * experts.num_moe_experts * (FP32 + 1)
-    if experts.causal_router:
+    if experts.causal_router and not frozen:
         inputs += s * h * e if e != FP32 else 0
         router += s * (h * e + 3 * experts.num_moe_experts * FP32)
     routed = math.ceil(experts.experts_per_token * slots)
     # Per routed row: its input, its output before weighting, the weight and its position.
-    return inputs, router + routed * (swiglu + 2 * h * e + FP32 + INT64)
+    rows = 1 if frozen else 2
+    return inputs, router + routed * (swiglu + rows * h * e + FP32 + INT64)
 
 
 def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
@@ -187,7 +204,7 @@ def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
         recomputed = max(0, core - z.feed_forward)
     else:
         layer, recomputed = whole, 0
-    head = _head(z) if piece.last else 0
+    head = _head(config, z) if piece.last else 0
     saved = layers * layer + head
     if recompute == "none":
         saved += angles
@@ -199,24 +216,26 @@ def _piece_bytes(config: Config, piece: Piece, z: _Sizes) -> _PieceBytes:
 
 def _layer(config: Config, z: _Sizes, core_saved: bool) -> int:
     """Return the bytes of one layer; without ``core_saved``, attention saves only its inputs."""
-    e, stream = z.element, z.s * z.h
-    norms = 2 * _norm(z, stream, z.s)
+    e, untied = z.element, config.model.untied
+    norms = 2 * _norm(z, z.s * z.h, z.s, untied.norms * z.frozen_s * z.h)
     # The two linear layers save the stream (post-norm) or the results of the norms (pre-norm).
-    linear_inputs = stream * e + z.feed_forward_inputs
-    projection = z.g * z.heads * z.d * e
-    attention = _qkv(z, config.model.qk_norm, core_saved) + _core(z, core_saved)
+    linear_inputs = (z.s - untied.qkv * z.frozen_s) * z.h * e + z.feed_forward_inputs
+    projection = (z.g - untied.output_projection * z.frozen) * z.heads * z.d * e
+    attention = _qkv(config, z, core_saved) + _core(z, core_saved)
     return norms + linear_inputs + projection + z.feed_forward + attention
 
 
-def _qkv(z: _Sizes, normed: bool, core_saved: bool) -> int:
+def _qkv(config: Config, z: _Sizes, core_saved: bool) -> int:
     """Return the bytes of the projection's result and of the norms of queries and keys."""
+    normed = config.model.qk_norm
     result = z.g * (z.heads + 2 * z.groups) * z.d * z.element
     rows = z.g * (z.heads + z.groups)
     # The input of the norms is a view of the result, unless a kernel converts it to fp32.
     is_saved = z.in_place or (normed and (z.fused_norm or z.element == FP32))
     total = result if is_saved else 0
     if normed:
-        total += _norm(z, rows * z.d, rows)
+        frozen = config.model.untied.qk_norm * z.frozen * (z.heads + z.groups)
+        total += _norm(z, rows * z.d, rows, frozen * z.d)
         if z.fused_norm or z.element == FP32:
             total -= rows * z.d * z.element
     if z.in_place and not core_saved:
@@ -227,11 +246,11 @@ def _qkv(z: _Sizes, normed: bool, core_saved: bool) -> int:
     return total
 
 
-def _norm(z: _Sizes, elements: int, rows: int) -> int:
-    """Return the bytes of an RMSNorm, including its input."""
+def _norm(z: _Sizes, elements: int, rows: int, frozen: int) -> int:
+    """Return the bytes of an RMSNorm, including its input; ``frozen`` of the elements."""
     if z.fused_norm:
         return elements * z.element + rows * FP32
-    return 2 * elements * FP32 + rows * FP32
+    return (2 * elements - frozen) * FP32 + rows * FP32
 
 
 def _core(z: _Sizes, saved: bool) -> int:
@@ -245,10 +264,12 @@ def _core(z: _Sizes, saved: bool) -> int:
     return elements * z.element + z.a * z.attended_heads * FP32
 
 
-def _head(z: _Sizes) -> int:
+def _head(config: Config, z: _Sizes) -> int:
     """Return the bytes of the final norm, the projection to the vocabulary and the loss."""
     # Forward computes the gradients, of all rows and of the weight, and saves nothing else.
-    return _norm(z, z.s * z.h, z.s) + z.g * z.h * z.element + z.vocabulary * z.h * FP32
+    frozen = config.model.untied.final_norm * z.frozen_s * z.h
+    norm = _norm(z, z.s * z.h, z.s, frozen)
+    return norm + z.g * z.h * z.element + z.vocabulary * z.h * FP32
 
 
 def _schedule(stage: int, stages: int, pieces: int, micro_batches: int) -> list[tuple[int, bool]]:

@@ -13,7 +13,7 @@ from mot_megatron.errors import ConfigError
 MODEL, TWIN = "model", "dense twin"
 MIXTURE, HYBRID = "MoE-4x", "hybrid"
 DENSE_TOWER, TEXT = "dense", "text"
-_FOUR_EXPERTS = TowerConfig(experts=ExpertsConfig(num_moe_experts=4))
+_FOUR_EXPERTS = ExpertsConfig(num_moe_experts=4)
 """As in the paper (arXiv 2411.04996, section 3.1): expert choice, one expert per token."""
 
 
@@ -59,7 +59,8 @@ def hybrid(config: Config) -> Config:
 
 
 def _with_experts(config: Config, tower: str) -> Config:
-    towers = {**config.model.towers, tower: _FOUR_EXPERTS}
+    plain = config.model.towers.get(tower, TowerConfig())
+    towers = {**config.model.towers, tower: plain.model_copy(update={"experts": _FOUR_EXPERTS})}
     return config.model_copy(update={"model": config.model.model_copy(update={"towers": towers})})
 
 

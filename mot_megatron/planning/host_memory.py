@@ -7,7 +7,8 @@ rank draws the whole global matrix in fp32 and keeps its shard. Every rank does 
 ZeRO stage, with up to ``DRAWN_AT_ONCE`` matrices at a time, of which the largest are counted.
 
 Resume: after that, the rank reads fp32 weights and both moments of its whole part, 12 bytes per
-parameter, and copies its share to the device. An offloaded optimizer is in host memory as well.
+parameter, or 4 if it is frozen, and copies its share to the device. An offloaded optimizer is in
+host memory as well.
 
 Not counted: what Python, CUDA and the libraries take (a few GB per rank), pinned copies of an
 offloaded optimizer, and file buffers. DeepSpeed is assumed to build its flat weight buffers on the
@@ -51,7 +52,8 @@ def host_bytes(config: Config, held: Sequence[HeldParameter], offloaded: int) ->
     built = sum(parameter.size * _built_width(config, parameter) for parameter in held)
     drawn = sum(heapq.nlargest(DRAWN_AT_ONCE, _drawn(config, held)))
     start = max(built + _FP32 * drawn, offloaded)
-    resume = _RESUMED * sum(parameter.size for parameter in held) + offloaded
+    read = sum(p.size * (_FP32 if p.frozen else _RESUMED) for p in held)
+    resume = read + offloaded
     return HostBytes(start, max(start, resume))
 
 

@@ -15,7 +15,7 @@ from mot_megatron.parallel.placement import Placement
 from mot_megatron.planning.activations import Device, Rows, activation_bytes
 from mot_megatron.planning.host_memory import HostBytes, host_bytes
 from mot_megatron.planning.memory import StateBytes, held_by_rank, mesh_of, state_bytes
-from mot_megatron.planning.placing import check_experts_placed, place_towers
+from mot_megatron.planning.placing import check_placed, place_towers
 from mot_megatron.rules import check, check_world_size
 
 Recompute = Literal["none", "selective", "full"]
@@ -161,8 +161,8 @@ def _is_legal(config: Config, num_gpus: int, tower_tokens: Sequence[int]) -> boo
     try:
         check(config, "layout")
         check_world_size(config, num_gpus)
-        if config.model.has_experts:
-            check_experts_placed(config, place_towers(config, tower_tokens), num_gpus)
+        if config.model.has_experts or any(config.model.frozen_towers):
+            check_placed(config, place_towers(config, tower_tokens), num_gpus)
     except ConfigError:
         return False
     return True

@@ -1,10 +1,11 @@
 """Model state in closed form: the bytes of weights, gradients and optimizer on a rank.
 
 DeepSpeed stores a rank's parameters in one flat buffer per group. A group has the parameters with
-the same owners; matrices and vectors are in separate groups, and with expert parallelism an expert
-has fewer owners than its tower. ZeRO-1 in bf16 divides large groups. Each buffer is padded so that
-the owners get equal pieces at even offsets. ZeRO-3 pads each parameter instead. With this padding,
-the numbers are exact.
+the same owners and learning rate; matrices and vectors are in separate groups, and with expert
+parallelism an expert has fewer owners than its tower. ZeRO-1 in bf16 divides large groups. Each
+buffer is padded so that the owners get equal pieces at even offsets. ZeRO-3 pads each parameter
+instead. With this padding, the numbers are exact. Weights of frozen towers are in no buffer: they
+are stored in the precision of forward alone, and only ZeRO-3 shards them.
 
 Communication buffers are not counted: a rank needs one for gradients, of the size of its weights
 but at most 200 M elements, and with ZeRO-3 the gathered weights of a layer. DeepSpeed's host copies
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 
 from mot_megatron.config import Config
@@ -92,14 +93,21 @@ def state_bytes(config: Config, mesh: Mesh, placement: Placement | None, rank: i
     """
     held = held_by_rank(config, mesh, placement, rank)
     weight = 2 if config.training.precision == "bf16" else FP32
+    trained = [parameter for parameter in held if not parameter.frozen]
+    frozen = [parameter for parameter in held if parameter.frozen]
     zero_stage = config.parallel.zero_stage
     if zero_stage == 0:
-        elements = sum(parameter.size for parameter in held)
+        elements = sum(parameter.size for parameter in trained)
         moments = (_COPIES - 1) * FP32
-        return StateBytes(weight * elements, FP32 * elements, moments * elements)
+        state = StateBytes(weight * elements, FP32 * elements, moments * elements)
+    elif zero_stage == 3:
+        state = _scattered(config, trained, mesh.data, weight)
+    else:
+        state = _flat(config, _buffers(config, trained, mesh, placement, rank), weight)
+    kept = sum(parameter.size for parameter in frozen)
     if zero_stage == 3:
-        return _scattered(config, held, mesh.data, weight)
-    return _flat(config, _buffers(config, held, mesh, placement, rank), weight)
+        kept = _scattered_elements(frozen, mesh.data)
+    return replace(state, weights=state.weights + weight * kept)
 
 
 def held_by_rank(
@@ -155,7 +163,8 @@ def _buffers(
     placement: Placement | None,
     rank: int,
 ) -> list[_Buffer]:
-    sizes: dict[tuple[tuple[int, ...], int, bool], list[int]] = defaultdict(list)
+    sizes: dict[tuple[tuple[int, ...], int, bool, float], list[int]] = defaultdict(list)
+    factors = config.model.lr_mults
     everyone = tuple(range(mesh.modality))
     expert_size = config.parallel.expert_model_parallel_size
     for parameter in held:
@@ -163,12 +172,13 @@ def _buffers(
         if placement is not None and parameter.tower != SHARED:
             holders = placement.holders(parameter.tower)
         stride = expert_size if parameter.experts else 1
-        sizes[holders, stride, len(parameter.shape) > 1].append(parameter.size)
+        factor = 1.0 if parameter.tower == SHARED else factors[parameter.tower]
+        sizes[holders, stride, len(parameter.shape) > 1, factor].append(parameter.size)
     group, place = divmod(mesh.data_rank(rank), mesh.modality)
     parallel, precision = config.parallel, config.training.precision
     largest = largest_bucket(parallel.zero_stage, precision, parallel.offload)
     found = []
-    for (holders, stride, _), of_group in sizes.items():
+    for (holders, stride, *_), of_group in sizes.items():
         following = iter(of_group)
         found += [
             _Buffer(
@@ -210,12 +220,21 @@ def _scattered(
     config: Config, held: Sequence[HeldParameter], owners: int, weight: int
 ) -> StateBytes:
     """Return the state with ZeRO-3, which also keeps vectors whole once they are gathered."""
-    pieces = sum(-(-parameter.size // owners) for parameter in held)
-    vectors = sum(parameter.size for parameter in held if len(parameter.shape) == 1)
-    weights = weight * (pieces + vectors)
+    pieces = _pieces(held, owners)
+    weights = weight * _scattered_elements(held, owners)
     if config.parallel.offload == "none":
         return _with_optimizer(weights, pieces, pieces, 0)
     return _with_optimizer(weights, 0, pieces, 2 * pieces)
+
+
+def _scattered_elements(held: Sequence[HeldParameter], owners: int) -> int:
+    """Return the elements of weights that a rank stores with ZeRO-3."""
+    vectors = sum(parameter.size for parameter in held if len(parameter.shape) == 1)
+    return _pieces(held, owners) + vectors
+
+
+def _pieces(held: Sequence[HeldParameter], owners: int) -> int:
+    return sum(-(-parameter.size // owners) for parameter in held)
 
 
 def _with_optimizer(weights: int, gradients: int, pieces: int, host_gradients: int) -> StateBytes:

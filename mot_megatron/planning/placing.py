@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from mot_megatron.config import Config, ModelConfig
 from mot_megatron.model.flops import step_flops
 from mot_megatron.parallel.placement import Placement, balanced_placement
-from mot_megatron.rules import check_expert_holders
+from mot_megatron.rules import check_expert_holders, check_trained
 
 
 def tokens_of_towers(model: ModelConfig, tokens_per_modality: Mapping[str, int]) -> tuple[int, ...]:
@@ -50,6 +50,19 @@ def place_towers(config: Config, tower_tokens: Sequence[int]) -> Placement | Non
             for shares in parallel.placement
         )
     )
+
+
+def check_placed(config: Config, placement: Placement | None, world_size: int) -> None:
+    """Check what depends on where the towers are: their experts, and that all ranks train.
+
+    Raises:
+        ConfigError: See ``check_expert_holders`` and ``check_trained``.
+    """
+    check_experts_placed(config, placement, world_size)
+    if placement is not None:
+        names = config.model.tower_names
+        ranks = range(config.parallel.modality_parallel_size)
+        check_trained(config, [[names[k] for k in placement.towers(rank)] for rank in ranks])
 
 
 def check_experts_placed(config: Config, placement: Placement | None, world_size: int) -> None:

@@ -34,9 +34,12 @@ def announce(
         f"{name} {tower / 1e6:.2f} M"
         for name, tower in zip(config.model.tower_names, count.towers, strict=True)
     )
+    names = zip(config.model.tower_names, config.model.frozen_towers, strict=True)
+    held = ", ".join(name for name, is_frozen in names if is_frozen)
+    frozen = f", of which {held} frozen: {count.frozen / 1e6:.2f} M" if held else ""
     console.say(
         f"{config.run.name}: {count.total / 1e6:.2f} M parameters"
-        f" (shared {count.shared / 1e6:.2f} M, {towers})"
+        f" (shared {count.shared / 1e6:.2f} M, {towers}){frozen}"
     )
     console.say(
         f"{groups.mesh.world_size} x {groups.device.type}: {_describe_axes(config, groups)},"

@@ -48,7 +48,7 @@ from mot_megatron.run.spikes import SPIKES_FILE, choose_act, go_back, write_down
 from mot_megatron.run.summary import has_summary, mark_stale, write_summary
 from mot_megatron.train.initialize import initialize_from_checkpoint
 from mot_megatron.train.interval import Interval
-from mot_megatron.train.resume import keep_warmup, read_saved_config
+from mot_megatron.train.resume import check_frozen, keep_warmup, read_saved_config
 from mot_megatron.train.session import Session, build_session
 from mot_megatron.train.spikes import SpikeGuard
 from mot_megatron.train.state import Progress, restore
@@ -188,6 +188,7 @@ def _start(
     search = resolve_resume(checkpoint_directory(config.run_directory))
     saved = read_saved_config(search.checkpoint) if search.checkpoint else None
     if saved is not None:
+        check_frozen(config, saved)
         config = keep_warmup(config, saved)
     _check_stop(stop, groups)
     session = build_session(config, corpus, groups, progress_report)
@@ -421,10 +422,17 @@ def _report(run: _Run) -> None:
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
         run.log.log_sources(progress.steps, sources)
+        run.log.log_scalars(_tower_rates(config, interval.learning_rate), progress.steps)
         run.log.log_progress(progress)
     if run.routing:
         run.routing.report(run.log, progress.steps)
     run.saver.say_if_slow()
+
+
+def _tower_rates(config: Config, learning_rate: float) -> dict[str, float]:
+    """Return the learning rates of the towers that have one of their own, by tag."""
+    named = zip(config.model.tower_names, config.model.lr_mults, strict=True)
+    return {f"learning_rate/tower_{n}": f * learning_rate for n, f in named if f != 1}
 
 
 def _flops(config: Config, result: StepResult) -> float:

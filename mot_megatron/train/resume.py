@@ -5,6 +5,7 @@ from __future__ import annotations
 from mot_megatron.checkpoint.find import CheckpointInfo, read_config_text
 from mot_megatron.config import Config
 from mot_megatron.config_files import parse_config
+from mot_megatron.errors import ConfigError
 
 
 def read_saved_config(checkpoint: CheckpointInfo) -> Config:
@@ -14,6 +15,22 @@ def read_saved_config(checkpoint: CheckpointInfo) -> Config:
         ConfigError: This version of the program does not accept it.
     """
     return parse_config(read_config_text(checkpoint), f"{checkpoint.path}/config.toml")
+
+
+def check_frozen(config: Config, saved: Config) -> None:
+    """Check that the checkpoint has optimizer state for all that ``config`` trains.
+
+    Raises:
+        ConfigError: A tower is trained, but was frozen when the checkpoint was saved.
+    """
+    frozen = dict(zip(saved.model.tower_names, saved.model.frozen_towers, strict=True))
+    for name, now in zip(config.model.tower_names, config.model.frozen_towers, strict=True):
+        if frozen.get(name) and not now:
+            raise ConfigError(
+                f"model.towers.{name}.frozen = false, but the tower was frozen in the checkpoint to"
+                " resume from, which has no optimizer state for its weights; allowed: true, or a"
+                " new run with run.initialize_from, which begins all optimizer state anew"
+            )
 
 
 def keep_warmup(config: Config, saved: Config) -> Config:

@@ -24,7 +24,7 @@ from mot_megatron.optim.zero import ZeroEngine
 from mot_megatron.parallel.groups import ProcessGroups, build_process_groups
 from mot_megatron.parallel.placement import Placement
 from mot_megatron.planning.placing import (
-    check_experts_placed,
+    check_placed,
     flops_of_towers,
     place_towers,
     tokens_of_towers,
@@ -119,7 +119,8 @@ def build_groups(config: Config, corpus: Corpus, device: torch.device) -> Proces
     """Build the process groups of a resolved configuration. Collective over the world.
 
     Raises:
-        ConfigError: Experts cannot be distributed over the ranks that hold their tower.
+        ConfigError: Experts cannot be distributed over the ranks that hold their tower, or a rank
+            has nothing to train.
     """
     return build_placed_groups(config, choose_placement(config, corpus), device)
 
@@ -129,7 +130,7 @@ def build_placed_groups(
 ) -> ProcessGroups:
     """Build the process groups for a placement of the towers; as ``build_groups``."""
     parallel = config.parallel
-    check_experts_placed(config, placement, dist.get_world_size())
+    check_placed(config, placement, dist.get_world_size())
     return build_process_groups(
         parallel.tensor_model_parallel_size,
         device,
@@ -254,6 +255,7 @@ def _optimizer_settings(config: Config, groups: ProcessGroups) -> OptimizerSetti
         precision=training.precision,
         gradient_accumulation_steps=config.accumulation_steps(groups.data_size),
         micro_batch_size=training.micro_batch_size,
+        lr_mults=config.model.lr_mults,
     )
 
 

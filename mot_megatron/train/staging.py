@@ -30,10 +30,10 @@ class _Staged:
     parameter: nn.Parameter
     start: int
     """First element of this rank's piece in the flattened parameter."""
+    kinds: tuple[str, ...]
+    """What is stored of it: STATE_KINDS, or the weight alone if it is frozen."""
     values: torch.Tensor
     """This rank's piece, on the host: [kinds, length]."""
-    is_full: bool
-    """Whether every owner has the full parameter."""
     numel: int
     owners: tuple[int, ...]
     """The ranks whose pieces are the parameter."""
@@ -63,14 +63,15 @@ class Staging:
         extremes: list[torch.Tensor] = []
         for name, parameter, owners, writer in writers(session.model, groups):
             piece = pieces[name]
+            kinds = STATE_KINDS if parameter.requires_grad else STATE_KINDS[:1]
             extremes.append(_extremes(piece, groups.device))
             staged.append(
                 _Staged(
                     name,
                     parameter,
                     piece.start,
-                    self._put(name, piece),
-                    piece.is_full,
+                    kinds,
+                    self._put(name, piece, kinds, is_sent=writer != dist.get_rank()),
                     _numel(parameter),
                     owners,
                     writer,
@@ -81,10 +82,10 @@ class Staging:
         broken = [each.name for each, good in zip(staged, finite, strict=True) if not good]
         return StagedState(staged), broken
 
-    def _put(self, name: str, piece: Piece) -> torch.Tensor:
-        if not piece.values:
-            return torch.empty(len(STATE_KINDS), 0)
-        sources = [piece.values[kind] for kind in STATE_KINDS]
+    def _put(self, name: str, piece: Piece, kinds: tuple[str, ...], is_sent: bool) -> torch.Tensor:
+        if not piece.values or (is_sent and piece.is_full):  # then the writer has it too
+            return torch.empty(len(kinds), 0)
+        sources = [piece.values[kind] for kind in kinds]
         host = self._pinned.get(name)
         if host is None:
             on_gpu = sources[0].is_cuda
@@ -139,24 +140,24 @@ class StagedState:
         while waiting:
             each = waiting.pop()
             sends = rank != each.writer
-            if sends and not each.is_full and each.values.numel():
+            if sends and each.values.numel():
                 dist.send(each.values, each.writer, group)
             if sends:
                 continue
             values = each.values
             if values.shape[1] < each.numel:
-                values = torch.empty(len(STATE_KINDS), each.numel)
+                values = torch.empty(len(each.kinds), each.numel)
                 values[:, each.start : each.start + each.values.shape[1]] = each.values
                 for owner in each.owners:
                     start, length = sizes[owner].pop()
                     if length:
-                        received = torch.empty(len(STATE_KINDS), length)
+                        received = torch.empty(len(each.kinds), length)
                         dist.recv(received, owner, group)
                         values[:, start : start + length] = received
             else:
                 for owner in each.owners:
                     sizes[owner].pop()
-            yield each.name, each.parameter, dict(zip(STATE_KINDS, values, strict=True))
+            yield each.name, each.parameter, dict(zip(each.kinds, values, strict=True))
 
 
 def _exchange_sizes(
@@ -172,8 +173,7 @@ def _exchange_sizes(
     shared: Counter[int] = Counter()
     for each in staged:
         if each.writer != rank:
-            length = 0 if each.is_full else each.values.shape[1]
-            mine.setdefault(each.writer, []).append((each.start, length))
+            mine.setdefault(each.writer, []).append((each.start, each.values.shape[1]))
         else:
             shared.update(each.owners)
     works, tables = [], {}
@@ -196,8 +196,10 @@ def _extremes(piece: Piece, device: torch.device) -> torch.Tensor:
     """Return least and greatest values, which are finite if and only if all values are."""
     if not piece.values or not piece.values[WEIGHT].numel():
         return torch.zeros(2 * len(STATE_KINDS), device=device)
-    found = [bound for kind in STATE_KINDS for bound in torch.aminmax(piece.values[kind])]
-    return torch.stack(found).to(device)
+    # A frozen parameter has no moments: its weight counts in their place.
+    tensors = [piece.values.get(kind, piece.values[WEIGHT]) for kind in STATE_KINDS]
+    found = [bound for tensor in tensors for bound in torch.aminmax(tensor)]
+    return torch.stack(found).to(device, torch.float32)
 
 
 def _owners(parameter: nn.Parameter, groups: ProcessGroups) -> tuple[int, ...]:

@@ -128,9 +128,9 @@ def _tensors(
     return [
         tensor
         for name, parameter, values in state.assemble(background and background.group)
-        for kind in STATE_KINDS
+        for kind, flat in values.items()
         for tensor in _named_parts(
-            f"{kind}/", name, parameter, values[kind].view(_stacked_shape(parameter, groups))
+            f"{kind}/", name, parameter, flat.view(_stacked_shape(parameter, groups))
         )
     ]
 
@@ -138,7 +138,8 @@ def _tensors(
 def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     """Restore the state of a checkpoint saved in any layout. Collective over the world.
 
-    Temporarily needs host memory of 12 bytes per parameter of this rank.
+    Temporarily needs host memory of 12 bytes per parameter of this rank, or 4 if it is frozen. The
+    moments of a tower that was trained and is frozen now are not read.
 
     Raises:
         CheckpointError: The checkpoint belongs to another model or another corpus, has weights
@@ -164,11 +165,16 @@ def restore(session: Session, checkpoint: CheckpointInfo) -> Progress:
     session.loader.load_state_dict(data)
     states: dict[str, torch.Tensor] = {}
     tensors: list[NamedTensor] = []
+    unused: set[str] = set()
     for name, parameter in session.model.named_parameters():
         for kind in STATE_KINDS:
+            if kind != STATE_KINDS[0] and not parameter.requires_grad:
+                parts = parts_of(name, parameter)
+                unused.update(f"{kind}/{part.name}" for part in parts)
+                continue
             state = states[f"{kind}/{name}"] = _empty_part(parameter, session.groups)
             tensors += _named_parts(f"{kind}/", name, parameter, state)
-    load_checkpoint(checkpoint, tensors, session.groups)
+    load_checkpoint(checkpoint, tensors, session.groups, unused=unused)
     session.engine.import_state(_LoadedState(states, session.groups.device), optimizer_steps)
     return progress
 

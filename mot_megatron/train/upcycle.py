@@ -26,6 +26,7 @@ from mot_megatron.data.streams import Position
 from mot_megatron.errors import CheckpointError
 from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
+from mot_megatron.model.inventory import is_frozen
 from mot_megatron.model.sharding import ParameterSharding
 from mot_megatron.train.session import grouping_plan
 from mot_megatron.train.state import Progress
@@ -93,7 +94,9 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
         sharding = ParameterSharding(tuple(weight.shape))
         tensors.append(NamedTensor(WEIGHT_PREFIX + name, weight, sharding))
         tensors += [
-            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), sharding) for kind in moments
+            NamedTensor(f"{kind}/{name}", zero.expand(weight.shape), sharding)
+            for kind in moments
+            if not is_frozen(config.model, name)
         ]
     return tensors
 

@@ -18,7 +18,7 @@ from mot_megatron.conversion.layout import Layout, layout_config
 from mot_megatron.conversion.reshard import reshard
 from mot_megatron.conversion.source import CheckpointSource
 from mot_megatron.conversion.tensors import TensorInfo
-from mot_megatron.model.inventory import held_parameters
+from mot_megatron.model.inventory import held_parameters, is_frozen
 from mot_megatron.model.sharding import ParameterSharding, name_of_expert
 from tests.cli.console import only_error
 from tests.model.small_models import small_config
@@ -48,6 +48,11 @@ def config_of(*overrides: str) -> Config:
     return small_config(THREE, BATCH, *overrides)
 
 
+def kinds_of(config: Config, name: str) -> tuple[str, ...]:
+    """Return the kinds of tensors that a checkpoint has of a parameter."""
+    return STATE_KINDS[:1] if is_frozen(config.model, name) else STATE_KINDS
+
+
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter as checkpoints name it, one per expert."""
     alone = config.model_copy(update={"parallel": ParallelConfig()})
@@ -63,7 +68,7 @@ def infos_of(config: Config) -> dict[str, TensorInfo]:
     return {
         f"{kind}/{name}": TensorInfo(shape, torch.float32)
         for name, shape in shapes_of(config).items()
-        for kind in STATE_KINDS
+        for kind in kinds_of(config, name)
     }
 
 

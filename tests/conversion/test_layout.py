@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mot_megatron.checkpoint.names import STATE_KINDS
 from mot_megatron.checkpoint.streaming import Piece, divide
 from mot_megatron.config import Config
 from mot_megatron.conversion.layout import Layout, describe_layout, layout_config
@@ -26,6 +25,7 @@ from tests.conversion.states import (
     VPP2,
     config_of,
     infos_of,
+    kinds_of,
 )
 from tests.fake_world import fake_world
 from tests.model.small_models import small_config
@@ -57,7 +57,7 @@ def written_by_models(layout: Layout) -> list[list[Piece]]:
             for name, parameter, _, writer in writers(model, groups):
                 if writer != rank:
                     continue
-                for kind in STATE_KINDS:
+                for kind in kinds_of(config, name):
                     for part in parts_of(name, parameter):
                         sizes = part.sharding.local_shape(groups.tensor_size)
                         offsets = [0] * len(sizes)
@@ -89,6 +89,8 @@ def written_by_models(layout: Layout) -> list[list[Piece]]:
         (8, [*EXPERTS, EP2, PP2, TP2, "parallel.sequence_parallel=true"]),
         (8, [MP2, LISTED, PP2, TP2, TIED]),
         (4, ["parallel.zero_stage=3", TP2]),
+        (4, ["model.towers.image.frozen=true", MP2, LISTED]),
+        (4, ["model.towers.text={frozen=true,experts={num_moe_experts=4}}", EP2]),
     ],
     ids=lambda value: "+".join(value)[:70] if isinstance(value, list) else None,
 )

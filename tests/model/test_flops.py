@@ -81,6 +81,18 @@ def test_parameter_counts_of_shared_experts_in_a_single_tower() -> None:
     assert count.shared == elements(model, SHARED) - count.causal_routers
 
 
+def test_frozen_towers_have_no_weight_gradients() -> None:
+    """Shared components are trained, and count in full for the frozen tower's tokens too."""
+    towers = {"text": "text", "image": "image"}
+    config = small_config(towers, "model.towers.image.frozen=true", "model.untied.qkv=false")
+    count = count_parameters(config.model)
+    assert count.frozen == count.towers[1]
+    shared, own = 2 * 2 * 3 * 32**2, 2 * 2 * (32**2 + 3 * 32 * 40)
+    text, image = step_flops(config.model, (5, 7), 0).towers
+    assert text == 5 * 3 * (shared + own)
+    assert image == 7 * (3 * shared + 2 * own)
+
+
 def test_active_flops_per_token_with_and_without_experts() -> None:
     """With c experts per token, a mixture costs c plain networks plus its router."""
     towers = {"text": "text", "image": "image"}
@@ -115,6 +127,8 @@ def grouped_mm_flops(a: list[int], b: list[int], *_: object, **__: object) -> in
         # 24 image tokens and c = 1.5: each of two experts takes 18.
         "model.towers.image.experts={num_moe_experts=2,capacity_factor=1.5}",
         "model.towers.text.experts={num_moe_experts=4,routing='topk',topk=2}",
+        "model.towers.text.frozen=true",
+        "model.towers.image={frozen=true,experts={num_moe_experts=2,capacity_factor=1.5}}",
     ],
 )
 def test_step_flops_equal_torchs_counter(override: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mot_megatron.config import Config
-from mot_megatron.model.inventory import held_parameters
+from mot_megatron.model.inventory import held_parameters, is_frozen
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.sharding import experts_of, is_auxiliary, is_replica, sharding_of, tower_of
 from mot_megatron.parallel.groups import build_process_groups
@@ -62,6 +62,8 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
         (4, ["parallel.modality_parallel_size=4", "model.untied.qk_norm=false"]),
         (8, [TP2, PP2, BIASES, "parallel.modality_parallel_size=2", TIED]),
         (1, EXPERTS),
+        (1, ["model.towers.image.frozen=true", "model.untied.norms=false"]),
+        (2, ["model.towers.text={frozen=true,experts={num_moe_experts=4}}", EP2]),
         (2, [*EXPERTS, EP2]),
         (4, [*EXPERTS, EP2, TP2, "parallel.sequence_parallel=true"]),
         (4, [*EXPERTS, EP2, PP2]),
@@ -85,13 +87,16 @@ def test_inventory_equals_the_parameters_of_the_built_model(
                 is_replica(parameter),
                 len(experts_of(parameter) or ()),
                 is_auxiliary(parameter),
+                not parameter.requires_grad,
             )
             for name, parameter in model.named_parameters()
         ]
         held = held_parameters(config, model.groups.pipeline_rank, model.towers)
         assert [
-            (p.name, p.shape, p.tower, p.sharding, p.replica, p.experts, p.auxiliary) for p in held
+            (p.name, p.shape, p.tower, p.sharding, p.replica, p.experts, p.auxiliary, p.frozen)
+            for p in held
         ] == built
+        assert [p.frozen for p in held] == [is_frozen(config.model, p.name) for p in held]
         assert sum(p.size for p in held) == sum(p.numel() for p in model.parameters())
         seen.update(built)
     replicas = [name for name, _, _, _, replica, *_ in seen if replica]

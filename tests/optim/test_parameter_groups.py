@@ -65,6 +65,22 @@ def test_owners_have_separate_groups_and_no_group_is_empty():
     assert [group.get("moe", False) for group in groups] == [False, True, True, True]
 
 
+def test_learning_rates_have_separate_groups():
+    """Shared parameters, and towers whose factor is 1, are one group."""
+    tensors = [parameter(2, 2, tower=tower) for tower in (-1, 0, 1, 2, 1)]
+    vector = parameter(5, tower=1)
+    groups = parameter_groups(
+        [owned("a", *tensors, vector)], weight_decay=0.1, lr_mults=(1.0, 0.25, 1.0)
+    )
+    assert [(ids(group["params"]), group["lr_mult"]) for group in groups] == [
+        (ids([tensors[0], tensors[1], tensors[3]]), 1.0),
+        (ids([tensors[2], tensors[4]]), 0.25),
+        (ids([vector]), 0.25),
+    ]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert all(group["name"] == "a" for group in groups)
+
+
 def test_all_data_parallel_ranks_come_first_then_the_lowest_tower():
     """Towers 0 and 3 are on the same ranks, tower 1 on others, tower 2 on all."""
     data, one, other = map(Group, ("data", "one", "other"))

@@ -47,6 +47,9 @@ EP2 = "parallel.expert_model_parallel_size=2"
 CHOSEN = "model.towers.text.experts={num_moe_experts=4,causal_router=true}"
 DOUBLE = "model.towers.image.experts={num_moe_experts=2,capacity_factor=2.0}"
 TOP2 = "model.towers.image.experts={num_moe_experts=4,routing='topk',topk=2,gate='softmax'}"
+FROZEN_TEXT, FROZEN_IMAGE = (f"model.towers.{name}.frozen=true" for name in ("text", "image"))
+FROZEN_CHOICE = "model.towers.text={frozen=true,experts={num_moe_experts=4,causal_router=true}}"
+SLOW_TEXT = "model.towers.text.lr_mult=0.5"
 FOUR_LAYERS = "model.num_layers=4"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 
@@ -102,6 +105,12 @@ def _compare(config: Config) -> Comparison:
                 [CHOSEN, DOUBLE],
                 [CHOSEN, TOP2, BF16, "model.norm_placement=pre"],
                 [CHOSEN, TOP2, SELECTIVE],
+                [ZERO0, FROZEN_IMAGE, FROZEN_TEXT],
+                [FROZEN_IMAGE, FROZEN_TEXT, FOUR_LAYERS, "model.norm_placement=pre"],
+                [FROZEN_IMAGE, FROZEN_TEXT, "model.untied.qkv=false", "model.untied.norms=false"],
+                [FROZEN_TEXT, BF16, SELECTIVE, BIASES],
+                [FROZEN_CHOICE, FROZEN_IMAGE],
+                [SLOW_TEXT, *ODD],
             ],
         ),
         (
@@ -120,6 +129,9 @@ def _compare(config: Config) -> Comparison:
                 [CHOSEN, EP2],
                 [CHOSEN, TOP2, EP2, ZERO2, BF16],
                 [CHOSEN, TP2, SP],
+                [FROZEN_TEXT, FROZEN_IMAGE, TP2, SP],
+                [FROZEN_IMAGE, MP2, ZERO2, *ODD],
+                [FROZEN_TEXT, PP2, FULL],
             ],
         ),
         (
@@ -137,6 +149,12 @@ def _compare(config: Config) -> Comparison:
                 [CHOSEN, DOUBLE, EP2, ZERO2, FULL],
                 [CHOSEN, DOUBLE, EP2, MP2, BF16],
                 [CHOSEN, EP2, PP2],
+                [FROZEN_TEXT, ZERO3, *ODD],
+                [FROZEN_TEXT, ZERO3, *ODD, BF16],
+                [FROZEN_TEXT, MP4, BF16],
+                [SLOW_TEXT, *ODD, BF16],
+                [SLOW_TEXT, *ODD, ZERO2],
+                [FROZEN_CHOICE, EP2, BF16],
             ],
         ),
     ],

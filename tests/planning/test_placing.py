@@ -10,6 +10,7 @@ from mot_megatron.errors import ConfigError
 from mot_megatron.model.flops import step_flops
 from mot_megatron.planning.placing import (
     check_experts_placed,
+    check_placed,
     flops_of_towers,
     place_towers,
     tokens_of_towers,
@@ -78,3 +79,19 @@ def test_experts_are_refused_on_ranks_that_cannot_share_them(
         f"parallel.expert_model_parallel_size = 2 does not divide the {ranks} data-parallel ranks"
         f" that hold tower {tower}; nearest legal: 1"
     )
+
+
+def test_a_middle_stage_needs_something_to_train() -> None:
+    """With three stages, the rank of a frozen tower has nothing but that tower's layers."""
+    stages = ["parallel.pipeline_model_parallel_size=3", "model.num_layers=3", MP2]
+    frozen = "model.towers.image.frozen=true"
+    tokens = (6, 12, 5)  # image alone on one of two ranks
+    for overrides in ([], [frozen, "model.untied.qkv=false"]):
+        config = config_of(*stages, *overrides)
+        check_placed(config, place_towers(config, tokens), world_size=6)
+    config = config_of(*stages, frozen)
+    placement = place_towers(config, tokens)
+    assert placement is not None
+    assert (1,) in {placement.towers(rank) for rank in range(2)}
+    with pytest.raises(ConfigError, match="ranks hold only image, frozen with"):
+        check_placed(config, placement, world_size=6)

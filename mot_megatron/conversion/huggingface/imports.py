@@ -15,7 +15,7 @@ import torch
 
 from mot_megatron.checkpoint import CheckpointInfo
 from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
-from mot_megatron.config import Config
+from mot_megatron.config import Config, ModelConfig
 from mot_megatron.conversion.huggingface.foreign import ForeignModel
 from mot_megatron.conversion.huggingface.names import Correspondence
 from mot_megatron.conversion.huggingface.vocabulary import Rows, match_rows
@@ -25,6 +25,7 @@ from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import CheckpointError
 from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
+from mot_megatron.model.inventory import is_frozen
 from mot_megatron.train.state import Progress
 from mot_megatron.train.upcycle import initial_position
 from mot_megatron.train.upcycle_plan import check_upcycling, plan_tensors, source_towers
@@ -74,9 +75,10 @@ def plan_import(
     )
     outputs: list[OutputTensor] = []
     for new, name in plan.copied.items():
-        outputs += _with_moments(_copy(source, new, used[name], rows, config.run.seed))
+        weight = _copy(source, new, used[name], rows, config.run.seed)
+        outputs += _with_moments(weight, config.model)
     for name, shape in plan.drawn.items():
-        outputs += _with_moments(_draw(name, shape, config))
+        outputs += _with_moments(_draw(name, shape, config), config.model)
     left_out = _left_out(source, used, set(plan.copied.values()), old.model.tower_names)
     return ImportPlan(tuple(outputs), towers, left_out, tuple(plan.drawn), rows)
 
@@ -162,9 +164,11 @@ def _weight(
     return OutputTensor(WEIGHT_PREFIX + name, TensorInfo(shape, torch.float32), sources, produce)
 
 
-def _with_moments(weight: OutputTensor) -> Iterator[OutputTensor]:
+def _with_moments(weight: OutputTensor, model: ModelConfig) -> Iterator[OutputTensor]:
     yield weight
     name = weight.name.removeprefix(WEIGHT_PREFIX)
+    if is_frozen(model, name):
+        return
     for kind in STATE_KINDS[1:]:
         shape = weight.info.shape
         yield OutputTensor(
