@@ -21,6 +21,7 @@ from mot_megatron.data.corpus import (
     SplitCounts,
     TokenSplit,
 )
+from mot_megatron.data.vocabulary_difference import first_difference
 from mot_megatron.errors import DataError
 
 
@@ -62,9 +63,13 @@ class Blend(Corpus):
         first = members[0]
         for other in members[1:]:
             if other.corpus.vocabulary_digest != first.corpus.vocabulary_digest:
+                names = str(first.corpus.directory), str(other.corpus.directory)
+                difference = first_difference(
+                    first.corpus.vocabulary, other.corpus.vocabulary, ("the first", "the second")
+                )
                 raise DataError(
-                    f"data.sources: {first.corpus.directory} and {other.corpus.directory} have"
-                    f" different vocabularies: {_first_difference(first.corpus, other.corpus)}"
+                    f"data.sources: {names[0]} and {names[1]} have different vocabularies: "
+                    f"{difference}"
                 )
             ours, theirs = (sorted(each.corpus.description.splits) for each in (first, other))
             if ours != theirs:
@@ -129,32 +134,6 @@ def _check_different(members: Sequence[Source]) -> None:
                 f"data.sources: {other.corpus.directory} and {member.corpus.directory} are the same"
                 " corpus; give it once, with the sum of the weights"
             )
-
-
-def _first_difference(one: Corpus, other: Corpus) -> str:
-    """Say in which modality, codebook or special token two vocabularies differ first."""
-    ours, theirs = one.vocabulary, other.vocabulary
-    pairs = zip(ours["modalities"], theirs["modalities"], strict=False)
-    for place, (left, right) in enumerate(pairs):
-        for key in left:
-            if left[key] == right[key]:
-                continue
-            values = left[key], right[key]
-            if key == "codebook" and all(values):
-                modalities = one.description.modalities[place], other.description.modalities[place]
-                files = (
-                    f"{corpus.directory / str(modality.codebook)}"
-                    for corpus, modality in zip((one, other), modalities, strict=True)
-                )
-                return f"modality {left['name']}: codebooks {' and '.join(files)} differ"
-            return f"modality {left['name']}: {key} is {values[0]!r} and {values[1]!r}"
-    if len(ours["modalities"]) != len(theirs["modalities"]):
-        return f"{len(ours['modalities'])} and {len(theirs['modalities'])} modalities"
-    special = ours["special_tokens"], theirs["special_tokens"]
-    for name in sorted({**special[0], **special[1]}):
-        if special[0].get(name) != special[1].get(name):
-            return f"special token {name} is {special[0].get(name)} and {special[1].get(name)}"
-    return f"pad_token is {ours['pad_token']} and {theirs['pad_token']}"
 
 
 def _describe(members: Sequence[Source]) -> CorpusDescription:

@@ -13,6 +13,7 @@ from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.config_files import parse_config
 from mot_megatron.data.blend import open_training_data
 from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.vocabulary_difference import first_difference
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.model.model import MixtureOfTransformers
@@ -68,6 +69,9 @@ class SavedRun:
         if vocabulary == corpus.vocabulary_digest:
             return
         known = "differ" if vocabulary else "may differ (the checkpoint is too old to tell)"
+        if meaning := metadata.get("meaning_of_ids"):
+            names = "the checkpoint", "the corpus"
+            known += f" ({first_difference(meaning, corpus.vocabulary, names)})"
         raise CheckpointError(
             f"{self.checkpoint.path} was trained on another corpus than {corpus.directory}, and the"
             f" meanings of their token ids {known}; set the right corpus with {remedy}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
@@ -429,7 +428,9 @@ def test_different_vocabularies_are_named(tmp_path: Path, corpora: dict[str, Cor
         for split in ("train", "validation"):
             corpus.add_document(split, np.array([1, 2]))
     other = Corpus.open(tmp_path / "smaller")
-    with pytest.raises(DataError, match="modality speech: size is 40 and 39"):
+    with pytest.raises(
+        DataError, match="size of modality speech is 40 in the first and 39 in the second"
+    ):
         Blend.of([("web", corpora["web"], 1), ("smaller", other, 1)])
 
     coded = Modality(name="text", first_id=0, size=100, codec="bpe", codebook="text.json")
@@ -440,8 +441,7 @@ def test_different_vocabularies_are_named(tmp_path: Path, corpora: dict[str, Cor
             for split in ("train", "validation"):
                 corpus.add_document(split, np.array([1, 2]))
         found.append(Corpus.open(tmp_path / name))
-    files = f"codebooks {tmp_path / 'one/text.json'} and {tmp_path / 'two/text.json'} differ"
-    with pytest.raises(DataError, match=re.escape(f"modality text: {files}")):
+    with pytest.raises(DataError, match=r"one and .*two have .*: the codebooks of modality text"):
         Blend.of([("one", found[0], 1), ("two", found[1], 1)])
 
 
