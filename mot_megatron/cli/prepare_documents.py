@@ -63,6 +63,14 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="key of every document; those with the same value are in the same split",
     )
+    reading.add_argument(
+        "--license",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="SOURCE=LICENSE",
+        help="license of a source, by any name, which corpus.toml keeps; may be repeated",
+    )
     _add_vocabulary(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
@@ -188,6 +196,7 @@ def document_build(options: argparse.Namespace) -> DocumentBuild:
         seed=options.seed,
         workers=options.workers,
         max_broken=options.max_broken,
+        licences=tuple(options.license),
     )
 
 
@@ -262,7 +271,7 @@ def special_names(options: argparse.Namespace) -> tuple[tuple[str, str], ...]:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, token = text.partition("=")
     if not (name and equals and token):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=TOKEN, for example <bos>=<s>")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected two texts with = between them")
     return name, token
 
 

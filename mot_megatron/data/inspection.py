@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
@@ -17,10 +18,13 @@ from mot_megatron.data.codebooks.arrays import read_arrays
 from mot_megatron.data.codebooks.codec import Codec, PictureCodec, SoundCodec, write_sound
 from mot_megatron.data.codebooks.image import peak_signal_to_noise
 from mot_megatron.data.codebooks.text import TextCodec
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import TRAIN_SPLIT, Corpus
+from mot_megatron.data.inspection_plot import plot_lengths
 from mot_megatron.data.packing import pack
 from mot_megatron.data.statistics import ModalityStatistics, statistics_of
+from mot_megatron.data.structure import SOURCES_FILE
 from mot_megatron.errors import DataError
+from mot_megatron.files import read_regular_file
 
 _COLUMNS = 16
 _MAGNIFICATION, _SMALL_PIXELS = 2, 64
@@ -28,6 +32,8 @@ _MAGNIFICATION, _SMALL_PIXELS = 2, 64
 _PICTURES = 96
 _SOUNDS = 8
 _PAUSE_SECONDS = 0.4
+_MOST_DOCUMENTS = 100_000
+"""Documents whose segments are measured at most."""
 _LARGEST_SHEET = 1 << 23
 """Pixels of a contact sheet at most."""
 
@@ -121,11 +127,52 @@ def contact_sheet(
     return sheet.resize(size, Image.Resampling.NEAREST), ratio
 
 
+def segment_lengths(corpus: Corpus) -> dict[str, np.ndarray]:
+    """Return the lengths of the segments of evenly spaced training documents, by modality.
+
+    Special tokens, which are text, do not count.
+    """
+    train = corpus.split(TRAIN_SPLIT)
+    table = corpus.description.modality_of_id
+    found: dict[int, list[int]] = {}
+    special = np.zeros(len(table), dtype=bool)
+    special[list(corpus.description.special_tokens.values())] = True
+    for document in range(0, len(train), -(-len(train) // _MOST_DOCUMENTS)):
+        for kind, ids in segments(train[document], table):
+            if length := len(ids) - int(special[ids].sum()):
+                found.setdefault(kind, []).append(length)
+    names = [modality.name for modality in corpus.description.modalities]
+    return {names[kind]: np.array(lengths) for kind, lengths in sorted(found.items())}
+
+
+def sources_of_files(corpus: Corpus) -> list[dict[str, Any]]:
+    """Return what each source file of a corpus from raw files contributed; empty for others.
+
+    Raises:
+        DataError: The list is damaged.
+    """
+    path = corpus.directory / SOURCES_FILE
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(read_regular_file(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
 def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[str, object]:
-    """Write contact sheet and sound; return the file names and the signal-to-noise ratio."""
+    """Write lengths, contact sheet and sound; return the file names and the signal-to-noise ratio.
+
+    Raises:
+        DataError: A file cannot be written.
+    """
     report: dict[str, object] = {}
     try:
         output.mkdir(parents=True, exist_ok=True)
+        documents = {name: corpus.split(name).lengths for name in corpus.splits}
+        path = output / "lengths.png"
+        plot_lengths(documents, segment_lengths(corpus), corpus.description.name, path)
+        report["lengths"] = str(path)
         for index, codec in codecs.items():
             if isinstance(codec, PictureCodec):
                 sheet, ratio = contact_sheet(corpus, index, codec)
@@ -149,7 +196,7 @@ def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[
 def inspect(
     corpus: Corpus, output: Path, seq_length: int | None = None, num_examples: int = 4
 ) -> dict[str, Any]:
-    """Write contact sheet and sound, and return a description of the corpus, ready for JSON.
+    """Write pictures and sound, and return a description of the corpus, ready for JSON.
 
     Args:
         corpus: The corpus.
@@ -188,6 +235,7 @@ def inspect(
         "fill": {name: packing_fill(corpus, name, seq_length) for name in description.splits},
         "entropies": {name: _entropies(measured) for name, measured in statistics.items()},
         "licences": description.licences,
+        "sources": sources_of_files(corpus),
         "examples": [readable(validation[int(place)], corpus, codecs) for place in shown],
         "files": write_files(corpus, codecs, output),
     }

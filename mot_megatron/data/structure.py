@@ -31,6 +31,10 @@ CODECS = {
 """Codec and name of the codebook file of each modality, unless others are chosen."""
 
 
+SOURCES_FILE = "sources.json"
+"""File of a corpus from raw files: what each source file contributed."""
+
+
 class Piece(NamedTuple):
     """The content of a segment."""
 

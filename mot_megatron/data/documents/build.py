@@ -10,10 +10,10 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -24,6 +24,7 @@ from mot_megatron.data.builders.workers import worker_pool
 from mot_megatron.data.codebooks.image import PATCH_PIXELS, PICTURE_PIXELS, check_grid
 from mot_megatron.data.codebooks.text import read_tokenizer
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
+from mot_megatron.data.documents.counts import SourceCounts
 from mot_megatron.data.documents.decode import MediaFormat
 from mot_megatron.data.documents.encode import EncodedShard, encode_shard
 from mot_megatron.data.documents.raw import is_language
@@ -36,7 +37,7 @@ from mot_megatron.data.documents.vocabulary import (
     copy_vocabulary,
     train_vocabulary,
 )
-from mot_megatron.data.structure import IMAGE, KINDS, SPEECH, TEXT
+from mot_megatron.data.structure import IMAGE, KINDS, SOURCES_FILE, SPEECH, TEXT
 from mot_megatron.data.writer import CorpusWriter, check_target
 from mot_megatron.errors import DataError
 
@@ -93,6 +94,8 @@ class DocumentBuild:
     workers: int = 2
     max_broken: int = 0
     """Number of broken documents that may be left out."""
+    licences: tuple[tuple[str, str], ...] = ()
+    """License of each source, by any name."""
 
     @property
     def working(self) -> Path:
@@ -236,24 +239,33 @@ def _write(
         modalities=vocabulary.modalities,
         pad_token=vocabulary.pad_token,
         special_tokens=vocabulary.special,
+        licences=dict(build.licences),
     )
     broken = 0
+    counted = SourceCounts()
     listing = build.working / BROKEN_FILE
-    with writer, listing.open("w", encoding="utf-8") as listed:
+    with (
+        writer,
+        listing.open("w", encoding="utf-8") as listed,
+        # Closed before an error is printed, or the error would share a line with its progress bar.
+        closing(_encoded(build, shards, paths, vocabulary, pool)) as encoded_shards,
+    ):
         for name in sorted({m.codebook for m in vocabulary.modalities if m.codebook}):
             writer.add_file(name, vocabulary.directory / name)
         splits: set[str] = set()
-        for encoded in _encoded(build, shards, paths, vocabulary, pool):
+        for shard, encoded in zip(shards, encoded_shards, strict=True):
             broken = _list_broken(encoded, build, broken, listed)
             for held_out, ids in encoded.documents():
                 split = HELD_OUT_SPLIT if held_out else TRAIN_SPLIT
                 splits.add(split)
                 writer.add_document(split, ids)
+            counted.add(shard, encoded)
         if missing := {TRAIN_SPLIT, HELD_OUT_SPLIT} - splits:
             raise DataError(
                 f"{build.output}: no documents for split {', '.join(sorted(missing))}; add "
                 f"documents or change --validation-share {build.validation_share:g}"
             )
+        writer.add_file(SOURCES_FILE, counted.render())
         if broken:
             listed.flush()
             writer.add_file(BROKEN_FILE, listing.read_bytes())
@@ -273,7 +285,7 @@ def _encoded(
     paths: Sequence[Path],
     vocabulary: Vocabulary,
     pool: ProcessPoolExecutor,
-) -> Iterator[EncodedShard]:
+) -> Generator[EncodedShard]:
     """Yield the encoded shards in their order; those of an earlier run are not encoded again."""
 
     def submit(shard: Shard, path: Path) -> Future[None]:
