@@ -24,7 +24,7 @@ from mot_megatron.data.streams import Position, Stream, Window, count_in
 from mot_megatron.errors import CheckpointError
 
 WINDOW_DOCUMENTS = 1 << 16
-"""Documents of a window, unless they are short."""
+"""Documents of a window, unless they are short or a source has fewer."""
 _MOST_DOCUMENTS = 1 << 20
 _BINS = 64
 """Sequences or micro-batches that a window fills at least, since the last ones have more
@@ -190,7 +190,7 @@ class BlendStream(Stream[BlendWindow]):
         self._pack = pack
         self._budgets = dict(budgets)
         bin_tokens = int(identity["seq_length"]) * int(identity.get("micro_batch_size", 1))
-        self._size = WindowSize(WINDOW_DOCUMENTS, _BINS * bin_tokens, _MOST_DOCUMENTS)
+        self._least_tokens = _BINS * bin_tokens
 
     def first(self) -> BlendWindow:
         """Return the window in which every source begins."""
@@ -321,7 +321,13 @@ class BlendStream(Stream[BlendWindow]):
             [order.source.share for order in orders],
             [start.lag for start in starts],
             [order.upcoming_lengths(start) for order, start in pairs],
-            self._size,
+            # Not many epochs of a source at once, since they are shuffled together.
+            WindowSize(
+                documents=WINDOW_DOCUMENTS,
+                of_sources=tuple(len(order.lengths) for order in orders),
+                least_tokens=self._least_tokens,
+                most_documents=_MOST_DOCUMENTS,
+            ),
         )
         documents, lengths = np.empty_like(drawn), np.empty_like(drawn)
         ends = []
