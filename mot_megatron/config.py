@@ -75,7 +75,11 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """Several corpora in place of ``corpus``, blended by weight."""
     seq_length: PositiveInt = 4096
-    """Length of a packed sequence in tokens; a longer document is an error."""
+    """Length of a packed sequence in tokens."""
+    long_documents: Literal["refuse", "split", "truncate"] = "refuse"
+    """What to do with documents that are longer than ``seq_length``, in training and evaluation.
+    refuse: such a document is an error. split: cut it into several documents, between its segments
+    if possible, and never inside of a picture. truncate: read only the first of these."""
     packing: Literal["sequence", "budget"] = "sequence"
     """How training documents are packed. sequence: fill each sequence as far as possible. budget:
     also give every micro-batch the same number of tokens of each tower, in proportion to the

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import tomli_w
@@ -44,7 +44,7 @@ class Blend(Corpus):
     tokens of each modality are divided as the weights say.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = ()
 
     @classmethod
     def of(cls, sources: Sequence[tuple[str, Corpus, float]]) -> Blend:
@@ -84,6 +84,7 @@ class Blend(Corpus):
             description=_describe(members),
             splits={},
             fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+            long_documents=first.corpus.long_documents,
             sources=members,
         )
 
@@ -119,6 +120,7 @@ def open_training_data(data: DataConfig, *, documents: bool = True) -> Corpus:
         Corpus.open(folder, once=True) if documents else Corpus.open_vocabulary(folder)
         for folder in data.folders
     ]
+    corpora = [replace(each, long_documents=data.long_documents) for each in corpora]
     if len(corpora) == 1:
         return corpora[0]
     named = zip(data.sources, corpora, strict=True)

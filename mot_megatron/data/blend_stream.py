@@ -24,7 +24,7 @@ from mot_megatron.data.streams import Position, Stream, Window, count_in
 from mot_megatron.errors import CheckpointError
 
 WINDOW_DOCUMENTS = 1 << 16
-"""Documents of a window, unless they are short."""
+"""Documents of a window, unless they are short or a source has fewer."""
 _MOST_DOCUMENTS = 1 << 20
 _BINS = 64
 """Sequences or micro-batches that a window fills at least, since the last ones have more
@@ -81,6 +81,7 @@ class SourceOrder:
         lengths: np.ndarray,
         seed: int,
         pack_alone: Callable[[int], Packing],
+        traits: Mapping[str, str],
     ) -> None:
         """Describe a source.
 
@@ -90,11 +91,13 @@ class SourceOrder:
             lengths: [documents] int64, tokens of its documents.
             seed: Seed of the orders.
             pack_alone: Packs an epoch of a run on this source alone.
+            traits: Keys of a position that say on what its documents depend.
         """
         self.source = source
         self.first = first
         self.lengths = lengths
         self.pack_alone = pack_alone
+        self.traits = dict(traits)
         self._seed = seed
         self._orders: dict[tuple[int, tuple[int, int] | None], np.ndarray] = {}
 
@@ -187,7 +190,7 @@ class BlendStream(Stream[BlendWindow]):
         self._pack = pack
         self._budgets = dict(budgets)
         bin_tokens = int(identity["seq_length"]) * int(identity.get("micro_batch_size", 1))
-        self._size = WindowSize(WINDOW_DOCUMENTS, _BINS * bin_tokens, _MOST_DOCUMENTS)
+        self._least_tokens = _BINS * bin_tokens
 
     def first(self) -> BlendWindow:
         """Return the window in which every source begins."""
@@ -250,6 +253,8 @@ class BlendStream(Stream[BlendWindow]):
         shares: Mapping[str, Fraction],
     ) -> tuple[BlendWindow, int, list[str]]:
         here = {order.source.corpus.fingerprint: order for order in self._orders}
+        for corpus in saved.keys() & here.keys():
+            self._check_identity(saved[corpus], here[corpus].traits)
         if shares == {corpus: order.source.share for corpus, order in here.items()}:
             self._check_identity(position, self._budgets)
             # The order of the sources decides between two that are level with their shares.
@@ -273,14 +278,18 @@ class BlendStream(Stream[BlendWindow]):
         return self._window(number + 1, begins), 0, [line for line in changes if line]
 
     def _go_on_from_corpus(self, position: Mapping[str, Any]) -> tuple[BlendWindow, int, list[str]]:
-        self._check_keys(
-            position, {"epoch", "next_sequence", "corpus", *self._identity, *self._budgets}
-        )
+        corpus = position.get("corpus")
+        stays = [each for each in self._orders if each.source.corpus.fingerprint == corpus]
+        if not stays:
+            raise self._nothing_stays([f"of the corpus {str(corpus)[:12]}"])
+        known = {*self._identity, *self._budgets, *stays[0].traits}
+        self._check_identity(position, stays[0].traits)
+        self._check_keys(position, {"epoch", "next_sequence", "corpus", *known})
         epoch = count_in(position, "epoch")
         count_in(position, "next_sequence")
         begins, changes = [], []
         for order in self._orders:
-            if order.source.corpus.fingerprint != position["corpus"]:
+            if order is not stays[0]:
                 begins.append(SourcePosition())
                 changes.append(_describe_change(order, None))
                 continue
@@ -296,8 +305,6 @@ class BlendStream(Stream[BlendWindow]):
                 )
             )
             changes.append(_describe_change(order, Fraction(1)))
-        if not any(begin.begun_alone for begin in begins):
-            raise self._nothing_stays([f"of the corpus {str(position['corpus'])[:12]}"])
         return self._window(0, begins), 0, changes
 
     def _nothing_stays(self, names: Sequence[str]) -> CheckpointError:
@@ -314,7 +321,13 @@ class BlendStream(Stream[BlendWindow]):
             [order.source.share for order in orders],
             [start.lag for start in starts],
             [order.upcoming_lengths(start) for order, start in pairs],
-            self._size,
+            # Not many epochs of a source at once, since they are shuffled together.
+            WindowSize(
+                documents=WINDOW_DOCUMENTS,
+                of_sources=tuple(len(order.lengths) for order in orders),
+                least_tokens=self._least_tokens,
+                most_documents=_MOST_DOCUMENTS,
+            ),
         )
         documents, lengths = np.empty_like(drawn), np.empty_like(drawn)
         ends = []
@@ -361,6 +374,7 @@ def _as_json(order: SourceOrder, start: SourcePosition) -> dict[str, Any]:
         "lag": str(start.lag),
         "tokens_at_start": start.tokens,
         "documents_at_start": start.documents,
+        **order.traits,
     }
 
 

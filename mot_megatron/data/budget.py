@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mot_megatron.data import _native
 from mot_megatron.data.corpus import CorpusDescription, TokenSplit
 from mot_megatron.data.packing import Packing, check_lengths, shuffled
+from mot_megatron.data.pieces import Pieces
 from mot_megatron.errors import DataError
 
 _TOKENS_PER_CHUNK = 1 << 16
@@ -250,7 +251,7 @@ class BudgetPlan:
     @classmethod
     def build(
         cls,
-        splits: Sequence[TokenSplit],
+        pieces: Sequence[Pieces],
         shares: Sequence[Fraction],
         description: CorpusDescription,
         towers_of_modalities: Sequence[int],
@@ -267,8 +268,8 @@ class BudgetPlan:
         """
         tower_of_id = np.asarray(towers_of_modalities)[description.modality_of_id]
         counts = [
-            count_tower_tokens(split, tower_of_id, num_towers, source)
-            for split, source in zip(splits, sources, strict=True)
+            each.of_kept(count_tower_tokens(each.split, tower_of_id, num_towers, source))
+            for each, source in zip(pieces, sources, strict=True)
         ]
         budgets = blended_budgets(counts, shares, micro_batch_size * seq_length)
         modalities = [

@@ -11,7 +11,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +40,8 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}$")]
 PrintableText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 """Text without control characters, which would reach the terminal."""
+LongDocuments = Literal["refuse", "split", "truncate"]
+"""Values of data.long_documents."""
 SplitName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 
 
@@ -260,6 +262,13 @@ class Corpus:
     splits: dict[str, TokenSplit]
     fingerprint: str
     """SHA-256 of corpus.toml, which contains the digests of the token files."""
+    long_documents: LongDocuments = "refuse"
+    """What training does with documents that are longer than a sequence."""
+    prepared: dict[tuple[str, int, LongDocuments], Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Splits as training reads them, kept since long documents take time: by name, sequence length
+    and ``long_documents``."""
 
     @classmethod
     def open(cls, directory: Path, *, once: bool = False) -> Corpus:

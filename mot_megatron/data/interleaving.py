@@ -18,11 +18,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class WindowSize:
-    """When to stop drawing: after at least so much of both, and at most so many documents."""
+    """When to stop drawing."""
 
-    least_documents: int
+    documents: int
+    """Stop after so many documents..."""
+    of_sources: tuple[int, ...]
+    """... or when a source has given so many..."""
     least_tokens: int
+    """... but not before there are so many tokens..."""
     most_documents: int
+    """... except after so many documents."""
 
 
 def draw(
@@ -47,11 +52,10 @@ def draw(
     # In units of 1 / whole tokens, all numbers are integers, so every machine computes the same.
     behind = [int(lag * whole) for lag in lags]
     heads = [next(each) for each in lengths]
+    left = list(size.of_sources)
     order: list[int] = []
-    tokens = 0
-    while len(order) < size.most_documents and (
-        len(order) < size.least_documents or tokens < size.least_tokens
-    ):
+    tokens, is_full = 0, False
+    while len(order) < size.most_documents and not (is_full and tokens >= size.least_tokens):
         chosen = _next_source(parts, whole, behind, heads)
         length = heads[chosen]
         for source, part in enumerate(parts):
@@ -59,9 +63,11 @@ def draw(
         behind[chosen] -= whole * length
         tokens += length
         order.append(chosen)
+        left[chosen] -= 1
+        is_full = is_full or left[chosen] == 0 or len(order) == size.documents
         heads[chosen] = next(lengths[chosen])
-    left = tuple(Fraction(each, whole) for each in behind)
-    return np.array(order, dtype=np.int64), left
+    lags_after = tuple(Fraction(each, whole) for each in behind)
+    return np.array(order, dtype=np.int64), lags_after
 
 
 def _next_source(

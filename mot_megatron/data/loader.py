@@ -31,11 +31,11 @@ from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.data.packing import (
     ALGORITHM_VERSION,
     Packing,
-    check_lengths,
     pack,
     pack_epoch,
     shuffled,
 )
+from mot_megatron.data.pieces import Pieces, describe_pieces, pieces_of
 from mot_megatron.data.streams import EpochStream, Position, Stream, Window
 from mot_megatron.errors import DataError
 from mot_megatron.model.micro_batch import MicroBatch
@@ -80,11 +80,34 @@ class DataShard:
     """Number of readers of different slices."""
 
 
+def read_pieces(corpus: Corpus, split: str, seq_length: int) -> list[Pieces]:
+    """Return the documents of a split as training reads them, for each source.
+
+    Raises:
+        DataError: There is no such split, or a document does not fit into a sequence.
+    """
+    key = split, seq_length, corpus.long_documents
+    for source, place in zip(sources_of(corpus), _places_of(corpus, split), strict=True):
+        prepared = source.corpus.prepared
+        if key not in prepared:
+            part, description = source.corpus.split(split), source.corpus.description
+            prepared[key] = pieces_of(part, description, seq_length, corpus.long_documents, place)
+    return [source.corpus.prepared[key] for source in sources_of(corpus)]
+
+
+def describe_long_documents(corpus: Corpus, split: str, seq_length: int) -> list[str]:
+    """Return what becomes of long documents, a line per source that has some."""
+    return describe_pieces(read_pieces(corpus, split, seq_length), _places_of(corpus, split))
+
+
+def _places_of(corpus: Corpus, split: str) -> list[str]:
+    return [f"{source.corpus.directory}: split {split}" for source in sources_of(corpus)]
+
+
 class _SequenceReader:
     """Builds micro-batches from documents of one split, numbered through all sources of a blend."""
 
     def __init__(self, corpus: Corpus, split: str, seq_length: int, grouping: GroupingPlan) -> None:
-        self._parts = corpus.parts(split)
         self._shares = [source.share for source in sources_of(corpus)]
         self._description = corpus.description
         self._seq_length = seq_length
@@ -95,23 +118,20 @@ class _SequenceReader:
                 f"{corpus.directory}: the corpus has {len(modalities)} modalities ({modalities}), "
                 f"the model maps {len(grouping.towers_of_modalities)} to towers"
             )
-        self.sources = [
-            f"{source.corpus.directory}: split {split}" for source in sources_of(corpus)
-        ]
+        self.sources = _places_of(corpus, split)
         self.source = self.sources[0] if len(self.sources) == 1 else f"blend: split {split}"
-        for part, source in zip(self._parts, self.sources, strict=True):
-            check_lengths(part.lengths, seq_length, source)
-        lengths = [part.lengths for part in self._parts]
+        self.parts = read_pieces(corpus, split, seq_length)
+        lengths = [part.lengths for part in self.parts]
         self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
         """[documents] int64, tokens of each document."""
-        self.bounds = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
+        self.bounds = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
         """Number of the first document of each source, and of all documents."""
         self.budget_plan: BudgetPlan | None = None
 
     def use_budgets(self, micro_batch_size: int) -> BudgetPlan:
         """Switch to budget packing with micro-batches of ``micro_batch_size`` sequences."""
         self.budget_plan = BudgetPlan.build(
-            self._parts,
+            self.parts,
             self._shares,
             self._description,
             self._grouping.towers_of_modalities,
@@ -161,13 +181,17 @@ class _SequenceReader:
         return shuffled(packing, places, generator, sequences_per_bin=plan.micro_batch_size)
 
     def locate(self, document: int) -> tuple[int, int]:
-        """Return the source of a document, and its number in the source's split."""
+        """Return the source of a document, and the number there of the document that it is of."""
+        place, number = self._place(document)
+        return place, self.parts[place].document_of(number)
+
+    def _place(self, document: int) -> tuple[int, int]:
         place = bisect_right(self.bounds, document) - 1
         return place, document - self.bounds[place]
 
     def _tokens(self, document: int) -> np.ndarray:
-        place, number = self.locate(document)
-        return self._parts[place][number]
+        place, number = self._place(document)
+        return self.parts[place][number]
 
     def read(self, sequences: list[np.ndarray]) -> MicroBatch:
         """Build the micro-batch of these documents, given as b arrays of document numbers."""
@@ -232,7 +256,7 @@ class PackedLoader:
                 micro-batch of b sequences exactly ``budgets[tower]`` tokens of each tower.
 
         Raises:
-            DataError: There is no such split, a document is longer than ``seq_length`` or exceeds a
+            DataError: There is no such split, a document does not fit into a sequence or exceeds a
                 budget, or the corpus has another number of modalities than ``grouping``.
         """
         self._reader = _SequenceReader(corpus, split, seq_length, grouping)
@@ -263,7 +287,7 @@ class PackedLoader:
     def _epoch_stream(self) -> EpochStream:
         reader, seed = self._reader, int(self._identity["seed"])
         return EpochStream(
-            self._identity | self._joined_budgets(),
+            self._traits(0) | self._identity | self._joined_budgets(),
             reader.source,
             self._corpus.fingerprint,
             lambda epoch: reader.pack(seed, epoch),
@@ -279,6 +303,7 @@ class PackedLoader:
                 reader.lengths[first:end],
                 seed,
                 lambda epoch, place=place: reader.pack(seed, epoch, place),
+                self._traits(place),
             )
             for place, (source, (first, end)) in enumerate(
                 zip(sources_of(self._corpus), pairwise(reader.bounds), strict=True)
@@ -287,6 +312,11 @@ class PackedLoader:
         return BlendStream(
             self._identity, reader.source, orders, reader.pack_chosen, self._joined_budgets()
         )
+
+    def _traits(self, place: int) -> dict[str, str]:
+        """Return what a source's documents depend on; without long ones, only on the corpus."""
+        has_long = self._reader.parts[place].num_long > 0
+        return {"long_documents": self._corpus.long_documents} if has_long else {}
 
     def _joined_budgets(self) -> dict[str, str]:
         return {} if self.budgets is None else {"budgets": ", ".join(map(str, self.budgets))}

@@ -10,6 +10,8 @@ from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.blend import sources_of
 from mot_megatron.data.budget import describe_budgets
+from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT
+from mot_megatron.data.loader import describe_long_documents
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
@@ -52,6 +54,10 @@ def announce(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
         " slots filled; losses are in bits per token"
     )
+    if session.is_first_rank:  # the others print nothing
+        for split in (TRAIN_SPLIT, HELD_OUT_SPLIT):
+            for line in describe_long_documents(session.corpus, split, config.data.seq_length):
+                console.say(line)
     blend = sources_of(session.corpus)
     if len(blend) > 1:
         shares = ", ".join(f"{each.name} {float(each.share):.1%}" for each in blend)

@@ -126,10 +126,10 @@ def load_trained_model(
         DataError: The corpus cannot be opened.
     """
     saved = SavedRun.open(path)
-    if corpus_directory is None:
-        corpus = open_training_data(saved.config.data)
-    else:
-        corpus = Corpus.open(corpus_directory, once=True)
+    data = saved.config.data
+    if corpus_directory is not None:
+        data = data.model_copy(update={"corpus": corpus_directory, "sources": ()})
+    corpus = open_training_data(data)
     saved.check_corpus(corpus, "--corpus")
     # Experts must choose among as many tokens as in training.
     pool = {"micro_batch_size": saved.config.pool_sequences}

@@ -20,8 +20,13 @@ def shares_of(weights: list[int]) -> list[Fraction]:
     return [Fraction(weight, sum(weights)) for weight in weights]
 
 
+def window(count: int) -> WindowSize:
+    """Return a window of ``count`` documents."""
+    return WindowSize(count, (count, count) * 6, 0, count)
+
+
 def drawn(shares: list[Fraction], lengths: list[list[int]], count: int) -> list[int]:
-    size = WindowSize(count, 0, count)
+    size = window(count)
     zero = [Fraction(0)] * len(shares)
     return draw(shares, zero, [cycle(each) for each in lengths], size)[0].tolist()
 
@@ -74,25 +79,29 @@ def test_lags_continue_the_order(sources: list[tuple[int, list[int]]], first: in
     lengths = [each for _, each in sources]
     whole = drawn(shares, lengths, 100)
     zero = [Fraction(0)] * len(shares)
-    begun, lags = draw(shares, zero, [cycle(each) for each in lengths], WindowSize(first, 0, first))
+    begun, lags = draw(shares, zero, [cycle(each) for each in lengths], window(first))
     assert sum(lags) == 0
     counts = np.bincount(begun, minlength=len(shares)).tolist()
     rest = [islice(cycle(each), count, None) for each, count in zip(lengths, counts, strict=True)]
-    more, _ = draw(shares, lags, rest, WindowSize(100 - first, 0, 100 - first))
+    more, _ = draw(shares, lags, rest, window(100 - first))
     assert [*begun.tolist(), *more.tolist()] == whole
 
 
-def test_window_ends_when_it_has_enough_of_both() -> None:
+def test_window_ends_when_it_has_enough() -> None:
     def count(size: WindowSize) -> int:
-        return len(draw([Fraction(1)], [Fraction(0)], [cycle([10])], size)[0])
+        lengths = [cycle([10]), cycle([10])]
+        return len(draw(shares_of([3, 1]), [Fraction(0)] * 2, lengths, size)[0])
 
-    assert count(WindowSize(7, 0, 100)) == 7
-    assert count(WindowSize(7, 201, 100)) == 21
-    assert count(WindowSize(7, 10_000, 100)) == 100
+    assert count(WindowSize(7, (99, 99), 0, 100)) == 7
+    assert count(WindowSize(7, (99, 99), 201, 100)) == 21
+    assert count(WindowSize(7, (99, 99), 10_000, 100)) == 100
+    # One source gives three quarters of the documents: 30 of 40.
+    assert 39 <= count(WindowSize(90, (30, 99), 0, 100)) <= 40
+    assert count(WindowSize(90, (30, 99), 505, 100)) == 51
 
 
 def test_carried_documents_come_first() -> None:
     lengths = [chain([5, 5], cycle([10])), cycle([10])]
-    order = draw(shares_of([1, 1]), [Fraction(0)] * 2, lengths, WindowSize(6, 0, 6))[0]
+    order = draw(shares_of([1, 1]), [Fraction(0)] * 2, lengths, window(6))[0]
     # 5 and 5 tokens of the first source are level with 10 of the second.
     assert order.tolist() == [0, 1, 0, 0, 1, 0]

@@ -210,3 +210,25 @@ def test_a_trained_model_finds_its_blend(folders: dict[str, Path], tmp_path: Pat
     # The same vocabulary: one of the sources does as well.
     one = load_trained_model(tmp_path / "small", torch.device("cpu"), folders["books"])
     assert one.corpus.description.name == "small"
+
+
+def test_long_documents_are_split_in_training_and_evaluation(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # Documents of two modalities have up to 38 tokens, of three up to 57.
+    sources, short = {folders["web"]: 1.0, folders["books"]: 1.0}, ["data.seq_length=26"]
+    (job,) = run_ranks(run_blend, 1, sources, tmp_path / "refused", 2, short)
+    assert job.error is not None
+    assert '1..26 (seq_length); data.long_documents can be "split" or "truncate"' in job.error
+    for long_documents, words in (("split", ", split into"), ("truncate", ", truncated: ")):
+        settings = [*short, f"data.long_documents={long_documents}"]
+        runs = tmp_path / long_documents
+        (whole,) = run_ranks(run_blend, 1, sources, runs / "whole", 8, settings)
+        (first,) = run_ranks(run_blend, 2, sources, runs / "parts", 4, settings)[:1]
+        (rest,) = run_ranks(run_blend, 1, sources, runs / "parts", 8, settings)
+        assert whole.error is first.error is rest.error is None
+        lines = [line for line in first.lines if words in line]
+        for line, split in zip(lines, ["train"] * 2 + ["validation"] * 2, strict=True):
+            assert f": split {split}: " in line
+        found = np.array([*first.losses, *rest.losses])
+        np.testing.assert_allclose(found, np.array(whole.losses), rtol=1e-5)
