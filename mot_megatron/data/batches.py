@@ -16,10 +16,10 @@ import torch
 from mot_megatron.data import _native
 from mot_megatron.data.modality_shards import ModalityShard, take_shard
 from mot_megatron.errors import DataError
-from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.micro_batch import NO_LABEL, MicroBatch
 
 
-def build_micro_batch(
+def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are grouped
     token_ids: np.ndarray,
     document_ids: np.ndarray,
     modality_of_id: np.ndarray,
@@ -28,6 +28,7 @@ def build_micro_batch(
     num_towers: int,
     slot_multiple: int = 1,
     filled_tokens: np.ndarray | None = None,
+    context: np.ndarray | None = None,
     shard: ModalityShard | None = None,
 ) -> MicroBatch:
     """Group the tokens of one micro-batch by tower. This is a pure function on the CPU.
@@ -42,6 +43,8 @@ def build_micro_batch(
             tensor-parallel size with sequence parallelism, otherwise 1.
         filled_tokens: [b] number of leading positions of each sequence that documents occupy; later
             positions get no label and count for no modality. Default: all.
+        context: [b, s] bool, tokens that are context only: they are no labels, but are attended to
+            and followed by labels as others are. Default: none.
         shard: With modality parallelism, the part of the micro-batch to return. The sequences are
             then those of the whole group, rank by rank, and b is a multiple of its size.
 
@@ -68,6 +71,8 @@ def build_micro_batch(
         num_towers,
         slot_multiple if shard is None else 1,
     )
+    if context is not None:
+        grouped.update(_without_labels(grouped, context))
     fields = {
         "document_ids": document_ids.astype(np.int32),
         "num_sequences": sequences,
@@ -80,6 +85,22 @@ def build_micro_batch(
         fields = take_shard(fields, modalities, shard, slot_multiple)
     fields.update(_filled_slots(fields, used.ravel()))
     return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})
+
+
+def _without_labels(grouped: dict[str, Any], context: np.ndarray) -> dict[str, Any]:
+    """Return the labels without those that are context only.
+
+    A label is the token after the slot's, in the same sequence.
+    """
+    is_dropped = np.append(context.ravel()[1:], False)[grouped["group_index"]]
+    labels = np.where(is_dropped, NO_LABEL, grouped["labels"])
+    modalities = np.where(is_dropped, 0, grouped["label_modalities"])
+    counts = np.bincount(modalities[labels != NO_LABEL], minlength=len(grouped["modality_labels"]))
+    return {
+        "labels": labels,
+        "label_modalities": modalities,
+        "modality_labels": tuple(counts.tolist()),
+    }
 
 
 def _filled_slots(fields: dict[str, Any], used: np.ndarray) -> dict[str, Any]:

@@ -117,6 +117,7 @@ class _SequenceReader:
         token_ids = np.full(shape, self._description.pad_token, dtype=np.int64)
         document_ids = np.empty(shape, dtype=np.int32)
         filled = np.zeros(len(sequences), dtype=np.int64)
+        context = np.zeros(shape, dtype=bool) if self._split.has_context else None
         for row, documents in enumerate(sequences):
             end = 0
             for number, document in enumerate(documents):
@@ -124,6 +125,8 @@ class _SequenceReader:
                 end = begin + len(tokens)
                 token_ids[row, begin:end] = tokens
                 document_ids[row, begin:end] = number
+                if context is not None:
+                    context[row, begin:end] = self._split.context_of(document)
             # The rest counts as another document, so that no token attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
@@ -137,6 +140,7 @@ class _SequenceReader:
             num_towers=self._grouping.num_towers,
             slot_multiple=self._grouping.slot_multiple,
             filled_tokens=filled,
+            context=context,
             shard=self._grouping.shard,
         )
 

@@ -209,10 +209,10 @@ def _write(
         splits: set[str] = set()
         for encoded in _encoded(build, shards, paths, vocabulary, pool):
             broken = _list_broken(encoded, build, broken, listed)
-            for held_out, ids in encoded.documents():
+            for held_out, ids, context in encoded.documents():
                 split = HELD_OUT_SPLIT if held_out else TRAIN_SPLIT
                 splits.add(split)
-                writer.add_document(split, ids)
+                writer.add_document(split, ids, context)
         if missing := {TRAIN_SPLIT, HELD_OUT_SPLIT} - splits:
             raise DataError(
                 f"{build.output}: no documents for split {', '.join(sorted(missing))}; add "

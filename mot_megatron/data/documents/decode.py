@@ -35,6 +35,8 @@ class DecodedSegment:
     content: str | np.ndarray | SpeechFeatures
     """Text, picture uint8 [32, 32, 3], or features of a sound."""
     language: str | None
+    context: bool = False
+    """Whether nothing is trained to predict it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def decode_document(document: RawDocument, validation_share: float) -> DecodedDo
                 decoded = decode_speech(segment.content, content)
         contents.append((segment.kind, content))
         if not isinstance(decoded, str) or decoded:
-            segments.append(DecodedSegment(segment.kind, decoded, segment.language))
+            segments.append(
+                DecodedSegment(segment.kind, decoded, segment.language, segment.context)
+            )
     if not segments:
         raise BrokenItemError("the text is empty, and there is nothing else")
     key = content_digest(contents) if document.key is None else document.key

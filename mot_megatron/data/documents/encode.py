@@ -21,7 +21,8 @@ from mot_megatron.data.documents.decode import DecodedDocument, decode_document
 from mot_megatron.data.documents.raw import BrokenItemError, RawDocument
 from mot_megatron.data.documents.sources import Reading, Shard, read_shard
 from mot_megatron.data.documents.vocabulary import Vocabulary
-from mot_megatron.data.structure import Piece, assemble, language_token
+from mot_megatron.data.intervals import intervals_of, mask_of
+from mot_megatron.data.structure import Piece, assemble_with_context, language_token
 from mot_megatron.files import write_atomically
 
 _DOCUMENTS_PER_BATCH = 64
@@ -45,13 +46,16 @@ class EncodedShard:
     """Tokens of each document, [documents] int64."""
     held_out: np.ndarray
     """Whether each document belongs to the validation split, [documents] bool."""
+    context: np.ndarray
+    """[n, 2] int64: the intervals of ``ids`` that are context only."""
     broken: tuple[Broken, ...]
 
-    def documents(self) -> Iterator[tuple[bool, np.ndarray]]:
-        """Yield whether a document is held out, and its ids."""
-        ends = np.cumsum(self.lengths)
-        for end, length, held_out in zip(ends, self.lengths, self.held_out, strict=True):
-            yield bool(held_out), self.ids[end - length : end]
+    def documents(self) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
+        """Yield whether a document is held out, its ids, and which of them are context only."""
+        ends = np.cumsum(self.lengths).tolist()
+        for end, length, held_out in zip(ends, self.lengths.tolist(), self.held_out, strict=True):
+            start = end - length
+            yield bool(held_out), self.ids[start:end], mask_of(self.context, start, end)
 
     def save(self, path: Path) -> None:
         """Write the shard; the file is complete or absent."""
@@ -62,6 +66,7 @@ class EncodedShard:
             ids=self.ids,
             lengths=self.lengths,
             held_out=self.held_out,
+            context=self.context,
             broken=np.frombuffer(broken, np.uint8),
         )
         write_atomically(path, stream.getvalue())
@@ -76,6 +81,7 @@ class EncodedShard:
                     stored["ids"],
                     stored["lengths"],
                     stored["held_out"],
+                    stored["context"],
                     tuple(Broken(where, problem) for where, problem in broken),
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -102,6 +108,7 @@ def encode_shard(
     """
     encoder = _Encoder(vocabulary, _codecs(vocabulary))
     documents: list[np.ndarray] = []
+    context: list[np.ndarray] = []
     held_out: list[bool] = []
     broken: list[Broken] = []
     source = read_shard(shard, reading)
@@ -112,12 +119,17 @@ def encode_shard(
                 decoded.append(encoder.decode(document, validation_share))
             except BrokenItemError as error:
                 broken.append(Broken(document.where, str(error)))
-        documents += encoder.encode([each for each, _ in decoded], [texts for _, texts in decoded])
+        for ids, mask in encoder.encode(
+            [each for each, _ in decoded], [texts for _, texts in decoded]
+        ):
+            documents.append(ids)
+            context.append(mask)
         held_out += [each.held_out for each, _ in decoded]
     EncodedShard(
         np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32),
         np.array([len(document) for document in documents], dtype=np.int64),
         np.array(held_out, dtype=bool),
+        intervals_of(np.concatenate([np.empty(0, bool), *context])),
         tuple(broken),
     ).save(path)
 
@@ -157,8 +169,11 @@ class _Encoder:
 
     def encode(
         self, documents: Sequence[DecodedDocument], texts: Sequence[Sequence[np.ndarray]]
-    ) -> list[np.ndarray]:
-        """Return the ids of each document; pictures and sounds are encoded all at once."""
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each document, and which of them are context only.
+
+        Pictures and sounds are encoded all at once.
+        """
         contents = [segment.content for each in documents for segment in each.segments]
         pictures = iter(self._pictures([each for each in contents if isinstance(each, np.ndarray)]))
         sounds = iter(self._sounds([each for each in contents if isinstance(each, SpeechFeatures)]))
@@ -168,13 +183,15 @@ class _Encoder:
             pieces = []
             for segment in document.segments:
                 modality = self.vocabulary.kinds[segment.kind]
+                language = None
                 if isinstance(segment.content, str):
-                    pieces.append(Piece(modality, next(written), segment.language))
+                    ids, language = next(written), segment.language
                 elif isinstance(segment.content, SpeechFeatures):
-                    pieces.append(Piece(modality, next(sounds)))
+                    ids = next(sounds)
                 else:
-                    pieces.append(Piece(modality, next(pictures)))
-            encoded.append(assemble(pieces, self.vocabulary.special))
+                    ids = next(pictures)
+                pieces.append(Piece(modality, ids, language, segment.context))
+            encoded.append(assemble_with_context(pieces, self.vocabulary.special))
         return encoded
 
     def _pictures(self, pictures: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
