@@ -67,6 +67,13 @@ def print_report(report: dict[str, Any]) -> None:
             f"{name:<12}{counts['documents']:>10,}{counts['tokens']:>12,}"
             f"{counts['longest_document']:>9}{report['fill'][name]:>8.2%}  {each}"
         )
+    for name, counts in report["splits"].items():
+        if counts["context"]:
+            tokens = counts["context"]["tokens_per_modality"]
+            each = ", ".join(f"{key} {value:,}" for key, value in tokens.items())
+            print(
+                f"context only in {name}, never predicted: {sum(tokens.values()):,} tokens ({each})"
+            )
     print(f"fill: packed into sequences of {report['seq_length']} tokens")
     print(
         "\nheld-out entropy in bits/token from counts on train, given 0, 1 and 2 tokens of context"

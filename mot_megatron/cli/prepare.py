@@ -99,6 +99,9 @@ def run(options: argparse.Namespace) -> int:
     for name, split in corpus.description.splits.items():
         tokens = ", ".join(f"{key} {n:,}" for key, n in split.tokens_per_modality.items())
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens ({tokens})")
+        if split.context is not None:
+            only = sum(split.context.tokens_per_modality.values())
+            print(f"  of these, {only:,} are context only")
     print(f"{options.output}: complete after {seconds:.0f} s")
     return 0
 
@@ -151,6 +154,9 @@ def counts(corpus: Corpus) -> dict[str, Any]:
                 "documents": split.documents,
                 "tokens": split.tokens,
                 "tokens_per_modality": dict(split.tokens_per_modality),
+                "context_tokens_per_modality": (
+                    dict(split.context.tokens_per_modality) if split.context else {}
+                ),
             }
             for name, split in corpus.description.splits.items()
         }

@@ -16,7 +16,7 @@ import torch
 from mot_megatron.data import _native
 from mot_megatron.data.modality_shards import ModalityShard, take_shard
 from mot_megatron.errors import DataError
-from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.micro_batch import NO_LABEL, MicroBatch
 
 
 def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are grouped
@@ -29,6 +29,7 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
     slot_multiple: int = 1,
     filled_tokens: np.ndarray | None = None,
     visible: tuple[np.ndarray, np.ndarray] | None = None,
+    context: np.ndarray | None = None,
     shard: ModalityShard | None = None,
 ) -> MicroBatch:
     """Group the tokens of one micro-batch by tower. This is a pure function on the CPU.
@@ -46,6 +47,8 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
         visible: [b, s] integers each, the interval of positions of its sequence that each position
             attends to: the first one, and the one after the last. It contains the position and lies
             within the document. Default: the document up to the position.
+        context: [b, s] bool, tokens that are context only: they are no labels, but are attended to
+            and followed by labels as others are. Default: none.
         shard: With modality parallelism, the part of the micro-batch to return. The sequences are
             then those of the whole group, rank by rank, and b is a multiple of its size.
 
@@ -73,6 +76,8 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
         slot_multiple if shard is None else 1,
     )
     first, end = visible or _causal(grouped["positions"].reshape(token_ids.shape))
+    if context is not None:
+        grouped.update(_without_labels(grouped, context))
     fields = {
         "visible_from": first.astype(np.int32),
         "visible_to": end.astype(np.int32),
@@ -92,6 +97,22 @@ def _causal(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the visible intervals of causal documents, given positions within them, [b, s]."""
     places = np.arange(positions.shape[1])
     return places - positions, np.broadcast_to(places + 1, positions.shape)
+
+
+def _without_labels(grouped: dict[str, Any], context: np.ndarray) -> dict[str, Any]:
+    """Return the labels without those that are context only.
+
+    A label is the token after the slot's, in the same sequence.
+    """
+    is_dropped = np.append(context.ravel()[1:], False)[grouped["group_index"]]
+    labels = np.where(is_dropped, NO_LABEL, grouped["labels"])
+    modalities = np.where(is_dropped, 0, grouped["label_modalities"])
+    counts = np.bincount(modalities[labels != NO_LABEL], minlength=len(grouped["modality_labels"]))
+    return {
+        "labels": labels,
+        "label_modalities": modalities,
+        "modality_labels": tuple(counts.tolist()),
+    }
 
 
 def _filled_slots(fields: dict[str, Any], used: np.ndarray) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from tqdm import tqdm
 
 from mot_megatron.data.codec_names import NO_CODEC, CodecName
+from mot_megatron.data.context import ContextCounts, check_context, context_path, open_context
 from mot_megatron.data.indexed import bin_path, idx_path, read_token_file
+from mot_megatron.data.intervals import NONE, mask_of
 from mot_megatron.data.verification import verified_once
 from mot_megatron.errors import DataError, first_problem
 from mot_megatron.files import read_regular_file, regular_file_size
@@ -90,6 +92,8 @@ class SplitCounts(BaseModel):
     longest_document: int = Field(ge=1)
     """Tokens of the longest document, which is the smallest usable seq_length."""
     sha256: FileDigests
+    context: ContextCounts | None = None
+    """Absent if every token is trained."""
 
 
 class CorpusDescription(BaseModel):
@@ -137,11 +141,15 @@ class CorpusDescription(BaseModel):
         _check_tokens(self, source)
         names = [modality.name for modality in self.modalities]
         for split, counts in self.splits.items():
-            if set(counts.tokens_per_modality) != set(names):
-                raise DataError(
-                    f"{source}: splits.{split}.tokens_per_modality has keys "
-                    f"{sorted(counts.tokens_per_modality)}, expected {sorted(names)}"
-                )
+            tables = {"": counts.tokens_per_modality}
+            if counts.context is not None:
+                tables["context."] = counts.context.tokens_per_modality
+            for table, tokens in tables.items():
+                if set(tokens) != set(names):
+                    raise DataError(
+                        f"{source}: splits.{split}.{table}tokens_per_modality has keys "
+                        f"{sorted(tokens)}, expected {sorted(names)}"
+                    )
 
 
 def _check_ranges(description: CorpusDescription, source: str) -> None:
@@ -235,6 +243,19 @@ class TokenSplit:
     """[tokens] uint16 or int32, all documents concatenated, memory-mapped read-only."""
     offsets: np.ndarray
     """[documents + 1] int64: start of each document, and end of the last one."""
+    context: np.ndarray = field(default_factory=lambda: NONE)
+    """[n, 2] int64, memory-mapped: first token and end of each run of tokens that are context only,
+    sorted. Nothing is trained to predict these tokens."""
+
+    @property
+    def has_context(self) -> bool:
+        """Whether some tokens are context only."""
+        return len(self.context) > 0
+
+    def context_of(self, document: int) -> np.ndarray:
+        """Return which tokens of a document are context only, [length] bool."""
+        begin, end = self.offsets[document : document + 2].tolist()
+        return mask_of(self.context, begin, end)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -288,6 +309,7 @@ class Corpus:
         corpus = cls.open_unchecked(directory)
         prefixes = [directory / name for name in corpus.splits]
         files = [path.name for p in prefixes for path in (bin_path(p), idx_path(p))]
+        files += [context_path(p).name for p in prefixes if corpus.splits[p.name].has_context]
         try:
             if not once:
                 corpus._check_content()
@@ -403,7 +425,7 @@ def _open_split(directory: Path, name: str, description: CorpusDescription) -> T
     counts = description.splits[name]
     prefix = directory / name
     tokens, offsets = read_token_file(prefix, description.vocab_size)
-    split = TokenSplit(name, tokens, offsets)
+    split = TokenSplit(name, tokens, offsets, open_context(prefix, counts.context))
     found = {
         "documents": len(split),
         "tokens": len(tokens),
@@ -422,7 +444,12 @@ def _check_content(split: TokenSplit, prefix: Path, description: CorpusDescripti
     counts = description.splits[split.name]
     with idx_path(prefix).open("rb") as stream:
         _check_digest(idx_path(prefix), hashlib.file_digest(stream, "sha256"), counts.sha256.idx)
+    if counts.context is not None:
+        check_context(prefix, split.context, len(split.tokens))
+        digest = hashlib.sha256(split.context.tobytes())
+        _check_digest(context_path(prefix), digest, counts.context.sha256)
     occurrences = np.zeros(description.vocab_size, dtype=np.int64)
+    in_context = np.zeros(description.vocab_size, dtype=np.int64)
     digest = hashlib.sha256()
     starts = range(0, len(split.tokens), _TOKENS_PER_CHUNK)
     for start in tqdm(starts, desc=f"checking {split.name}", delay=5, ncols=100, leave=False):
@@ -431,15 +458,31 @@ def _check_content(split: TokenSplit, prefix: Path, description: CorpusDescripti
         if chunk.min() < 0 or chunk.max() >= description.vocab_size:
             raise _out_of_range(split, prefix, start, description.vocab_size)
         occurrences += np.bincount(chunk, minlength=description.vocab_size)
+        if split.has_context:
+            chosen = chunk[mask_of(split.context, start, start + len(chunk))]
+            in_context += np.bincount(chosen, minlength=description.vocab_size)
+    _check_modalities(bin_path(prefix), "", occurrences, counts.tokens_per_modality, description)
+    if counts.context is not None:
+        expected = counts.context.tokens_per_modality
+        _check_modalities(context_path(prefix), "context.", in_context, expected, description)
+    _check_digest(bin_path(prefix), digest, counts.sha256.bin)
+
+
+def _check_modalities(
+    path: Path,
+    table: str,
+    occurrences: np.ndarray,
+    expected: dict[str, int],
+    description: CorpusDescription,
+) -> None:
+    """Check the tokens of each modality against the occurrences of each id in a file."""
     for modality in description.modalities:
         tokens = int(occurrences[modality.first_id : modality.end_id].sum())
-        if tokens != counts.tokens_per_modality[modality.name]:
+        if tokens != expected[modality.name]:
             raise DataError(
-                f"{prefix.parent / DESCRIPTION_FILE}: splits.{split.name}.tokens_per_modality."
-                f"{modality.name} = {counts.tokens_per_modality[modality.name]}, but "
-                f"{bin_path(prefix).name} has {tokens}"
+                f"{path.parent / DESCRIPTION_FILE}: splits.{path.stem}.{table}tokens_per_modality."
+                f"{modality.name} = {expected[modality.name]}, but {path.name} has {tokens}"
             )
-    _check_digest(bin_path(prefix), digest, counts.sha256.bin)
 
 
 def _check_digest(path: Path, digest: hashlib._Hash, expected: str) -> None:

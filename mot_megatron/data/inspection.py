@@ -228,7 +228,7 @@ def inspect(
             for modality in description.modalities
         ],
         "splits": {
-            name: counts.model_dump(exclude={"sha256"})
+            name: counts.model_dump(exclude={"sha256": True, "context": {"sha256"}})
             for name, counts in description.splits.items()
         },
         "seq_length": seq_length,

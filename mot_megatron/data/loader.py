@@ -12,7 +12,9 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +28,8 @@ from mot_megatron.data.budget import (
     pack_budget_epoch,
     tower_budgets,
 )
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.codebooks import load_codec
+from mot_megatron.data.corpus import Corpus, Modality
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.data.packing import (
     ALGORITHM_VERSION,
@@ -90,9 +93,19 @@ def read_pieces(corpus: Corpus, split: str, seq_length: int) -> list[Pieces]:
     for source, place in zip(sources_of(corpus), _places_of(corpus, split), strict=True):
         prepared = source.corpus.prepared
         if key not in prepared:
-            part, description = source.corpus.split(split), source.corpus.description
-            prepared[key] = pieces_of(part, description, seq_length, corpus.long_documents, place)
+            prepared[key] = pieces_of(
+                source.corpus.split(split),
+                source.corpus.description,
+                seq_length,
+                corpus.long_documents,
+                place,
+                partial(_tokens_per_item, source.corpus.directory),
+            )
     return [source.corpus.prepared[key] for source in sources_of(corpus)]
+
+
+def _tokens_per_item(directory: Path, modality: Modality) -> int | None:
+    return load_codec(directory, modality).tokens_per_item
 
 
 def describe_long_documents(corpus: Corpus, split: str, seq_length: int) -> list[str]:
@@ -193,12 +206,18 @@ class _SequenceReader:
         place, number = self._place(document)
         return self.parts[place][number]
 
+    def _context(self, document: int) -> np.ndarray:
+        place, number = self._place(document)
+        return self.parts[place].context_of(number)
+
     def read(self, sequences: list[np.ndarray]) -> MicroBatch:
         """Build the micro-batch of these documents, given as b arrays of document numbers."""
         shape = (len(sequences), self._seq_length)
         token_ids = np.full(shape, self._description.pad_token, dtype=np.int64)
         document_ids = np.empty(shape, dtype=np.int32)
         filled = np.zeros(len(sequences), dtype=np.int64)
+        has_context = any(part.split.has_context for part in self.parts)
+        context = np.zeros(shape, dtype=bool) if has_context else None
         for row, documents in enumerate(sequences):
             end = 0
             for number, document in enumerate(documents):
@@ -206,6 +225,8 @@ class _SequenceReader:
                 end = begin + len(tokens)
                 token_ids[row, begin:end] = tokens
                 document_ids[row, begin:end] = number
+                if context is not None:
+                    context[row, begin:end] = self._context(document)
             # The rest counts as another document, so that no token attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
@@ -219,6 +240,7 @@ class _SequenceReader:
             num_towers=self._grouping.num_towers,
             slot_multiple=self._grouping.slot_multiple,
             filled_tokens=filled,
+            context=context,
             shard=self._grouping.shard,
         )
 

@@ -8,16 +8,18 @@ number of tokens, such as pictures, are never cut. Each piece is a document of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mot_megatron.data.codebooks import CODECS
+from mot_megatron.data.codec_names import NO_CODEC
 from mot_megatron.data.corpus import CorpusDescription, LongDocuments, Modality, TokenSplit
 from mot_megatron.data.packing import check_lengths
 from mot_megatron.data.structure import BEGIN_DOCUMENT, END_DOCUMENT, PADDING
 from mot_megatron.errors import DataError
+
+ItemTokens = Callable[[Modality], int | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Pieces:
     def __getitem__(self, number: int) -> np.ndarray:
         return self.split[self._place(number)]
 
+    def context_of(self, number: int) -> np.ndarray:
+        """Return which tokens of a piece are context only, [length] bool."""
+        return self.split.context_of(self._place(number))
+
     def document_of(self, number: int) -> int:
         """Return the number of the document in the corpus to which a piece belongs."""
         start = self.split.offsets[self._place(number)]
@@ -67,6 +73,7 @@ def pieces_of(
     seq_length: int,
     long_documents: LongDocuments,
     source: str,
+    tokens_per_item: ItemTokens,
 ) -> Pieces:
     """Return the documents of a split as training reads them.
 
@@ -78,6 +85,8 @@ def pieces_of(
         seq_length: Tokens of the longest piece.
         long_documents: What to do with longer documents.
         source: Name for error messages, for example the path of the split.
+        tokens_per_item: Returns the fixed number of tokens of an item of a modality that has a
+            codec, or None if it varies; called only if there are documents to cut.
 
     Raises:
         DataError: A document is longer than ``seq_length`` and may not be cut, or has an item that
@@ -88,7 +97,7 @@ def pieces_of(
     if long_documents == "refuse" or not len(long):
         check_lengths(split.lengths, seq_length, source)
         return Pieces(split, None, starts)
-    finder = _SegmentFinder(description)
+    finder = _SegmentFinder(description, tokens_per_item)
     inner = [
         starts[number] + _cuts(finder, split[number], seq_length, f"{source}: document {number}")
         for number in long.tolist()
@@ -120,28 +129,21 @@ def describe_pieces(pieces: Sequence[Pieces], sources: Sequence[str]) -> list[st
     return lines
 
 
-def has_fixed_items(modality: Modality) -> bool:
+def _is_fixed(modality: Modality, item_tokens: int | None) -> bool:
     """Return whether a segment of the modality is an item that would be useless in parts.
 
     That holds if its codec has a fixed number of tokens per item, and is assumed of a modality
     without a codec that has tokens before and after its segments.
     """
-    if modality.codec == "none":
+    if modality.codec == NO_CODEC:
         return modality.begin_token is not None or modality.end_token is not None
-    return CODECS[modality.codec].tokens_per_item is not None
-
-
-def _tokens_between_items(modality: Modality) -> int:
-    """Return after how many tokens an item ends that nothing else delimits; 0 if that varies."""
-    if modality.codec == "none" or modality.begin_token is not None:
-        return 0
-    return CODECS[modality.codec].tokens_per_item or 0
+    return item_tokens is not None
 
 
 class _SegmentFinder:
     """Finds where the segments of documents begin, and which of them may be cut."""
 
-    def __init__(self, description: CorpusDescription) -> None:
+    def __init__(self, description: CorpusDescription, tokens_per_item: ItemTokens) -> None:
         modalities = description.modalities
         self._modality_of_id = description.modality_of_id
         self._begins = np.zeros(description.vocab_size, dtype=bool)
@@ -163,8 +165,13 @@ class _SegmentFinder:
         }
         for token in set(description.special_tokens.values()) - inside:
             self._begins[token] = True
-        self._fixed = np.array([has_fixed_items(modality) for modality in modalities])
-        self._item_tokens = np.array([_tokens_between_items(modality) for modality in modalities])
+        items = [None if each.codec == NO_CODEC else tokens_per_item(each) for each in modalities]
+        pairs = list(zip(modalities, items, strict=True))
+        self._fixed = np.array([_is_fixed(modality, tokens) for modality, tokens in pairs])
+        # After how many tokens an item ends that nothing else delimits; 0 if that varies.
+        self._item_tokens = np.array(
+            [0 if each.begin_token is not None else tokens or 0 for each, tokens in pairs]
+        )
 
     def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the starts of a document's segments, [n], and which of them may be cut, [n].

@@ -9,7 +9,8 @@ has more than ``LARGEST_SAMPLE`` tokens; then they are upper bounds.
 that training does not have to.
 
 Shapes: n tokens of one modality; V ids in its range. The first token of a document is left out,
-since it has no context and no model predicts it.
+since it has no context and no model predicts it, and so are tokens that are context only, which
+nothing is trained to predict. All of them are context of the tokens that follow.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mot_megatron.data.corpus import (
     Modality,
     TokenSplit,
 )
+from mot_megatron.data.intervals import intervals_of, mask_of
 
 STATISTICS_FILE = "statistics.json"
 LARGEST_SAMPLE = 16_000_000
@@ -146,7 +148,9 @@ def _sample(corpus: Corpus, name: str) -> TokenSplit:
     ]
     lengths = np.concatenate([sample.lengths for sample in samples])
     tokens = np.concatenate([sample.tokens for sample in samples])
-    return TokenSplit(name, tokens, np.concatenate(([0], np.cumsum(lengths))))
+    masks = [mask_of(sample.context, 0, len(sample.tokens)) for sample in samples]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return TokenSplit(name, tokens, offsets, intervals_of(np.concatenate(masks)))
 
 
 def _spaced(split: TokenSplit, most_tokens: int) -> TokenSplit:
@@ -158,7 +162,9 @@ def _spaced(split: TokenSplit, most_tokens: int) -> TokenSplit:
     chosen = chosen[: np.searchsorted(np.cumsum(lengths), most_tokens, side="right")]
     offsets = np.concatenate(([0], np.cumsum(split.lengths[chosen])))
     tokens = [split[int(document)] for document in chosen]
-    return TokenSplit(split.name, np.concatenate(tokens or [split.tokens[:0]]), offsets)
+    masks = [split.context_of(int(document)) for document in chosen] if split.has_context else []
+    context = intervals_of(np.concatenate([np.empty(0, bool), *masks]))
+    return TokenSplit(split.name, np.concatenate(tokens or [split.tokens[:0]]), offsets, context)
 
 
 def _context_distances(modality: Modality, corpus: Corpus) -> list[int]:
@@ -220,6 +226,8 @@ def _with_context(
     tokens = np.asarray(split.tokens, dtype=np.int64)
     position = np.arange(len(tokens)) - np.repeat(split.offsets[:-1], split.lengths)
     inside = (tokens >= modality.first_id) & (tokens < modality.end_id) & (position > 0)
+    if split.has_context:
+        inside &= ~mask_of(split.context, 0, len(tokens))
     places = np.flatnonzero(inside)
     context = {
         distance: np.where(

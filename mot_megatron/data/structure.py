@@ -42,6 +42,8 @@ class Piece(NamedTuple):
     ids: np.ndarray
     """[n] ids of the whole vocabulary."""
     language: str | None = None
+    context: bool = False
+    """Whether it is context only: nothing is trained to predict it or the tokens around it."""
 
 
 def special_tokens(kinds: Iterable[str], languages: Iterable[str]) -> list[str]:
@@ -92,14 +94,22 @@ def modalities_of(
 
 
 def assemble(pieces: Sequence[Piece], special: Mapping[str, int]) -> np.ndarray:
-    """Return the ids of a document, [n] int64.
+    """Return the ids of a document, [n] int64; see ``assemble_with_context``."""
+    return assemble_with_context(pieces, special)[0]
+
+
+def assemble_with_context(
+    pieces: Sequence[Piece], special: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a document, [n] int64, and which are context only, [n] bool.
 
     Args:
         pieces: Its segments in order; those without ids are left out.
         special: Ids of the special tokens. Without ``<bos>`` or ``<eos>``, the document has none.
     """
     parts: list[Sequence[int] | np.ndarray] = []
-    for modality, ids, language in pieces:
+    context: list[bool] = []
+    for modality, ids, language, is_context in pieces:
         if not len(ids):
             continue
         before = modality.begin_token
@@ -107,6 +117,11 @@ def assemble(pieces: Sequence[Piece], special: Mapping[str, int]) -> np.ndarray:
             before = special[language_token(language)]
         parts += [[before] if before is not None else [], ids]
         parts.append([modality.end_token] if modality.end_token is not None else [])
+        context += [is_context] * 3
     ends = [[special[name]] if name in special else [] for name in (BEGIN_DOCUMENT, END_DOCUMENT)]
     whole = [ends[0], *parts, ends[1]]
-    return np.concatenate([np.asarray(part, dtype=np.int64) for part in whole])
+    lengths = [len(part) for part in whole]
+    return (
+        np.concatenate([np.asarray(part, dtype=np.int64) for part in whole]),
+        np.repeat([False, *context, False], lengths),
+    )

@@ -13,14 +13,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
+from mot_megatron.data.context import DTYPE, ContextCounts, context_path
 from mot_megatron.data.corpus import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -34,12 +36,19 @@ from mot_megatron.data.corpus import (
     describe,
     parse_description,
 )
-from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path, read_token_file
+from mot_megatron.data.indexed import (
+    TokenFileWriter,
+    bin_path,
+    idx_path,
+    read_token_file,
+)
+from mot_megatron.data.intervals import intervals_of
 from mot_megatron.data.statistics import STATISTICS_FILE, render_statistics
 from mot_megatron.errors import DataError
 from mot_megatron.job.processes import Process
 
 _TOKENS_PER_CHUNK = 1 << 22
+_RESERVED_SUFFIXES = {".bin", ".idx", ".context"}
 _OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
 """End of the name of an unfinished corpus: the process that writes it, and random letters."""
 
@@ -48,8 +57,12 @@ _OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
 class _OpenSplit:
     tokens: TokenFileWriter
     tokens_per_modality: np.ndarray
+    context_per_modality: np.ndarray
     documents: int = 0
     longest_document: int = 0
+    intervals: int = 0
+    context: BinaryIO | None = None
+    """File of the intervals of context-only tokens, once there is one."""
 
 
 @dataclass(kw_only=True)
@@ -110,19 +123,30 @@ class CorpusWriter:
             self._stack.close()
             shutil.rmtree(self._root, ignore_errors=True)
 
-    def add(self, split: str, segments: Sequence[tuple[str, Sequence[int] | np.ndarray]]) -> None:
+    def add(
+        self,
+        split: str,
+        segments: Sequence[tuple[str, Sequence[int] | np.ndarray]],
+        context: Collection[int] = (),
+    ) -> None:
         """Append a document given as segments.
 
         Args:
             split: "train", "validation", or another name.
             segments: Modality name and ids of each segment, in order. Ids are those of the whole
                 vocabulary and must be in the range of the modality.
+            context: Places of the segments that are context only: nothing is trained to predict
+                their tokens.
 
         Raises:
-            DataError: The document is empty, a modality is unknown, an id is outside its range, or
-                the disk is full; the message names the document.
+            DataError: The document is empty, a modality is unknown, an id is outside its range,
+                ``context`` names no segment, or the disk is full; the message names the document.
         """
         where = self._where(split)
+        if wrong_places := [place for place in context if not 0 <= place < len(segments)]:
+            raise DataError(
+                f"{where}: context has segment {wrong_places[0]}, expected 0..{len(segments) - 1}"
+            )
         parts = []
         for name, ids in segments:
             if name not in self._by_name:
@@ -136,14 +160,26 @@ class CorpusWriter:
                     f"{modality.first_id}..{modality.end_id - 1}"
                 )
             parts.append(part)
-        self._append(split, np.concatenate(parts) if parts else np.empty(0, np.int64))
+        masks = [np.full(len(part), place in context) for place, part in enumerate(parts)]
+        self._append(
+            split,
+            np.concatenate([np.empty(0, np.int64), *parts]),
+            np.concatenate([np.empty(0, bool), *masks]),
+        )
 
-    def add_document(self, split: str, token_ids: np.ndarray) -> None:
+    def add_document(
+        self, split: str, token_ids: np.ndarray, context: np.ndarray | None = None
+    ) -> None:
         """Append a document given as [n] integer ids.
 
+        Args:
+            split: "train", "validation", or another name.
+            token_ids: The ids.
+            context: [n] bool, which tokens are context only; None: none.
+
         Raises:
-            DataError: The document is empty, an id is outside the vocabulary, or the disk is full;
-                the message names the document.
+            DataError: The document is empty, an id is outside the vocabulary, ``context`` is not
+                of its length, or the disk is full; the message names the document.
         """
         where = self._where(split)
         ids = _integers(token_ids, where)
@@ -152,7 +188,14 @@ class CorpusWriter:
             raise DataError(
                 f"{where}: token id {ids[wrong[0]]}, expected 0..{self._description.vocab_size - 1}"
             )
-        self._append(split, ids)
+        if context is None:
+            context = np.zeros(len(ids), bool)
+        if context.shape != ids.shape or context.dtype != bool:
+            raise DataError(
+                f"{where}: context of dtype {context.dtype} and shape {context.shape}, expected "
+                f"bool and {ids.shape}"
+            )
+        self._append(split, ids, context)
 
     def link(self, split: str, prefix: Path) -> None:
         """Use existing token files as a split, by symbolic links to them.
@@ -202,7 +245,7 @@ class CorpusWriter:
         """
         path = self._root / name
         reserved = (DESCRIPTION_FILE, STATISTICS_FILE)
-        if Path(name).name != name or name in reserved or path.suffix in {".bin", ".idx"}:
+        if Path(name).name != name or name in reserved or path.suffix in _RESERVED_SUFFIXES:
             raise DataError(f"{self.directory}: cannot add a file named {name!r}")
         if path.exists():
             raise DataError(f"{self.directory}: file {name!r} was added twice")
@@ -221,7 +264,7 @@ class CorpusWriter:
         number = self._splits[split].documents if split in self._splits else 0
         return f"{self.directory}: document {number} of split {split}"
 
-    def _append(self, split: str, ids: np.ndarray) -> None:
+    def _append(self, split: str, ids: np.ndarray, context: np.ndarray) -> None:
         if ids.size == 0:
             raise DataError(f"{self._where(split)}: empty, expected at least one token")
         with self._errors():
@@ -229,10 +272,27 @@ class CorpusWriter:
                 self._splits[split] = self._open(split)
             state = self._splits[split]
             state.tokens.add(ids)
+            self._add_context(split, state, ids, context)
         state.documents += 1
         state.longest_document = max(state.longest_document, ids.size)
         state.tokens_per_modality += np.bincount(
             self._description.modality_of_id[ids], minlength=len(self.modalities)
+        )
+
+    def _add_context(
+        self, split: str, state: _OpenSplit, ids: np.ndarray, context: np.ndarray
+    ) -> None:
+        """Append the intervals of a document that is not counted yet."""
+        intervals = intervals_of(context, start=int(state.tokens_per_modality.sum()))
+        if not len(intervals):
+            return
+        if state.context is None:
+            state.context = context_path(self._root / split).open("wb")
+            self._stack.callback(_close_after_error, state.context)
+        state.context.write(intervals.astype(DTYPE).tobytes())
+        state.intervals += len(intervals)
+        state.context_per_modality += np.bincount(
+            self._description.modality_of_id[ids[context]], minlength=len(self.modalities)
         )
 
     def _open(self, split: str) -> _OpenSplit:
@@ -240,7 +300,8 @@ class CorpusWriter:
             raise DataError(f"{self.directory}: split {split!r}, expected letters, digits and _")
         tokens = TokenFileWriter(self._root / split, self._description.vocab_size)
         self._stack.enter_context(tokens)
-        return _OpenSplit(tokens, np.zeros(len(self.modalities), dtype=np.int64))
+        nothing = np.zeros(len(self.modalities), dtype=np.int64)
+        return _OpenSplit(tokens, nothing, nothing.copy())
 
     def _finish(self) -> None:
         if not self._splits and not self._linked:
@@ -275,6 +336,18 @@ class CorpusWriter:
             tokens_per_modality=dict(zip(names, split.tokens_per_modality.tolist(), strict=True)),
             longest_document=split.longest_document,
             sha256=FileDigests(bin=_sha256(bin_path(prefix)), idx=_sha256(idx_path(prefix))),
+            context=self._close_context(prefix, split),
+        )
+
+    def _close_context(self, prefix: Path, split: _OpenSplit) -> ContextCounts | None:
+        if split.context is None:
+            return None
+        split.context.close()
+        names = [modality.name for modality in self.modalities]
+        return ContextCounts(
+            intervals=split.intervals,
+            tokens_per_modality=dict(zip(names, split.context_per_modality.tolist(), strict=True)),
+            sha256=_sha256(context_path(prefix)),
         )
 
     def _describe(self, splits: dict[str, SplitCounts]) -> CorpusDescription:
@@ -300,6 +373,12 @@ class CorpusWriter:
             raise DataError(
                 f"{self.directory}: cannot write the corpus: {error.strerror}"
             ) from error
+
+
+def _close_after_error(file: BinaryIO) -> None:
+    """Close a file; on a full disk, closing retries the write whose error is raised already."""
+    with suppress(OSError):
+        file.close()
 
 
 def check_target(directory: Path) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
+from mot_megatron.data.intervals import mask_of
 from mot_megatron.data.loader import DataShard, evaluation_batches
 from mot_megatron.model.micro_batch import NO_LABEL, MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
@@ -72,7 +73,8 @@ def held_out_by_kind(trained: TrainedModel, limit_sequences: int | None = None) 
 def kind_of_id(corpus: Corpus) -> np.ndarray:
     """Return, for each id, modality index * 3 + index in KINDS: [V] int64.
 
-    The most common id of a modality is counted in the training split, without special tokens. For
+    The most common id of a modality is counted in the training split, without special tokens and
+    tokens that are context only. For
     text it is a word or a comma, which is not easy to predict, but one rule for all modalities is
     clearer.
     """
@@ -81,7 +83,10 @@ def kind_of_id(corpus: Corpus) -> np.ndarray:
     special[list(description.special_tokens.values())] = True
     counts = np.zeros(description.vocab_size, dtype=np.int64)
     for part in corpus.parts(TRAIN_SPLIT):
-        counts += np.bincount(part.tokens, minlength=description.vocab_size)
+        tokens = part.tokens
+        if part.has_context:
+            tokens = tokens[~mask_of(part.context, 0, len(tokens))]
+        counts += np.bincount(tokens, minlength=description.vocab_size)
     counts[special] = -1
     kinds = description.modality_of_id.astype(np.int64) * len(KINDS)
     most_common = [

@@ -26,6 +26,7 @@ class Case:
     token_ids: np.ndarray
     document_ids: np.ndarray
     filled: np.ndarray
+    context: np.ndarray | None
     modality_of_id: np.ndarray
     towers_of_modalities: tuple[int, ...]
     num_towers: int
@@ -40,6 +41,7 @@ class Case:
             num_towers=self.num_towers,
             slot_multiple=self.slot_multiple,
             filled_tokens=self.filled,
+            context=self.context,
         )
 
 
@@ -64,6 +66,7 @@ def cases(draw: st.DrawFn) -> Case:
         token_ids,
         document_ids,
         filled,
+        generator.random(modality.shape) < 0.4 if draw(st.booleans()) else None,
         np.repeat(np.arange(modalities, dtype=np.int8), IDS_PER_MODALITY),
         towers,
         num_towers,
@@ -78,7 +81,10 @@ def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...] | int]
     used = np.arange(length) < case.filled[:, None]
     labels = np.full((sequences, length), NO_LABEL)
     same = case.document_ids[:, 1:] == case.document_ids[:, :-1]
-    labels[:, :-1] = np.where(same & used[:, 1:], case.token_ids[:, 1:], NO_LABEL)
+    wanted = same & used[:, 1:]
+    if case.context is not None:
+        wanted &= ~case.context[:, 1:]
+    labels[:, :-1] = np.where(wanted, case.token_ids[:, 1:], NO_LABEL)
     labels = labels.ravel()
     positions = np.zeros((sequences, length), dtype=np.int64)
     for column in range(1, length):

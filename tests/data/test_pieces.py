@@ -61,6 +61,10 @@ def description(modalities: tuple[Modality, ...] = MODALITIES) -> CorpusDescript
     )  # fmt: skip
 
 
+def tokens_per_item(modality: Modality) -> int | None:
+    return PICTURE if modality.codec == "image_patches" else None
+
+
 def split_of(documents: list[list[int]]) -> TokenSplit:
     offsets = np.cumsum([0, *map(len, documents)])
     return TokenSplit("train", np.concatenate(documents).astype(np.int32), offsets)
@@ -69,7 +73,9 @@ def split_of(documents: list[list[int]]) -> TokenSplit:
 def cut(
     documents: list[list[int]], seq_length: int, long_documents: LongDocuments = "split"
 ) -> Pieces:
-    return pieces_of(split_of(documents), description(), seq_length, long_documents, "here")
+    return pieces_of(
+        split_of(documents), description(), seq_length, long_documents, "here", tokens_per_item
+    )
 
 
 def lists(pieces: Pieces) -> list[list[int]]:
@@ -173,10 +179,10 @@ def test_items_without_a_codec_are_not_cut() -> None:
         each.model_copy(update={"codec": "none", "codebook": None}) for each in MODALITIES
     )
     split = split_of([[BOS, *[30] * 90, BOI, *[100] * 30, EOI]])
-    pieces = pieces_of(split, description(modalities), 40, "split", "here")
+    pieces = pieces_of(split, description(modalities), 40, "split", "here", tokens_per_item)
     assert pieces.lengths.tolist() == [40, 40, 11, 32]
     with pytest.raises(DataError, match="an item of 32 tokens"):
-        pieces_of(split, description(modalities), 31, "split", "here")
+        pieces_of(split, description(modalities), 31, "split", "here", tokens_per_item)
 
 
 def test_refusing_names_the_key() -> None:
@@ -243,7 +249,10 @@ def loader(
 def pieces_in(corpus: Corpus, split: str, long_documents: LongDocuments) -> Counter:
     """Return the pieces of a split, and how often each occurs."""
     parts = corpus.parts(split)
-    found = [pieces_of(part, corpus.description, SEQ_LENGTH, long_documents, "x") for part in parts]
+    found = [
+        pieces_of(part, corpus.description, SEQ_LENGTH, long_documents, "x", tokens_per_item)
+        for part in parts
+    ]
     return Counter(tuple(ids) for pieces in found for ids in lists(pieces))
 
 

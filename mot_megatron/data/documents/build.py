@@ -255,10 +255,10 @@ def _write(
         splits: set[str] = set()
         for shard, encoded in zip(shards, encoded_shards, strict=True):
             broken = _list_broken(encoded, build, broken, listed)
-            for held_out, ids in encoded.documents():
+            for held_out, ids, context in encoded.documents():
                 split = HELD_OUT_SPLIT if held_out else TRAIN_SPLIT
                 splits.add(split)
-                writer.add_document(split, ids)
+                writer.add_document(split, ids, context)
             counted.add(shard, encoded)
         if missing := {TRAIN_SPLIT, HELD_OUT_SPLIT} - splits:
             raise DataError(

@@ -54,6 +54,8 @@ class DecodedSegment:
     content: str | np.ndarray
     """Text, picture uint8 [p, p, 3], or sound float32 [n]."""
     language: str | None
+    context: bool = False
+    """Whether nothing is trained to predict it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def decode_document(
                 decoded = decode_sound(segment.content, content, form)
         contents.append((segment.kind, content))
         if not isinstance(decoded, str) or decoded:
-            segments.append(DecodedSegment(segment.kind, decoded, segment.language))
+            segments.append(
+                DecodedSegment(segment.kind, decoded, segment.language, segment.context)
+            )
     if not segments:
         raise BrokenItemError("the text is empty, and there is nothing else")
     key = content_digest(contents) if document.key is None else document.key

@@ -26,7 +26,14 @@ from mot_megatron.data.documents.decode import (
 from mot_megatron.data.documents.raw import BrokenItemError, RawDocument
 from mot_megatron.data.documents.sources import Reading, Shard, read_shard
 from mot_megatron.data.documents.vocabulary import Vocabulary
-from mot_megatron.data.structure import IMAGE, TEXT, Piece, assemble, language_token
+from mot_megatron.data.intervals import intervals_of, mask_of
+from mot_megatron.data.structure import (
+    IMAGE,
+    TEXT,
+    Piece,
+    assemble_with_context,
+    language_token,
+)
 from mot_megatron.files import write_atomically
 
 _DOCUMENTS_PER_BATCH = 64
@@ -51,13 +58,16 @@ class EncodedShard:
     """Tokens of each document, [documents] int64."""
     held_out: np.ndarray
     """Whether each document belongs to the validation split, [documents] bool."""
+    context: np.ndarray
+    """[n, 2] int64: the intervals of ``ids`` that are context only."""
     broken: tuple[Broken, ...]
 
-    def documents(self) -> Iterator[tuple[bool, np.ndarray]]:
-        """Yield whether a document is held out, and its ids."""
-        ends = np.cumsum(self.lengths)
-        for end, length, held_out in zip(ends, self.lengths, self.held_out, strict=True):
-            yield bool(held_out), self.ids[end - length : end]
+    def documents(self) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
+        """Yield whether a document is held out, its ids, and which of them are context only."""
+        ends = np.cumsum(self.lengths).tolist()
+        for end, length, held_out in zip(ends, self.lengths.tolist(), self.held_out, strict=True):
+            start = end - length
+            yield bool(held_out), self.ids[start:end], mask_of(self.context, start, end)
 
     def save(self, path: Path) -> None:
         """Write the shard; the file is complete or absent."""
@@ -68,6 +78,7 @@ class EncodedShard:
             ids=self.ids,
             lengths=self.lengths,
             held_out=self.held_out,
+            context=self.context,
             broken=np.frombuffer(broken, np.uint8),
         )
         write_atomically(path, stream.getvalue())
@@ -82,6 +93,7 @@ class EncodedShard:
                     stored["ids"],
                     stored["lengths"],
                     stored["held_out"],
+                    stored["context"],
                     tuple(Broken(where, problem) for where, problem in broken),
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -111,6 +123,7 @@ def encode_shard(
     codecs = _codecs(vocabulary)
     encoder = _Encoder(vocabulary, codecs, media_format(codecs.values(), reading.fit))
     documents: list[np.ndarray] = []
+    context: list[np.ndarray] = []
     held_out: list[bool] = []
     broken: list[Broken] = []
     source = read_shard(shard, reading)
@@ -121,12 +134,15 @@ def encode_shard(
                 decoded.append(encoder.decode(document, validation_share))
             except BrokenItemError as error:
                 broken.append(Broken(document.where, str(error)))
-        documents += encoder.encode(decoded)
+        for ids, mask in encoder.encode(decoded):
+            documents.append(ids)
+            context.append(mask)
         held_out += [each.document.held_out for each in decoded]
     EncodedShard(
         np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32),
         np.array([len(document) for document in documents], dtype=np.int64),
         np.array(held_out, dtype=bool),
+        intervals_of(np.concatenate([np.empty(0, bool), *context])),
         tuple(broken),
     ).save(path)
 
@@ -200,8 +216,11 @@ class _Encoder:
             raise BrokenItemError(f"the text contains {token!r}, a special token of the corpus")
         return ids
 
-    def encode(self, documents: Sequence[_Prepared]) -> list[np.ndarray]:
-        """Return the ids of each document; pictures are encoded many at once."""
+    def encode(self, documents: Sequence[_Prepared]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each document, and which of them are context only.
+
+        Pictures are encoded many at once.
+        """
         every = [segment for each in documents for segment in each.document.segments]
         pictures = self._pictures([each.content for each in every if each.kind == IMAGE])
         encoded = []
@@ -211,10 +230,11 @@ class _Encoder:
                     self.vocabulary.kinds[segment.kind],
                     next(pictures) if segment.kind == IMAGE else ids,
                     segment.language if segment.kind == TEXT else None,
+                    segment.context,
                 )
                 for segment, ids in zip(prepared.document.segments, prepared.ids, strict=True)
             ]
-            encoded.append(assemble(pieces, self.vocabulary.special))
+            encoded.append(assemble_with_context(pieces, self.vocabulary.special))
         return encoded
 
     def _pictures(self, pictures: Sequence[str | np.ndarray]) -> Iterator[np.ndarray]:

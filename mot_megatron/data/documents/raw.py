@@ -2,7 +2,8 @@
 
 A source describes a document as a JSON value: a list of segments, an object with the key
 ``segments``, or an object whose keys ``text``, ``image`` and ``audio`` are its segments in their
-order. A segment is an object with one of these three keys and perhaps ``language``.
+order. A segment is an object with one of these three keys and perhaps ``language`` and ``loss``,
+which is false for a segment that is context only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mot_megatron.files import read_regular_file
 KIND_OF_KEY = {"text": TEXT, "image": IMAGE, "audio": SPEECH}
 """Modality of the segments with each key."""
 LANGUAGE_KEY = "language"
+LOSS_KEY = "loss"
 SEGMENTS_KEY = "segments"
 LARGEST_FILE_BYTES = 1 << 30
 """Largest picture, sound or text file that is read; each is held in memory."""
@@ -79,6 +81,8 @@ class RawSegment:
     content: str | Media
     """Text for the modality of text, otherwise media."""
     language: str | None = None
+    context: bool = False
+    """Whether it is context only: nothing is trained to predict it."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +189,14 @@ def _segment(item: object, name: str, language: object, where: str, find: FindMe
         else {}
     )
     kinds = [key for key in given if key in KIND_OF_KEY]
-    if len(kinds) != 1 or given.keys() - {*KIND_OF_KEY, LANGUAGE_KEY}:
+    if len(kinds) != 1 or given.keys() - {*KIND_OF_KEY, LANGUAGE_KEY, LOSS_KEY}:
         raise BrokenItemError(
             f"{name} has the keys {quoted(list(given))}, expected one of "
-            f"{', '.join(KIND_OF_KEY)} and perhaps {LANGUAGE_KEY}"
+            f"{', '.join(KIND_OF_KEY)} and perhaps {LANGUAGE_KEY} and {LOSS_KEY}"
         )
+    is_trained = given.get(LOSS_KEY, True)
+    if not isinstance(is_trained, bool):
+        raise BrokenItemError(f"{name}: loss {quoted(is_trained)}, expected true or false")
     value = given[kinds[0]]
     language = given.get(LANGUAGE_KEY, language)
     if language is not None and not (isinstance(language, str) and is_language(language)):
@@ -198,14 +205,14 @@ def _segment(item: object, name: str, language: object, where: str, find: FindMe
         )
     kind = KIND_OF_KEY[kinds[0]]
     if kind != TEXT:
-        return RawSegment(kind, find(value, where))
+        return RawSegment(kind, find(value, where), context=not is_trained)
     if not isinstance(value, str):
         raise BrokenItemError(f"{name}: text {quoted(value)}, expected a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise BrokenItemError(f"{name}: text is not UTF-8 at position {error.start}") from None
-    return RawSegment(kind, value, language)
+    return RawSegment(kind, value, language, not is_trained)
 
 
 def content_digest(segments: Sequence[tuple[str, str | bytes]]) -> str:
