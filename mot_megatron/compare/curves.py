@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -27,7 +27,12 @@ from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from mot_megatron.config import BITS_PER_TOKEN, Config
 from mot_megatron.config_files import load_config
-from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
+from mot_megatron.data.corpus import (
+    DESCRIPTION_FILE,
+    CorpusDescription,
+    SplitCounts,
+    parse_description,
+)
 from mot_megatron.errors import DataError, first_problem
 from mot_megatron.files import regular_file_size
 from mot_megatron.model.flops import count_parameters
@@ -293,11 +298,17 @@ def read_identity(path: Path) -> RunIdentity:
 
 
 def token_digests(corpus: CorpusDescription) -> dict[str, str]:
-    """Return, for each split, a sha256 of its tokens and document boundaries."""
+    """Return, for each split, a sha256 of its tokens, document boundaries and vectors."""
     return {
-        name: hashlib.sha256((counts.sha256.bin + counts.sha256.idx).encode()).hexdigest()
+        name: hashlib.sha256("".join(_digests(counts)).encode()).hexdigest()
         for name, counts in corpus.splits.items()
     }
+
+
+def _digests(counts: SplitCounts) -> Iterator[str]:
+    yield from (counts.sha256.bin, counts.sha256.idx)
+    for name, digests in sorted(counts.latents.items()):
+        yield from (name, digests.rows, digests.offsets)
 
 
 def read_description(path: Path) -> CorpusDescription:

@@ -111,6 +111,7 @@ def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
     measured = {
         modality.name: _measure(modality, train, validation, vocab_size)
         for modality in corpus.description.modalities
+        if modality.width is None  # placeholders carry no information
     }
     return {name: statistics for name, statistics in measured.items() if statistics is not None}
 

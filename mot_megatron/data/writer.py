@@ -23,7 +23,6 @@ import numpy as np
 
 from mot_megatron.data.corpus import (
     DESCRIPTION_FILE,
-    FORMAT,
     HELD_OUT_SPLIT,
     TRAIN_SPLIT,
     Corpus,
@@ -35,11 +34,20 @@ from mot_megatron.data.corpus import (
     parse_description,
 )
 from mot_megatron.data.indexed import TokenFileWriter, bin_path, idx_path, read_token_file
+from mot_megatron.data.latents import (
+    LatentDigests,
+    LatentFileWriter,
+    checked_vectors,
+    offsets_path,
+    rows_path,
+)
 from mot_megatron.data.statistics import STATISTICS_FILE, render_statistics
 from mot_megatron.errors import DataError
 from mot_megatron.job.processes import Process
 
 _TOKENS_PER_CHUNK = 1 << 22
+_SUFFIXES = {".bin", ".idx", ".rows", ".offsets"}
+"""Endings of the files of splits."""
 _OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
 """End of the name of an unfinished corpus: the process that writes it, and random letters."""
 
@@ -48,6 +56,7 @@ _OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
 class _OpenSplit:
     tokens: TokenFileWriter
     tokens_per_modality: np.ndarray
+    latents: dict[str, LatentFileWriter]
     documents: int = 0
     longest_document: int = 0
 
@@ -115,20 +124,34 @@ class CorpusWriter:
 
         Args:
             split: "train", "validation", or another name.
-            segments: Modality name and ids of each segment, in order. Ids are those of the whole
-                vocabulary and must be in the range of the modality.
+            segments: Modality name and content of each segment, in order: ids of the whole
+                vocabulary in the range of the modality, or if it is continuous vectors [n, width],
+                which are stored in float16. Two segments of a continuous modality need a token
+                between them.
 
         Raises:
-            DataError: The document is empty, a modality is unknown, an id is outside its range, or
-                the disk is full; the message names the document.
+            DataError: The document is empty, a modality is unknown, an id is outside its range, a
+                vector is invalid, or the disk is full; the message names the document.
         """
         where = self._where(split)
-        parts = []
-        for name, ids in segments:
+        parts: list[np.ndarray] = []
+        latents: dict[str, list[np.ndarray]] = {name: [] for name in self._description.continuous}
+        before = None
+        for name, content in segments:
             if name not in self._by_name:
                 raise DataError(f"{where}: modality {name!r}, expected {list(self._by_name)}")
             modality = self._by_name[name]
-            part = _integers(ids, where)
+            if modality.width is not None:
+                if name == before:
+                    raise DataError(
+                        f"{where}: two segments of modality {name} without a token between them"
+                    )
+                vectors = checked_vectors(content, modality.width, where)
+                latents[name].append(vectors)
+                part = np.full(len(vectors), modality.first_id)
+            else:
+                part = _integers(content, where)
+            before = name if len(part) else before
             wrong = np.flatnonzero((part < modality.first_id) | (part >= modality.end_id))
             if wrong.size:
                 raise DataError(
@@ -136,23 +159,30 @@ class CorpusWriter:
                     f"{modality.first_id}..{modality.end_id - 1}"
                 )
             parts.append(part)
-        self._append(split, np.concatenate(parts) if parts else np.empty(0, np.int64))
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        self._append(split, ids, latents)
 
     def add_document(self, split: str, token_ids: np.ndarray) -> None:
         """Append a document given as [n] integer ids.
 
         Raises:
-            DataError: The document is empty, an id is outside the vocabulary, or the disk is full;
-                the message names the document.
+            DataError: The document is empty, an id is outside the vocabulary or the placeholder of
+                a continuous modality, or the disk is full; the message names the document.
         """
         where = self._where(split)
         ids = _integers(token_ids, where)
+        for name in self._description.continuous:
+            if (ids == self._by_name[name].first_id).any():
+                raise DataError(
+                    f"{where}: token id {self._by_name[name].first_id} is the placeholder of "
+                    f"modality {name}, whose vectors are missing"
+                )
         wrong = np.flatnonzero((ids < 0) | (ids >= self._description.vocab_size))
         if wrong.size:
             raise DataError(
                 f"{where}: token id {ids[wrong[0]]}, expected 0..{self._description.vocab_size - 1}"
             )
-        self._append(split, ids)
+        self._append(split, ids, {name: [] for name in self._description.continuous})
 
     def link(self, split: str, prefix: Path) -> None:
         """Use existing token files as a split, by symbolic links to them.
@@ -163,9 +193,14 @@ class CorpusWriter:
 
         Raises:
             DataError: The files are not those of one sequence per document in the dtype of the
-                vocabulary, or an id is outside of it.
+                vocabulary, an id is outside of it, or a modality is continuous.
         """
         vocab_size = self._description.vocab_size
+        if self._description.continuous:
+            raise DataError(
+                f"{self.directory}: token files have no vectors for modality "
+                f"{next(iter(self._description.continuous))}"
+            )
         tokens, offsets = read_token_file(prefix, vocab_size)
         occurrences = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, len(tokens), _TOKENS_PER_CHUNK):
@@ -198,7 +233,7 @@ class CorpusWriter:
         """
         path = self._root / name
         reserved = (DESCRIPTION_FILE, STATISTICS_FILE)
-        if Path(name).name != name or name in reserved or path.suffix in {".bin", ".idx"}:
+        if Path(name).name != name or name in reserved or path.suffix in _SUFFIXES:
             raise DataError(f"{self.directory}: cannot add a file named {name!r}")
         if path.exists():
             raise DataError(f"{self.directory}: file {name!r} was added twice")
@@ -214,7 +249,9 @@ class CorpusWriter:
         number = self._splits[split].documents if split in self._splits else 0
         return f"{self.directory}: document {number} of split {split}"
 
-    def _append(self, split: str, ids: np.ndarray) -> None:
+    def _append(
+        self, split: str, ids: np.ndarray, latents: Mapping[str, Sequence[np.ndarray]]
+    ) -> None:
         if ids.size == 0:
             raise DataError(f"{self._where(split)}: empty, expected at least one token")
         with self._errors():
@@ -222,6 +259,8 @@ class CorpusWriter:
                 self._splits[split] = self._open(split)
             state = self._splits[split]
             state.tokens.add(ids)
+            for name, parts in latents.items():
+                state.latents[name].add(parts)
         state.documents += 1
         state.longest_document = max(state.longest_document, ids.size)
         state.tokens_per_modality += np.bincount(
@@ -233,7 +272,11 @@ class CorpusWriter:
             raise DataError(f"{self.directory}: split {split!r}, expected letters, digits and _")
         tokens = TokenFileWriter(self._root / split, self._description.vocab_size)
         self._stack.enter_context(tokens)
-        return _OpenSplit(tokens, np.zeros(len(self.modalities), dtype=np.int64))
+        latents = {}
+        for name in self._description.continuous:
+            latents[name] = LatentFileWriter(self._root / split, name)
+            self._stack.callback(latents[name].close)
+        return _OpenSplit(tokens, np.zeros(len(self.modalities), dtype=np.int64), latents)
 
     def _finish(self) -> None:
         if not self._splits and not self._linked:
@@ -260,6 +303,8 @@ class CorpusWriter:
 
     def _close(self, name: str, split: _OpenSplit) -> SplitCounts:
         split.tokens.finish()
+        for latents in split.latents.values():
+            latents.finish()
         names = [modality.name for modality in self.modalities]
         prefix = self._root / name
         return SplitCounts(
@@ -268,11 +313,18 @@ class CorpusWriter:
             tokens_per_modality=dict(zip(names, split.tokens_per_modality.tolist(), strict=True)),
             longest_document=split.longest_document,
             sha256=FileDigests(bin=_sha256(bin_path(prefix)), idx=_sha256(idx_path(prefix))),
+            latents={
+                modality: LatentDigests(
+                    rows=_sha256(rows_path(prefix, modality)),
+                    offsets=_sha256(offsets_path(prefix, modality)),
+                )
+                for modality in split.latents
+            },
         )
 
     def _describe(self, splits: dict[str, SplitCounts]) -> CorpusDescription:
         values: dict[str, object] = {
-            "format": FORMAT,
+            "format": 1 if all(modality.width is None for modality in self.modalities) else 2,
             "name": self.name,
             "builder": self.builder,
             "seed": self.seed,
@@ -337,6 +389,8 @@ def render_description(description: CorpusDescription) -> str:
         lines += ["[[modalities]]", *_pairs(modality), ""]
     lines += ["[special_tokens]", *_pairs(tables["special_tokens"]), ""]
     for name, counts in splits.items():
+        if not counts["latents"]:
+            del counts["latents"]
         lines += [f"[splits.{name}]", *_pairs(counts), ""]
     lines += ["[licences]", *_pairs(tables["licences"]), ""]
     return "\n".join(lines)
