@@ -156,7 +156,7 @@ def test_what_is_logged(folders: dict[str, Path], tmp_path: Path) -> None:
     assert points("sources/tokens/web")[8] == web["tokens"]
     assert points("sources/epochs/books")[8] == pytest.approx(books["epochs"], abs=1e-4)
     assert points("sources/loss_held_out/web/text")[8] == pytest.approx(
-        web["held_out_bits_per_token"]["text"], abs=1e-4
+        web["held_out_loss"]["text"], abs=1e-4
     )
     assert points("sources/loss_total/books").keys() == {4, 8}
     description = read_description(tmp_path / "small" / "corpus.toml")
