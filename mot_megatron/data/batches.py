@@ -7,7 +7,7 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
         slot_multiple if shard is None else 1,
     )
     if context is not None:
-        grouped.update(_without_labels(grouped, context))
+        grouped = {**grouped, **_without_labels(grouped, context)}
     fields = {
         "document_ids": document_ids.astype(np.int32),
         "num_sequences": sequences,
@@ -87,7 +87,7 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
     return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})
 
 
-def _without_labels(grouped: dict[str, Any], context: np.ndarray) -> dict[str, Any]:
+def _without_labels(grouped: Mapping[str, Any], context: np.ndarray) -> dict[str, Any]:
     """Return the labels without those that are context only.
 
     A label is the token after the slot's, in the same sequence.
