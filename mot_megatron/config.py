@@ -51,13 +51,35 @@ class RunConfig(Section):
     codebooks. Once the run has a checkpoint of its own, it continues from that."""
 
 
-class DataConfig(Section):
-    """The corpus and how its documents are packed into sequences."""
+class SourceConfig(Section):
+    """One corpus of a blend; all of them have the same vocabulary."""
 
     corpus: UserPath
     """Folder of the prepared corpus, which contains corpus.toml."""
+    weight: PositiveFloat
+    """The source's share of the training tokens, relative to the other sources' weights."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Name of the source in logs; absent: the name of its folder."""
+
+    @property
+    def label(self) -> str:
+        """``name``, or its default, the name of the folder."""
+        return self.name or self.corpus.name
+
+
+class DataConfig(Section):
+    """The training data and how its documents are packed into sequences."""
+
+    corpus: UserPath | None = None
+    """Folder of the prepared corpus, which contains corpus.toml; absent: ``sources`` are given."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several corpora in place of ``corpus``, blended by weight."""
     seq_length: PositiveInt = 4096
-    """Length of a packed sequence in tokens; a longer document is an error."""
+    """Length of a packed sequence in tokens."""
+    long_documents: Literal["refuse", "split", "truncate"] = "refuse"
+    """What to do with documents that are longer than ``seq_length``, in training and evaluation.
+    refuse: such a document is an error. split: cut it into several documents, between its segments
+    if possible, and never inside of a picture. truncate: read only the first of these."""
     packing: Literal["sequence", "budget"] = "sequence"
     """How training documents are packed. sequence: fill each sequence as far as possible. budget:
     also give every micro-batch the same number of tokens of each tower, in proportion to the
@@ -66,6 +88,16 @@ class DataConfig(Section):
     prefetch: bool | None = None
     """Prepare the micro-batches of the next step in a thread while the present step runs, on a GPU
     in pinned memory. Absent: on a GPU. On a CPU, the thread takes its time from the step."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of all corpora."""
+        return tuple(source.corpus for source in self.sources) or (self.corpus or Path(),)
+
+    @property
+    def places(self) -> str:
+        """The folders of all corpora, for messages."""
+        return ", ".join(map(str, self.folders))
 
 
 class ModalityConfig(Section):
@@ -436,6 +468,8 @@ class EvaluationConfig(Section):
     final_max_sequences: PositiveInt | None = None
     """Number of packed sequences of the validation split to evaluate after the last step, over all
     ranks; absent: all."""
+    per_source: bool = False
+    """Also evaluate every source of a blend alone, on as many sequences; needs ``data.sources``."""
 
 
 class LoggingConfig(Section):
@@ -496,14 +530,14 @@ class Config(Section):
         if set(model.modalities) != set(modality_names):
             raise ConfigError(
                 f"model.modalities has {', '.join(sorted(model.modalities))}; needed for"
-                f" {self.data.corpus}: {', '.join(modality_names)}"
+                f" {self.data.places}: {', '.join(modality_names)}"
             )
         rounded = -(-corpus_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         vocab_size = model.vocab_size or rounded
         if vocab_size < corpus_vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {vocab_size} is smaller than the {corpus_vocab_size} tokens"
-                f" of {self.data.corpus}; allowed: at least that many"
+                f" of {self.data.places}; allowed: at least that many"
             )
         modalities = {name: model.modalities[name] for name in modality_names}
         resolved = model.model_copy(update={"modalities": modalities, "vocab_size": vocab_size})

@@ -153,7 +153,10 @@ def _source_of(
     for source, tree in reversed(files):
         found: Any = tree
         for part in location:
-            found = found.get(part) if isinstance(found, dict) else None
+            if isinstance(found, list) and isinstance(part, int):
+                found = found[part] if part < len(found) else None
+            else:
+                found = found.get(part) if isinstance(found, dict) else None
         if found is not None and found == value:
             return source
     return None
@@ -205,6 +208,8 @@ def _section_at(location: Location) -> type[Section]:
     section: type[Section] = Config
     named = False
     for part in location:
+        if isinstance(part, int):  # the place in an array of tables
+            continue
         if section is ModelConfig and part in _SECTIONS_BY_NAME:
             section = _SECTIONS_BY_NAME[str(part)]
             named = True
@@ -212,7 +217,7 @@ def _section_at(location: Location) -> type[Section]:
         if named:  # the name of a modality or tower
             named = False
             continue
-        # An optional section is a union with None.
+        # An optional section is a union with None, and an array of sections is a tuple.
         annotation: Any = section.model_fields[str(part)].annotation
         section = next(kind for kind in get_args(annotation) or (annotation,) if kind)
         assert issubclass(section, Section)

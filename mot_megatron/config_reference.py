@@ -70,7 +70,7 @@ def _with_nested(name: str, section: type[Section] | None) -> Iterator[tuple[str
 
 
 def _table_of(field: FieldInfo) -> type[Section] | None:
-    """Return the section that a field holds, by itself, optionally or by name; else None."""
+    """Return the section that a field holds, alone, by name or in an array; None if it does not."""
     for annotation in (field.annotation, *get_args(field.annotation)):
         if isinstance(annotation, type) and issubclass(annotation, Section):
             return annotation
@@ -78,8 +78,11 @@ def _table_of(field: FieldInfo) -> type[Section] | None:
 
 
 def _table_name(parent: str, key: str, field: FieldInfo) -> str:
-    by_name = get_origin(field.annotation) is dict
-    return f"{parent}.{key}.NAME" if by_name else f"{parent}.{key}"
+    """Return a table's name as TOML writes it between brackets; arrays have two pairs of them."""
+    origin = get_origin(field.annotation)
+    if origin is tuple:
+        return f"[{parent}.{key}]"
+    return f"{parent}.{key}.NAME" if origin is dict else f"{parent}.{key}"
 
 
 def _row(key: str, field: FieldInfo, section_name: str) -> str:
@@ -89,6 +92,7 @@ def _row(key: str, field: FieldInfo, section_name: str) -> str:
     else:
         table = _table_name(section_name, key, field)
         kind = "tables by name" if table.endswith(".NAME") else "table"
+        kind = "array of tables" if table.startswith("[") else kind
         meaning += f" See [`[{table}]`](#{_anchor(table)})."
     cells = (f"`{key}`", kind, _default(field), meaning)
     return f"| {' | '.join(cells)} |"
@@ -96,7 +100,7 @@ def _row(key: str, field: FieldInfo, section_name: str) -> str:
 
 def _anchor(table: str) -> str:
     """Return the anchor that GitHub and the site both make of a section's heading."""
-    return table.replace(".", "").lower()
+    return table.strip("[]").replace(".", "").lower()
 
 
 def _type_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -161,7 +165,7 @@ def _default(field: FieldInfo) -> str:
         return "*absent*"
     if isinstance(field.default, Section):
         return "the table's defaults"
-    if field.default == {}:
+    if field.default in ({}, ()):
         return "none"
     return f"`{_toml(field.default)}`"
 

@@ -19,6 +19,7 @@ def check(config: Config, source: str) -> None:
     Raises:
         ConfigError: Names ``source``, the keys, their values and what is allowed.
     """
+    _check_data(config, source)
     _check_shapes(config, source)
     _check_tensor_parallel(config, source)
     _check_pipeline(config, source)
@@ -154,6 +155,25 @@ def check_device(config: Config, on_gpus: bool) -> None:
             'model.attention_backend = "flex" has no backward on a CPU; allowed there: "auto"'
             ' or "sdpa"'
         )
+
+
+def _check_data(config: Config, source: str) -> None:
+    data = config.data
+    if (data.corpus is None) == (not data.sources):
+        given = "are both absent" if data.corpus is None else "are both given"
+        raise ConfigError(f"{source}: data.corpus and data.sources {given}; needed: one of them")
+    if config.evaluation.per_source and not data.sources:
+        raise ConfigError(
+            f"{source}: evaluation.per_source = true needs data.sources; with data.corpus there is"
+            " one source"
+        )
+    labels = [each.label for each in data.sources]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(
+                f"{source}: data.sources has {labels.count(label)} sources named {label};"
+                " give them other names (data.sources.name)"
+            )
 
 
 def _check_shapes(config: Config, source: str) -> None:

@@ -60,7 +60,7 @@ peak_flops = 1e9
 
 
 def write_corpus(
-    directory: Path, single_modality: bool = False, without: str | None = None
+    directory: Path, single_modality: bool = False, without: str | None = None, seed: int = 7
 ) -> Path:
     """Write a random corpus and return its folder.
 
@@ -69,8 +69,9 @@ def write_corpus(
         single_modality: Make each document fill a sequence with one modality, so that most
             micro-batches of one sequence lack the other two.
         without: Modality to leave out of all documents.
+        seed: Seed of the documents.
     """
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     present = [modality for modality in MODALITIES if modality.name != without]
 
     def segment(modality: Modality, tokens: int) -> tuple[str, list[int]]:

@@ -51,6 +51,12 @@ def test_nested_tables_link_to_their_sections():
     assert "## `[model.modalities.NAME]`" in config_reference()
 
 
+def test_arrays_of_tables_link_to_their_sections():
+    assert rows("data")["sources"][:2] == ["array of tables", "none"]
+    assert "(#datasources)" in rows("data")["sources"][2]
+    assert "## `[[data.sources]]`" in config_reference()
+
+
 def test_every_key_has_a_description():
     meanings = [
         cells[-1]

@@ -599,3 +599,49 @@ def test_expert_parallel_size_must_divide_the_ranks_of_a_tower(
         assert part in str(caught.value)
     for size in legal:
         check_world_size(parse(mixture(), batch, *overrides, f"{EXPERT}={size}"), world_size)
+
+
+BLEND = "data.sources=[{corpus='a/web', weight=2}, {corpus='books', weight=1}]"
+
+
+def test_one_of_corpus_and_sources_is_needed() -> None:
+    for overrides, words in (
+        ([BLEND], "both given"),
+        (["-data.corpus"], "both absent"),
+        (["-data.corpus", "data.sources=[]"], "both absent"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse(*overrides)
+        message = str(error.value)
+        assert_one_line(message)
+        assert f"data.corpus and data.sources are {words}; needed: one of them" in message
+    config = parse("-data.corpus", BLEND)
+    assert [source.label for source in config.data.sources] == ["web", "books"]
+    assert parse_config(config.to_toml(), "again") == config
+
+
+def test_sources_have_different_names() -> None:
+    same = "data.sources=[{corpus='a/web', weight=2}, {corpus='b/web', weight=1}]"
+    with pytest.raises(ConfigError, match=r"2 sources named web; .*\(data.sources.name\)"):
+        parse("-data.corpus", same)
+    named = "data.sources=[{corpus='a/web', weight=2}, {corpus='b/web', weight=1, name='new'}]"
+    assert parse("-data.corpus", named).data.sources[1].label == "new"
+
+
+def test_losses_per_source_need_sources() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation.per_source = true needs data.sources"):
+        parse("evaluation.per_source=true")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{corpus='a'}", "test.toml: data.sources.0.weight: required, but absent"),
+        ("{corpus='a', weight=0}", "data.sources.0.weight = 0: "),
+        ("{corpus='a', weight=1, nam='x'}", "data.sources.0.nam: unknown key; did you mean name"),
+    ],
+)
+def test_an_invalid_source_is_named(entry: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse("-data.corpus", f"data.sources=[{entry}]")
+    assert message in str(error.value)

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "layer": Command("benchmark_layer", "time one layer and other ways to untie weights"),
     "step": Command("benchmark_step", "time whole steps, also against another checkout"),
     "data": Command("benchmark_data", "time packing and the preparation of micro-batches"),
+    "documents": Command("benchmark_documents", "time how fast raw files become ids"),
     "scaling": Command("benchmark_scaling", "measure, count and forecast how training scales"),
 }
 

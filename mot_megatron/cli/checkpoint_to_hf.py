@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.train.trained import SavedRun
 
     source = open_source(NAME, options.source)
-    corpus = Corpus.open_vocabulary(options.corpus or source.config.data.corpus)
+    corpus = Corpus.open_vocabulary(options.corpus or source.config.data.folders[0])
     SavedRun(source.checkpoint, source.config, ()).check_corpus(corpus, "--corpus")
     plan = plan_export(source, corpus, dtype_of(options), shard_bytes)
     print(f"from {source.checkpoint.path}, step {source.checkpoint.step}: {plan.model_type}")

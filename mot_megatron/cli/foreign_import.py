@@ -37,14 +37,14 @@ def import_model(
     """
     from mot_megatron.config_files import load_config
     from mot_megatron.conversion.huggingface.imports import plan_import, write_import
-    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.data.blend import open_training_data
     from mot_megatron.train.session import resolve_config
 
     defaults = (str(source.directory), {"model": dict(source.keys)})
     config = load_config(options.config, options.overrides, defaults)
     if check:
         check(source, config.model)
-    corpus = Corpus.open(config.data.corpus, once=True)
+    corpus = open_training_data(config.data)
     config = resolve_config(config, corpus)
     plan = plan_import(source, config, corpus, parse_towers(options.towers))
     infos = source.tensors.infos

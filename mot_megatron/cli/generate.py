@@ -194,9 +194,9 @@ def write_item(item: Item, path: Path, image_scale: int | None = None) -> None:
     """
     from PIL import Image
 
-    from mot_megatron.data.codebooks.image import PatchCodec
+    from mot_megatron.data.codebooks.codec import PictureCodec
 
-    if not isinstance(item.codec, PatchCodec):
+    if not isinstance(item.codec, PictureCodec):
         item.write(path)
         return
     picture = Image.fromarray(item.media)

@@ -1,7 +1,8 @@
 """Show what a corpus contains: counts, fill, entropies, example documents, pictures and sound.
 
-This also writes contact_sheet.png (reconstructed pictures, with the originals above them if the
-corpus keeps these) and speech.wav (speech units decoded to sound).
+This also writes lengths.png (histograms of documents and segments), contact_sheet.png
+(reconstructed pictures, with the originals above them if the corpus keeps these) and speech.wav
+(speech units decoded to sound).
 
 Example: mot inspect corpora/openmoji
 """
@@ -16,6 +17,8 @@ from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_
 from mot_megatron.cli.command import print_json, run_command, say
 
 NAME = "inspect"
+MOST_SOURCES = 20
+"""Source files that are listed at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +84,27 @@ def print_report(report: dict[str, Any]) -> None:
             _print_entropies(name, report["entropies"][name])
         else:
             print(f"  {name}: none, because it is not in both splits")
-    print("\nlicenses: " + ", ".join(f"{key} {value}" for key, value in report["licences"].items()))
+    _print_origin(report)
     print("\nheld-out documents:")
     for example in report["examples"]:
         print(f"  {example}")
     print()
     for key, value in report["files"].items():
         print(f"{key}: {value if isinstance(value, str) else format(value, '.2f')}")
+
+
+def _print_origin(report: dict[str, Any]) -> None:
+    licences = [f"{key}: {value}" for key, value in report["licences"].items()]
+    print("\nlicenses: " + (", ".join(licences) or "none stated"))
+    sources = report["sources"]
+    for source in sources[:MOST_SOURCES]:
+        broken = f", {source['broken']:,} broken" if source["broken"] else ""
+        print(
+            f"  {source['source']}: {source['documents']:,} documents ({source['held_out']:,} held "
+            f"out), {source['tokens']:,} tokens{broken}"
+        )
+    if len(sources) > MOST_SOURCES:
+        print(f"  and {len(sources) - MOST_SOURCES:,} more; --json lists all")
 
 
 def _print_entropies(name: str, measured: dict[str, Any]) -> None:

@@ -168,7 +168,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     import torch.distributed as dist
 
     from mot_megatron.benchmark.measure import measure_step
-    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.data.blend import open_training_data
     from mot_megatron.train.session import build_groups, build_session, resolve_config
 
     end_with_parent()
@@ -177,7 +177,7 @@ def _rank(rank: int, world: World, folder: Path, timeout: float) -> None:
     # DeepSpeed reads these even if the process group exists.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
-        corpus = Corpus.open(world.config.data.corpus, once=True)
+        corpus = open_training_data(world.config.data)
         config = resolve_config(world.config, corpus)
         dist.init_process_group(
             "gloo",

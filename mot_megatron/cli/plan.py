@@ -179,18 +179,19 @@ def resolve(config: Config) -> tuple[Config, tuple[int, ...], str]:
     model = config.model
     if tokens_per_modality is None:
         if model.vocab_size is None:
+            files = ", ".join(f"{folder}/corpus.toml" for folder in config.data.folders)
             raise ConfigError(
-                f"model.vocab_size is absent, and there is no {config.data.corpus}/corpus.toml to"
+                f"model.vocab_size is absent, and there is no {files} to"
                 " derive it from; one of them is needed"
             )
-        note = f"tokens divided equally among towers: {config.data.corpus} is missing"
+        note = f"tokens divided equally among towers: {config.data.places} is missing"
         return config, (1,) * model.num_towers, note
     tokens = tokens_of_towers(config.model, tokens_per_modality)
     parts = zip(config.model.tower_names, tokens, strict=True)
     note = "tokens of towers: " + ", ".join(
         f"{name} {count / sum(tokens):.0%}" for name, count in parts
     )
-    return config, tokens, f"{note} ({config.data.corpus})"
+    return config, tokens, f"{note} ({config.data.places})"
 
 
 def report(fitting: Sequence[Plan], notes: Sequence[str], memory: float) -> str:

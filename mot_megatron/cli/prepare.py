@@ -1,8 +1,9 @@
-"""Build a corpus of text, images and speech, from your own files or from packages.
+"""Build a corpus of text, images and speech, or make a codebook file for one.
 
 Examples:
   mot prepare documents photos.jsonl --output corpora/photos
   mot prepare openmoji --output corpora/openmoji
+  mot prepare codec vqgan --weights vqgan.safetensors --pixels 256 --output image.safetensors
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mot_megatron.cli.arguments import add_json, add_output, positive_int, user_path
 from mot_megatron.cli.command import print_json, run_command, say
+from mot_megatron.cli.prepare_codec import add_codec, run_codec
 from mot_megatron.cli.prepare_documents import (
     add_documents,
     add_megatron,
@@ -42,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_megatron(
         corpora.add_parser("megatron", help="existing .bin and .idx of text, which are linked")
+    )
+    add_codec(
+        corpora.add_parser("codec", help="no corpus: a codebook file from a pretrained model")
     )
     openmoji = corpora.add_parser(
         "openmoji", help="emoji: pictures, names in eight languages, names spoken"
@@ -81,7 +86,9 @@ def _add_deb(parser: argparse.ArgumentParser, option: str, package: str) -> None
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build the corpus and print its counts."""
+    """Build the corpus and print its counts, or make the codebook file."""
+    if options.builder == "codec":
+        return run_codec(options)
     began = time.monotonic()
     say(NAME, f"building {options.output}")
     corpus = build(options)

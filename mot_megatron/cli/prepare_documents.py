@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mot_megatron.data.documents.build import DocumentBuild, NewVocabulary
+    from mot_megatron.data.documents.vocabulary import GivenCodebook
 
 
 def add_documents(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,13 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
         help="what is a document in .txt files (default: line)",
     )
     reading.add_argument(
+        "--picture-fit",
+        choices=("crop", "pad"),
+        default="crop",
+        help="how a picture becomes a square: the largest one in its middle, or the whole picture "
+        "on a white one (default: crop)",
+    )
+    reading.add_argument(
         "--max-broken",
         type=_not_negative,
         default=0,
@@ -54,6 +62,14 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
         "--split-key",
         metavar="KEY",
         help="key of every document; those with the same value are in the same split",
+    )
+    reading.add_argument(
+        "--license",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="SOURCE=LICENSE",
+        help="license of a source, by any name, which corpus.toml keeps; may be repeated",
     )
     _add_vocabulary(parser)
     work = parser.add_argument_group("work")
@@ -95,11 +111,26 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
     for option, default, what in (
         ("--text-vocabulary", 4096, "ids of the tokenizer that is trained"),
         ("--image-codes", 1024, "codes for pictures"),
+        ("--picture-pixels", 32, "width and height to which pictures are resized"),
+        ("--patch-pixels", 4, "width and height of the patches that become one code each"),
         ("--speech-codes", 500, "codes for sound"),
         ("--sample-documents", 10_000, "documents read to train the codebooks"),
     ):
         group.add_argument(
             option, type=positive_int, metavar="N", help=f"{what} (default: {default})"
+        )
+    for kind in ("image", "speech"):
+        group.add_argument(
+            f"--{kind}-codebook",
+            type=user_path,
+            metavar="FILE",
+            help=f"codebook file for {kind}, from mot prepare codec or of --{kind}-codec; none is "
+            "trained then",
+        )
+        group.add_argument(
+            f"--{kind}-codec",
+            metavar="NAME",
+            help=f"codec of --{kind}-codebook: a registered name or module:Class",
         )
     group.add_argument(
         "--kinds",
@@ -155,12 +186,17 @@ def document_build(options: argparse.Namespace) -> DocumentBuild:
         output=options.output,
         vocabulary=_vocabulary(options),
         reading=Reading(
-            options.root, options.split_key, options.text_documents, options.shard_documents
+            options.root,
+            options.split_key,
+            options.text_documents,
+            options.shard_documents,
+            options.picture_fit,
         ),
         validation_share=options.validation_share,
         seed=options.seed,
         workers=options.workers,
         max_broken=options.max_broken,
+        licences=tuple(options.license),
     )
 
 
@@ -173,6 +209,10 @@ def _vocabulary(options: argparse.Namespace) -> NewVocabulary | Path:
     given = {
         "--text-vocabulary": ("text_ids", options.text_vocabulary),
         "--image-codes": ("image_codes", options.image_codes),
+        "--picture-pixels": ("picture_pixels", options.picture_pixels),
+        "--patch-pixels": ("patch_pixels", options.patch_pixels),
+        "--image-codebook": ("image_codebook", _given_codebook(options, "image")),
+        "--speech-codebook": ("speech_codebook", _given_codebook(options, "speech")),
         "--speech-codes": ("speech_codes", options.speech_codes),
         "--sample-documents": ("sample_documents", options.sample_documents),
         "--kinds": ("kinds", options.kinds),
@@ -191,9 +231,29 @@ def _vocabulary(options: argparse.Namespace) -> NewVocabulary | Path:
         raise DataError("--special: only with --tokenizer; a trained tokenizer has all of them")
     if options.tokenizer is not None and options.text_vocabulary is not None:
         raise DataError("--text-vocabulary: not with --tokenizer, which has its own")
+    of_images = {"--image-codes", "--picture-pixels", "--patch-pixels"} & given.keys()
+    for name, others in (("image", of_images), ("speech", {"--speech-codes"} & given.keys())):
+        if f"--{name}-codebook" in given and others:
+            raise DataError(
+                f"{', '.join(sorted(others))}: not with --{name}-codebook, which has its own"
+            )
     if unknown := {*(options.kinds or ())} - {IMAGE, SPEECH}:
         raise DataError(f"--kinds {','.join(sorted(unknown))}: expected {IMAGE}, {SPEECH} or both")
     return NewVocabulary(**dict(given.values()))
+
+
+def _given_codebook(options: argparse.Namespace, kind: str) -> GivenCodebook | None:
+    from mot_megatron.data.codebooks.weights import codec_of
+    from mot_megatron.data.documents.vocabulary import GivenCodebook
+    from mot_megatron.errors import DataError
+
+    path = getattr(options, f"{kind}_codebook")
+    codec = getattr(options, f"{kind}_codec")
+    if path is None:
+        if codec is not None:
+            raise DataError(f"--{kind}-codec {codec}: only with --{kind}-codebook, its file")
+        return None
+    return GivenCodebook(codec or codec_of(path, kind), path)
 
 
 def special_names(options: argparse.Namespace) -> tuple[tuple[str, str], ...]:
@@ -211,7 +271,7 @@ def special_names(options: argparse.Namespace) -> tuple[tuple[str, str], ...]:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, token = text.partition("=")
     if not (name and equals and token):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=TOKEN, for example <bos>=<s>")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected two texts with = between them")
     return name, token
 
 

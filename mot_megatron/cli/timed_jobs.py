@@ -45,15 +45,22 @@ def job_environment() -> dict[str, str]:
 
 
 def on_corpus(config: Config, synthetic: bool) -> Config:
-    """Return the configuration with the corpus's absolute path.
+    """Return the configuration with the absolute paths of its corpora.
 
     Raises:
         DataError: It has no corpus, and the jobs need one.
     """
-    corpus = config.data.corpus.resolve()
-    if not synthetic and not (corpus / "corpus.toml").exists():
-        raise DataError(f"{corpus}/corpus.toml: absent; give a corpus, or --synthetic")
-    data = config.data.model_copy(update={"corpus": corpus})
+    data = config.data
+    for folder in data.folders:
+        if not synthetic and not (folder / "corpus.toml").exists():
+            raise DataError(
+                f"{folder.resolve()}/corpus.toml: absent; give a corpus, or --synthetic"
+            )
+    sources = tuple(
+        source.model_copy(update={"corpus": source.corpus.resolve()}) for source in data.sources
+    )
+    corpus = data.corpus and data.corpus.resolve()
+    data = data.model_copy(update={"corpus": corpus, "sources": sources})
     return config.model_copy(update={"data": data})
 
 

@@ -185,7 +185,7 @@ def run(
     # because a package is missing), the other ranks must end too.
     import torch.distributed as dist
 
-    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.data.blend import open_training_data
     from mot_megatron.job.distributed import works_on_gpus
     from mot_megatron.model.operations import check_backend
     from mot_megatron.planning.placement_table import placement_table
@@ -202,7 +202,7 @@ def run(
 
     check_device(config, works_on_gpus())
     check_backend(config.model.layer_backend, works_on_gpus())
-    corpus = Corpus.open(config.data.corpus, once=True)
+    corpus = open_training_data(config.data)
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
     groups = build_groups(config, corpus, join(world, config, corpus))

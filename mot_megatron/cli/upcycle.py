@@ -83,14 +83,14 @@ def run(options: argparse.Namespace) -> int:
     choose_device()
 
     from mot_megatron.config_files import load_config
-    from mot_megatron.data.corpus import Corpus
+    from mot_megatron.data.blend import open_training_data
     from mot_megatron.train.session import resolve_config
     from mot_megatron.train.trained import SavedRun
     from mot_megatron.train.upcycle import compare_logits, upcycle
     from mot_megatron.train.upcycle_plan import first_forwards, source_towers, whole_model
 
     config = load_config(options.config, options.overrides)
-    corpus = Corpus.open(config.data.corpus, once=True)
+    corpus = open_training_data(config.data)
     config = resolve_config(config, corpus)
     source = SavedRun.open(options.checkpoint)
     source.check_corpus(corpus, "data.corpus")

@@ -30,6 +30,7 @@ from mot_megatron.compare.curves import (
 from mot_megatron.compare.step_matching import LEAST_POINTS
 from mot_megatron.config import Config, NonNegativeInt
 from mot_megatron.config_files import as_arguments, differing_keys, load_config
+from mot_megatron.data.blend import open_training_data
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError, Location, first_problem
 from mot_megatron.files import write_atomically
@@ -201,7 +202,7 @@ def plan_runs(
     """
     experiment = load_experiment(directory)
     chosen = _chosen(experiment, arms, seeds, directory / EXPERIMENT_FILE)
-    descriptions: dict[Path, CorpusDescription] = {}
+    descriptions: dict[str, CorpusDescription] = {}
     runs = []
     for round_ in range(max(map(len, chosen.values()))):
         for name, arm_seeds in chosen.items():
@@ -213,15 +214,22 @@ def plan_runs(
             own = [f"run.name={name}-s{seed}", f"run.seed={seed}", f"run.directory={output}/runs"]
             settings = (*overrides, *own)
             config = load_config(paths, list(settings))
-            corpus = config.data.corpus
-            if corpus not in descriptions:
-                descriptions[corpus] = read_description(corpus / DESCRIPTION_FILE)
-            description = descriptions[corpus]
+            key = config.data.model_dump_json(include={"corpus", "sources"})
+            if key not in descriptions:
+                descriptions[key] = _describe_data(config)
+            description = descriptions[key]
             modalities = [modality.name for modality in description.modalities]
             resolved = config.resolved_for(modalities, description.vocab_size)
             _check_points(resolved)
             runs.append(PlannedRun(name, seed, paths, settings, resolved, description))
     return runs
+
+
+def _describe_data(config: Config) -> CorpusDescription:
+    folder, *others = config.data.folders
+    if others:
+        return open_training_data(config.data, documents=False).description
+    return read_description(folder / DESCRIPTION_FILE)
 
 
 def is_recorded(run: PlannedRun, output: Path) -> bool:
@@ -380,7 +388,7 @@ def _curves_path(output: Path, name: str) -> Path:
 def _check_same_corpus(trained_on: Mapping[str, str], run: PlannedRun, source: Path) -> None:
     if trained_on != token_digests(run.corpus):
         raise DataError(
-            f"{source}: was trained on other tokens than {run.config.data.corpus} now contains;"
+            f"{source}: was trained on other tokens than {run.config.data.places} now contains;"
             " move it away or choose another --output"
         )
 

@@ -51,9 +51,10 @@ class Layout:
         parallel = config.parallel
         if parallel.modality_parallel_size > 1 and parallel.placement == "auto":
             # Here, because it imports megatron-core, which takes as long as a GB of tensors.
-            from mot_megatron.data.corpus import TRAIN_SPLIT, Corpus
+            from mot_megatron.data.blend import open_training_data
+            from mot_megatron.data.corpus import TRAIN_SPLIT
 
-            split = Corpus.open(config.data.corpus, once=True).description.splits[TRAIN_SPLIT]
+            split = open_training_data(config.data).description.splits[TRAIN_SPLIT]
             tokens = tokens_of_towers(config.model, split.tokens_per_modality)
         placement = place_towers(config, tokens)
         check_placed(config, placement, world_size)

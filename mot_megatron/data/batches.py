@@ -28,6 +28,7 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
     num_towers: int,
     slot_multiple: int = 1,
     filled_tokens: np.ndarray | None = None,
+    visible: tuple[np.ndarray, np.ndarray] | None = None,
     context: np.ndarray | None = None,
     shard: ModalityShard | None = None,
 ) -> MicroBatch:
@@ -43,6 +44,9 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
             tensor-parallel size with sequence parallelism, otherwise 1.
         filled_tokens: [b] number of leading positions of each sequence that documents occupy; later
             positions get no label and count for no modality. Default: all.
+        visible: [b, s] integers each, the interval of positions of its sequence that each position
+            attends to: the first one, and the one after the last. It contains the position and lies
+            within the document. Default: the document up to the position.
         context: [b, s] bool, tokens that are context only: they are no labels, but are attended to
             and followed by labels as others are. Default: none.
         shard: With modality parallelism, the part of the micro-batch to return. The sequences are
@@ -71,12 +75,14 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
         num_towers,
         slot_multiple if shard is None else 1,
     )
+    first, end = visible or _causal(grouped["positions"].reshape(token_ids.shape))
     if context is not None:
         grouped = {**grouped, **_without_labels(grouped, context)}
     fields = {
-        "document_ids": document_ids.astype(np.int32),
+        "visible_from": first.astype(np.int32),
+        "visible_to": end.astype(np.int32),
         "num_sequences": sequences,
-        "attended_pairs": int(grouped["positions"].sum()) + token_ids.size,
+        "attended_pairs": int((end - first).sum()),
         **grouped,
     }
     used = np.arange(seq_length) < filled[:, None]
@@ -85,6 +91,12 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
         fields = take_shard(fields, modalities, shard, slot_multiple)
     fields.update(_filled_slots(fields, used.ravel()))
     return MicroBatch(**{name: _tensor(value) for name, value in fields.items()})
+
+
+def _causal(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the visible intervals of causal documents, given positions within them, [b, s]."""
+    places = np.arange(positions.shape[1])
+    return places - positions, np.broadcast_to(places + 1, positions.shape)
 
 
 def _without_labels(grouped: Mapping[str, Any], context: np.ndarray) -> dict[str, Any]:

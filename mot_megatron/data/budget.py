@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from mot_megatron.data import _native
 from mot_megatron.data.corpus import CorpusDescription, TokenSplit
 from mot_megatron.data.packing import Packing, check_lengths, shuffled
+from mot_megatron.data.pieces import Pieces
 from mot_megatron.errors import DataError
 
 _TOKENS_PER_CHUNK = 1 << 16
@@ -75,18 +77,33 @@ def count_tower_tokens(
 def tower_budgets(counts: np.ndarray, positions: int) -> tuple[int, ...]:
     """Divide ``positions`` among the towers in proportion to the documents' tokens.
 
-    Shares are rounded by largest remainder, so they sum to ``positions``; equal remainders favor
-    lower tower indices.
-
     Args:
         counts: [documents, K] tokens per tower, at least one token in all.
         positions: b * s of a micro-batch.
     """
-    tokens = [int(count) for count in counts.sum(axis=0, dtype=np.int64)]
-    total = sum(tokens)
-    budgets = [count * positions // total for count in tokens]
-    remainders = [count * positions % total for count in tokens]
-    by_remainder = sorted(range(len(tokens)), key=lambda tower: -remainders[tower])
+    return blended_budgets([counts], [Fraction(1)], positions)
+
+
+def blended_budgets(
+    counts: Sequence[np.ndarray], shares: Sequence[Fraction], positions: int
+) -> tuple[int, ...]:
+    """Divide ``positions`` among the towers in proportion to the tokens read of a blend.
+
+    Shares are rounded by largest remainder, so they sum to ``positions``; equal remainders favor
+    lower tower indices.
+
+    Args:
+        counts: Per source, [documents, K] tokens per tower, at least one token in all.
+        shares: Share of each source in the tokens; they sum to 1.
+        positions: b * s of a micro-batch.
+    """
+    exact = [Fraction(0)] * counts[0].shape[1]
+    for of_source, share in zip(counts, shares, strict=True):
+        tokens = [int(count) for count in of_source.sum(axis=0, dtype=np.int64)]
+        for tower, count in enumerate(tokens):
+            exact[tower] += share * Fraction(count * positions, sum(tokens))
+    budgets = [int(budget) for budget in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda tower: budgets[tower] - exact[tower])
     for tower in by_remainder[: positions - sum(budgets)]:
         budgets[tower] += 1
     return tuple(budgets)
@@ -220,10 +237,10 @@ def filler_ids(
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """Token counts of the documents of a split, and the budgets of its micro-batches."""
+    """Token counts of the documents of all sources, and the budgets of the micro-batches."""
 
     counts: np.ndarray
-    """[documents, K] int32 tokens per tower."""
+    """[documents, K] int32 tokens per tower, source after source."""
     budgets: tuple[int, ...]
     """Tokens per tower of every micro-batch of b sequences, K of them."""
     fillers: np.ndarray
@@ -234,23 +251,27 @@ class BudgetPlan:
     @classmethod
     def build(
         cls,
-        split: TokenSplit,
+        pieces: Sequence[Pieces],
+        shares: Sequence[Fraction],
         description: CorpusDescription,
         towers_of_modalities: Sequence[int],
         *,
         num_towers: int,
         micro_batch_size: int,
         seq_length: int,
-        source: str,
+        sources: Sequence[str],
     ) -> BudgetPlan:
-        """Count the tokens of a split and derive the budgets.
+        """Count the tokens of the split of every source and derive the budgets.
 
         Raises:
             DataError: An id is outside the vocabulary, or a document exceeds a budget.
         """
         tower_of_id = np.asarray(towers_of_modalities)[description.modality_of_id]
-        counts = count_tower_tokens(split, tower_of_id, num_towers, source)
-        budgets = tower_budgets(counts, micro_batch_size * seq_length)
+        counts = [
+            each.of_kept(count_tower_tokens(each.split, tower_of_id, num_towers, source))
+            for each, source in zip(pieces, sources, strict=True)
+        ]
+        budgets = blended_budgets(counts, shares, micro_batch_size * seq_length)
         modalities = [
             ", ".join(
                 modality.name
@@ -259,9 +280,11 @@ class BudgetPlan:
             )
             for tower in range(num_towers)
         ]
-        check_budgets(counts, budgets, source, modalities)
+        for of_source, source in zip(counts, sources, strict=True):
+            check_budgets(of_source, budgets, source, modalities)
         fillers = filler_ids(description, towers_of_modalities, num_towers)
-        return cls(counts, budgets, fillers, micro_batch_size)
+        joined = counts[0] if len(counts) == 1 else np.concatenate(counts)
+        return cls(joined, budgets, fillers, micro_batch_size)
 
     def fill(self, token_ids: np.ndarray, filled: np.ndarray, sequences: list[np.ndarray]) -> None:
         """Write fillers after the documents, so that each micro-batch meets its budgets.

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from tqdm import tqdm
 
+from mot_megatron.data.codec_names import NO_CODEC, CodecName
 from mot_megatron.data.context import ContextCounts, check_context, context_path, open_context
 from mot_megatron.data.indexed import bin_path, idx_path, read_token_file
 from mot_megatron.data.intervals import NONE, mask_of
@@ -41,6 +42,8 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}$")]
 PrintableText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 """Text without control characters, which would reach the terminal."""
+LongDocuments = Literal["refuse", "split", "truncate"]
+"""Values of data.long_documents."""
 SplitName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 
 
@@ -53,8 +56,9 @@ class Modality(BaseModel):
     first_id: int = Field(ge=0)
     size: int = Field(ge=1)
     """Number of ids in the range."""
-    codec: Literal["bpe", "image_patches", "speech_units", "none"] = "none"
-    """Codec that decodes the ids; with "none", they cannot be decoded."""
+    codec: CodecName = NO_CODEC
+    """Codec that decodes the ids: a registered name, or ``module:Class`` of a subclass of
+    ``mot_megatron.data.codebooks.codec.Codec``; with "none", they cannot be decoded."""
     codebook: FileName | None = None
     """The codec's file in the corpus directory. None if and only if codec is "none"."""
     begin_token: int | None = None
@@ -160,7 +164,7 @@ def _check_ranges(description: CorpusDescription, source: str) -> None:
                 f"{next_id}: ranges must be contiguous"
             )
         next_id = modality.end_id
-        if (modality.codebook is None) != (modality.codec == "none"):
+        if (modality.codebook is None) != (modality.codec == NO_CODEC):
             raise DataError(
                 f"{source}: modality {modality.name} has codec = {modality.codec!r} and codebook = "
                 f"{modality.codebook!r}; every codec except 'none' needs a codebook, "
@@ -279,6 +283,13 @@ class Corpus:
     splits: dict[str, TokenSplit]
     fingerprint: str
     """SHA-256 of corpus.toml, which contains the digests of the token files."""
+    long_documents: LongDocuments = "refuse"
+    """What training does with documents that are longer than a sequence."""
+    prepared: dict[tuple[str, int, LongDocuments], Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Splits as training reads them, kept since long documents take time: by name, sequence length
+    and ``long_documents``."""
 
     @classmethod
     def open(cls, directory: Path, *, once: bool = False) -> Corpus:
@@ -357,8 +368,8 @@ class Corpus:
         return cls(directory, description, {}, hashlib.sha256(content).hexdigest())
 
     @cached_property
-    def vocabulary_digest(self) -> str:
-        """SHA-256 of what the ids mean: modalities, special tokens and the codebooks' content.
+    def vocabulary(self) -> dict[str, Any]:
+        """What the ids mean: modalities with the codebooks' digests, special and padding tokens.
 
         Raises:
             DataError: A codebook cannot be read.
@@ -376,7 +387,28 @@ class Corpus:
                         modality["codebook"] = hashlib.file_digest(file, "sha256").hexdigest()
                 except OSError as error:
                     raise DataError(f"{path}: {error.strerror}") from None
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return described
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """SHA-256 of ``vocabulary``; the same errors."""
+        return hashlib.sha256(json.dumps(self.vocabulary, sort_keys=True).encode()).hexdigest()
+
+    def description_text(self) -> str:
+        """Return the text of corpus.toml.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return read_regular_file(self.directory / DESCRIPTION_FILE).decode("utf-8-sig")
+
+    def parts(self, name: str) -> tuple[TokenSplit, ...]:
+        """Return the splits called ``name`` of which the data consists: one, unless it is a blend.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        return (self.split(name),)
 
     def split(self, name: str) -> TokenSplit:
         """Return the split called ``name``.

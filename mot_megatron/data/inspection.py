@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
@@ -13,22 +14,28 @@ from PIL import Image
 
 from mot_megatron.data.builders.assembly import NUM_SAMPLES, SAMPLES_FILE
 from mot_megatron.data.codebooks import load_codec
-from mot_megatron.data.codebooks.codec import Codec, read_arrays
-from mot_megatron.data.codebooks.image import PatchCodec, peak_signal_to_noise
-from mot_megatron.data.codebooks.speech import UnitCodec, write_sound
+from mot_megatron.data.codebooks.arrays import read_arrays
+from mot_megatron.data.codebooks.codec import Codec, PictureCodec, SoundCodec, write_sound
+from mot_megatron.data.codebooks.image import peak_signal_to_noise
 from mot_megatron.data.codebooks.text import TextCodec
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import TRAIN_SPLIT, Corpus
+from mot_megatron.data.inspection_plot import plot_lengths
 from mot_megatron.data.packing import pack
 from mot_megatron.data.statistics import ModalityStatistics, statistics_of
+from mot_megatron.data.structure import SOURCES_FILE
 from mot_megatron.errors import DataError
+from mot_megatron.files import read_regular_file
 
 _COLUMNS = 16
-_MAGNIFICATION = 2
+_MAGNIFICATION, _SMALL_PIXELS = 2, 64
+"""Smaller pictures than these are magnified."""
 _PICTURES = 96
 _SOUNDS = 8
 _PAUSE_SECONDS = 0.4
-_BLANK = np.full((1, 32, 32, 3), 255, np.uint8)
-"""Contact sheet of a corpus without held-out pictures."""
+_MOST_DOCUMENTS = 100_000
+"""Documents whose segments are measured at most."""
+_LARGEST_SHEET = 1 << 23
+"""Pixels of a contact sheet at most."""
 
 
 def segments(document: np.ndarray, modality_of_id: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -86,54 +93,100 @@ def held_out_segments(corpus: Corpus, index: int, count: int) -> list[np.ndarray
 
 
 def contact_sheet(
-    corpus: Corpus, index: int, codec: PatchCodec
+    corpus: Corpus, index: int, codec: PictureCodec
 ) -> tuple[Image.Image, float | None]:
     """Return originals above reconstructions, and the mean peak signal-to-noise ratio in dB.
 
     A corpus without originals gives reconstructions only, and no ratio.
     """
     samples = corpus.directory / SAMPLES_FILE
+    blank = np.full((1, codec.pixels, codec.pixels, 3), 255, np.uint8)
+    count = max(1, min(_PICTURES, _LARGEST_SHEET // codec.pixels**2))
     if samples.is_file():
-        shape = (NUM_SAMPLES, *_BLANK.shape[1:])
+        shape = (NUM_SAMPLES, *blank.shape[1:])
         originals = read_arrays(samples, {"pictures": shape}, at_most=True)["pictures"]
-        originals = originals[:_PICTURES].astype(np.uint8)
+        originals = originals[:count].astype(np.uint8)
         decoded = np.stack([codec.decode(ids) for ids in codec.encode(originals)])
         ratio = float(peak_signal_to_noise(originals, decoded).mean())
         kinds = [originals, decoded]
     else:
-        chosen = held_out_segments(corpus, index, _PICTURES)
-        kinds = [np.stack([codec.decode(ids) for ids in chosen])] if chosen else [_BLANK]
+        chosen = held_out_segments(corpus, index, count)
+        kinds = [np.stack([codec.decode(ids) for ids in chosen])] if chosen else [blank]
         ratio = None
     # Fill the last row with blanks.
     columns = min(_COLUMNS, len(kinds[0]))
-    missing = _BLANK.repeat(-len(kinds[0]) % columns, axis=0)
+    missing = blank.repeat(-len(kinds[0]) % columns, axis=0)
     rows = [
         np.hstack(list(np.concatenate((kind, missing))[start : start + columns]))
         for start in range(0, len(kinds[0]), columns)
         for kind in kinds
     ]
     sheet = Image.fromarray(np.vstack(rows))
-    size = (sheet.width * _MAGNIFICATION, sheet.height * _MAGNIFICATION)
+    magnification = _MAGNIFICATION if codec.pixels < _SMALL_PIXELS else 1
+    size = (sheet.width * magnification, sheet.height * magnification)
     return sheet.resize(size, Image.Resampling.NEAREST), ratio
 
 
+def segment_lengths(corpus: Corpus) -> dict[str, np.ndarray]:
+    """Return the lengths of the segments of evenly spaced training documents, by modality.
+
+    Special tokens, which are text, do not count.
+    """
+    train = corpus.split(TRAIN_SPLIT)
+    table = corpus.description.modality_of_id
+    found: dict[int, list[int]] = {}
+    special = np.zeros(len(table), dtype=bool)
+    special[list(corpus.description.special_tokens.values())] = True
+    for document in range(0, len(train), -(-len(train) // _MOST_DOCUMENTS)):
+        for kind, ids in segments(train[document], table):
+            if length := len(ids) - int(special[ids].sum()):
+                found.setdefault(kind, []).append(length)
+    names = [modality.name for modality in corpus.description.modalities]
+    return {names[kind]: np.array(lengths) for kind, lengths in sorted(found.items())}
+
+
+def sources_of_files(corpus: Corpus) -> list[dict[str, Any]]:
+    """Return what each source file of a corpus from raw files contributed; empty for others.
+
+    Raises:
+        DataError: The list is damaged.
+    """
+    path = corpus.directory / SOURCES_FILE
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(read_regular_file(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
 def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[str, object]:
-    """Write contact sheet and sound; return the file names and the signal-to-noise ratio."""
+    """Write lengths, contact sheet and sound; return the file names and the signal-to-noise ratio.
+
+    Raises:
+        DataError: A file cannot be written.
+    """
     report: dict[str, object] = {}
     try:
         output.mkdir(parents=True, exist_ok=True)
+        documents = {name: corpus.split(name).lengths for name in corpus.splits}
+        path = output / "lengths.png"
+        plot_lengths(documents, segment_lengths(corpus), corpus.description.name, path)
+        report["lengths"] = str(path)
         for index, codec in codecs.items():
-            if isinstance(codec, PatchCodec):
+            if isinstance(codec, PictureCodec):
                 sheet, ratio = contact_sheet(corpus, index, codec)
                 sheet.save(output / "contact_sheet.png")
                 report["contact_sheet"] = str(output / "contact_sheet.png")
                 if ratio is not None:
                     report["psnr_db"] = ratio
-            elif isinstance(codec, UnitCodec):
+            elif isinstance(codec, SoundCodec):
                 pause = np.zeros(int(_PAUSE_SECONDS * codec.sample_rate), np.float32)
                 chosen = held_out_segments(corpus, index, _SOUNDS)
                 parts = [part for ids in chosen for part in (codec.decode(ids), pause)]
-                write_sound(np.concatenate([*parts, pause]), output / "speech.wav")
+                write_sound(
+                    np.concatenate([*parts, pause]), codec.sample_rate, output / "speech.wav"
+                )
                 report["speech"] = str(output / "speech.wav")
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror}") from None
@@ -143,7 +196,7 @@ def write_files(corpus: Corpus, codecs: dict[int, Codec], output: Path) -> dict[
 def inspect(
     corpus: Corpus, output: Path, seq_length: int | None = None, num_examples: int = 4
 ) -> dict[str, Any]:
-    """Write contact sheet and sound, and return a description of the corpus, ready for JSON.
+    """Write pictures and sound, and return a description of the corpus, ready for JSON.
 
     Args:
         corpus: The corpus.
@@ -182,6 +235,7 @@ def inspect(
         "fill": {name: packing_fill(corpus, name, seq_length) for name in description.splits},
         "entropies": {name: _entropies(measured) for name, measured in statistics.items()},
         "licences": description.licences,
+        "sources": sources_of_files(corpus),
         "examples": [readable(validation[int(place)], corpus, codecs) for place in shown],
         "files": write_files(corpus, codecs, output),
     }

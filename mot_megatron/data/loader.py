@@ -1,25 +1,46 @@
 """Micro-batches of a split for one data-parallel rank.
 
 All ranks read different slices of one global stream of packed sequences. The stream depends only on
-(corpus, seed, seq_length) and, with budget packing, on the budgets and the micro-batch size.
-Therefore only a position is saved, and a run can resume with any data-parallel size. Letters: b
-sequences of s positions.
+(corpora, weights, seed, seq_length) and, with budget packing, on the budgets and the micro-batch
+size. Therefore only a position is saved, and a run can resume with any data-parallel size. Letters:
+b sequences of s positions.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from mot_megatron.data.batches import build_micro_batch
-from mot_megatron.data.budget import BudgetPlan, pack_budget_epoch
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.blend import Blend, sources_of
+from mot_megatron.data.blend_stream import BlendStream, SourceOrder
+from mot_megatron.data.budget import (
+    BudgetPlan,
+    pack_budget,
+    pack_budget_epoch,
+    tower_budgets,
+)
+from mot_megatron.data.codebooks import load_codec
+from mot_megatron.data.corpus import Corpus, Modality
 from mot_megatron.data.modality_shards import ModalityShard
-from mot_megatron.data.packing import ALGORITHM_VERSION, Packing, check_lengths, pack_epoch
-from mot_megatron.errors import CheckpointError, DataError
+from mot_megatron.data.packing import (
+    ALGORITHM_VERSION,
+    Packing,
+    pack,
+    pack_epoch,
+    shuffled,
+)
+from mot_megatron.data.pieces import Pieces, describe_pieces, pieces_of
+from mot_megatron.data.streams import EpochStream, Position, Stream, Window
+from mot_megatron.errors import DataError
 from mot_megatron.model.micro_batch import MicroBatch
 
 _EVALUATION_SEED = 0
@@ -62,11 +83,45 @@ class DataShard:
     """Number of readers of different slices."""
 
 
+def read_pieces(corpus: Corpus, split: str, seq_length: int) -> list[Pieces]:
+    """Return the documents of a split as training reads them, for each source.
+
+    Raises:
+        DataError: There is no such split, or a document does not fit into a sequence.
+    """
+    key = split, seq_length, corpus.long_documents
+    for source, place in zip(sources_of(corpus), _places_of(corpus, split), strict=True):
+        prepared = source.corpus.prepared
+        if key not in prepared:
+            prepared[key] = pieces_of(
+                source.corpus.split(split),
+                source.corpus.description,
+                seq_length,
+                corpus.long_documents,
+                place,
+                partial(_tokens_per_item, source.corpus.directory),
+            )
+    return [source.corpus.prepared[key] for source in sources_of(corpus)]
+
+
+def _tokens_per_item(directory: Path, modality: Modality) -> int | None:
+    return load_codec(directory, modality).tokens_per_item
+
+
+def describe_long_documents(corpus: Corpus, split: str, seq_length: int) -> list[str]:
+    """Return what becomes of long documents, a line per source that has some."""
+    return describe_pieces(read_pieces(corpus, split, seq_length), _places_of(corpus, split))
+
+
+def _places_of(corpus: Corpus, split: str) -> list[str]:
+    return [f"{source.corpus.directory}: split {split}" for source in sources_of(corpus)]
+
+
 class _SequenceReader:
-    """Builds micro-batches from documents of one split."""
+    """Builds micro-batches from documents of one split, numbered through all sources of a blend."""
 
     def __init__(self, corpus: Corpus, split: str, seq_length: int, grouping: GroupingPlan) -> None:
-        self._split = corpus.split(split)
+        self._shares = [source.share for source in sources_of(corpus)]
         self._description = corpus.description
         self._seq_length = seq_length
         self._grouping = grouping
@@ -76,40 +131,84 @@ class _SequenceReader:
                 f"{corpus.directory}: the corpus has {len(modalities)} modalities ({modalities}), "
                 f"the model maps {len(grouping.towers_of_modalities)} to towers"
             )
-        self.source = f"{corpus.directory}: split {split}"
-        check_lengths(self._split.lengths, seq_length, self.source)
+        self.sources = _places_of(corpus, split)
+        self.source = self.sources[0] if len(self.sources) == 1 else f"blend: split {split}"
+        self.parts = read_pieces(corpus, split, seq_length)
+        lengths = [part.lengths for part in self.parts]
+        self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        """[documents] int64, tokens of each document."""
+        self.bounds = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
+        """Number of the first document of each source, and of all documents."""
         self.budget_plan: BudgetPlan | None = None
 
     def use_budgets(self, micro_batch_size: int) -> BudgetPlan:
         """Switch to budget packing with micro-batches of ``micro_batch_size`` sequences."""
         self.budget_plan = BudgetPlan.build(
-            self._split,
+            self.parts,
+            self._shares,
             self._description,
             self._grouping.towers_of_modalities,
             num_towers=self._grouping.num_towers,
             micro_batch_size=micro_batch_size,
             seq_length=self._seq_length,
-            source=self.source,
+            sources=self.sources,
         )
         return self.budget_plan
 
-    def pack(self, seed: int, epoch: int) -> Packing:
+    def pack(self, seed: int, epoch: int, place: int | None = None) -> Packing:
+        """Pack all documents in a random order, or those of the source at ``place`` alone."""
+        numbers = slice(None) if place is None else slice(*self.bounds[place : place + 2])
+        source = self.source if place is None else self.sources[place]
         if self.budget_plan is not None:
+            plan = self.budget_plan
+            counts, budgets = plan.counts[numbers], plan.budgets
+            if place is not None:
+                budgets = tower_budgets(counts, plan.micro_batch_size * self._seq_length)
             return pack_budget_epoch(
-                self.budget_plan.counts,
-                self.budget_plan.budgets,
-                sequences=self.budget_plan.micro_batch_size,
+                counts,
+                budgets,
+                sequences=plan.micro_batch_size,
                 capacity=self._seq_length,
                 seed=seed,
                 epoch=epoch,
-                source=self.source,
+                source=source,
             )
         return pack_epoch(
-            self._split.lengths, self._seq_length, seed=seed, epoch=epoch, source=self.source
+            self.lengths[numbers], self._seq_length, seed=seed, epoch=epoch, source=source
         )
 
-    def fill(self, packing: Packing) -> float:
-        return len(self._split.tokens) / (len(packing) * self._seq_length)
+    def pack_chosen(self, documents: np.ndarray, generator: np.random.Generator) -> Packing:
+        """Pack documents mostly in their order; return a packing of their places in it."""
+        places = np.arange(len(documents))
+        if self.budget_plan is None:
+            packing = pack(self.lengths[documents], self._seq_length, self.source)
+            return shuffled(packing, places, generator)
+        plan = self.budget_plan
+        packing = pack_budget(
+            plan.counts[documents],
+            plan.budgets,
+            sequences=plan.micro_batch_size,
+            capacity=self._seq_length,
+            source=self.source,
+        )
+        return shuffled(packing, places, generator, sequences_per_bin=plan.micro_batch_size)
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """Return the source of a document, and the number there of the document that it is of."""
+        place, number = self._place(document)
+        return place, self.parts[place].document_of(number)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        place = bisect_right(self.bounds, document) - 1
+        return place, document - self.bounds[place]
+
+    def _tokens(self, document: int) -> np.ndarray:
+        place, number = self._place(document)
+        return self.parts[place][number]
+
+    def _context(self, document: int) -> np.ndarray:
+        place, number = self._place(document)
+        return self.parts[place].context_of(number)
 
     def read(self, sequences: list[np.ndarray]) -> MicroBatch:
         """Build the micro-batch of these documents, given as b arrays of document numbers."""
@@ -117,16 +216,17 @@ class _SequenceReader:
         token_ids = np.full(shape, self._description.pad_token, dtype=np.int64)
         document_ids = np.empty(shape, dtype=np.int32)
         filled = np.zeros(len(sequences), dtype=np.int64)
-        context = np.zeros(shape, dtype=bool) if self._split.has_context else None
+        has_context = any(part.split.has_context for part in self.parts)
+        context = np.zeros(shape, dtype=bool) if has_context else None
         for row, documents in enumerate(sequences):
             end = 0
             for number, document in enumerate(documents):
-                begin, tokens = end, self._split[document]
+                begin, tokens = end, self._tokens(int(document))
                 end = begin + len(tokens)
                 token_ids[row, begin:end] = tokens
                 document_ids[row, begin:end] = number
                 if context is not None:
-                    context[row, begin:end] = self._split.context_of(document)
+                    context[row, begin:end] = self._context(document)
             # The rest counts as another document, so that no token attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
@@ -178,15 +278,14 @@ class PackedLoader:
                 micro-batch of b sequences exactly ``budgets[tower]`` tokens of each tower.
 
         Raises:
-            DataError: There is no such split, a document is longer than ``seq_length`` or exceeds a
+            DataError: There is no such split, a document does not fit into a sequence or exceeds a
                 budget, or the corpus has another number of modalities than ``grouping``.
         """
         self._reader = _SequenceReader(corpus, split, seq_length, grouping)
-        self._source = self._reader.source
-        self._identity: dict[str, int | str] = {
+        self._corpus = corpus
+        identity: dict[str, int | str] = {
             "seed": seed,
             "seq_length": seq_length,
-            "corpus": corpus.fingerprint,
             "packing": packing,
             "packing_version": ALGORITHM_VERSION,
         }
@@ -195,75 +294,95 @@ class PackedLoader:
         fillers; K of them, which sum to b * s."""
         if packing == "budget":
             self.budgets = self._reader.use_budgets(micro_batch_size).budgets
-            self._identity["micro_batch_size"] = micro_batch_size
-            self._identity["budgets"] = ", ".join(map(str, self.budgets))
-        self._seed = seed
-        self._micro_batch_size = micro_batch_size
+            identity["micro_batch_size"] = micro_batch_size
+        self._identity = identity
+        self._seq_length = seq_length
         self._rows = micro_batch_size * grouping.batches_per_group
         self._shard = shard
-        self._epoch = 0
+        blended = isinstance(corpus, Blend)
+        self._stream: Stream[Any] = self._blend_stream() if blended else self._epoch_stream()
+        self._windows: deque[Window] = deque()
         self._next_sequence = 0
-        self._packings: dict[int, Packing] = {}
+        self.changes: list[str] = []
+        """What has changed about the sources since the position that was loaded was saved."""
+
+    def _epoch_stream(self) -> EpochStream:
+        reader, seed = self._reader, int(self._identity["seed"])
+        return EpochStream(
+            self._traits(0) | self._identity | self._joined_budgets(),
+            reader.source,
+            self._corpus.fingerprint,
+            lambda epoch: reader.pack(seed, epoch),
+            int(reader.lengths.sum()),
+        )
+
+    def _blend_stream(self) -> BlendStream:
+        reader, seed = self._reader, int(self._identity["seed"])
+        orders = [
+            SourceOrder(
+                source,
+                first,
+                reader.lengths[first:end],
+                seed,
+                lambda epoch, place=place: reader.pack(seed, epoch, place),
+                self._traits(place),
+            )
+            for place, (source, (first, end)) in enumerate(
+                zip(sources_of(self._corpus), pairwise(reader.bounds), strict=True)
+            )
+        ]
+        return BlendStream(
+            self._identity, reader.source, orders, reader.pack_chosen, self._joined_budgets()
+        )
+
+    def _traits(self, place: int) -> dict[str, str]:
+        """Return what a source's documents depend on; without long ones, only on the corpus."""
+        has_long = self._reader.parts[place].num_long > 0
+        return {"long_documents": self._corpus.long_documents} if has_long else {}
+
+    def _joined_budgets(self) -> dict[str, str]:
+        return {} if self.budgets is None else {"budgets": ", ".join(map(str, self.budgets))}
 
     @property
     def fill(self) -> float:
-        """Fraction of positions that documents occupy in the current epoch."""
-        return self._reader.fill(self._packing(self._epoch))
+        """Fraction of positions that documents occupy in the current window: a corpus's epoch."""
+        window = self._window(0)
+        return window.tokens / (len(window.packing) * self._seq_length)
 
     def next_micro_batch(self) -> MicroBatch:
         """Return this rank's next micro-batch; no collectives, since all ranks advance equally."""
         first = self._next_sequence + self._shard.rank * self._rows
         sequences = [self._sequence(first + row) for row in range(self._rows)]
         self._next_sequence += self._shard.size * self._rows
-        while self._next_sequence >= len(self._packing(self._epoch)):
-            self._next_sequence -= len(self._packing(self._epoch))
-            del self._packings[self._epoch]
-            self._epoch += 1
+        while self._next_sequence >= len(self._window(0).packing):
+            self._next_sequence -= len(self._window(0).packing)
+            self._window(1)
+            self._windows.popleft()
         return self._reader.read(sequences)
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> Position:
         """Return the position in the global stream, and what the stream depends on.
 
         It is equal on all ranks.
         """
-        return {"epoch": self._epoch, "next_sequence": self._next_sequence, **self._identity}
+        return self._stream.position(self._window(0), self._next_sequence)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue from the position in ``state``, with any data-parallel size.
 
-        Without budget packing, the micro-batch size may differ too.
+        Without budget packing, the micro-batch size may differ too. A blend may have other sources
+        or weights, if it keeps one of the sources; ``changes`` then says what is different.
 
         Raises:
             CheckpointError: The state belongs to another stream, or its keys or values are invalid.
         """
-        for key, value in self._identity.items():
-            # Compare values first, since another packing mode has other keys.
-            if state.get(key, value) != value:
-                raise CheckpointError(
-                    f"data position was saved with {key} = {state[key]!r}, but this run has "
-                    f"{value!r} ({self._source})"
-                )
-        expected_keys = {"epoch", "next_sequence", *self._identity}
-        if set(state) != expected_keys:
-            raise CheckpointError(
-                f"data position has keys {sorted(state)}, expected {sorted(expected_keys)}"
-            )
-        epoch, next_sequence = _count(state, "epoch"), _count(state, "next_sequence")
-        packing = self._reader.pack(self._seed, epoch)
-        if next_sequence >= len(packing):
-            raise CheckpointError(
-                f"data position has next_sequence = {next_sequence}, expected "
-                f"0..{len(packing) - 1} ({self._source})"
-            )
-        if self.budgets is not None and next_sequence % self._micro_batch_size:
-            raise CheckpointError(
-                f"data position has next_sequence = {next_sequence}, expected a multiple of "
-                f"micro_batch_size = {self._micro_batch_size} ({self._source})"
-            )
-        self._epoch, self._next_sequence = epoch, next_sequence
-        self._packings = {epoch: packing}
+        if "sources" in state and isinstance(self._stream, EpochStream):
+            # All other sources of a blend are gone. It goes on as the blend of the one that stays.
+            self._stream = self._blend_stream()
+        window, self._next_sequence, self.changes = self._stream.find(state)
+        self._windows = deque([window])
 
-    def documents_at(self, position: Mapping[str, int | str], count: int) -> list[list[int]]:
+    def documents_at(self, position: Mapping[str, Any], count: int) -> list[list[Any]]:
         """Return the documents of ``count`` sequences of the global stream, for reports.
 
         Args:
@@ -271,39 +390,39 @@ class PackedLoader:
             count: Number of sequences from there on.
 
         Returns:
-            Numbers of documents in the split, one list per sequence.
+            Numbers of documents in the split, one list per sequence; for a blend, pairs of the
+            source's name and the number in its split.
         """
-        epoch, number = int(position["epoch"]), int(position["next_sequence"])
-        packing = self._reader.pack(self._seed, epoch)
+        window, number, _ = self._stream.find(position)
         found = []
         for _ in range(count):
-            while number >= len(packing):
-                number -= len(packing)
-                epoch += 1
-                packing = self._reader.pack(self._seed, epoch)
-            found.append([int(document) for document in packing[number]])
+            while number >= len(window.packing):
+                number -= len(window.packing)
+                window = self._stream.after(window)
+            found.append([self._report(int(document)) for document in window.packing[number]])
             number += 1
         return found
 
-    def _packing(self, epoch: int) -> Packing:
-        if epoch not in self._packings:
-            self._packings[epoch] = self._reader.pack(self._seed, epoch)
-        return self._packings[epoch]
+    def _report(self, document: int) -> int | list[int | str]:
+        place, number = self._reader.locate(document)
+        if not isinstance(self._corpus, Blend):
+            return number
+        return [self._corpus.sources[place].name, number]
+
+    def _window(self, ahead: int) -> Window:
+        """Return the current window, or one that follows it."""
+        while len(self._windows) <= ahead:
+            last = self._windows[-1] if self._windows else None
+            self._windows.append(self._stream.first() if last is None else self._stream.after(last))
+        return self._windows[ahead]
 
     def _sequence(self, number: int) -> np.ndarray:
-        """Return the documents of a sequence, counted from the start of the current epoch."""
-        epoch = self._epoch
-        while number >= len(self._packing(epoch)):
-            number -= len(self._packing(epoch))
-            epoch += 1
-        return self._packing(epoch)[number]
-
-
-def _count(state: Mapping[str, object], key: str) -> int:
-    value = state[key]
-    if not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"data position has {key} = {value!r}, expected a count")
-    return value
+        """Return the documents of a sequence, counted from the start of the current window."""
+        ahead = 0
+        while number >= len(self._window(ahead).packing):
+            number -= len(self._window(ahead).packing)
+            ahead += 1
+        return self._window(ahead).packing[number]
 
 
 def evaluation_batches(
@@ -318,8 +437,9 @@ def evaluation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one pass over a split, always in the same order.
 
-    Each document occurs once over all ranks. All ranks yield the same number of micro-batches, so
-    that collectives match; after the last document, sequences are empty and have no labels.
+    Each document occurs once over all ranks; of a blend, each document of every source. All ranks
+    yield the same number of micro-batches, so that collectives match; after the last document,
+    sequences are empty and have no labels.
     Sequences are never packed to budgets, so they do not depend on the micro-batch size.
 
     Args:

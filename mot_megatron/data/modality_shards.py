@@ -50,18 +50,21 @@ def take_shard(
     held = modalities.ravel()[whole["group_index"][source[~padding]]]
     num_modalities = len(whole["modality_tokens"])
 
-    positions = whole["positions"].reshape(whole["document_ids"].shape)
-    attended = _attended_sequences(shard, len(positions))
+    visible_from, visible_to = whole["visible_from"], whole["visible_to"]
+    attended = _attended_sequences(shard, len(visible_from))
     plan = _plan(
-        [[whole["group_index"][slots] for slots in row] for row in slots_of], shard, positions
+        [[whole["group_index"][slots] for slots in row] for row in slots_of],
+        shard,
+        (visible_to - visible_from).astype(np.int64),
     )
     return {
         "token_ids": np.where(padding, 0, whole["token_ids"][source]),
         "labels": labels,
         "label_modalities": label_modalities,
-        "positions": positions[attended].ravel(),
+        "positions": whole["positions"].reshape(visible_from.shape)[attended].ravel(),
         "num_sequences": whole["num_sequences"],
-        "document_ids": whole["document_ids"][attended],
+        "visible_from": visible_from[attended],
+        "visible_to": visible_to[attended],
         "group_index": np.where(padding, 0, whole["group_index"][source]),
         "ungroup_index": np.empty(0, dtype=np.int64),
         "padding_slots": np.flatnonzero(padding),
@@ -107,18 +110,17 @@ def _sources(ranges: Sequence[range], tower_slots: Sequence[int]) -> tuple[np.nd
 
 
 def _plan(
-    rows_of: Sequence[Sequence[np.ndarray]], shard: ModalityShard, positions: np.ndarray
+    rows_of: Sequence[Sequence[np.ndarray]], shard: ModalityShard, pairs: np.ndarray
 ) -> ExchangePlan:
     """Return the exchange plan of a rank.
 
     Args:
         rows_of: [P][K] arrays, position in the group's sequences of each row of each rank's towers.
         shard: The rank's part.
-        positions: [sequences, s], position within the document.
+        pairs: [sequences, s] int64, number of keys that each position attends to.
     """
     ranks = shard.placement.num_ranks
     own = rows_of[shard.rank]
-    pairs = positions.astype(np.int64) + 1  # a token at position p attends to p + 1 keys
     if shard.exchange == "heads":
         first = 0
         arriving = rows_of
@@ -127,7 +129,7 @@ def _plan(
         send_rows = tuple((len(rows),) * ranks for rows in own)
     else:
         rank_pairs = pairs.reshape(ranks, -1).sum(1)
-        size = positions.size // ranks
+        size = pairs.size // ranks
         bounds = np.arange(ranks + 1) * size
         first = int(bounds[shard.rank])
         arriving = [

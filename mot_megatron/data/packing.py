@@ -51,9 +51,10 @@ def check_lengths(lengths: np.ndarray, capacity: int, source: str) -> None:
         raise DataError(f"{source}: no documents, expected at least one")
     wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if wrong.size:
+        remedy = '; data.long_documents can be "split" or "truncate"'
         raise DataError(
             f"{source}: document {wrong[0]} has {lengths[wrong[0]]} tokens, expected "
-            f"1..{capacity} (seq_length)"
+            f"1..{capacity} (seq_length){remedy if lengths[wrong[0]] else ''}"
         )
 
 

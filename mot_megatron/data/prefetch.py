@@ -8,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from mot_megatron.data.loader import PackedLoader
+from mot_megatron.data.streams import Position
 from mot_megatron.model.micro_batch import MicroBatch
-
-Position = dict[str, int | str]
 
 
 class PrefetchedLoader(PackedLoader):

@@ -22,8 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from mot_megatron.data.codebooks import CODECS
-from mot_megatron.data.corpus import Corpus, Modality, TokenSplit
+from mot_megatron.data.blend import sources_of
+from mot_megatron.data.codebooks import codec_class, load_codec
+from mot_megatron.data.codebooks.codec import PictureCodec
+from mot_megatron.data.corpus import (
+    HELD_OUT_SPLIT,
+    TRAIN_SPLIT,
+    Corpus,
+    Modality,
+    TokenSplit,
+)
 from mot_megatron.data.intervals import intervals_of, mask_of
 
 STATISTICS_FILE = "statistics.json"
@@ -108,23 +116,50 @@ def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
     Raises:
         DataError: A split is missing.
     """
-    train, validation = (_sample(corpus.split(name)) for name in ("train", "validation"))
+    train, validation = (_sample(corpus, name) for name in (TRAIN_SPLIT, HELD_OUT_SPLIT))
     vocab_size = corpus.description.vocab_size
     measured = {
-        modality.name: _measure(modality, train, validation, vocab_size)
+        modality.name: _measure(
+            modality, _context_distances(modality, corpus), train, validation, vocab_size
+        )
         for modality in corpus.description.modalities
     }
     return {name: statistics for name, statistics in measured.items() if statistics is not None}
 
 
-def _sample(split: TokenSplit) -> TokenSplit:
-    """Return a split, or evenly spaced documents of it with at most ``LARGEST_SAMPLE`` tokens."""
-    if len(split.tokens) <= LARGEST_SAMPLE:
+def _sample(corpus: Corpus, name: str) -> TokenSplit:
+    """Return a split, or evenly spaced documents of it with at most ``LARGEST_SAMPLE`` tokens.
+
+    Training documents of a blend are sampled in the proportions in which they are read, without
+    repetition; held-out documents in those of the splits.
+    """
+    parts = corpus.parts(name)
+    sizes = [len(part.tokens) for part in parts]
+    if len(parts) == 1:
+        return _spaced(parts[0], LARGEST_SAMPLE)
+    shares = [float(source.share) for source in sources_of(corpus)]
+    if name == HELD_OUT_SPLIT:
+        shares = [size / sum(sizes) for size in sizes]
+    # The whole sample is limited by the source that is used up first.
+    limit = min(LARGEST_SAMPLE, *(size / share for size, share in zip(sizes, shares, strict=True)))
+    samples = [
+        _spaced(part, max(int(part.lengths[0]), round(limit * share)))
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    lengths = np.concatenate([sample.lengths for sample in samples])
+    tokens = np.concatenate([sample.tokens for sample in samples])
+    masks = [mask_of(sample.context, 0, len(sample.tokens)) for sample in samples]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return TokenSplit(name, tokens, offsets, intervals_of(np.concatenate(masks)))
+
+
+def _spaced(split: TokenSplit, most_tokens: int) -> TokenSplit:
+    if len(split.tokens) <= most_tokens:
         return split
-    stride = -(-len(split.tokens) // LARGEST_SAMPLE)
+    stride = -(-len(split.tokens) // most_tokens)
     chosen = np.arange(0, len(split), stride)
     lengths = split.lengths[chosen]
-    chosen = chosen[: np.searchsorted(np.cumsum(lengths), LARGEST_SAMPLE, side="right")]
+    chosen = chosen[: np.searchsorted(np.cumsum(lengths), most_tokens, side="right")]
     offsets = np.concatenate(([0], np.cumsum(split.lengths[chosen])))
     tokens = [split[int(document)] for document in chosen]
     masks = [split.context_of(int(document)) for document in chosen] if split.has_context else []
@@ -132,16 +167,21 @@ def _sample(split: TokenSplit) -> TokenSplit:
     return TokenSplit(split.name, np.concatenate(tokens or [split.tokens[:0]]), offsets, context)
 
 
-def _second_distances(modality: Modality) -> list[int]:
-    codec = CODECS.get(modality.codec)
-    return sorted({2} if codec is None else {2, codec.row_length})
+def _context_distances(modality: Modality, corpus: Corpus) -> list[int]:
+    """Return 1, 2, and for a raster of codes the length of its rows."""
+    if modality.codebook is None or not issubclass(codec_class(modality.codec), PictureCodec):
+        return [1, 2]
+    return sorted({1, 2, load_codec(corpus.directory, modality).row_length})
 
 
 def _measure(
-    modality: Modality, train: TokenSplit, validation: TokenSplit, vocab_size: int
+    modality: Modality,
+    distances: list[int],
+    train: TokenSplit,
+    validation: TokenSplit,
+    vocab_size: int,
 ) -> ModalityStatistics | None:
     """Return the statistics of one modality; None if a split has no token of it to predict."""
-    distances = [1, *_second_distances(modality)]
     seen, seen_context = _with_context(train, modality, distances, vocab_size)
     held, held_context = _with_context(validation, modality, distances, vocab_size)
     if not len(seen) or not len(held):

@@ -1,7 +1,7 @@
 """The structure of a document of text, images and speech, which builders write.
 
 A document is ``<bos>``, then its segments, then ``<eos>``. A segment is ``<language> text`` (the
-language is optional), ``<boi> 64 ids <eoi>`` or ``<boa> ids <eoa>``.
+language is optional), ``<boi> ids <eoi>`` or ``<boa> ids <eoa>``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ CODECS = {
     IMAGE: ("image_patches", "image.npz"),
     SPEECH: ("speech_units", "speech.npz"),
 }
-"""Codec and name of the codebook file of each modality."""
+"""Codec and name of the codebook file of each modality, unless others are chosen."""
+
+
+SOURCES_FILE = "sources.json"
+"""File of a corpus from raw files: what each source file contributed."""
 
 
 class Piece(NamedTuple):
@@ -53,12 +57,17 @@ def language_token(language: str) -> str:
     return f"<{language}>"
 
 
-def modalities_of(sizes: Mapping[str, int], special: Mapping[str, int]) -> list[Modality]:
+def modalities_of(
+    sizes: Mapping[str, int],
+    special: Mapping[str, int],
+    codecs: Mapping[str, tuple[str, str]] = CODECS,
+) -> list[Modality]:
     """Return the modalities of a corpus.
 
     Args:
         sizes: Number of ids of each modality, in the order of their ranges.
         special: Ids of the special tokens.
+        codecs: Codec and name of the codebook file of each modality.
     """
     modalities = []
     first_id = 0
@@ -66,7 +75,7 @@ def modalities_of(sizes: Mapping[str, int], special: Mapping[str, int]) -> list[
         begin, end = (
             (special[token] for token in BRACKETS[kind]) if kind in BRACKETS else (None,) * 2
         )
-        codec, codebook = CODECS[kind]
+        codec, codebook = codecs[kind]
         modalities.append(
             Modality.model_validate(
                 {

@@ -233,8 +233,12 @@ class CorpusWriter:
             for path in (bin_path, idx_path):
                 path(self._root / split).symlink_to(path(prefix).resolve())
 
-    def add_file(self, name: str, content: bytes) -> None:
+    def add_file(self, name: str, content: bytes | Path) -> None:
         """Add a file, for example a codebook, to the corpus directory.
+
+        Args:
+            name: Name of the file in the corpus.
+            content: Content, or a file with it.
 
         Raises:
             DataError: The name is taken or not a plain file name, or the disk is full.
@@ -246,7 +250,10 @@ class CorpusWriter:
         if path.exists():
             raise DataError(f"{self.directory}: file {name!r} was added twice")
         with self._errors():
-            path.write_bytes(content)
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                path.write_bytes(content)
 
     @property
     def _root(self) -> Path:

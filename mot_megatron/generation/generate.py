@@ -11,6 +11,7 @@ Letters: n samples, p prompt tokens, s new tokens, V vocabulary rows.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from tqdm import tqdm
 
 from mot_megatron.data.batches import build_micro_batch
-from mot_megatron.data.codebooks import Codec, load_codec
+from mot_megatron.data.codebooks import load_codec
+from mot_megatron.data.codebooks.codec import Codec, SoundCodec
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError
@@ -204,6 +206,11 @@ class Item:
         """Decoded value: a string, pixels uint8 [h, w, 3] or sound float32 [n]."""
         return self.codec.decode(self.token_ids)
 
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of a sound; 0 of other media."""
+        return self.codec.sample_rate if isinstance(self.codec, SoundCodec) else 0
+
     def write(self, path: Path) -> None:
         """Write a file with the codec's suffix."""
         self.codec.write(self.token_ids, path)
@@ -273,7 +280,7 @@ class Generator:
         by_name = {modality.name: modality for modality in self.corpus.description.modalities}
         if name not in by_name:
             raise DataError(f"modality {name!r}, expected one of: {', '.join(by_name)}")
-        return SegmentRules.of(self.corpus.description, by_name[name])
+        return SegmentRules.of(self.corpus.description, by_name[name], self.codecs.get(name))
 
     def continue_text(
         self, text: str, into: str, settings: SamplingSettings, language: str | None = None
@@ -330,7 +337,7 @@ class Generator:
         rules = self.rules(into)
         settings = dataclasses.replace(settings, num_samples=1)
         samples: list[HeldOutSample] = []
-        for document in self.corpus.split(split):
+        for document in itertools.chain.from_iterable(self.corpus.parts(split)):
             if len(samples) == num_documents:
                 break
             held_out = held_out_prompt(self.corpus.description, rules, document)

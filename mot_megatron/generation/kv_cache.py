@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mot_megatron.model.attention_core import causal_attention
+from mot_megatron.model.attention_core import attend_in_document
 
 
 class KeyValueCache:
@@ -47,7 +47,7 @@ class KeyValueCache:
         if self.length == 0:
             keys[:, :, : k.shape[0]] = k.transpose(0, 1)
             values[:, :, : v.shape[0]] = v.transpose(0, 1)
-            return causal_attention(q, k, v)
+            return attend_in_document(q, k, v)
         end = self.length + 1
         keys[:, :, self.length] = k
         values[:, :, self.length] = v

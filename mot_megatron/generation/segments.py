@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mot_megatron.data.codebooks import CODECS, Codec
+from mot_megatron.data.codebooks.codec import Codec
 from mot_megatron.data.codebooks.text import TextCodec
 from mot_megatron.data.corpus import CorpusDescription, Modality
 from mot_megatron.data.structure import BEGIN_DOCUMENT, END_DOCUMENT, language_token
@@ -35,8 +35,10 @@ class SegmentRules:
     """Number of content ids of an item; None if it varies."""
 
     @classmethod
-    def of(cls, description: CorpusDescription, modality: Modality) -> SegmentRules:
-        """Return the rules for ``modality`` of a corpus."""
+    def of(
+        cls, description: CorpusDescription, modality: Modality, codec: Codec | None
+    ) -> SegmentRules:
+        """Return the rules for ``modality`` of a corpus, given its codec if it has one."""
         delimiters = _delimiters(description)
         ids = np.arange(modality.first_id, modality.end_id)
         if modality.end_token is not None:
@@ -45,7 +47,6 @@ class SegmentRules:
             closing = {other.end_token for other in description.modalities}
             begin_document = description.special_tokens.get(BEGIN_DOCUMENT)
             ends = delimiters - closing - {begin_document, description.pad_token}
-        codec = CODECS.get(modality.codec)
         return cls(
             modality,
             np.setdiff1d(ids, _array(delimiters)),

@@ -22,8 +22,9 @@ _MOST_COMPILED = 3
 def attention(context: Context, *, head_dim: int, heads: int, groups: int, length: int) -> Outcome:
     """Compare both attention cores on four batches of documents.
 
-    Half of the batches have values that are strided slices of a larger tensor. On a GPU, in bf16,
-    forward and backward; on a CPU, where FlexAttention has no backward, in fp32 and forward only.
+    Half of the batches have values that are strided slices of a larger tensor, and the documents of
+    two have images, which see all of themselves. On a GPU, in bf16, forward and backward; on a CPU,
+    where FlexAttention has no backward, in fp32 and forward only.
 
     Args:
         context: The machine.
@@ -40,15 +41,15 @@ def attention(context: Context, *, head_dim: int, heads: int, groups: int, lengt
     worst: dict[str, float] = dict.fromkeys(names if context.on_gpu else names[:1], 0.0)
     for number in range(4):
         generator = torch.Generator().manual_seed(number)
-        ids = _documents(length, generator).to(device)
-        shapes = [(ids.numel(), count, head_dim) for count in (heads, groups, 2 * groups)]
+        visible = tuple(of.to(device) for of in _visible(length, number > 1, generator))
+        shapes = [(2 * length, count, head_dim) for count in (heads, groups, 2 * groups)]
         q, k, wide = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         v = wide[:, ::2] if number % 2 else wide[:, :groups].contiguous()
         upstream = torch.randn(shapes[0], generator=generator).to(device, dtype)
-        flex = FlexDocumentAttention(ids, compiled=context.on_gpu)
+        flex = FlexDocumentAttention(*visible, compiled=context.on_gpu)
         got = _run(flex, (q, k, v), upstream, context.on_gpu)
         plain = _run(
-            DocumentAttention(ids),
+            DocumentAttention(*visible),
             tuple(tensor.float() for tensor in (q, k, v)),
             upstream.float(),
             context.on_gpu,
@@ -59,10 +60,23 @@ def attention(context: Context, *, head_dim: int, heads: int, groups: int, lengt
     return _judge(context, worst, dtype, head_dim)
 
 
-def _documents(length: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the document of every position of two sequences, [2, length]."""
+def _visible(
+    length: int, images: bool, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the visible intervals of two sequences of documents, [2, length] int32 each.
+
+    With images, each document ends with one that sees all of itself, about half of it.
+    """
+    places = torch.arange(length).expand(2, -1)
     starts = torch.rand(2, length, generator=generator) < 8 / length
-    return starts.cumsum(1)
+    first = (places * starts).cummax(1).values
+    end = places + 1
+    if images:
+        last = torch.where(starts, places, length).roll(-1, 1)
+        last[:, -1] = length
+        last = last.flip(1).cummin(1).values.flip(1)
+        end = torch.where(2 * places >= first + last, last, end)
+    return first.int(), end.int()
 
 
 def _run(

@@ -1,7 +1,8 @@
 """Global self-attention in sequence order, with the best kernel the device offers.
 
 An attention core takes q [t, heads, d] and k, v [t, key-value heads, d] for all documents of a
-micro-batch. Each token attends to itself and to the preceding tokens of its document.
+micro-batch. Each position attends to one interval of its document, which contains the position:
+tokens to everything up to themselves, the parts of an image to all of the image too.
 """
 
 from __future__ import annotations
@@ -30,47 +31,72 @@ def build_attention_core(
     FlexAttention has no backward pass on a CPU.
     """
     on_cuda = micro_batch.token_ids.is_cuda
+    visible = micro_batch.visible_from, micro_batch.visible_to
     if backend == "flex" or (backend == "auto" and on_cuda):
-        return FlexDocumentAttention(micro_batch.document_ids, compiled=on_cuda)
-    return DocumentAttention(micro_batch.document_ids)
+        return FlexDocumentAttention(*visible, compiled=on_cuda)
+    return DocumentAttention(*visible)
 
 
 class DocumentAttention:
-    """Causal scaled dot product attention, one call per document.
+    """Scaled dot product attention, one call per document.
 
     Packed documents are much shorter than the sequence, so separate calls do a fraction of the work
-    of a single call with a [t, t] mask when the kernel cannot skip masked blocks.
+    of a single call with a [t, t] mask when the kernel cannot skip masked blocks. A document that
+    falls into parts which do not see each other is treated as several.
     """
 
-    def __init__(self, document_ids: torch.Tensor) -> None:
-        sequence_length = document_ids.shape[1]
-        rows = torch.arange(document_ids.shape[0], device=document_ids.device)
-        flat = (document_ids + rows[:, None] * sequence_length).flatten()
-        self.lengths: list[int] = torch.unique_consecutive(flat, return_counts=True)[1].tolist()
+    def __init__(self, visible_from: torch.Tensor, visible_to: torch.Tensor) -> None:
+        """Find the documents, and build the masks of those that are not causal.
+
+        Args:
+            visible_from: [b, s] int32, first position of its sequence that each position sees.
+            visible_to: [b, s] int32, position after the last one that each position sees.
+        """
+        length = visible_from.shape[1]
+        offsets = length * torch.arange(len(visible_from), device=visible_from.device)[:, None]
+        first, end = ((of_rows + offsets).flatten() for of_rows in (visible_from, visible_to))
+        places = torch.arange(len(first), device=first.device)
+        # A document begins where nothing from there on sees back, and nothing before sees so far.
+        begins = first.flip(0).cummin(0).values.flip(0) >= places
+        begins[1:] &= end.cummax(0).values[:-1] <= places[1:]
+        document = begins.cumsum(0) - 1
+        starts = (places * begins).cummax(0).values
+        unusual = (first != starts) | (end != places + 1)
+        self.lengths: list[int] = torch.unique_consecutive(document, return_counts=True)[1].tolist()
+        self.masks: list[torch.Tensor | None] = [None] * len(self.lengths)
+        """Per document the pairs that see each other, [n, n] bool; None if it is causal."""
+        parts = [of.split(self.lengths) for of in (places, first, end)]
+        for number in sorted(set(document[unusual].tolist())):
+            keys, its_first, its_end = (part[number] for part in parts)
+            self.masks[number] = (keys >= its_first[:, None]) & (keys < its_end[:, None])
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Attend within each document; see the module docstring for shapes."""
         del layer
-        parts = (tensor.split(self.lengths) for tensor in (q, k, v))
-        return torch.cat([causal_attention(*part) for part in zip(*parts, strict=True)])
+        queries, keys, values = (tensor.split(self.lengths) for tensor in (q, k, v))
+        documents = zip(queries, keys, values, self.masks, strict=True)
+        return torch.cat([attend_in_document(*document) for document in documents])
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Compute causal attention within one document of n tokens.
+def attend_in_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute attention within one document of n tokens.
 
     Args:
         q: [n, heads, d].
         k: [n, key-value heads, d]; grouped-query attention is allowed.
         v: Same shape as ``k``.
+        mask: [n, n] bool, whether a query (row) sees a key (column). Default: causal.
 
     Returns:
         [n, heads, d].
     """
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
     output = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
     )
     return output[0].transpose(0, 1)
 
@@ -78,9 +104,11 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 class FlexDocumentAttention:
     """FlexAttention with a block mask: one kernel for all documents that skips empty blocks."""
 
-    def __init__(self, document_ids: torch.Tensor, compiled: bool) -> None:
-        self.num_rows = document_ids.shape[0]
-        self.mask = document_block_mask(document_ids)
+    def __init__(
+        self, visible_from: torch.Tensor, visible_to: torch.Tensor, compiled: bool
+    ) -> None:
+        self.num_rows = visible_from.shape[0]
+        self.mask = interval_block_mask(visible_from, visible_to)
         self.attend = _compiled_flex_attention if compiled else flex_attention
 
     def __call__(
@@ -98,37 +126,37 @@ class FlexDocumentAttention:
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-def document_block_mask(document_ids: torch.Tensor) -> BlockMask:
-    """Build the block-sparse causal mask [b, s, s] within documents, without that of all pairs.
+def interval_block_mask(visible_from: torch.Tensor, visible_to: torch.Tensor) -> BlockMask:
+    """Build the block-sparse mask [b, s, s] of visible intervals, without that of all pairs.
 
-    Because documents are contiguous, the ids at the borders of blocks tell what a block contains.
-    The query block i sees a part of the key block j < i if the last key and the first query are of
-    one document, and all of it if the first key and the last query are.
+    Because an interval contains its own position, those of neighboring queries touch: together the
+    queries of a block see the interval from the smallest begin to the largest end, and all of them
+    see that from the largest begin to the smallest end. A block of keys is computed if it meets the
+    former, and without a mask if it lies in the latter.
 
     Args:
-        document_ids: [b, s] integers, equal within a document and ascending along a sequence.
+        visible_from: [b, s] int32, first position of its sequence that each position sees.
+        visible_to: [b, s] int32, position after the last one that each position sees.
     """
-    length = document_ids.shape[1]
+    length = visible_from.shape[1]
 
     def visible(
         row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
         del head
-        same = document_ids[row, query] == document_ids[row, key]
-        return (query >= key) & same
+        return (key >= visible_from[row, query]) & (key < visible_to[row, query])
 
-    first = document_ids[:, ::_BLOCK]
-    num_blocks = first.shape[1]
-    ends = torch.arange(1, num_blocks + 1, device=document_ids.device) * _BLOCK - 1
-    last = document_ids[:, ends.clamp(max=length - 1)]
-    block = torch.arange(num_blocks, device=document_ids.device)
-    earlier = block[:, None] > block
-    complete = (ends < length)[:, None]
-    full = earlier & complete & (last[:, :, None] == first[:, None, :])
-    touched = earlier & (first[:, :, None] == last[:, None, :])
-    partial = (touched & ~full) | (block[:, None] == block)
+    num_blocks = -(-length // _BLOCK)
+    starts = torch.arange(num_blocks, device=visible_from.device) * _BLOCK
+    ends = starts + _BLOCK
+    queries = starts[:, None] + torch.arange(_BLOCK, device=visible_from.device)
+    # [b, blocks, _BLOCK]; the last query also stands for those that the last block lacks.
+    first, end = (of[:, queries.clamp(max=length - 1)] for of in (visible_from, visible_to))
+    touched = (first.amin(-1)[..., None] < ends) & (end.amax(-1)[..., None] > starts)
+    seen_by_all = (first.amax(-1)[..., None] <= starts) & (end.amin(-1)[..., None] >= ends)
+    full = seen_by_all & (ends <= length)[:, None]
     return BlockMask.from_kv_blocks(
-        *_in_order(partial),
+        *_in_order(touched & ~full),
         *_in_order(full),
         BLOCK_SIZE=_BLOCK,
         mask_mod=visible,

@@ -21,6 +21,23 @@ NO_LABEL = -100
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """What the rows of a micro-batch should predict as tokens, in the order of the rows."""
+
+    labels: torch.Tensor
+    """[g] int64: global ids, or NO_LABEL."""
+    label_modalities: torch.Tensor
+    """[g] int64: the modality index of each label."""
+    count: int
+    """n: rows with a label. The host knows it, so that no kernel has to be waited for."""
+
+    def labeled(self) -> torch.Tensor:
+        """Return the indices of the rows with a label, in ascending order, [n]."""
+        unlabeled = (self.labels == NO_LABEL).to(torch.uint8)
+        return torch.argsort(unlabeled, stable=True)[: self.count]
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """Which rank attends for each row of this rank's stream, and the order of received rows.
 
@@ -61,7 +78,7 @@ class MicroBatch:
 
     Under modality parallelism the slots belong to the towers that the rank holds and are filled
     from all sequences of the modality group (t then counts the group's positions), while positions
-    and document_ids describe the sequences that the rank attends for.
+    and visible intervals describe the sequences that the rank attends for.
     """
 
     token_ids: torch.Tensor
@@ -72,8 +89,13 @@ class MicroBatch:
     """[g] int64, grouped order: modality index of the label, 0 for NO_LABEL."""
     positions: torch.Tensor
     """[t] int64, sequence order: position within the token's document, from 0."""
-    document_ids: torch.Tensor
-    """[b, s] int32: equal inside a document, ascending along a sequence."""
+    visible_from: torch.Tensor
+    """[b, s] int32: first position of its sequence that each position attends to.
+
+    A position attends to one interval of its document, which contains the position itself.
+    """
+    visible_to: torch.Tensor
+    """[b, s] int32: position after the last one that each position attends to."""
     group_index: torch.Tensor
     """[g] int64: sequence-order position of each slot's token; 0 for padding slots."""
     ungroup_index: torch.Tensor
@@ -110,7 +132,7 @@ class MicroBatch:
     @property
     def slot_sequences(self) -> torch.Tensor:
         """[g] int64: sequence of each slot's token, from 0; 0 for padding slots."""
-        return self.group_index // self.document_ids.shape[1]
+        return self.group_index // self.visible_from.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same batch with its tensors on ``device``; from pinned memory, do not wait."""

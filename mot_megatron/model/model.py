@@ -10,12 +10,6 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import nn
 
 from mot_megatron.config import Config
@@ -24,9 +18,9 @@ from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping, rank_major
 from mot_megatron.model.initialization import initialize_parameters
 from mot_megatron.model.layer import Layer, LayerInputs, Stream, run_layer
-from mot_megatron.model.micro_batch import MicroBatch
+from mot_megatron.model.micro_batch import MicroBatch, TokenRows
 from mot_megatron.model.norm import RMSNorm
-from mot_megatron.model.objectives import Labels, VocabularyShard, Weighting, head_losses
+from mot_megatron.model.objectives.next_token import NextToken
 from mot_megatron.model.operations import layer_operations
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 from mot_megatron.model.rotary import RotaryAngles
@@ -39,109 +33,14 @@ from mot_megatron.model.routing import (
 )
 from mot_megatron.model.sharding import (
     SHARED,
-    ParameterSharding,
     freeze_towers,
     mark_replica,
     mark_tower,
-    set_sharding,
     sharding_of,
 )
 from mot_megatron.model.towers import ParallelLinears, PerTower
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.rules import check_device
-
-
-class Embedding(nn.Module):
-    """Token embedding with rows split over the tensor-parallel ranks."""
-
-    def __init__(self, num_rows: int, hidden_size: int, linears: ParallelLinears) -> None:
-        super().__init__()
-        self.sequence_parallel = linears.sequence_parallel
-        self.lookup = VocabParallelEmbedding(
-            num_rows,
-            hidden_size,
-            init_method=lambda _: None,
-            reduce_scatter_embeddings=linears.sequence_parallel,
-            config=linears.megatron_config,
-            tp_group=linears.groups.tensor,
-        )
-        set_sharding(self.lookup.weight, ParameterSharding((num_rows, hidden_size), shard_dim=0))
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embed ids [g] as [g, h] (sequence parallel: this rank's [g / tp, h]).
-
-        Collectives over the tensor-parallel group: all-reduce in forward, none in backward
-        (sequence parallel: reduce-scatter in forward, all-gather in backward).
-        """
-        if self.sequence_parallel:
-            # megatron's layer expects [b, s] and transposes it before the reduce-scatter.
-            return self.lookup(token_ids[None]).squeeze(1)
-        return self.lookup(token_ids)
-
-
-class _VocabularyLinear(ColumnParallelLinear):
-    """Projection to logits, or to losses without storing logits.
-
-    The loss is computed inside of the module that has the weight, because ZeRO-3 gathers the weight
-    for this module's forward.
-    """
-
-    shard: VocabularyShard
-
-    def forward(  # type: ignore[override]
-        self,
-        rows: torch.Tensor,
-        weight: torch.Tensor | None,
-        labels: Labels | None = None,
-        weighting: Weighting | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return logits, or with labels what ``head_losses`` returns."""
-        if labels is None or weighting is None:
-            return super().forward(rows, weight=weight)[:1]
-        if self.sequence_parallel:
-            rows = gather_from_sequence_parallel_region(rows, group=self.shard.group)
-        else:
-            rows = copy_to_tensor_model_parallel_region(rows, group=self.shard.group)
-        weight = self.weight if weight is None else weight
-        assert weight is not None
-        return head_losses(rows, weight, labels, weighting, self.shard)
-
-
-class Head(nn.Module):
-    """Projection to the vocabulary; its weight may be tied to the embedding."""
-
-    def __init__(
-        self, num_rows: int, hidden_size: int, linears: ParallelLinears, own_weight: bool
-    ) -> None:
-        super().__init__()
-        self.linear = _VocabularyLinear(
-            hidden_size,
-            num_rows,
-            config=linears.megatron_config,
-            init_method=lambda _: None,
-            bias=False,
-            skip_weight_param_allocation=not own_weight,
-            tp_group=linears.groups.tensor,
-        )
-        self.linear.shard = VocabularyShard(linears.groups.tensor, linears.groups.tensor_rank)
-        if own_weight:
-            set_sharding(
-                self.linear.weight, ParameterSharding((num_rows, hidden_size), shard_dim=0)
-            )
-
-    def forward(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """Project [g, h] (sequence parallel: [g / tp, h]) to logits [g, V / tp]."""
-        return self.linear(x, weight)[0]
-
-    def losses(
-        self, x: torch.Tensor, weight: torch.Tensor | None, labels: Labels, weighting: Weighting
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sums of losses; see ``head_losses``.
-
-        Collectives over the tensor-parallel group: also an all-reduce of the gradient of ``x`` in
-        backward (sequence parallel: an all-gather in forward, a reduce-scatter in backward).
-        """
-        return self.linear(x, weight, labels, weighting)
 
 
 class MixtureOfTransformers(nn.Module):
@@ -159,6 +58,7 @@ class MixtureOfTransformers(nn.Module):
         on_gpus = groups.device.type == "cuda"
         check_device(config, on_gpus)
         self.config = model
+        self.objective = NextToken.of(model)
         self.groups = groups
         self.dtype = dtype
         self.sequence_parallel = config.parallel.sequence_parallel
@@ -201,26 +101,22 @@ class MixtureOfTransformers(nn.Module):
         )
 
     def _add_embedding(self, linears: ParallelLinears) -> None:
-        rows, hidden = self.config.num_vocabulary_rows, self.config.hidden_size
-        self.embedding = Embedding(rows, hidden, linears)
+        self.embedding = self.objective.entry(linears)
         mark_tower(self.embedding, SHARED)
-        tied = not self.config.untie_embeddings_and_output_weights
-        if tied and self.groups.pipeline_size > 1:
+        if self.objective.tied and self.groups.pipeline_size > 1:
             self.embedding.lookup.weight.tied_across_stages = True  # type: ignore[attr-defined]
 
     def _add_end(self, linears: ParallelLinears) -> None:
         """Add the final norm and the head, and the tied embedding if this stage lacks it."""
         model = self.config
-        rows, hidden, untied = model.num_vocabulary_rows, model.hidden_size, model.untied
         self.final_norm = PerTower(
-            lambda _: RMSNorm(hidden, model.norm_eps, linears.partial_rows),
+            lambda _: RMSNorm(model.hidden_size, model.norm_eps, linears.partial_rows),
             self.towers,
-            untied.final_norm,
+            model.untied.final_norm,
         )
-        own_weight = model.untie_embeddings_and_output_weights
-        self.head = Head(rows, hidden, linears, own_weight)
+        self.head = self.objective.exit(linears)
         mark_tower(self.head, SHARED)
-        if not own_weight and not self.pieces[0].first:
+        if self.objective.tied and not self.pieces[0].first:
             self._add_embedding(linears)
             mark_replica(self.embedding)
 
@@ -310,9 +206,7 @@ class MixtureOfTransformers(nn.Module):
         return self.head(torch.cat(self.final_norm(stream)), self._tied_weight())
 
     def _tied_weight(self) -> torch.Tensor | None:
-        if self.config.untie_embeddings_and_output_weights:
-            return None
-        return self.embedding.lookup.weight
+        return self.embedding.lookup.weight if self.objective.tied else None
 
     def sequence_logits(
         self, micro_batch: MicroBatch, attend: AttentionCore | None = None
@@ -368,14 +262,13 @@ class MixtureOfTransformers(nn.Module):
         return stream
 
     def _losses(self, stream: Stream, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        labels = Labels(
+        rows = TokenRows(
             self._stream_order(micro_batch.labels, micro_batch),
             self._stream_order(micro_batch.label_modalities, micro_batch),
             sum(micro_batch.modality_labels),
         )
-        weighting = Weighting(self.loss_weights, self.config.z_loss_coefficient)
-        rows = torch.cat(self.final_norm(stream))
-        return self.head.losses(rows, self._tied_weight(), labels, weighting)
+        x = torch.cat(self.final_norm(stream))
+        return self.head.losses(x, rows, self.loss_weights, self._tied_weight())
 
     def _own_rows(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """Select from [g] in grouped order the entries of this rank's rows."""

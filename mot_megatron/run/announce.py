@@ -8,7 +8,10 @@ import tomllib
 from mot_megatron.checkpoint.find import CheckpointInfo
 from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
+from mot_megatron.data.blend import sources_of
 from mot_megatron.data.budget import describe_budgets
+from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT
+from mot_megatron.data.loader import describe_long_documents
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.run.console import Console
@@ -51,11 +54,21 @@ def announce(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
         " slots filled; losses are in bits per token"
     )
+    if session.is_first_rank:  # the others print nothing
+        for split in (TRAIN_SPLIT, HELD_OUT_SPLIT):
+            for line in describe_long_documents(session.corpus, split, config.data.seq_length):
+                console.say(line)
+    blend = sources_of(session.corpus)
+    if len(blend) > 1:
+        shares = ", ".join(f"{each.name} {float(each.share):.1%}" for each in blend)
+        console.say(f"shares of the tokens: {shares}")
     if session.loader.budgets is not None:
         towers, fill = config.model.tower_names, session.loader.fill
         console.say(describe_budgets(session.loader.budgets, towers, fill))
     if resumed:
         console.say(f"continuing from {resumed.path}")
+    for line in session.loader.changes:
+        console.say(f"  {line}")
     if origin:
         console.say(
             f"beginning with the weights of {origin.config.run.name}: {origin.checkpoint.path}"

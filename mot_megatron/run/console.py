@@ -8,6 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from mot_megatron.data.blend_stream import SourceProgress
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.step import HeldOut
 
@@ -101,8 +102,21 @@ class Console:
                 f" FLOPs, which costs about {interval.imbalance_percent:.0f}% of the step"
             )
 
+    def sources(self, sources: Sequence[SourceProgress]) -> None:
+        """Print what was read of each source of a blend."""
+        if not sources:
+            return
+        total = sum(source.tokens for source in sources)
+        parts = [
+            f"{source.name} {source.tokens / max(total, 1):.1%} of the tokens"
+            f" ({_thousands(source.tokens)}), epoch {source.epochs:.2f}"
+            for source in sources
+        ]
+        for line in _wrapped(parts, WIDTH - len("  read: ")):
+            self.say(f"  read: {line}")
+
     def held_out(self, step: int, held_out: HeldOut, sees_the_future: bool) -> None:
-        """Print the line of an evaluation, and one with causal routing if there is such a loss.
+        """Print the line of an evaluation, one per source, and one with causal routing, if any.
 
         Args:
             step: Steps done.
@@ -112,6 +126,8 @@ class Console:
         beginning = f"held out, step {step:>{len(str(self.last_step))}}: "
         line = f"{beginning}{self._bits(held_out.as_trained)} bits per token"
         self.say(f"{line}, routed with later tokens" if sees_the_future else line)
+        for name, loss in held_out.sources.items():
+            self.say(f"  {name}: {self._bits(loss.modality_bits)} bits per token")
         if held_out.causal is not None:
             label = "routed causally: ".rjust(len(beginning))
             bits = self._bits(held_out.causal)
@@ -122,6 +138,17 @@ class Console:
             f"{name} {'-' if math.isnan(bits) else f'{bits:.3f}'}"
             for name, bits in zip(self.modalities, modality_bits, strict=True)
         )
+
+
+def _wrapped(parts: Sequence[str], width: int) -> list[str]:
+    """Join parts by semicolons to as few lines as have at most ``width`` columns."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(part) + 2 <= width:
+            lines[-1] += f"; {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,9 @@ from mot_megatron.checkpoint.agreement import describe_os_error, on_first_rank
 from mot_megatron.checkpoint.find import resolve_resume
 from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config
+from mot_megatron.data.blend_stream import progress_of_sources
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus
+from mot_megatron.data.streams import Position
 from mot_megatron.errors import CheckpointError, TrainingError, UserError
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import peak_flops, peak_memory_of_fullest_rank
@@ -81,7 +83,7 @@ class _Run:
     """Where the number of steps done is kept."""
     recent: list[StepResult] = field(default_factory=list)
     """Results of the steps since the last report, without those that made no update."""
-    position: dict[str, int | str] = field(default_factory=dict)
+    position: Position = field(default_factory=dict)
     """Position in the data before the last step."""
 
     @property
@@ -415,8 +417,11 @@ def _report(run: _Run) -> None:
     left = interval.seconds.total * (config.training.train_steps - progress.steps)
     memory = peak_memory_of_fullest_rank(run.session.groups.device)
     run.console.interval(progress.steps, interval, mfu, left, memory)
+    sources = progress_of_sources(run.session.loader.state_dict())
+    run.console.sources(sources)
     if run.log:
         run.log.log_interval(progress.steps, interval, mfu, memory)
+        run.log.log_sources(progress.steps, sources)
         run.log.log_scalars(_tower_rates(config, interval.learning_rate), progress.steps)
         run.log.log_progress(progress)
     if run.routing:
@@ -525,6 +530,7 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
         start_step=progress.steps + 1,
         modality_parallel=session.groups.modality_size > 1,
         experts=expert_charts(config.model),
+        sources=[source.label for source in config.data.sources],
     )
 
 
@@ -533,8 +539,7 @@ def _make_run_directory(config: Config, corpus: Corpus) -> None:
     config.run_directory.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run_directory / "config.toml", config.to_toml())
     # Shows what the run was trained on even if the corpus is not available.
-    description = (corpus.directory / DESCRIPTION_FILE).read_bytes()
-    write_atomically(config.run_directory / DESCRIPTION_FILE, description)
+    write_atomically(config.run_directory / DESCRIPTION_FILE, corpus.description_text())
 
 
 def _peak_flops(session: Session) -> float:

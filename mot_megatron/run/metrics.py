@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
+from mot_megatron.data.blend_stream import SourceProgress
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.files import write_atomically
 from mot_megatron.job.outputs import write_line
@@ -24,8 +25,8 @@ Charts = dict[str, list[str | list[str]]]
 """Charts of one section of the dashboard, by title: [kind, patterns of tags]."""
 
 GIB = 2**30
-PIXELS_PER_PIXEL = 4
-"""Factor by which images are enlarged, because TensorBoard blurs an image of 32 pixels."""
+LEAST_PIXELS = 128
+"""Smaller images are enlarged to this height or less, because TensorBoard blurs them."""
 _TITLE_LETTERS = 60
 DASHBOARD_FILE = "dashboard.json"
 """File in the folder of the event files with the dashboard sections of all parts of the run."""
@@ -49,6 +50,7 @@ class TensorBoardLog:
         start_step: int,
         modality_parallel: bool = False,
         experts: Charts | None = None,
+        sources: Sequence[str] = (),
         say: Callable[[str], None] = _say,
     ) -> None:
         """Open a new event file and hide points of earlier files from ``start_step`` on.
@@ -60,6 +62,7 @@ class TensorBoardLog:
             start_step: First step that will be written: the one after the resumed step, or 1.
             modality_parallel: Whether to show the load balance within modality groups.
             experts: Charts about routing; None without experts.
+            sources: Names of the sources of a blend.
             say: Prints a line when points are lost.
         """
         self.modalities = tuple(modalities)
@@ -81,6 +84,15 @@ class TensorBoardLog:
             }
         if experts:
             dashboard["5 Experts"] = experts
+        if sources:
+            dashboard["6 Sources"] = {
+                "tokens read of each source": ["Multiline", ["sources/tokens/.*"]],
+                "epochs of each source": ["Multiline", ["sources/epochs/.*"]],
+                "held out, all modalities, bits per token": [
+                    "Multiline",
+                    ["sources/loss_total/.*"],
+                ],
+            }
         dashboard = _with_earlier_sections(directory / DASHBOARD_FILE, dashboard)
         self.writer.write(lambda writer: writer.add_custom_scalars(dashboard))
 
@@ -144,9 +156,24 @@ class TensorBoardLog:
         for prefix, of_modalities in losses.items():
             pairs = zip(self.modalities, of_modalities, strict=True)
             self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)
+        for source, loss in held_out.sources.items():
+            pairs = zip(self.modalities, loss.modality_bits, strict=True)
+            prefix = f"{tag.replace('loss', 'sources/loss')}/{source}"
+            self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)
+            if not apart:
+                self.log_scalars({f"sources/loss_total/{source}": loss.total}, step)
         if not apart:
             self.log_scalars({"loss_total/held_out": held_out.total}, step)
         self.writer.flush()
+
+    def log_sources(self, step: int, sources: Sequence[SourceProgress]) -> None:
+        """Write the tokens read of each source of a blend, and its epochs."""
+        for source in sources:
+            scalars = {
+                f"sources/tokens/{source.name}": float(source.tokens),
+                f"sources/epochs/{source.name}": source.epochs,
+            }
+            self.log_scalars(scalars, step)
 
     def log_save(self, step: int, stall_seconds: float, write_seconds: float) -> None:
         """Write how long a save stopped training, and how long it took to write."""
@@ -178,7 +205,12 @@ class TensorBoardLog:
         self.writer.write(lambda writer: writer.add_text(tag, block, step))
 
     def log_media(
-        self, tag: str, media: str | np.ndarray, step: int, description: str = ""
+        self,
+        tag: str,
+        media: str | np.ndarray,
+        step: int,
+        description: str = "",
+        sample_rate: int = SAMPLE_RATE,
     ) -> None:
         """Write the output of a codec: text, an image [h, w, 3] uint8, or audio [n] float32.
 
@@ -189,10 +221,11 @@ class TensorBoardLog:
             self.log_text(tag, media, step)
             return
         if media.ndim == 3:
-            enlarged = media.repeat(PIXELS_PER_PIXEL, axis=0).repeat(PIXELS_PER_PIXEL, axis=1)
+            factor = max(1, LEAST_PIXELS // media.shape[0])
+            enlarged = media.repeat(factor, axis=0).repeat(factor, axis=1)
             summary = summaries.image(tag, enlarged, dataformats="HWC")
         else:
-            summary = summaries.audio(tag, media[None], sample_rate=SAMPLE_RATE)
+            summary = summaries.audio(tag, media[None], sample_rate=sample_rate)
         if description:
             # SummaryWriter has no argument for these.
             metadata = summary.value[0].metadata

@@ -49,6 +49,6 @@ def log_samples(
             if log:
                 tag = f"samples_{name}/{number}"
                 prompt = (sample.prompt or "(no text)") + note
-                log.log_media(f"{tag}_generated", sample.generated.media, step, prompt)
-                log.log_media(f"{tag}_truth", sample.truth.media, step, prompt)
+                for which, item in (("generated", sample.generated), ("truth", sample.truth)):
+                    log.log_media(f"{tag}_{which}", item.media, step, prompt, item.sample_rate)
                 log.log_text(f"{tag}_prompt", prompt, step)

@@ -10,11 +10,11 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from mot_megatron.checkpoint.find import Search, resolve_resume
+from mot_megatron.data.streams import Position
 from mot_megatron.errors import TrainingError
 from mot_megatron.train.session import TRAIN_SPLIT, Session
 from mot_megatron.train.state import Progress, checkpoint_directory, restore
@@ -50,7 +50,7 @@ def choose_act(session: Session, progress: Progress) -> Act:
 
 
 def write_down(
-    session: Session, act: Act, step: int, result: StepResult, position: Mapping[str, int | str]
+    session: Session, act: Act, step: int, result: StepResult, position: Position
 ) -> None:
     """Append the step to ``spikes.jsonl``; call this on the first rank.
 
@@ -73,7 +73,9 @@ def write_down(
         "gradient_norm": _finite(result.norms.total),
         "gradient_norm_of_towers": [_finite(norm) for norm in result.norms.per_tower],
         "split": TRAIN_SPLIT,
-        "epoch": position["epoch"],
+        **(
+            {"window": position["window"]} if "window" in position else {"epoch": position["epoch"]}
+        ),
         "first_sequence": position["next_sequence"],
         "documents": session.loader.documents_at(position, config.training.global_batch_size),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mot_megatron.config import Config
+from mot_megatron.data.blend_stream import SourceProgress, progress_of_sources
 from mot_megatron.data.statistics import ModalityStatistics, statistics_of
 from mot_megatron.files import write_atomically
 from mot_megatron.job.hardware import device_name
@@ -54,6 +55,8 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
             for index, name in enumerate(config.model.modalities)
         },
     }
+    if sources := progress_of_sources(session.loader.state_dict()):
+        summary["sources"] = {each.name: _source(each, held_out, config) for each in sources}
     path = config.run_directory / SUMMARY_FILE
     write_atomically(path, json.dumps(summary, indent=1) + "\n")
     return path
@@ -131,6 +134,17 @@ def _modality(
         "unigram_entropy": round(entropies.unigram, 4) if entropies else None,
         "two_token_context_entropy": round(entropies.two_tokens, 4) if entropies else None,
     }
+
+
+def _source(progress: SourceProgress, held_out: HeldOut, config: Config) -> dict[str, Any]:
+    """Return what was read of a source, and its held-out losses if they were measured."""
+    record: dict[str, Any] = {"tokens": progress.tokens, "epochs": round(progress.epochs, 4)}
+    if (loss := held_out.sources.get(progress.name)) is not None:
+        names = config.model.modalities
+        record["held_out_bits_per_token"] = {
+            name: _rounded(bits) for name, bits in zip(names, loss.modality_bits, strict=True)
+        }
+    return record
 
 
 def _rounded(bits: float) -> float | None:

@@ -145,9 +145,15 @@ def _is_factory(func: Any) -> bool:
 
 
 def _attention_of_a_cpu(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, enable_gqa: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
 ) -> torch.Tensor:
     """Call the kernel that torch chooses for tensors on a CPU."""
     del enable_gqa  # the kernel sees it in the shapes
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(q, k, v, is_causal=is_causal)[0]
+    return kernel(q, k, v, is_causal=is_causal, attn_mask=attn_mask)[0]

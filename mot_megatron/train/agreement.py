@@ -57,7 +57,9 @@ def check_ranks_agree(config: Config, corpus: Corpus | None) -> None:
 
 def _values(config: Config, corpus: Corpus | None) -> dict[str, Any]:
     values = json.loads(config.model_dump_json())
-    del values["data"]["corpus"]
+    # Folders may differ between nodes.
+    for table in (values["data"], *values["data"]["sources"]):
+        del table["corpus"]
     values["version"] = package_versions()
     if corpus is not None:
         values[f"sha256 of {DESCRIPTION_FILE} of the corpus"] = corpus.fingerprint

@@ -81,11 +81,12 @@ def kind_of_id(corpus: Corpus) -> np.ndarray:
     description = corpus.description
     special = np.zeros(description.vocab_size, dtype=bool)
     special[list(description.special_tokens.values())] = True
-    train = corpus.split(TRAIN_SPLIT)
-    tokens = train.tokens
-    if train.has_context:
-        tokens = tokens[~mask_of(train.context, 0, len(tokens))]
-    counts = np.bincount(tokens, minlength=description.vocab_size)
+    counts = np.zeros(description.vocab_size, dtype=np.int64)
+    for part in corpus.parts(TRAIN_SPLIT):
+        tokens = part.tokens
+        if part.has_context:
+            tokens = tokens[~mask_of(part.context, 0, len(tokens))]
+        counts += np.bincount(tokens, minlength=description.vocab_size)
     counts[special] = -1
     kinds = description.modality_of_id.astype(np.int64) * len(KINDS)
     most_common = [

@@ -79,16 +79,19 @@ class Session(Trainer):
         """Whether this rank prints and writes logs."""
         return self.groups.rank == 0
 
-    def held_out_batches(self, whole: bool = False) -> Iterator[MicroBatch]:
+    def held_out_batches(
+        self, whole: bool = False, corpus: Corpus | None = None
+    ) -> Iterator[MicroBatch]:
         """Return this rank's share of the validation split.
 
         Args:
             whole: Use the whole split unless evaluation.final_max_sequences limits it, even if
                 evaluation.max_sequences does.
+            corpus: One source of a blend; None for all training data.
         """
         evaluation = self.config.evaluation
         limit = evaluation.final_max_sequences if whole else evaluation.max_sequences
-        return _held_out_batches(self.config, self.corpus, self.groups, limit)
+        return _held_out_batches(self.config, corpus or self.corpus, self.groups, limit)
 
 
 def resolve_config(config: Config, corpus: Corpus) -> Config:

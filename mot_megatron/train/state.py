@@ -109,6 +109,7 @@ def stage(
             "optimizer_steps": session.engine.optimizer_steps,
             "data": session.loader.state_dict(),
             "vocabulary": session.corpus.vocabulary_digest,
+            "meaning_of_ids": session.corpus.vocabulary,
         },
         config_text=config.to_toml(),
         groups=session.groups,

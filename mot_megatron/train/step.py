@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mot_megatron.data.blend import sources_of
 from mot_megatron.errors import TrainingError
 from mot_megatron.job.hardware import synchronize
 from mot_megatron.job.stop import never
@@ -72,6 +73,18 @@ class HeldOut:
     """With causal routing; None if training routes causally or if causal routing is impossible."""
     total: float = math.nan
     """Mean over the labels of all modalities with their loss weights, routed as in training."""
+    sources: dict[str, SourceLoss] = field(default_factory=dict)
+    """With evaluation.per_source, the losses of each source by name."""
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """Held-out loss of one source of a blend, routed as in training."""
+
+    modality_bits: tuple[float, ...]
+    """Per modality, as ``HeldOut.as_trained``."""
+    total: float
+    """As ``HeldOut.total``."""
 
 
 def train_step(
@@ -198,7 +211,7 @@ def evaluate_held_out(
     """Evaluate on the validation split; every rank must call this.
 
     A model whose routing depends on later tokens is evaluated a second time with causal routing, if
-    that is possible.
+    that is possible. With evaluation.per_source, each source of a blend is evaluated too.
 
     Args:
         session: The run.
@@ -208,11 +221,18 @@ def evaluate_held_out(
     model = session.config.model
     as_trained, labels = evaluate(session, session.held_out_batches(whole), check_stop)
     total = weighted_mean(as_trained, labels, model.loss_weights)
+    sources = {}
+    if session.config.evaluation.per_source:
+        for source in sources_of(session.corpus):
+            batches = session.held_out_batches(whole, source.corpus)
+            bits, counts = evaluate(session, batches, check_stop)
+            loss = SourceLoss(bits, weighted_mean(bits, counts, model.loss_weights))
+            sources[source.name] = loss
     if not (model.sees_the_future and model.can_be_causal):
-        return HeldOut(as_trained, total=total)
+        return HeldOut(as_trained, total=total, sources=sources)
     with session.model.routed_causally():
         causal, _ = evaluate(session, session.held_out_batches(whole), check_stop)
-        return HeldOut(as_trained, causal, total)
+        return HeldOut(as_trained, causal, total, sources)
 
 
 def _window_sums(session: Session, window: Sequence[MicroBatch]) -> torch.Tensor:

@@ -11,7 +11,9 @@ from mot_megatron.checkpoint import CheckpointInfo, open_checkpoint, read_config
 from mot_megatron.checkpoint.names import checkpoint_directory
 from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.config_files import parse_config
+from mot_megatron.data.blend import open_training_data
 from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.vocabulary_difference import first_difference
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.flops import count_parameters
 from mot_megatron.model.model import MixtureOfTransformers
@@ -67,6 +69,9 @@ class SavedRun:
         if vocabulary == corpus.vocabulary_digest:
             return
         known = "differ" if vocabulary else "may differ (the checkpoint is too old to tell)"
+        if meaning := metadata.get("meaning_of_ids"):
+            names = "the checkpoint", "the corpus"
+            known += f" ({first_difference(meaning, corpus.vocabulary, names)})"
         raise CheckpointError(
             f"{self.checkpoint.path} was trained on another corpus than {corpus.directory}, and the"
             f" meanings of their token ids {known}; set the right corpus with {remedy}"
@@ -113,14 +118,18 @@ def load_trained_model(
     Args:
         path: Folder of a run, of its checkpoints, or of a single checkpoint.
         device: Device of the model.
-        corpus_directory: Current folder of the corpus; None if it has not moved since training.
+        corpus_directory: Folder of a corpus to use instead of the training data, for example
+            because that has moved since; None: the training data.
 
     Raises:
         CheckpointError: There is no usable checkpoint, or the corpus is another one.
         DataError: The corpus cannot be opened.
     """
     saved = SavedRun.open(path)
-    corpus = Corpus.open(corpus_directory or saved.config.data.corpus, once=True)
+    data = saved.config.data
+    if corpus_directory is not None:
+        data = data.model_copy(update={"corpus": corpus_directory, "sources": ()})
+    corpus = open_training_data(data)
     saved.check_corpus(corpus, "--corpus")
     # Experts must choose among as many tokens as in training.
     pool = {"micro_batch_size": saved.config.pool_sequences}

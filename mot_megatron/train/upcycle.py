@@ -22,6 +22,7 @@ from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint
 from mot_megatron.config import Config
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
+from mot_megatron.data.streams import Position
 from mot_megatron.errors import CheckpointError
 from mot_megatron.files import write_atomically
 from mot_megatron.model.initialization import initial_values
@@ -100,7 +101,7 @@ def _tensors(checkpoint: CheckpointInfo, plan: TensorPlan, config: Config) -> li
     return tensors
 
 
-def initial_position(config: Config, corpus: Corpus) -> dict[str, int | str]:
+def initial_position(config: Config, corpus: Corpus) -> Position:
     """Return the data position of a run before its first step."""
     return PackedLoader(
         corpus,

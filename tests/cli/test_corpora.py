@@ -12,7 +12,7 @@ from PIL import Image
 
 from mot_megatron.cli import inspect, prepare
 from mot_megatron.data.builders.assembly import SAMPLES_FILE
-from mot_megatron.data.codebooks.codec import pack_arrays
+from mot_megatron.data.codebooks.arrays import pack_arrays
 from mot_megatron.data.corpus import Corpus
 from tests.cli.console import only_error
 from tests.small_corpus import make_corpus
@@ -45,8 +45,12 @@ def test_inspect(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(document["examples"]) == 2
     assert all(0 < fill <= 1 for fill in document["fill"].values())
     assert (tmp_path / "contact_sheet.png").is_file()
+    with Image.open(document["files"]["lengths"]) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    assert document["sources"] == []
     assert inspect.main(command) == 0
     printed = capsys.readouterr().out
+    assert "licenses: none stated" in printed
     for modality in corpus.description.modalities:
         assert f"  {modality.name}: ids {modality.first_id}..{modality.end_id - 1}," in printed
     assert inspect.main([*command, "--seq-length", "2"]) == 2

@@ -25,6 +25,7 @@ TRIES = 5
 HEAVY = {"torch", "numpy", "pydantic", "megatron", "deepspeed", "scipy", "matplotlib"}
 SCRIPTS = {
     "benchmark_data": "benchmark data",
+    "benchmark_documents": "benchmark documents",
     "benchmark_layer": "benchmark layer",
     "benchmark_scaling": "benchmark scaling",
     "benchmark_step": "benchmark step",

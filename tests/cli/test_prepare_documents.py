@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.cli import prepare
+from mot_megatron.cli import inspect, prepare
 from mot_megatron.data.codebooks.text import train_text_codebook
 from tests.data.documents.raw_files import make_items, write_jsonl
 
@@ -23,7 +23,7 @@ def test_documents_become_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture
         "--image-codes", "8", "--speech-codes", "6", "--kinds", "speech,image",
         "--languages", "en,de", "--tokenizer", str(tmp_path / "tokenizer.json"),
         "--special-file", str(tmp_path / "names.toml"), "--special", "<eos>=</s>",
-        "--validation-share", "0.3", "--max-broken", "1", "--seed", "2",
+        "--validation-share", "0.3", "--max-broken", "1", "--seed", "2", "--license", "squares=CC0",
     ]  # fmt: skip
     assert prepare.main(command) == 0
     printed = capsys.readouterr()
@@ -31,6 +31,12 @@ def test_documents_become_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture
     assert sum(split["documents"] for split in splits.values()) == 12
     assert set(splits["train"]["tokens_per_modality"]) == {"text", "image", "speech"}
     assert f"mot prepare: 1 broken documents left out; {output}/broken.jsonl lists" in printed.err
+    assert inspect.main([str(output), "--output", str(tmp_path / "seen")]) == 0
+    shown = capsys.readouterr().out
+    assert "licenses: squares: CC0" in shown
+    held_out, tokens = splits["validation"]["documents"], sum(s["tokens"] for s in splits.values())
+    line = f"{source}: 12 documents ({held_out} held out), {tokens:,} tokens, 1 broken"
+    assert f"  {line}\n" in shown
     again = ["documents", str(source), "--output", str(tmp_path / "again"), "--workers", "1"]
     assert prepare.main([*again, "--codebooks-from", str(output), "--validation-share", "0.3"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -45,6 +51,13 @@ def test_documents_become_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--special", "<bos>=<s>"], "--special: only with --tokenizer"),
         (["--tokenizer", "t", "--text-vocabulary", "9"], "--text-vocabulary: not with --tokenizer"),
         (["--kinds", "video"], "--kinds video: expected image, speech or both"),
+        (["--image-codec", "vqgan"], "--image-codec vqgan: only with --image-codebook"),
+        (
+            ["--image-codebook", "i.npz", "--image-codes", "8", "--patch-pixels", "2"],
+            "--image-codes, --patch-pixels: not with --image-codebook, which has its own",
+        ),
+        (["--image-codebook", "i.npz"], "i.npz: No such file"),
+        (["--speech-codebook", "s.safetensors"], "s.safetensors: No such file"),
         (["--codebooks-from", "absent"], "absent/corpus.toml: No such file"),
         (["--tokenizer", "absent.json"], "absent.json: No such file"),
     ],

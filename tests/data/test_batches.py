@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...]]:
+def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...] | int]:
     """Compute the fields of MicroBatch by sorting and masking."""
     sequences, length = case.token_ids.shape
     total = sequences * length
@@ -117,7 +117,9 @@ def reference_group(case: Case) -> dict[str, np.ndarray | tuple[int, ...]]:
         "labels": grouped(labels, NO_LABEL),
         "label_modalities": grouped(label_modality, 0),
         "positions": positions.ravel(),
-        "document_ids": case.document_ids,
+        "visible_from": np.arange(length) - positions,
+        "visible_to": np.tile(np.arange(length) + 1, (sequences, 1)),
+        "attended_pairs": int((positions + 1).sum()),
         "group_index": grouped(np.arange(total), 0),
         "ungroup_index": slot,
         "padding_slots": np.setdiff1d(np.arange(slots), slot),
@@ -138,8 +140,8 @@ def test_equals_the_reference(case: Case) -> None:
     for name, expected in reference_group(case).items():
         found = getattr(batch, name)
         if isinstance(expected, np.ndarray):
-            kinds = {"document_ids": torch.int32, "filled": torch.bool}
-            assert found.dtype == kinds.get(name, torch.int64), name
+            kinds = {"visible": torch.int32, "filled": torch.bool}
+            assert found.dtype == kinds.get(name.split("_")[0], torch.int64), name
             assert np.array_equal(found.numpy(), expected), name
         else:
             assert found == expected, name

@@ -223,7 +223,7 @@ def loader(corpus: Corpus, rank: int = 0, size: int = 1, **changes: Any) -> Pack
 
 def in_order(batch: MicroBatch, values: str) -> np.ndarray:
     """Return a per-slot tensor in sequence order, [b, s]."""
-    return getattr(batch, values)[batch.ungroup_index].reshape(batch.document_ids.shape).numpy()
+    return getattr(batch, values)[batch.ungroup_index].reshape(batch.visible_from.shape).numpy()
 
 
 def test_counts_of_documents_are_exact(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def documents_without_tails(batch: MicroBatch) -> list[tuple[int, ...]]:
     """Return the documents of a batch. A tail has no labels and only filler ids."""
     found = []
     ids, labels = in_order(batch, "token_ids"), in_order(batch, "labels")
-    for row, numbers in enumerate(batch.document_ids.numpy()):
+    for row, numbers in enumerate(batch.visible_from.numpy()):
         for number in np.unique(numbers):
             where = numbers == number
             if (labels[row, where] != NO_LABEL).any():

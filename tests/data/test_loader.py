@@ -45,13 +45,13 @@ def loader(
 def sequences_of(batch: MicroBatch) -> list[list[int]]:
     """Return the token ids of each sequence, in sequence order."""
     ids = batch.token_ids[batch.ungroup_index]
-    return ids.reshape(batch.document_ids.shape).tolist()
+    return ids.reshape(batch.visible_from.shape).tolist()
 
 
 def documents_of(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """Return every run of equal document ids in a batch, including unfilled tails."""
+    """Return every run of positions that see the same begin, including unfilled tails."""
     found = []
-    for ids, numbers in zip(sequences_of(batch), batch.document_ids.numpy(), strict=True):
+    for ids, numbers in zip(sequences_of(batch), batch.visible_from.numpy(), strict=True):
         starts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(ids)]
         found += [tuple(ids[a:b]) for a, b in pairwise(starts)]
     return found
@@ -116,9 +116,9 @@ def test_unfilled_positions(corpus: Corpus) -> None:
         batch = reader.next_micro_batch()
         end = sum(batch.modality_tokens)
         unfilled += SEQ_LENGTH - end
-        ids, tail = sequences_of(batch)[0], batch.document_ids[0, end:]
+        ids, tail = sequences_of(batch)[0], batch.visible_from[0, end:]
         assert ids[end:] == [PAD_TOKEN] * (SEQ_LENGTH - end)
-        assert (tail == batch.document_ids[0, end - 1] + 1).all()
+        assert (tail == end).all()
         assert batch.positions[end:].tolist() == list(range(SEQ_LENGTH - end))
         labels = batch.labels[batch.ungroup_index]
         assert (labels[max(end - 1, 0) :] == NO_LABEL).all()
@@ -127,8 +127,8 @@ def test_unfilled_positions(corpus: Corpus) -> None:
 
 def test_labels_are_the_next_tokens(corpus: Corpus) -> None:
     batch = loader(corpus).next_micro_batch()
-    labels = batch.labels[batch.ungroup_index].reshape(batch.document_ids.shape).tolist()
-    numbers = batch.document_ids.tolist()
+    labels = batch.labels[batch.ungroup_index].reshape(batch.visible_from.shape).tolist()
+    numbers = batch.visible_from.tolist()
     counted = 0
     for row, ids in enumerate(sequences_of(batch)):
         for column, label in enumerate(labels[row]):

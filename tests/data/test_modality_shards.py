@@ -229,9 +229,13 @@ def test_attention_uses_the_positions_of_the_ranks_sequences(case: Case) -> None
     for rank, batch in enumerate(case.shards()):
         attended = case.attended(rank)
         assert batch.positions.tolist() == [tokens[position].depth for position in attended]
-        documents = case.document_ids.ravel()[attended.start : attended.stop]
-        assert batch.document_ids.ravel().tolist() == documents.tolist()
-        assert batch.document_ids.shape[1] == case.token_ids.shape[1]
+        length = case.token_ids.shape[1]
+        places = [position % length for position in attended]
+        depths = [tokens[position].depth for position in attended]
+        expected = [place - depth for place, depth in zip(places, depths, strict=True)]
+        assert batch.visible_from.ravel().tolist() == expected
+        assert batch.visible_to.ravel().tolist() == [place + 1 for place in places]
+        assert batch.visible_from.shape[1] == length
 
 
 def plan_of(batch: MicroBatch) -> ExchangePlan:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mot_megatron.data.codebooks.image import PatchCodec
 from mot_megatron.data.corpus import Corpus, Modality
 from mot_megatron.data.statistics import ModalityStatistics, measure_corpus, statistics_of
 from mot_megatron.data.writer import CorpusWriter
@@ -25,7 +26,8 @@ def build(directory: Path, modality: Modality, train: np.ndarray, held: np.ndarr
         pad_token=0,
     ) as writer:
         if modality.codebook:
-            writer.add_file(modality.codebook, b"")
+            codec = PatchCodec(modality, np.zeros((modality.size, 48), np.float32))
+            writer.add_file(modality.codebook, codec.save())
         for split, documents in (("train", train), ("validation", held)):
             for document in documents:
                 writer.add(split, [("main", document), ("other", [modality.end_id] * 2)])

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from mot_megatron.data.batches import build_micro_batch
+from mot_megatron.data.codebooks import load_codec
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader
 from mot_megatron.errors import ConfigError, DataError
@@ -209,7 +210,9 @@ def test_only_legal_ids_are_generated(corpus: Corpus):
 
 def test_rules_come_from_the_description(corpus: Corpus):
     by_name = {
-        modality.name: SegmentRules.of(corpus.description, modality)
+        modality.name: SegmentRules.of(
+            corpus.description, modality, load_codec(corpus.directory, modality)
+        )
         for modality in corpus.description.modalities
     }
     assert by_name["text"].content.tolist() == list(range(9, TEXT_SIZE))

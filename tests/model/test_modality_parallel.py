@@ -28,6 +28,7 @@ from tests.model.small_models import (
     take_gradients,
     vary_vectors,
 )
+from tests.model.visibility import Visibility
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,8 @@ class Case:
     tensor: int = 1
     sequences: int | None = None
     """Sequences of the modality group; None: one per rank."""
+    images: bool = False
+    """Whether documents have images, which see all of themselves and may lack their condition."""
     mixes: tuple[tuple[float, ...], ...] = ((3, 2, 1), (1, 0, 4), (0, 1, 0))
 
     @property
@@ -73,6 +76,7 @@ class Case:
 
 
 def micro_batch(case: Case, tokens: Tokens, modality_rank: int) -> MicroBatch:
+    """Return a rank's part of the sequences of its modality group."""
     config = case.config
     parallel = config.parallel
     filled = np.full(len(tokens.token_ids), 24)
@@ -87,6 +91,7 @@ def micro_batch(case: Case, tokens: Tokens, modality_rank: int) -> MicroBatch:
         num_towers=config.model.num_towers,
         slot_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         filled_tokens=filled,
+        visible=Visibility.random(documents, 1).intervals if case.images else None,
         shard=ModalityShard(case.placement, modality_rank, parallel.attention_exchange)
         if case.ranks > 1
         else None,
@@ -128,23 +133,12 @@ def run_case(case: Case) -> list[dict[str, Any]]:
 
 def reference(case: Case) -> list[dict[str, Any]]:
     """Return the same results from one process that holds all towers."""
-    alone = Case(case.towers, 1, tuple(o for o in case.overrides if "parallel" not in o))
+    overrides = tuple(o for o in case.overrides if "parallel" not in o)
+    alone = Case(case.towers, 1, overrides, images=case.images)
     model = single_rank_model(alone.config, torch.float64)
     outcomes = []
     for step in range(len(case.mixes)):
-        tokens = case.tokens(step)
-        documents = tokens.document_ids.copy()
-        documents[-1, 20:] = documents.max() + 1
-        filled = np.full(len(tokens.token_ids), 24)
-        filled[-1] = 20
-        batch = build_micro_batch(
-            tokens.token_ids,
-            documents,
-            tokens.modality_of_id,
-            alone.config.model.towers_of_modalities,
-            num_towers=alone.config.model.num_towers,
-            filled_tokens=filled,
-        )
+        batch = micro_batch(alone, case.tokens(step), 0)
         loss, sums = model(batch)
         loss.backward()
         outcomes.append(
@@ -179,6 +173,11 @@ CASES = {
     "tensor parallel heads": Case(TWO, 2, (HEADS,), tensor=2),
     "one sequence on two ranks": Case(THREE, 2, (HEADS,), sequences=1),
     "three sequences on two ranks": Case(TWO, 2, (HEADS, GROUPED_QUERIES), sequences=3),
+    "images": Case(THREE, 2, images=True),
+    "images, heads": Case(TWO, 2, (HEADS, GROUPED_QUERIES), images=True, sequences=3),
+    "images, tensor parallel": Case(
+        TWO, 2, ("parallel.sequence_parallel=true",), tensor=2, images=True
+    ),
     "one tower on two ranks": Case(dict.fromkeys(TWO, "all"), 2, (HEADS,)),
 }
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.run.loop import train
-from mot_megatron.run.metrics import PIXELS_PER_PIXEL, TensorBoardLog
+from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut, StepSeconds
@@ -120,7 +120,7 @@ def test_media(tmp_path: Path) -> None:
     assert titles["a_sound"] == ("a_sound: bell", "bell")
     events = read(tmp_path)
     (image,) = events.Images("a_picture")
-    assert (image.width, image.height) == (32 * PIXELS_PER_PIXEL, 32 * PIXELS_PER_PIXEL)
+    assert (image.width, image.height) == (128, 128)
     (sound,) = events.Audio("a_sound")
     assert sound.length_frames == 1600
     (text,) = events.Tensors("a_text/text_summary")

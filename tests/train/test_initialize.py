@@ -114,7 +114,12 @@ def test_what_does_not_fit_is_one_line(trained: Path, tmp_path: Path) -> None:
             writer.add(split, [("text", range(SEQ_LENGTH // 2))])
     cases = [
         (own, [EXPERTS], tmp_path / "nowhere", "run.initialize_from = .*nowhere"),
-        (other, [EXPERTS], trained, "trained on another corpus than .*other"),
+        (
+            other,
+            [EXPERTS],
+            trained,
+            "another corpus than .*other.*size of modality text is 100 in the checkpoint and 101",
+        ),
         (own, [EXPERTS, "model.num_layers=1"], trained, "layers.1"),
     ]
     for number, (corpus, model, source, message) in enumerate(cases):

@@ -47,6 +47,7 @@ def save_step(run: Path, corpus: Corpus, step: int, *overrides: str) -> MixtureO
         metadata={
             "data": {"corpus": corpus.fingerprint},
             "vocabulary": corpus.vocabulary_digest,
+            "meaning_of_ids": corpus.vocabulary,
         },
         config_text=make_config(corpus, *layout, *overrides).to_toml(),
         groups=groups,
@@ -178,6 +179,7 @@ def test_another_corpus_is_an_error(
     error = only_error(capsys.readouterr().err)
     assert "was trained on another corpus than" in error
     assert "the meanings of their token ids differ" in error
+    assert "(the codebooks of modality text differ)" in error
 
 
 def test_another_corpus_with_the_same_vocabulary_is_accepted(

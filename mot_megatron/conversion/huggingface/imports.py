@@ -113,6 +113,7 @@ def write_import(
             "optimizer_steps": 0,
             "data": initial_position(config, corpus),
             "vocabulary": corpus.vocabulary_digest,
+            "meaning_of_ids": corpus.vocabulary,
             "imported_from": {
                 "folder": str(source.directory),
                 "format": source.kind,

@@ -6,7 +6,7 @@ Codebooks are trained on the training split only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mot_megatron.data.builders.randomness import generator, split_of
-from mot_megatron.data.codebooks.codec import pack_arrays
+from mot_megatron.data.codebooks.arrays import pack_arrays
 from mot_megatron.data.codebooks.image import PatchCodec, train_image_codebook
 from mot_megatron.data.codebooks.speech import (
     SpeechFeatures,
@@ -149,7 +149,8 @@ def _code_pictures(
     keys = [draft.key for draft in drafts if draft.picture is not None]
     pictures = np.stack([draft.picture for draft in drafts if draft.picture is not None])
     writer.add_file(SAMPLES_FILE, pack_arrays(pictures=_samples(drafts)))
-    return dict(zip(keys, _encode(codec, pictures, _PICTURES_PER_SLICE, "images"), strict=True))
+    ids = _encode(codec.encode, pictures, _PICTURES_PER_SLICE, "images")
+    return dict(zip(keys, ids, strict=True))
 
 
 def _samples(drafts: Sequence[Draft]) -> np.ndarray:
@@ -175,18 +176,21 @@ def _code_speech(
     _add_codebook(writer, modality, codec.save())
     spoken = {draft.key: draft.speech.units for draft in drafts if draft.speech is not None}
     units = np.concatenate(list(spoken.values()))
-    ids = _encode(codec, units, _UNITS_PER_SLICE, "speech")
+    ids = _encode(codec.encode_features, units, _UNITS_PER_SLICE, "speech")
     ends = np.cumsum([len(units) for units in spoken.values()])
     return dict(zip(spoken, np.split(ids, ends[:-1]), strict=True))
 
 
 def _encode(
-    codec: PatchCodec | UnitCodec, items: np.ndarray, per_slice: int, description: str
+    encode: Callable[[np.ndarray], np.ndarray],
+    items: np.ndarray,
+    per_slice: int,
+    description: str,
 ) -> np.ndarray:
     """Return the ids of ``items``, encoding ``per_slice`` items at a time."""
     starts = range(0, len(items), per_slice)
     bar = tqdm(starts, desc=f"coding {description}", ncols=100)
-    return np.concatenate([codec.encode(items[start : start + per_slice]) for start in bar])
+    return np.concatenate([encode(items[start : start + per_slice]) for start in bar])
 
 
 def _add_codebook(writer: CorpusWriter, modality: Modality, content: bytes) -> None:

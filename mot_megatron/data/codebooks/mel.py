@@ -49,15 +49,15 @@ def _low_pass(larger: int) -> np.ndarray:
     return (taps / taps.sum()).astype(np.float32)
 
 
-def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Resample ``samples`` [n] float32 from ``rate`` Hz to 16 kHz."""
-    if rate == SAMPLE_RATE:
+def resample(samples: np.ndarray, rate: int, wanted: int = SAMPLE_RATE) -> np.ndarray:
+    """Resample ``samples`` [n] float32 from ``rate`` Hz to ``wanted`` Hz."""
+    if rate == wanted:
         return samples
     # Here, because every training rank imports this module to decode, and this takes seconds.
     from scipy.signal import resample_poly
 
-    divisor = gcd(rate, SAMPLE_RATE)
-    up, down = SAMPLE_RATE // divisor, rate // divisor
+    divisor = gcd(rate, wanted)
+    up, down = wanted // divisor, rate // divisor
     return resample_poly(samples, up, down, window=_low_pass(max(up, down))).astype(np.float32)
 
 

@@ -8,13 +8,13 @@ Shapes: n samples, u units, d = 160 values of a unit.
 
 from __future__ import annotations
 
-import wave
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mot_megatron.data.codebooks.codec import Codec, TokenIds, pack_arrays, read_arrays
+from mot_megatron.data.codebooks.arrays import array_shapes, pack_arrays, read_arrays
+from mot_megatron.data.codebooks.codec import SoundCodec
 from mot_megatron.data.codebooks.kmeans import nearest_centroids, train_centroids
 from mot_megatron.data.codebooks.mel import MEL_BINS, SAMPLE_RATE, log_mel, sound_of_log_mel
 from mot_megatron.data.corpus import Modality
@@ -43,11 +43,16 @@ def speech_features(samples: np.ndarray) -> SpeechFeatures:
     units = len(samples) * UNITS_PER_SECOND // SAMPLE_RATE
     if units < _SHORTEST_UNITS:
         return SpeechFeatures(np.zeros((0, _WIDTH), np.float16), np.zeros(MEL_BINS, np.float32))
-    level = np.sqrt((samples**2).mean())
-    spectrum = log_mel((samples * (_LEVEL / (level + 1e-6))).astype(np.float32))
+    spectrum = log_mel(at_level(samples))
     frames = spectrum[: units * FRAMES_PER_UNIT]
     mean = frames.mean(axis=0)
     return SpeechFeatures((frames - mean).reshape(units, _WIDTH).astype(np.float16), mean)
+
+
+def at_level(samples: np.ndarray) -> np.ndarray:
+    """Return samples [n] float32 scaled to the level to which all utterances are normalized."""
+    level = np.sqrt((samples**2).mean())
+    return (samples * (_LEVEL / (level + 1e-6))).astype(np.float32)
 
 
 def train_speech_codebook(features: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -69,10 +74,9 @@ def train_speech_codebook(features: np.ndarray, count: int, seed: int) -> np.nda
     return train_centroids(features[chosen].astype(np.float32), count, seed, "speech codebook")
 
 
-class UnitCodec(Codec):
-    """Decodes ids to sound, float32 at 16 kHz, and encodes vectors of ``speech_features``."""
+class UnitCodec(SoundCodec):
+    """Encodes each 40 ms as its nearest centroid."""
 
-    suffix = ".wav"
     sample_rate = SAMPLE_RATE
 
     def __init__(self, modality: Modality, centroids: np.ndarray, mean: np.ndarray) -> None:
@@ -87,35 +91,28 @@ class UnitCodec(Codec):
         arrays = read_arrays(path, shapes)
         return cls(modality, arrays["centroids"], arrays["mean"])
 
+    @classmethod
+    def count_codes(cls, path: Path) -> int:
+        """As ``Codec.count_codes``."""
+        shapes = array_shapes(path)
+        if len(shapes.get("centroids", ())) != 2:
+            raise DataError(f"{path}: contains arrays of shapes {shapes}, expected centroids, mean")
+        return shapes["centroids"][0]
+
     def save(self) -> bytes:
         """Return the content of the codebook file."""
         return pack_arrays(centroids=self.centroids, mean=self.mean)
 
-    def encode(self, features: np.ndarray) -> np.ndarray:
+    def encode_features(self, features: np.ndarray) -> np.ndarray:
         """Encode features [u, 160] without utterance means to ids [u] int64."""
         codes = nearest_centroids(features.astype(np.float32), self.centroids)
         return codes + self.modality.first_id
 
-    def encode_sound(self, samples: np.ndarray) -> np.ndarray:
-        """Encode samples [n] float32 at 16 kHz to ids [u] int64."""
-        return self.encode(speech_features(samples).units)
+    def encode_samples(self, samples: np.ndarray) -> np.ndarray:
+        """As ``SoundCodec.encode_samples``."""
+        units = speech_features(samples).units.astype(np.float32)
+        return nearest_centroids(units, self.centroids)
 
-    def decode(self, token_ids: TokenIds) -> np.ndarray:
-        """Decode at least one id to sound, float32 [640 u - 160] at 16 kHz."""
-        codes = self.codes(token_ids)
-        if not len(codes):
-            raise DataError("speech of 0 tokens, expected at least 1")
+    def decode_codes(self, codes: np.ndarray) -> np.ndarray:
+        """Decode to [640 u - 160] samples."""
         return sound_of_log_mel(self.centroids[codes].reshape(-1, MEL_BINS) + self.mean)
-
-    def write(self, token_ids: TokenIds, path: Path) -> None:
-        """Write the sound as a .wav."""
-        write_sound(self.decode(token_ids), path)
-
-
-def write_sound(samples: np.ndarray, path: Path) -> None:
-    """Write [n] samples in -1..1 at 16 kHz as a 16-bit mono .wav."""
-    with wave.open(str(path), "wb") as stream:
-        stream.setnchannels(1)
-        stream.setsampwidth(2)
-        stream.setframerate(SAMPLE_RATE)
-        stream.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())

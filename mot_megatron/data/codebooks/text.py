@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mot_megatron.data.codebooks.codec import Codec, TokenIds
 from mot_megatron.data.corpus import Modality
+from mot_megatron.data.structure import TEXT
 from mot_megatron.errors import DataError
 from mot_megatron.files import read_regular_file
 
@@ -42,6 +43,23 @@ def train_text_codebook(texts: Iterable[str], size: int, special_tokens: Sequenc
     return tokenizer.to_str().encode()
 
 
+def read_tokenizer(path: Path) -> bytes:
+    """Return the content of a tokenizer.json.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        return read_regular_file(path, LARGEST_TOKENIZER_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def count_ids(tokenizer: Tokenizer) -> int:
+    """Return the size of the range of all ids of a tokenizer, which may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     """Parse the content of a tokenizer.json, named ``source`` in errors.
 
@@ -58,6 +76,7 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
 class TextCodec(Codec):
     """Converts between ids and text."""
 
+    kind = TEXT
     suffix = ".txt"
 
     def __init__(self, modality: Modality, tokenizer: Tokenizer) -> None:
@@ -67,11 +86,12 @@ class TextCodec(Codec):
     @classmethod
     def load(cls, path: Path, modality: Modality) -> TextCodec:
         """As ``Codec.load``."""
-        try:
-            content = read_regular_file(path, LARGEST_TOKENIZER_BYTES)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-        return cls.parse(content, modality, str(path))
+        return cls.parse(read_tokenizer(path), modality, str(path))
+
+    @classmethod
+    def count_codes(cls, path: Path) -> int:
+        """As ``Codec.count_codes``; the ids of a tokenizer may have gaps, which count."""
+        return count_ids(parse_tokenizer(read_tokenizer(path), str(path)))
 
     @classmethod
     def parse(cls, content: bytes, modality: Modality, source: str) -> TextCodec:

@@ -10,10 +10,10 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -21,19 +21,23 @@ from typing import TextIO
 from tqdm import tqdm
 
 from mot_megatron.data.builders.workers import worker_pool
+from mot_megatron.data.codebooks.image import PATCH_PIXELS, PICTURE_PIXELS, check_grid
+from mot_megatron.data.codebooks.text import read_tokenizer
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
+from mot_megatron.data.documents.counts import SourceCounts
+from mot_megatron.data.documents.decode import MediaFormat
 from mot_megatron.data.documents.encode import EncodedShard, encode_shard
 from mot_megatron.data.documents.raw import is_language
 from mot_megatron.data.documents.sample import Sample, plan_sample, sample_shard
 from mot_megatron.data.documents.sources import Reading, Shard, list_shards
 from mot_megatron.data.documents.vocabulary import (
+    GivenCodebook,
     Training,
     Vocabulary,
     copy_vocabulary,
-    read_tokenizer,
     train_vocabulary,
 )
-from mot_megatron.data.structure import IMAGE, KINDS, SPEECH, TEXT
+from mot_megatron.data.structure import IMAGE, KINDS, SOURCES_FILE, SPEECH, TEXT
 from mot_megatron.data.writer import CorpusWriter, check_target
 from mot_megatron.errors import DataError
 
@@ -49,7 +53,15 @@ class NewVocabulary:
     text_ids: int = 4096
     """Ids of the tokenizer that is trained, special tokens included."""
     image_codes: int = 1024
+    picture_pixels: int = PICTURE_PIXELS
+    """Width and height to which pictures are resized."""
+    patch_pixels: int = PATCH_PIXELS
+    """Width and height of the patches that become one code each."""
     speech_codes: int = 500
+    image_codebook: GivenCodebook | None = None
+    """A codebook for pictures to use instead of training one."""
+    speech_codebook: GivenCodebook | None = None
+    """A codebook for sound to use instead of training one."""
     kinds: tuple[str, ...] | None = None
     """Modalities besides text; None: those that the sample has."""
     languages: tuple[str, ...] | None = None
@@ -60,6 +72,12 @@ class NewVocabulary:
     """A tokenizer.json to use instead of training one."""
     special: tuple[tuple[str, str], ...] = ()
     """Its token for each special token that it calls otherwise."""
+
+    @property
+    def given(self) -> dict[str, GivenCodebook]:
+        """The codebooks that are not trained, by kind of segment."""
+        pairs = {IMAGE: self.image_codebook, SPEECH: self.speech_codebook}
+        return {kind: codebook for kind, codebook in pairs.items() if codebook is not None}
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,8 @@ class DocumentBuild:
     workers: int = 2
     max_broken: int = 0
     """Number of broken documents that may be left out."""
+    licences: tuple[tuple[str, str], ...] = ()
+    """License of each source, by any name."""
 
     @property
     def working(self) -> Path:
@@ -143,8 +163,11 @@ def _vocabulary(
     new = build.vocabulary
     if wrong := [name for name in new.languages or () if not is_language(name)]:
         raise DataError(f"--languages {wrong[0]}: its token <{wrong[0]}> cannot be a language's")
+    check_grid(new.picture_pixels, new.patch_pixels, "--picture-pixels, --patch-pixels")
+    given_sizes = {kind: each.load(kind).modality.size for kind, each in new.given.items()}
     tokenizer = read_tokenizer(new.tokenizer) if new.tokenizer else None
-    given = hashlib.sha256(tokenizer or b"").hexdigest()
+    given = [hashlib.sha256(tokenizer or b"").hexdigest()]
+    given += [_file_digest(each.path) for each in new.given.values()]
     sources = [asdict(shard) for shard in shards]
     key = _digest(
         asdict(new), given, sources, asdict(build.reading), build.validation_share, build.seed
@@ -152,21 +175,36 @@ def _vocabulary(
     directory = build.working / f"vocabulary-{key}"
     if (earlier := Vocabulary.load(directory)) is not None:
         return earlier
-    sample = _sample(build, new.sample_documents, shards, pool)
+    sample = _sample(build, new, shards, pool)
     languages = sorted(sample.languages) if new.languages is None else new.languages
     training = Training(
-        _sizes(new, sample), build.seed, tokenizer, str(new.tokenizer or ""), new.special
+        sizes=_sizes(new, given_sizes, sample),
+        seed=build.seed,
+        pixels=new.picture_pixels,
+        patch=new.patch_pixels,
+        given=new.given,
+        tokenizer=tokenizer,
+        tokenizer_name=str(new.tokenizer or ""),
+        names=new.special,
     )
     # In a worker, because the tokenizer's training starts threads, and this process forks.
     return pool.submit(train_vocabulary, directory, sample, training, languages).result()
 
 
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _sample(
-    build: DocumentBuild, documents: int, shards: Sequence[Shard], pool: ProcessPoolExecutor
+    build: DocumentBuild, new: NewVocabulary, shards: Sequence[Shard], pool: ProcessPoolExecutor
 ) -> Sample:
+    # With a given codebook, all that matters of the pictures is whether there are any.
+    pixels = PICTURE_PIXELS if new.image_codebook else new.picture_pixels
+    form = MediaFormat(pixels=pixels, fit=build.reading.fit)
     futures = [
-        pool.submit(sample_shard, sampling, build.reading, build.validation_share)
-        for sampling in plan_sample(shards, documents, build.seed)
+        pool.submit(sample_shard, sampling, build.reading, build.validation_share, form)
+        for sampling in plan_sample(shards, new.sample_documents, build.seed)
     ]
     sample = Sample()
     for future in tqdm(futures, desc="sampling", unit="shard", ncols=100):
@@ -174,10 +212,11 @@ def _sample(
     return sample
 
 
-def _sizes(new: NewVocabulary, sample: Sample) -> tuple[tuple[str, int], ...]:
-    sizes = {TEXT: new.text_ids, IMAGE: new.image_codes, SPEECH: new.speech_codes}
-    found = {IMAGE: bool(sample.pictures), SPEECH: bool(sample.sounds)}
-    kinds = {kind for kind in found if found[kind]} if new.kinds is None else {*new.kinds}
+def _sizes(
+    new: NewVocabulary, given: Mapping[str, int], sample: Sample
+) -> tuple[tuple[str, int], ...]:
+    sizes = {TEXT: new.text_ids, IMAGE: new.image_codes, SPEECH: new.speech_codes, **given}
+    kinds = sample.kinds if new.kinds is None else {*new.kinds}
     # The delimiters need a modality, so every corpus has text.
     return tuple((kind, sizes[kind]) for kind in KINDS if kind in kinds | {TEXT})
 
@@ -200,24 +239,33 @@ def _write(
         modalities=vocabulary.modalities,
         pad_token=vocabulary.pad_token,
         special_tokens=vocabulary.special,
+        licences=dict(build.licences),
     )
     broken = 0
+    counted = SourceCounts()
     listing = build.working / BROKEN_FILE
-    with writer, listing.open("w", encoding="utf-8") as listed:
+    with (
+        writer,
+        listing.open("w", encoding="utf-8") as listed,
+        # Closed before an error is printed, or the error would share a line with its progress bar.
+        closing(_encoded(build, shards, paths, vocabulary, pool)) as encoded_shards,
+    ):
         for name in sorted({m.codebook for m in vocabulary.modalities if m.codebook}):
-            writer.add_file(name, (vocabulary.directory / name).read_bytes())
+            writer.add_file(name, vocabulary.directory / name)
         splits: set[str] = set()
-        for encoded in _encoded(build, shards, paths, vocabulary, pool):
+        for shard, encoded in zip(shards, encoded_shards, strict=True):
             broken = _list_broken(encoded, build, broken, listed)
             for held_out, ids, context in encoded.documents():
                 split = HELD_OUT_SPLIT if held_out else TRAIN_SPLIT
                 splits.add(split)
                 writer.add_document(split, ids, context)
+            counted.add(shard, encoded)
         if missing := {TRAIN_SPLIT, HELD_OUT_SPLIT} - splits:
             raise DataError(
                 f"{build.output}: no documents for split {', '.join(sorted(missing))}; add "
                 f"documents or change --validation-share {build.validation_share:g}"
             )
+        writer.add_file(SOURCES_FILE, counted.render())
         if broken:
             listed.flush()
             writer.add_file(BROKEN_FILE, listing.read_bytes())
@@ -237,7 +285,7 @@ def _encoded(
     paths: Sequence[Path],
     vocabulary: Vocabulary,
     pool: ProcessPoolExecutor,
-) -> Iterator[EncodedShard]:
+) -> Generator[EncodedShard]:
     """Yield the encoded shards in their order; those of an earlier run are not encoded again."""
 
     def submit(shard: Shard, path: Path) -> Future[None]:

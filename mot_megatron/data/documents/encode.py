@@ -6,26 +6,38 @@ import io
 import itertools
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from mot_megatron.data.codebooks.codec import Codec
-from mot_megatron.data.codebooks.image import PatchCodec
-from mot_megatron.data.codebooks.speech import SpeechFeatures, UnitCodec
+from mot_megatron.data.codebooks.codec import Codec, PictureCodec, SoundCodec
 from mot_megatron.data.codebooks.text import TextCodec
-from mot_megatron.data.documents.decode import DecodedDocument, decode_document
+from mot_megatron.data.documents.decode import (
+    DecodedDocument,
+    DecodedSegment,
+    Fit,
+    MediaFormat,
+    decode_document,
+)
 from mot_megatron.data.documents.raw import BrokenItemError, RawDocument
 from mot_megatron.data.documents.sources import Reading, Shard, read_shard
 from mot_megatron.data.documents.vocabulary import Vocabulary
 from mot_megatron.data.intervals import intervals_of, mask_of
-from mot_megatron.data.structure import Piece, assemble_with_context, language_token
+from mot_megatron.data.structure import (
+    IMAGE,
+    TEXT,
+    Piece,
+    assemble_with_context,
+    language_token,
+)
 from mot_megatron.files import write_atomically
 
 _DOCUMENTS_PER_BATCH = 64
+_PICTURES_PER_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,8 @@ class EncodedShard:
 @lru_cache(maxsize=1)
 def _codecs(vocabulary: Vocabulary) -> dict[str, Codec]:
     codecs = vocabulary.load_codecs()
+    # Once more for a worker, now that libraries are loaded: the number of threads changes sums.
+    threadpool_limits(1)
     for codec in codecs.values():
         if isinstance(codec, TextCodec):
             # "<eos>" in a text is text, not the end of the document.
@@ -106,7 +120,8 @@ def encode_shard(
     Raises:
         DataError: The source cannot be read; single broken documents are only listed.
     """
-    encoder = _Encoder(vocabulary, _codecs(vocabulary))
+    codecs = _codecs(vocabulary)
+    encoder = _Encoder(vocabulary, codecs, media_format(codecs.values(), reading.fit))
     documents: list[np.ndarray] = []
     context: list[np.ndarray] = []
     held_out: list[bool] = []
@@ -119,12 +134,10 @@ def encode_shard(
                 decoded.append(encoder.decode(document, validation_share))
             except BrokenItemError as error:
                 broken.append(Broken(document.where, str(error)))
-        for ids, mask in encoder.encode(
-            [each for each, _ in decoded], [texts for _, texts in decoded]
-        ):
+        for ids, mask in encoder.encode(decoded):
             documents.append(ids)
             context.append(mask)
-        held_out += [each.held_out for each, _ in decoded]
+        held_out += [each.document.held_out for each in decoded]
     EncodedShard(
         np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32),
         np.array([len(document) for document in documents], dtype=np.int64),
@@ -134,15 +147,39 @@ def encode_shard(
     ).save(path)
 
 
+def media_format(codecs: Iterable[Codec], fit: Fit) -> MediaFormat:
+    """Return what pictures and sounds have to be converted to before they are encoded."""
+    form = MediaFormat(fit=fit)
+    for codec in codecs:
+        if isinstance(codec, PictureCodec):
+            form = replace(form, pixels=codec.pixels)
+        elif isinstance(codec, SoundCodec):
+            shortest = codec.shortest_seconds
+            form = replace(form, sample_rate=codec.sample_rate, shortest_seconds=shortest)
+    return form
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A document of which only the pictures are still to be encoded."""
+
+    document: DecodedDocument
+    ids: tuple[np.ndarray, ...]
+    """Of each segment; none of a picture."""
+
+
 @dataclass(frozen=True)
 class _Encoder:
     vocabulary: Vocabulary
     codecs: Mapping[str, Codec]
+    """By kind of segment."""
+    form: MediaFormat
 
-    def decode(
-        self, document: RawDocument, validation_share: float
-    ) -> tuple[DecodedDocument, list[np.ndarray]]:
-        """Decode a document and encode its texts, which alone may still turn out to be broken."""
+    def decode(self, document: RawDocument, validation_share: float) -> _Prepared:
+        """Decode a document, and encode its texts and sounds.
+
+        A text may still turn out to be broken, and many sounds need not fit into memory.
+        """
         kinds, special = self.vocabulary.kinds, self.vocabulary.special
         for segment in document.segments:
             if segment.kind not in kinds:
@@ -154,12 +191,24 @@ class _Encoder:
                 raise BrokenItemError(
                     f"language {segment.language!r} is none of the corpus; --languages lists them"
                 )
-        decoded = decode_document(document, validation_share)
-        texts = [each.content for each in decoded.segments if isinstance(each.content, str)]
-        return decoded, [self._text(text) for text in texts]
+        decoded = decode_document(document, validation_share, self.form)
+        ids = tuple(self._ids(segment) for segment in decoded.segments)
+        kept = tuple(
+            each if each.kind == IMAGE else replace(each, content="") for each in decoded.segments
+        )
+        return _Prepared(replace(decoded, segments=kept), ids)
 
-    def _text(self, text: str) -> np.ndarray:
-        codec = next(each for each in self.codecs.values() if isinstance(each, TextCodec))
+    def _ids(self, segment: DecodedSegment) -> np.ndarray:
+        codec = self.codecs[segment.kind]
+        if isinstance(codec, TextCodec):
+            assert isinstance(segment.content, str)
+            return self._text(codec, segment.content)
+        if isinstance(codec, SoundCodec):
+            assert isinstance(segment.content, np.ndarray)
+            return codec.encode(segment.content)
+        return np.empty(0, np.int64)
+
+    def _text(self, codec: TextCodec, text: str) -> np.ndarray:
         ids = np.array(codec.encode(text), dtype=np.int64)
         delimiters = np.isin(ids, [*self.vocabulary.special.values(), self.vocabulary.pad_token])
         if delimiters.any():
@@ -167,40 +216,30 @@ class _Encoder:
             raise BrokenItemError(f"the text contains {token!r}, a special token of the corpus")
         return ids
 
-    def encode(
-        self, documents: Sequence[DecodedDocument], texts: Sequence[Sequence[np.ndarray]]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode(self, documents: Sequence[_Prepared]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each document, and which of them are context only.
 
-        Pictures and sounds are encoded all at once.
+        Pictures are encoded many at once.
         """
-        contents = [segment.content for each in documents for segment in each.segments]
-        pictures = iter(self._pictures([each for each in contents if isinstance(each, np.ndarray)]))
-        sounds = iter(self._sounds([each for each in contents if isinstance(each, SpeechFeatures)]))
+        every = [segment for each in documents for segment in each.document.segments]
+        pictures = self._pictures([each.content for each in every if each.kind == IMAGE])
         encoded = []
-        for document, its_texts in zip(documents, texts, strict=True):
-            written = iter(its_texts)
-            pieces = []
-            for segment in document.segments:
-                modality = self.vocabulary.kinds[segment.kind]
-                language = None
-                if isinstance(segment.content, str):
-                    ids, language = next(written), segment.language
-                elif isinstance(segment.content, SpeechFeatures):
-                    ids = next(sounds)
-                else:
-                    ids = next(pictures)
-                pieces.append(Piece(modality, ids, language, segment.context))
+        for prepared in documents:
+            pieces = [
+                Piece(
+                    self.vocabulary.kinds[segment.kind],
+                    next(pictures) if segment.kind == IMAGE else ids,
+                    segment.language if segment.kind == TEXT else None,
+                    segment.context,
+                )
+                for segment, ids in zip(prepared.document.segments, prepared.ids, strict=True)
+            ]
             encoded.append(assemble_with_context(pieces, self.vocabulary.special))
         return encoded
 
-    def _pictures(self, pictures: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        codec = next((each for each in self.codecs.values() if isinstance(each, PatchCodec)), None)
-        return [] if codec is None or not pictures else list(codec.encode(np.stack(pictures)))
-
-    def _sounds(self, sounds: Sequence[SpeechFeatures]) -> Sequence[np.ndarray]:
-        codec = next((each for each in self.codecs.values() if isinstance(each, UnitCodec)), None)
-        if codec is None or not sounds:
-            return []
-        ids = codec.encode(np.concatenate([sound.units for sound in sounds]))
-        return np.split(ids, np.cumsum([len(sound.units) for sound in sounds])[:-1])
+    def _pictures(self, pictures: Sequence[str | np.ndarray]) -> Iterator[np.ndarray]:
+        codec = self.codecs.get(IMAGE)
+        if not isinstance(codec, PictureCodec):
+            return
+        for start in range(0, len(pictures), _PICTURES_PER_BATCH):
+            yield from codec.encode(np.stack(pictures[start : start + _PICTURES_PER_BATCH]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mot_megatron.data.codebooks.text import parse_tokenizer
-from mot_megatron.data.documents.vocabulary import adapt_tokenizer, num_ids, read_tokenizer
+from mot_megatron.data.codebooks.text import parse_tokenizer, read_tokenizer
+from mot_megatron.data.documents.vocabulary import adapt_tokenizer, num_ids
 from mot_megatron.data.structure import (
     BEGIN_DOCUMENT,
     CODECS,

@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mot_megatron.data.builders.randomness import generator
-from mot_megatron.data.codebooks.speech import SpeechFeatures
-from mot_megatron.data.documents.decode import decode_document
+from mot_megatron.data.codebooks.image import PICTURE_PIXELS
+from mot_megatron.data.codebooks.speech import SpeechFeatures, speech_features
+from mot_megatron.data.documents.decode import MediaFormat, decode_document
 from mot_megatron.data.documents.raw import BrokenItemError, RawDocument
 from mot_megatron.data.documents.sources import Reading, Shard, read_shard
+from mot_megatron.data.structure import IMAGE
 
 _SAMPLED_SHARDS = 256
 """Largest number of shards that are read for the sample."""
 _CHARACTERS, _MEDIA, _UNITS = 10_000, 8, 100
 """Most that one document contributes: characters, pictures and sounds, units of each sound."""
+_PIXELS = _MEDIA * PICTURE_PIXELS**2
+"""Pixels that a document contributes on average at most; of large pictures, some are left out."""
 
 
 @dataclass
@@ -26,9 +30,11 @@ class Sample:
 
     texts: list[str] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
-    """uint8 [32, 32, 3] each."""
+    """uint8 [p, p, 3] each."""
     sounds: list[SpeechFeatures] = field(default_factory=list)
     languages: set[str] = field(default_factory=set)
+    kinds: set[str] = field(default_factory=set)
+    """Kinds of segments that occur, whether or not they are kept."""
 
     def extend(self, other: Sample) -> None:
         """Append another sample."""
@@ -36,6 +42,7 @@ class Sample:
         self.pictures += other.pictures
         self.sounds += other.sounds
         self.languages |= other.languages
+        self.kinds |= other.kinds
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ def plan_sample(shards: Sequence[Shard], documents: int, seed: int) -> list[Shar
     return [ShardSampling(shards[number], each, seed, number) for number in chosen]
 
 
-def sample_shard(sampling: ShardSampling, reading: Reading, validation_share: float) -> Sample:
+def sample_shard(
+    sampling: ShardSampling, reading: Reading, validation_share: float, form: MediaFormat
+) -> Sample:
     """Take a uniform sample of a shard's documents, and of these keep the training documents.
 
     Broken documents are left out here; encoding reports them.
@@ -66,22 +75,27 @@ def sample_shard(sampling: ShardSampling, reading: Reading, validation_share: fl
     random = generator(sampling.seed, "sample", str(sampling.number))
     # Reservoir sampling: the sample stays uniform although the number of documents is unknown.
     kept: list[Sample] = []
+    stride = math.ceil(form.pixels**2 / _PIXELS)
     for count, document in enumerate(read_shard(sampling.shard, reading), start=1):
         place = count - 1 if count <= sampling.documents else int(random.integers(count))
         if place >= sampling.documents:
             continue
-        kept[place : place + 1] = [_content(document, validation_share)]
+        pictures = _MEDIA if place % stride == 0 else 0
+        kept[place : place + 1] = [_content(document, validation_share, form, pictures)]
     sample = Sample()
     for content in kept:
         sample.extend(content)
     return sample
 
 
-def _content(document: RawDocument, validation_share: float) -> Sample:
+def _content(
+    document: RawDocument, validation_share: float, form: MediaFormat, most_pictures: int
+) -> Sample:
     """Return what a document contributes: nothing if it is held out or broken."""
     sample = Sample()
+    most_pictures = min(most_pictures, math.ceil(_PIXELS / form.pixels**2))
     try:
-        decoded = decode_document(document, validation_share)
+        decoded = decode_document(document, validation_share, form)
     except BrokenItemError:
         return sample
     room = _CHARACTERS
@@ -89,10 +103,11 @@ def _content(document: RawDocument, validation_share: float) -> Sample:
         if isinstance(segment.content, str):
             sample.texts.append(segment.content[:room])
             room -= len(sample.texts[-1])
-        elif isinstance(segment.content, SpeechFeatures):
-            sample.sounds += [_spread(segment.content)] if len(sample.sounds) < _MEDIA else []
-        elif len(sample.pictures) < _MEDIA:
-            sample.pictures.append(segment.content)
+        elif segment.kind == IMAGE:
+            sample.pictures += [segment.content] if len(sample.pictures) < most_pictures else []
+        elif len(sample.sounds) < _MEDIA:
+            sample.sounds.append(_spread(speech_features(segment.content)))
+        sample.kinds.add(segment.kind)
         if segment.language is not None:
             sample.languages.add(segment.language)
     return sample

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mot_megatron.data.documents import archives, lines, tables
+from mot_megatron.data.documents.decode import Fit
 from mot_megatron.data.documents.raw import RawDocument, media_below
 from mot_megatron.errors import DataError
 from mot_megatron.files import regular_file_size
@@ -76,6 +77,8 @@ class Reading:
     text_documents: Literal["line", "file"] = "line"
     shard_documents: int = 4096
     """Largest number of lines in a shard."""
+    fit: Fit = "crop"
+    """How a picture becomes a square."""
 
 
 def list_shards(inputs: Sequence[Path], reading: Reading) -> list[Shard]:

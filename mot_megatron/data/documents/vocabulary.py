@@ -6,21 +6,27 @@ The codebook files lie in a folder, from which worker processes load them.
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from mot_megatron.data.codebooks import load_codec
+from mot_megatron.data.codebooks import codec_class, load_codec
 from mot_megatron.data.codebooks.codec import Codec
-from mot_megatron.data.codebooks.image import PatchCodec, train_image_codebook
+from mot_megatron.data.codebooks.image import (
+    PATCH_PIXELS,
+    PICTURE_PIXELS,
+    PatchCodec,
+    train_image_codebook,
+)
 from mot_megatron.data.codebooks.speech import UnitCodec, train_speech_codebook
 from mot_megatron.data.codebooks.text import (
-    LARGEST_TOKENIZER_BYTES,
     TextCodec,
+    count_ids,
     parse_tokenizer,
     train_text_codebook,
 )
@@ -59,8 +65,9 @@ class Vocabulary:
     @property
     def kinds(self) -> dict[str, Modality]:
         """The modality of each kind of segment that can be encoded."""
-        by_codec = {modality.codec: modality for modality in reversed(self.modalities)}
-        return {kind: by_codec[CODECS[kind][0]] for kind in KINDS if CODECS[kind][0] in by_codec}
+        with_codec = [modality for modality in self.modalities if modality.codebook is not None]
+        by_kind = {codec_class(each.codec).kind: each for each in reversed(with_codec)}
+        return {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
 
     def load_codecs(self) -> dict[str, Codec]:
         """Load the codec of each kind.
@@ -70,11 +77,14 @@ class Vocabulary:
         """
         return {kind: load_codec(self.directory, modality) for kind, modality in self.kinds.items()}
 
-    def save(self, files: Mapping[str, bytes]) -> None:
-        """Write the codebooks, and last the description, into the folder."""
+    def save(self, files: Mapping[str, bytes | Path]) -> None:
+        """Write or copy the codebooks, and last write the description, into the folder."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (self.directory / name).write_bytes(content)
+            if isinstance(content, Path):
+                shutil.copyfile(content, self.directory / name)
+            else:
+                (self.directory / name).write_bytes(content)
         described = {
             "modalities": [modality.model_dump() for modality in self.modalities],
             "special_tokens": self.special,
@@ -100,12 +110,46 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class GivenCodebook:
+    """A codebook that is used as it is."""
+
+    codec: str
+    """A registered name, or ``module:Class``."""
+    path: Path
+
+    def load(self, kind: str) -> Codec:
+        """Load the codec, for a vocabulary of its own codes alone.
+
+        Raises:
+            DataError: The codec or its file cannot be used, or is for another kind of segments.
+        """
+        found = codec_class(self.codec)
+        if found.kind != kind:
+            raise DataError(f"codec {self.codec!r} is for {found.kind}, expected one for {kind}")
+        size = found.count_codes(self.path)
+        modality = Modality(
+            name=kind, first_id=0, size=size, codec=self.codec, codebook=self.file_name(kind)
+        )
+        return found.load(self.path, modality)
+
+    def file_name(self, kind: str) -> str:
+        """Return the name of the file in a corpus."""
+        return kind + self.path.suffix
+
+
+@dataclass(frozen=True)
 class Training:
     """How codebooks are trained."""
 
     sizes: tuple[tuple[str, int], ...]
     """Number of ids of each modality that the corpus has, text first."""
     seed: int
+    pixels: int = PICTURE_PIXELS
+    """Width and height of a picture."""
+    patch: int = PATCH_PIXELS
+    """Width and height of a patch."""
+    given: Mapping[str, GivenCodebook] = field(default_factory=dict)
+    """Codebooks of modalities that are not trained."""
     tokenizer: bytes | None = None
     """Content of a tokenizer.json to use instead of training one."""
     tokenizer_name: str = ""
@@ -132,21 +176,30 @@ def train_vocabulary(
             training.tokenizer, training.tokenizer_name, special_names, dict(training.names)
         )
         sizes[TEXT] = num_ids(content)
-    modalities = modalities_of(sizes, special)
-    files = {CODECS[TEXT][1]: content}
+    chosen = {kind: (each.codec, each.file_name(kind)) for kind, each in training.given.items()}
+    modalities = modalities_of(sizes, special, {**CODECS, **chosen})
+    files: dict[str, bytes | Path] = {CODECS[TEXT][1]: content}
     for modality in modalities:
+        assert modality.codebook is not None
         if modality.name == TEXT:
             TextCodec.parse(content, modality, "--text-vocabulary")
+        elif modality.name in training.given:
+            files[modality.codebook] = training.given[modality.name].path
         elif modality.name == IMAGE:
-            pictures = np.stack(sample.pictures) if sample.pictures else np.zeros((0, 32, 32, 3))
-            centroids = train_image_codebook(pictures, modality.size, training.seed)
-            files[CODECS[IMAGE][1]] = PatchCodec(modality, centroids).save()
+            files[modality.codebook] = _train_image(modality, sample, training)
         else:
             assert modality.name == SPEECH
-            files[CODECS[SPEECH][1]] = _train_speech(modality, sample, training.seed)
+            files[modality.codebook] = _train_speech(modality, sample, training.seed)
     vocabulary = Vocabulary(directory, tuple(modalities), tuple(special.items()), special[PADDING])
     vocabulary.save(files)
     return vocabulary
+
+
+def _train_image(modality: Modality, sample: Sample, training: Training) -> bytes:
+    shape = (-1, training.pixels, training.pixels, 3)
+    pictures = np.array(sample.pictures, dtype=np.uint8).reshape(shape)
+    centroids = train_image_codebook(pictures, modality.size, training.seed, training.patch)
+    return PatchCodec(modality, centroids, training.pixels).save()
 
 
 def _train_speech(modality: Modality, sample: Sample, seed: int) -> bytes:
@@ -154,18 +207,6 @@ def _train_speech(modality: Modality, sample: Sample, seed: int) -> bytes:
     centroids = train_speech_codebook(np.concatenate(units), modality.size, seed)
     mean = np.stack([sound.mean for sound in sample.sounds]).mean(axis=0)
     return UnitCodec(modality, centroids, mean.astype(np.float32)).save()
-
-
-def read_tokenizer(path: Path) -> bytes:
-    """Return the content of a tokenizer.json.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    try:
-        return read_regular_file(path, LARGEST_TOKENIZER_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def read_special_names(path: Path) -> dict[str, str]:
@@ -234,8 +275,7 @@ def adapt_tokenizer(
 
 def num_ids(content: bytes) -> int:
     """Return the size of the range of all ids of a tokenizer.json, which may have gaps."""
-    tokenizer = Tokenizer.from_buffer(content)
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return count_ids(Tokenizer.from_buffer(content))
 
 
 def copy_vocabulary(directory: Path, corpus_directory: Path) -> Vocabulary:
@@ -247,13 +287,7 @@ def copy_vocabulary(directory: Path, corpus_directory: Path) -> Vocabulary:
     corpus = Corpus.open_vocabulary(corpus_directory)
     description = corpus.description
     names = [modality.codebook for modality in description.modalities if modality.codebook]
-    try:
-        files = {
-            name: read_regular_file(corpus_directory / name, LARGEST_TOKENIZER_BYTES)
-            for name in names
-        }
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from None
+    files = {name: corpus_directory / name for name in names}
     vocabulary = Vocabulary(
         directory,
         description.modalities,
@@ -262,5 +296,8 @@ def copy_vocabulary(directory: Path, corpus_directory: Path) -> Vocabulary:
     )
     if not vocabulary.kinds:
         raise DataError(f"{corpus_directory}: no modality has a codec, with which to encode files")
-    vocabulary.save(files)
+    try:
+        vocabulary.save(files)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
     return vocabulary

@@ -19,27 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mot_megatron.model.micro_batch import NO_LABEL
+from mot_megatron.model.micro_batch import TokenRows
 
 CHUNK_BYTES = 1 << 20
 """Size of a chunk's logits in fp32, that of a CPU core's cache, unless the hidden size is large."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the rows of a micro-batch should predict."""
-
-    ids: torch.Tensor
-    """[g] int64: global ids, or NO_LABEL."""
-    modalities: torch.Tensor
-    """[g] int64: the modality index of each label."""
-    count: int
-    """n: rows with a label. The host knows it, so that no kernel has to be waited for."""
-
-    def rows(self) -> torch.Tensor:
-        """Return the indices of the rows with a label, in ascending order, [n]."""
-        unlabeled = (self.ids == NO_LABEL).to(torch.uint8)
-        return torch.argsort(unlabeled, stable=True)[: self.count]
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class VocabularyShard:
 def head_losses(
     rows: torch.Tensor,
     weight: torch.Tensor,
-    labels: Labels,
+    of_rows: TokenRows,
     weighting: Weighting,
     shard: VocabularyShard,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +59,7 @@ def head_losses(
     Args:
         rows: [g, h], the same on all ranks of the group.
         weight: [V / tp, h], this rank's shard of the vocabulary.
-        labels: Of the rows.
+        of_rows: Their labels.
         weighting: Of the losses.
         shard: Which part of the vocabulary ``weight`` has.
 
@@ -85,7 +68,7 @@ def head_losses(
         sum exp(logits) (Chameleon, arXiv 2405.09818, section 2.4.3); and the detached sums of cross
         entropy in nats per modality, [M] fp64: an fp32 sum of 65,000 rows is off by 3e-6.
     """
-    return _HeadLosses.apply(rows, weight, labels, weighting, shard, torch.is_grad_enabled())
+    return _HeadLosses.apply(rows, weight, of_rows, weighting, shard, torch.is_grad_enabled())
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -96,12 +79,12 @@ class _HeadLosses(torch.autograd.Function):
         ctx: Any,
         rows: torch.Tensor,
         weight: torch.Tensor,
-        labels: Labels,
+        labels: TokenRows,
         weighting: Weighting,
         shard: VocabularyShard,
         differentiable: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = labels.rows()
+        kept = labels.labeled()
         of_rows = of_weight = None
         if differentiable:
             of_rows = torch.zeros_like(rows)
@@ -110,9 +93,9 @@ class _HeadLosses(torch.autograd.Function):
         sums = torch.zeros_like(weighting.of_modalities, dtype=torch.float64)
         for part in _chunks(kept, weight):
             inputs = rows.index_select(0, part)
-            modalities = labels.modalities.index_select(0, part)
+            modalities = labels.label_modalities.index_select(0, part)
             weights = weighting.of_modalities.index_select(0, modalities)
-            losses = _ChunkLosses.of(inputs, weight, labels.ids.index_select(0, part), shard)
+            losses = _ChunkLosses.of(inputs, weight, labels.labels.index_select(0, part), shard)
             z_loss = weighting.z_loss_coefficient * losses.log_z.square()
             total += (weights * (losses.cross_entropy + z_loss)).sum(dtype=torch.float64)
             sums.index_add_(0, modalities, losses.cross_entropy.double())

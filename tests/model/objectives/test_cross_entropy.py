@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mot_megatron.model import objectives
-from mot_megatron.model.micro_batch import NO_LABEL
-from mot_megatron.model.objectives import Labels, VocabularyShard, Weighting, head_losses
+from mot_megatron.model.micro_batch import NO_LABEL, TokenRows
+from mot_megatron.model.objectives import cross_entropy as losses
+from mot_megatron.model.objectives.cross_entropy import VocabularyShard, Weighting, head_losses
 from mot_megatron.parallel.groups import build_single_process_groups
 from tests.model.small_models import single_rank_model, small_config
 from tests.ranks import run_ranks
@@ -40,7 +40,7 @@ class Result:
     of_weight: torch.Tensor
 
 
-def example(case: Case) -> tuple[torch.Tensor, torch.Tensor, Labels]:
+def example(case: Case) -> tuple[torch.Tensor, torch.Tensor, TokenRows]:
     """Return rows that are not contiguous, the whole weight, and labels."""
     generator = torch.Generator().manual_seed(case.rows)
     rows = torch.randn(case.rows, 2 * case.hidden, generator=generator)[:, ::2]
@@ -48,7 +48,7 @@ def example(case: Case) -> tuple[torch.Tensor, torch.Tensor, Labels]:
     ids = torch.randint(0, case.vocabulary, (case.rows,), generator=generator)
     ids[torch.rand(case.rows, generator=generator) < case.unlabeled] = NO_LABEL
     modalities = torch.randint(0, MODALITIES, (case.rows,), generator=generator)
-    labels = Labels(ids, modalities, int((ids != NO_LABEL).sum()))
+    labels = TokenRows(ids, modalities, int((ids != NO_LABEL).sum()))
     return rows.to(case.dtype), weight.to(case.dtype), labels
 
 
@@ -71,14 +71,14 @@ def plain(case: Case) -> Result:
     rows, weight, labels = example(case)
     rows, weight = rows.double().requires_grad_(), weight.double().requires_grad_()
     logits = rows @ weight.t()
-    cross_entropy = F.cross_entropy(logits, labels.ids, reduction="none", ignore_index=NO_LABEL)
+    cross_entropy = F.cross_entropy(logits, labels.labels, reduction="none", ignore_index=NO_LABEL)
     z_loss = case.z_coefficient * torch.logsumexp(logits, dim=-1).square()
-    labeled = labels.ids != NO_LABEL
-    weights = torch.tensor(WEIGHTS, dtype=torch.float64)[labels.modalities]
+    labeled = labels.labels != NO_LABEL
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)[labels.label_modalities]
     total = torch.where(labeled, weights * (cross_entropy + z_loss), 0.0).sum()
     (total / 7).backward()
     sums = torch.zeros(MODALITIES, dtype=torch.float64)
-    sums.index_add_(0, labels.modalities, cross_entropy.detach())
+    sums.index_add_(0, labels.label_modalities, cross_entropy.detach())
     assert rows.grad is not None
     assert weight.grad is not None
     return Result(total.detach(), sums, rows.grad, weight.grad)
@@ -111,12 +111,12 @@ def test_losses_and_gradients_equal_torchs(
     case: Case, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one chunk, in several with a rest, and without any label."""
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
     assert_equal(chunked(case, alone()), plain(case))
 
 
 def shards_of_cases() -> list[Result]:
-    objectives.CHUNK_BYTES = 1 << 11
+    losses.CHUNK_BYTES = 1 << 11
     assert dist.group.WORLD is not None
     return [chunked(case, VocabularyShard(dist.group.WORLD, dist.get_rank())) for case in CASES]
 
@@ -134,7 +134,7 @@ def test_losses_and_gradients_equal_torchs_with_the_vocabulary_split_over_two_ra
 def test_bf16_weights_have_fp32_losses_and_gradients_of_their_own_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", 1 << 11)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 1 << 11)
     case = Case(61, 32, 90, 0.01, dtype=torch.bfloat16)
     actual = chunked(case, alone())
     assert (actual.total.dtype, actual.sums.dtype) == (torch.float32, torch.float64)

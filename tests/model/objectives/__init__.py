@@ -1,0 +1,1 @@
+"""Tests of the objectives: losses and gradients against plain references."""
