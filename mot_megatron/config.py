@@ -7,7 +7,9 @@ otherwise silently train a different model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,6 +102,26 @@ class DataConfig(Section):
         return ", ".join(map(str, self.folders))
 
 
+@dataclass(frozen=True)
+class LossUnit:
+    """The unit in which losses of an objective are reported."""
+
+    name: str
+    """As it follows a number."""
+    factor: float
+    """Reported value of a loss of 1 as the objective computes it."""
+
+
+BITS_PER_TOKEN = LossUnit("bits per token", 1 / math.log(2))
+"""Cross entropy is computed in nats."""
+
+
+def common_unit(units: Iterable[LossUnit]) -> LossUnit | None:
+    """Return the unit if all are the same, otherwise None."""
+    different = set(units)
+    return different.pop() if len(different) == 1 else None
+
+
 class ModalityConfig(Section):
     """Tower and loss weight of one modality of the corpus."""
 
@@ -108,6 +130,11 @@ class ModalityConfig(Section):
     loss_weight: NonNegativeFloat = 1.0
     """Weight of this modality's labels in the loss, a weighted mean over all labels of the global
     batch. 0: its labels do not count. At least one modality needs a weight above 0."""
+
+    @property
+    def loss_unit(self) -> LossUnit:
+        """Unit of this modality's losses: all modalities are trained by next-token prediction."""
+        return BITS_PER_TOKEN
 
 
 class ExpertsConfig(Section):
@@ -307,6 +334,11 @@ class ModelConfig(Section):
     def loss_weights(self) -> tuple[float, ...]:
         """Loss weight per modality, in the order of ``modalities``."""
         return tuple(modality.loss_weight for modality in self.modalities.values())
+
+    @property
+    def loss_units(self) -> dict[str, LossUnit]:
+        """Unit of the losses per modality, by name."""
+        return {name: modality.loss_unit for name, modality in self.modalities.items()}
 
     @property
     def head_dim(self) -> int:

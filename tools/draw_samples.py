@@ -98,8 +98,9 @@ def _draw_losses(panel: Axes, curves: RunCurves, corpus: CorpusDescription) -> N
     for color, modality in zip(_COLORS, corpus.modalities, strict=False):
         curve = curves.curve("held_out", modality.name)
         if curve is not None:
-            panel.plot(curve.steps, curve.bits, lw=2, color=color, label=modality.name)
-    panel.set(xlabel="steps", ylabel="held-out loss, bits per token", xlim=(0, None))
+            panel.plot(curve.steps, curve.losses, lw=2, color=color, label=modality.name)
+    units = dict.fromkeys(curves.unit(modality.name) for modality in corpus.modalities)
+    panel.set(xlabel="steps", ylabel=f"held-out loss, {' or '.join(units)}", xlim=(0, None))
     panel.grid(color="#E6E6E6", lw=0.8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)

@@ -44,7 +44,9 @@ def run(options: argparse.Namespace) -> int:
     from mot_megatron.data.inspection import inspect
 
     output = options.output or options.corpus / "inspection"
-    report = inspect(Corpus.open(options.corpus), output, options.seq_length, options.examples)
+    corpus = Corpus.open(options.corpus)
+    corpus.check_latents()
+    report = inspect(corpus, output, options.seq_length, options.examples)
     if options.json:
         print_json(report)
     else:

@@ -79,58 +79,81 @@ def table(summary: dict[str, Any]) -> str:
         " parameters",
         f"on {_ranks(summary['world_size'])} of {summary['device']}",
         "",
-        f"{'bits per token, held out':26}{'model':>8}{'unigram':>10}{'2-token context':>18}",
+        *_loss_lines(summary["modalities"]),
     ]
-    for name, values in summary["modalities"].items():
-        bits = honest_bits(values)
-        unigram, context = (values[key] for key in BASELINES.values())
-        if bits is None or unigram is None:
-            lines.append(f"{name:26}{'-':>8}{'-':>10}{'-':>18}   no held-out tokens")
-            continue
-        beaten = [
-            label for label, value in (("unigram", unigram), ("context", context)) if bits < value
-        ]
-        below = " and ".join(beaten) or "neither"
-        lines.append(f"{name:26}{bits:8.3f}{unigram:10.3f}{context:18.3f}   below {below}")
     if summary.get("routed_with_later_tokens"):
         lines += ["", _routing_note(summary)]
     return "\n".join(lines)
+
+
+def _loss_lines(modalities: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a table of the losses in bits per token, and below it those in other units."""
+    lines = [f"{'bits per token, held out':26}{'model':>8}{'unigram':>10}{'2-token context':>18}"]
+    others = [values for values in modalities.values() if "unit" in values]
+    for name, values in modalities.items():
+        if "unit" in values:
+            continue
+        loss = honest_loss(values)
+        unigram, context = (values[key] for key in BASELINES.values())
+        if loss is None or unigram is None:
+            lines.append(f"{name:26}{'-':>8}{'-':>10}{'-':>18}   no held-out tokens")
+            continue
+        beaten = [
+            label for label, value in (("unigram", unigram), ("context", context)) if loss < value
+        ]
+        below = " and ".join(beaten) or "neither"
+        lines.append(f"{name:26}{loss:8.3f}{unigram:10.3f}{context:18.3f}   below {below}")
+    for unit in dict.fromkeys(values["unit"] for values in others):
+        lines += ["", f"{unit}, held out"]
+        for name, values in modalities.items():
+            if values.get("unit") == unit:
+                loss = honest_loss(values)
+                lines.append(f"{name:26}{'-' if loss is None else f'{loss:.3f}':>8}")
+    return lines
 
 
 def _ranks(number: int) -> str:
     return f"{number} rank" + "s" * (number != 1)
 
 
-def honest_bits(values: dict[str, float | None]) -> float | None:
+def honest_loss(values: dict[str, Any]) -> float | None:
     """Return a modality's held-out loss, with causal routing if that was evaluated."""
-    as_trained = values["held_out_bits_per_token"]
-    return values.get("held_out_bits_per_token_causal", as_trained)
+    return values.get(f"{_key(values)}_causal", values[_key(values)])
+
+
+def _key(values: dict[str, Any]) -> str:
+    """Return the key of a modality's held-out loss; it names the unit if no other key does."""
+    return "held_out_loss" if "unit" in values else "held_out_bits_per_token"
 
 
 def _routing_note(summary: dict[str, Any]) -> str:
     """Return a note on routing, for a model whose routing in training depends on later tokens."""
     modalities = summary["modalities"]
-    if not any("held_out_bits_per_token_causal" in values for values in modalities.values()):
+    if not any(f"{_key(values)}_causal" in values for values in modalities.values()):
         return (
             "routed with later tokens, as in training, which may flatter these losses: the model"
             " has no causal router"
         )
     with_later = ", ".join(
-        f"{name} {bits:.3f}"
+        f"{name} {loss:.3f}"
         for name, values in modalities.items()
-        if (bits := values["held_out_bits_per_token"]) is not None
+        if (loss := values[_key(values)]) is not None
     )
     return f"routed causally; as in training, where routing sees later tokens: {with_later}"
 
 
 def missed(summary: dict[str, Any], baseline: str) -> list[str]:
-    """Return the modalities whose loss is not below the baseline, or that have no loss."""
+    """Return the modalities whose loss is not below the baseline, or that have no loss.
 
-    def beaten(values: dict[str, float | None]) -> bool:
-        bits, entropy = honest_bits(values), values[BASELINES[baseline]]
-        return bits is not None and entropy is not None and bits < entropy
+    Entropies are baselines of tokens only; losses in other units are not compared with them.
+    """
 
-    return [name for name, values in summary["modalities"].items() if not beaten(values)]
+    def beaten(values: dict[str, Any]) -> bool:
+        loss, entropy = honest_loss(values), values[BASELINES[baseline]]
+        return loss is not None and entropy is not None and loss < entropy
+
+    of_tokens = {k: v for k, v in summary["modalities"].items() if "unit" not in v}
+    return [name for name, values in of_tokens.items() if not beaten(values)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

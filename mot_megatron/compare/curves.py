@@ -1,9 +1,9 @@
 """The loss curves of a run, read from its TensorBoard log and stored as a small CSV file.
 
-A curve is the loss of one modality on one split, in bits per token, with one point per report or
-evaluation. A ``train`` point averages over the steps since the previous report. ``held_out`` is the
-loss on the validation split with tokens routed as in training. ``held_out_causal`` is the same loss
-with causal routing; it is logged only for models whose training routes with later tokens.
+A curve is the loss of one modality on one split, with one point per report or evaluation. A
+``train`` point averages over the steps since the previous report. ``held_out`` is the loss on the
+validation split with tokens routed as in training. ``held_out_causal`` is the same loss with causal
+routing; it is logged only for models whose training routes with later tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -25,9 +25,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from mot_megatron.config import Config
+from mot_megatron.config import BITS_PER_TOKEN, Config
 from mot_megatron.config_files import load_config
-from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription, parse_description
+from mot_megatron.data.corpus import (
+    DESCRIPTION_FILE,
+    CorpusDescription,
+    SplitCounts,
+    parse_description,
+)
 from mot_megatron.errors import DataError, first_problem
 from mot_megatron.files import regular_file_size
 from mot_megatron.model.flops import count_parameters
@@ -99,6 +104,8 @@ class RunIdentity(BaseModel):
     """Sequences in the global batch of a step."""
     train_steps: int
     """Number of steps the run is configured for."""
+    loss_units: dict[str, str] = {}
+    """Units of losses by modality, except of those in bits per token."""
     configuration: str
     """sha256 of the configuration without run.name, run.seed and run.directory; the same for all
     runs of an arm."""
@@ -110,8 +117,8 @@ class Curve:
 
     steps: np.ndarray
     """[n] int64, ascending: steps completed."""
-    bits: np.ndarray
-    """[n] float64, bits per token."""
+    losses: np.ndarray
+    """[n] float64, in the unit of the modality's objective."""
     averaged: bool = False
     """Whether a point is a mean over the steps since the previous point, as training losses are."""
 
@@ -165,6 +172,10 @@ class RunCurves:
         if split == "held_out_causal" and not self.identity.sees_the_future:
             split = "held_out"
         return self.curves.get((split, modality))
+
+    def unit(self, modality: str) -> str:
+        """Return the unit of the losses of a modality."""
+        return self.identity.loss_units.get(modality, BITS_PER_TOKEN.name)
 
     def along(self, curve: Curve, axis: Axis) -> np.ndarray:
         """Return the positions on ``axis`` of the points of a curve of this run, [n] float64.
@@ -223,7 +234,7 @@ def write_csv(curves: RunCurves, path: Path) -> None:
         OSError: A file cannot be written.
     """
     points = {
-        key: dict(zip(curve.steps.tolist(), curve.bits.tolist(), strict=True))
+        key: dict(zip(curve.steps.tolist(), curve.losses.tolist(), strict=True))
         for key, curve in curves.curves.items()
     }
     with path.open("w", encoding="utf-8", newline="") as stream:
@@ -232,10 +243,11 @@ def write_csv(curves: RunCurves, path: Path) -> None:
         writer.writerow(["step", *_PROGRESS, *names])
         columns = (curves.steps.tolist(), curves.tokens, curves.flops, curves.seconds)
         for step, *progress in zip(*columns, strict=True):
-            bits = (of_curve.get(step) for of_curve in points.values())
-            cells = ("" if value is None else f"{value:.9g}" for value in (*progress, *bits))
+            losses = (of_curve.get(step) for of_curve in points.values())
+            cells = ("" if value is None else f"{value:.9g}" for value in (*progress, *losses))
             writer.writerow([step, *cells])
-    text = json.dumps(curves.identity.model_dump(mode="json"), indent=1)
+    absent = None if curves.identity.loss_units else {"loss_units"}
+    text = json.dumps(curves.identity.model_dump(mode="json", exclude=absent), indent=1)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -286,11 +298,17 @@ def read_identity(path: Path) -> RunIdentity:
 
 
 def token_digests(corpus: CorpusDescription) -> dict[str, str]:
-    """Return, for each split, a sha256 of its tokens and document boundaries."""
+    """Return, for each split, a sha256 of its tokens, document boundaries and vectors."""
     return {
-        name: hashlib.sha256((counts.sha256.bin + counts.sha256.idx).encode()).hexdigest()
+        name: hashlib.sha256("".join(_digests(counts)).encode()).hexdigest()
         for name, counts in corpus.splits.items()
     }
+
+
+def _digests(counts: SplitCounts) -> Iterator[str]:
+    yield from (counts.sha256.bin, counts.sha256.idx)
+    for name, digests in sorted(counts.latents.items()):
+        yield from (name, digests.rows, digests.offsets)
 
 
 def read_description(path: Path) -> CorpusDescription:
@@ -311,10 +329,10 @@ def at_common_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     """Restrict the curves of several runs to their common steps.
 
     Returns:
-        [n] steps, and [runs, n] bits per token at these steps.
+        [n] steps, and [runs, n] losses at these steps.
     """
     common = reduce(np.intersect1d, [curve.steps for curve in curves])
-    return common, np.stack([curve.bits[np.isin(curve.steps, common)] for curve in curves])
+    return common, np.stack([curve.losses[np.isin(curve.steps, common)] for curve in curves])
 
 
 def check_comparable(runs: Sequence[RunCurves]) -> None:
@@ -418,6 +436,11 @@ def _identity(config: Config, corpus: CorpusDescription) -> RunIdentity:
         held_out_sequences=config.evaluation.max_sequences,
         step_sequences=config.training.global_batch_size,
         train_steps=config.training.train_steps,
+        loss_units={
+            name: unit.name
+            for name, unit in config.model.loss_units.items()
+            if unit != BITS_PER_TOKEN
+        },
         configuration=hashlib.sha256(canonical).hexdigest(),
     )
 
@@ -499,8 +522,8 @@ def _assemble(
 
 def _curve(points: Points, averaged: bool) -> Curve:
     steps = sorted(points)
-    bits = np.array([points[step] for step in steps])
-    return Curve(np.array(steps, dtype=np.int64), bits, averaged)
+    losses = np.array([points[step] for step in steps])
+    return Curve(np.array(steps, dtype=np.int64), losses, averaged)
 
 
 def _number(cell: str) -> float:

@@ -122,13 +122,17 @@ def plot_losses(arms: Mapping[str, Sequence[RunCurves]], *, split: Split) -> Fig
             curves = [curve for run in runs if (curve := run.curve(split, modality))]
             if curves:
                 _draw_losses(panel, name, curves, styles[name])
-                lows.append(min(curve.bits.min() for curve in curves))
+                lows.append(min(curve.losses.min() for curve in curves))
                 highs.append(max(map(_highest_after_beginning, curves)))
         margin = 0.04 * (max(highs) - min(lows))
         panel.set(xlim=(0, None), ylim=(min(lows) - margin, max(highs) + margin), xlabel="steps")
         _dress(panel, "steps")
-    for panel in panels[::_PANELS_PER_ROW]:
-        panel.set_ylabel("bits per token")
+    run = arms[baseline][0]
+    units = [run.unit(modality) for modality in modalities]
+    # One label per row says the unit of the whole row.
+    every = _PANELS_PER_ROW if len(set(units)) == 1 else 1
+    for panel, unit in list(zip(panels, units, strict=True))[::every]:
+        panel.set_ylabel(unit)
     lines = {
         str(line.get_label()): line
         for panel in panels
@@ -222,10 +226,10 @@ def _label(match: Match) -> str:
 def _draw_losses(panel: Axes, name: str, curves: Sequence[Curve], style: Mapping[str, Any]) -> None:
     mean = smoothed_mean(curves)
     for curve in curves:
-        panel.plot(curve.steps, curve.bits, lw=0.6, alpha=0.35, color=style["color"])
+        panel.plot(curve.steps, curve.losses, lw=0.6, alpha=0.35, color=style["color"])
     label = f"{name} ({len(curves)} seeds)" if len(curves) > 1 else name
-    panel.plot(mean.steps, mean.bits, lw=1.9, label=label, **style)
+    panel.plot(mean.steps, mean.losses, lw=1.9, label=label, **style)
 
 
 def _highest_after_beginning(curve: Curve) -> float:
-    return float(curve.bits[curve.steps >= _BEGINNING * curve.steps[-1]].max())
+    return float(curve.losses[curve.steps >= _BEGINNING * curve.steps[-1]].max())

@@ -9,6 +9,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mot_megatron.compare.curves import AXES, SPLIT_TITLES, Curve, Split, warnings
 from mot_megatron.compare.experiment import (
@@ -30,7 +31,7 @@ from mot_megatron.compare.step_matching import (
     splits_of,
 )
 from mot_megatron.compare.words import number, sentence, tally
-from mot_megatron.config import ModelConfig, OptimizerConfig
+from mot_megatron.config import ModelConfig, OptimizerConfig, common_unit
 from mot_megatron.data.corpus import HELD_OUT_SPLIT
 from mot_megatron.errors import DataError
 from mot_megatron.model.flops import active_flops_per_token, count_parameters
@@ -143,8 +144,8 @@ def _setting(arms: _Arms) -> list[str]:
         f" {training.global_batch_size * data.seq_length:,} token slots; {tokens:,.0f} tokens"
         f" processed by the last report, {seen:.2f} times the train split",
         f"- {_model(first.config.model)}",
-        f"- {_optimizer(first.config.optimizer)}; precision {training.precision}; losses in bits"
-        " per token",
+        f"- {_optimizer(first.config.optimizer)}; precision {training.precision}; losses in"
+        f" {_unit_words(first.config.model)}",
         f"- {_held_out(first)}",
         *(f"- Caution: {line}" for line in warnings([run.curves for run in runs])),
     ]
@@ -278,13 +279,11 @@ def _final_losses(arms: _Arms) -> list[str]:
     rows = []
     for name, runs in arms.items():
         for label, key in (
-            ("as in training", "held_out_bits_per_token"),
-            ("causally", "held_out_bits_per_token_causal"),
+            ("as in training", "held_out_{}"),
+            ("causally", "held_out_{}_causal"),
         ):
             cells = [
-                _mean_and_spread(
-                    [run.record.summary["modalities"][modality].get(key) for run in runs]
-                )
+                _mean_and_spread([_of_unit(run.record.summary, modality, key) for run in runs])
                 for modality in modalities
             ]
             if any(cell != "-" for cell in cells):
@@ -300,10 +299,29 @@ def _final_losses(arms: _Arms) -> list[str]:
     return [
         *_table(("arm", "routed", "seeds", *modalities), rows),
         "",
-        "Bits per token on the whole validation split after the last step: mean ± standard"
+        f"{_units(arms)} on the whole validation split after the last step: mean ± standard"
         " deviation over seeds. The n-gram tables predict a token from its frequency or from two"
         " earlier tokens; they are counted on the train split.",
     ]
+
+
+def _of_unit(summary: Mapping[str, Any], modality: str, key: str) -> float | None:
+    """Return a held-out loss, whose key says "loss" unless it is in bits per token."""
+    values = summary["modalities"][modality]
+    return values.get(key.format("bits_per_token"), values.get(key.format("loss")))
+
+
+def _units(arms: _Arms) -> str:
+    """Return the unit of the losses as the beginning of a sentence."""
+    words = _unit_words(next(iter(arms.values()))[0].record.config.model)
+    return words[0].upper() + words[1:]
+
+
+def _unit_words(model: ModelConfig) -> str:
+    common = common_unit(model.loss_units.values())
+    if common:
+        return common.name
+    return "units of " + ", ".join(f"{u.name} ({name})" for name, u in model.loss_units.items())
 
 
 def _mean_and_spread(values: Sequence[float | None]) -> str:
@@ -466,8 +484,8 @@ def _memorization(arms: _Arms) -> list[str]:
             held_out = _mean_curve(runs, "held_out", modality)
             if train is None or held_out is None:
                 continue
-            at_end = float(train.bits[train.steps > (1 - _ENDING) * train.steps[-1]].mean())
-            losses = held_out.bits
+            at_end = float(train.losses[train.steps > (1 - _ENDING) * train.steps[-1]].mean())
+            losses = held_out.losses
             lowest = int(losses.argmin())
             rows.append(
                 [
@@ -488,7 +506,7 @@ def _memorization(arms: _Arms) -> list[str]:
         *_table(header, rows),
         *_mark_note(arms),
         "",
-        "Bits per token of the curves, as means over seeds, routed as in training; the final"
+        f"{_units(arms)} of the curves, as means over seeds, routed as in training; the final"
         f" training loss is a mean over the last {_ENDING:.0%} of the steps. The clearest sign of"
         " memorization is a held-out loss that rises again; a gap that is larger in one arm than in"
         " another is a weaker sign. A gap that all arms share may be a difference between the"

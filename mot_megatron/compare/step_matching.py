@@ -306,8 +306,8 @@ def splits_of(matches: Sequence[Match]) -> list[Split]:
 
 def smoothed_mean(curves: Sequence[Curve]) -> Curve:
     """Return the smoothed mean of several runs at their common steps, not made monotone."""
-    steps, bits = at_common_steps(curves)
-    return Curve(steps, smooth(bits.mean(axis=0), default_window(len(steps))))
+    steps, losses = at_common_steps(curves)
+    return Curve(steps, smooth(losses.mean(axis=0), default_window(len(steps))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,8 +316,8 @@ class _Arm:
 
     seeds: tuple[int, ...]
     """Seeds of the runs, ascending."""
-    bits: np.ndarray
-    """[runs, n] bits per token."""
+    losses: np.ndarray
+    """[runs, n] losses."""
     along: dict[Axis, np.ndarray]
     """Axis -> [runs, n] positions of the points."""
 
@@ -332,25 +332,25 @@ class _Arm:
                     f" in {runs[0].source} at step {curves[0].steps[-1]}; runs of one arm must be"
                     " equally long (have all of them finished?)"
                 )
-        common, bits = at_common_steps(curves)
+        common, losses = at_common_steps(curves)
         if len(common) < LEAST_POINTS:
             raise DataError(
                 f"{runs[0].source}: loss_{split}/{modality} has {len(common)} points, expected at"
                 f" least {LEAST_POINTS}; evaluation.interval_steps and logging.interval_steps"
                 " determine the number of points"
             )
-        points = [Curve(common, row, curves[0].averaged) for row in bits]
+        points = [Curve(common, row, curves[0].averaged) for row in losses]
         along: dict[Axis, np.ndarray] = {
             axis: np.stack([run.along(own, axis) for run, own in zip(runs, points, strict=True)])
             for axis in AXES
         }
-        return cls(tuple(run.identity.seed for run in runs), bits, along)
+        return cls(tuple(run.identity.seed for run in runs), losses, along)
 
     def mean(self, axis: Axis, drawn: Sequence[int] | None = None) -> Falling:
         """Return the mean over all runs or the ``drawn`` indices, smoothed and made monotone."""
         runs = list(range(len(self.seeds)) if drawn is None else drawn)
-        bits = self.bits[runs].mean(axis=0)
-        smoothed = smooth(bits, default_window(len(bits)))
+        losses = self.losses[runs].mean(axis=0)
+        smoothed = smooth(losses, default_window(len(losses)))
         return falling(self.along[axis][runs].mean(axis=0), smoothed)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +24,22 @@ from mot_megatron.data.codec_names import NO_CODEC, CodecName
 from mot_megatron.data.context import ContextCounts, check_context, context_path, open_context
 from mot_megatron.data.indexed import bin_path, idx_path, read_token_file
 from mot_megatron.data.intervals import NONE, mask_of
+from mot_megatron.data.latents import (
+    LatentDigests,
+    LatentRows,
+    offsets_path,
+    open_latents,
+    rows_path,
+)
 from mot_megatron.data.verification import verified_once
 from mot_megatron.errors import DataError, first_problem
 from mot_megatron.files import read_regular_file, regular_file_size
 
-FORMAT = 1
-"""Version of the corpus.toml format that this code reads and writes."""
+FORMATS = (1, 2)
+"""Versions of the corpus.toml format that this code reads and writes.
+
+2 adds continuous modalities; a corpus of tokens alone is written as 1.
+"""
 DESCRIPTION_FILE = "corpus.toml"
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLIT = "validation"
@@ -65,6 +75,9 @@ class Modality(BaseModel):
     """Id placed before each segment of this modality. Lies outside this modality's own range."""
     end_token: int | None = None
     """Id placed after each segment of this modality. Lies outside this modality's own range."""
+    width: int | None = Field(default=None, ge=1, le=2**16)
+    """Numbers of the vector at each position of a continuous modality; None: tokens. The range of a
+    continuous modality is one id, the placeholder of all its positions."""
 
     @property
     def end_id(self) -> int:
@@ -94,6 +107,8 @@ class SplitCounts(BaseModel):
     sha256: FileDigests
     context: ContextCounts | None = None
     """Absent if every token is trained."""
+    latents: dict[str, LatentDigests] = {}
+    """Digests of the vectors of each continuous modality."""
 
 
 class CorpusDescription(BaseModel):
@@ -101,7 +116,7 @@ class CorpusDescription(BaseModel):
 
     model_config = _FROZEN
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = 1
     name: PrintableText = Field(min_length=1)
     builder: PrintableText
     """Name and version of the program that wrote the corpus."""
@@ -116,6 +131,11 @@ class CorpusDescription(BaseModel):
     splits: dict[SplitName, SplitCounts] = {}
     licences: dict[str, str] = {}
     """License of each source."""
+
+    @property
+    def continuous(self) -> dict[str, int]:
+        """Width of each continuous modality, by name."""
+        return {m.name: m.width for m in self.modalities if m.width is not None}
 
     @cached_property
     def modality_of_id(self) -> np.ndarray:
@@ -135,9 +155,12 @@ class CorpusDescription(BaseModel):
             DataError: Ranges are not contiguous or do not end at ``vocab_size``, a modality name
                 occurs twice, a codec and its codebook do not match, a special or padding token is
                 outside the vocabulary, a begin or end token is outside the vocabulary or inside
-                its own modality's range, or a split does not count every modality.
+                its own modality's range, a continuous modality has several ids or one of these
+                tokens, all modalities are continuous, or a split does not count every modality or
+                lacks the vectors of a continuous one.
         """
         _check_ranges(self, source)
+        _check_continuous(self, source)
         _check_tokens(self, source)
         names = [modality.name for modality in self.modalities]
         for split, counts in self.splits.items():
@@ -177,6 +200,28 @@ def _check_ranges(description: CorpusDescription, source: str) -> None:
         )
 
 
+def _check_continuous(description: CorpusDescription, source: str) -> None:
+    continuous = description.continuous
+    if continuous and description.format == 1:
+        raise DataError(
+            f"{source}: modality {next(iter(continuous))} has a width, expected format = 2"
+        )
+    if len(continuous) == len(description.modalities):
+        raise DataError(f"{source}: all modalities have a width, expected one of tokens")
+    for modality in description.modalities:
+        if modality.width is not None and modality.size != 1:
+            raise DataError(
+                f"{source}: modality {modality.name} has width = {modality.width} and size = "
+                f"{modality.size}, expected size = 1, its placeholder"
+            )
+    for split, counts in description.splits.items():
+        if set(counts.latents) != set(continuous):
+            raise DataError(
+                f"{source}: splits.{split}.latents has keys {sorted(counts.latents)}, expected "
+                f"{sorted(continuous)}"
+            )
+
+
 def _check_tokens(description: CorpusDescription, source: str) -> None:
     tokens = {"pad_token": description.pad_token}
     tokens |= {f"special_tokens.{name}": id_ for name, id_ in description.special_tokens.items()}
@@ -191,7 +236,12 @@ def _check_tokens(description: CorpusDescription, source: str) -> None:
                     f"{source}: {key} of modality {modality.name} is {token}, expected an id "
                     f"outside its own range {modality.first_id}..{modality.end_id - 1}"
                 )
+    placeholders = {m.first_id: m.name for m in description.modalities if m.width is not None}
     for key, token in tokens.items():
+        if token in placeholders:
+            raise DataError(
+                f"{source}: {key} is {token}, the placeholder of modality {placeholders[token]}"
+            )
         if not 0 <= token < description.vocab_size:
             raise DataError(f"{source}: {key} is {token}, expected 0..{description.vocab_size - 1}")
 
@@ -212,8 +262,9 @@ def parse_description(text: str, source: str) -> CorpusDescription:
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{source}: not valid TOML: {error}") from None
     # Check this first, since another version may have other keys.
-    if values.get("format") != FORMAT:
-        raise DataError(f"{source}: format = {values.get('format')!r}, expected {FORMAT}")
+    if values.get("format") not in FORMATS:
+        expected = " or ".join(map(str, FORMATS))
+        raise DataError(f"{source}: format = {values.get('format')!r}, expected {expected}")
     description = describe(values, source)
     if not description.splits:
         raise DataError(f"{source}: no [splits.NAME] table, expected at least one")
@@ -256,6 +307,9 @@ class TokenSplit:
         """Return which tokens of a document are context only, [length] bool."""
         begin, end = self.offsets[document : document + 2].tolist()
         return mask_of(self.context, begin, end)
+
+    latents: Mapping[str, LatentRows] = field(default_factory=dict)
+    """Vectors of each continuous modality, by name."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -310,6 +364,12 @@ class Corpus:
         prefixes = [directory / name for name in corpus.splits]
         files = [path.name for p in prefixes for path in (bin_path(p), idx_path(p))]
         files += [context_path(p).name for p in prefixes if corpus.splits[p.name].has_context]
+        files += [
+            path(prefix, name).name
+            for prefix in prefixes
+            for name in corpus.description.continuous
+            for path in (rows_path, offsets_path)
+        ]
         try:
             if not once:
                 corpus._check_content()
@@ -337,6 +397,19 @@ class Corpus:
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from None
         return replace(corpus, splits=splits)
+
+    def check_latents(self) -> None:
+        """Compare the vectors of continuous modalities with their digests, which reads them all.
+
+        ``open`` does not, because they may be a hundred times as large as the tokens.
+
+        Raises:
+            DataError: A file was changed since it was written, or cannot be read.
+        """
+        for split, counts in self.description.splits.items():
+            for name, digests in counts.latents.items():
+                path = rows_path(self.directory / split, name)
+                _check_digest(path, _digest(path), digests.rows)
 
     def _check_content(self) -> None:
         for split in self.splits.values():
@@ -378,6 +451,8 @@ class Corpus:
             mode="json", include={"modalities", "special_tokens", "pad_token"}
         )
         for modality in described["modalities"]:
+            if modality["width"] is None:
+                del modality["width"]  # digests of tokens are older than continuous modalities
             if modality["codebook"]:
                 # Equal codebooks may have other names.
                 path = self.directory / modality["codebook"]
@@ -425,7 +500,18 @@ def _open_split(directory: Path, name: str, description: CorpusDescription) -> T
     counts = description.splits[name]
     prefix = directory / name
     tokens, offsets = read_token_file(prefix, description.vocab_size)
-    split = TokenSplit(name, tokens, offsets, open_context(prefix, counts.context))
+    context = open_context(prefix, counts.context)
+    latents = {
+        modality: open_latents(
+            prefix,
+            modality,
+            width=width,
+            documents=len(offsets) - 1,
+            rows=counts.tokens_per_modality[modality],
+        )
+        for modality, width in description.continuous.items()
+    }
+    split = TokenSplit(name, tokens, offsets, context, latents)
     found = {
         "documents": len(split),
         "tokens": len(tokens),
@@ -442,8 +528,7 @@ def _open_split(directory: Path, name: str, description: CorpusDescription) -> T
 
 def _check_content(split: TokenSplit, prefix: Path, description: CorpusDescription) -> None:
     counts = description.splits[split.name]
-    with idx_path(prefix).open("rb") as stream:
-        _check_digest(idx_path(prefix), hashlib.file_digest(stream, "sha256"), counts.sha256.idx)
+    _check_digest(idx_path(prefix), _digest(idx_path(prefix)), counts.sha256.idx)
     if counts.context is not None:
         check_context(prefix, split.context, len(split.tokens))
         digest = hashlib.sha256(split.context.tobytes())
@@ -466,6 +551,12 @@ def _check_content(split: TokenSplit, prefix: Path, description: CorpusDescripti
         expected = counts.context.tokens_per_modality
         _check_modalities(context_path(prefix), "context.", in_context, expected, description)
     _check_digest(bin_path(prefix), digest, counts.sha256.bin)
+    for modality in description.modalities:
+        if modality.width is not None:
+            path = offsets_path(prefix, modality.name)
+            _check_digest(path, _digest(path), counts.latents[modality.name].offsets)
+            placeholders = _occurrences(split, modality.first_id)
+            split.latents[modality.name].check_documents(placeholders, path)
 
 
 def _check_modalities(
@@ -483,6 +574,25 @@ def _check_modalities(
                 f"{path.parent / DESCRIPTION_FILE}: splits.{path.stem}.{table}tokens_per_modality."
                 f"{modality.name} = {expected[modality.name]}, but {path.name} has {tokens}"
             )
+
+
+def _occurrences(split: TokenSplit, token_id: int) -> np.ndarray:
+    """Return how often an id occurs in each document, [documents] int64."""
+    counts = np.zeros(len(split), dtype=np.int64)
+    for start in range(0, len(split.tokens), _TOKENS_PER_CHUNK):
+        chunk = split.tokens[start : start + _TOKENS_PER_CHUNK]
+        places = start + np.flatnonzero(chunk == token_id)
+        documents = np.searchsorted(split.offsets, places, side="right") - 1
+        counts += np.bincount(documents, minlength=len(split))
+    return counts
+
+
+def _digest(path: Path) -> hashlib._Hash:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def _check_digest(path: Path, digest: hashlib._Hash, expected: str) -> None:

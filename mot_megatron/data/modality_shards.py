@@ -54,6 +54,7 @@ def take_shard(
     attended = _attended_sequences(shard, len(visible_from))
     plan = _plan(
         [[whole["group_index"][slots] for slots in row] for row in slots_of],
+        [sum(_labels(whole["labels"][slots]) for slots in row) for row in slots_of],
         shard,
         (visible_to - visible_from).astype(np.int64),
     )
@@ -110,12 +111,16 @@ def _sources(ranges: Sequence[range], tower_slots: Sequence[int]) -> tuple[np.nd
 
 
 def _plan(
-    rows_of: Sequence[Sequence[np.ndarray]], shard: ModalityShard, pairs: np.ndarray
+    rows_of: Sequence[Sequence[np.ndarray]],
+    labels_of: Sequence[int],
+    shard: ModalityShard,
+    pairs: np.ndarray,
 ) -> ExchangePlan:
     """Return the exchange plan of a rank.
 
     Args:
         rows_of: [P][K] arrays, position in the group's sequences of each row of each rank's towers.
+        labels_of: [P] labels of the rows of each rank.
         shard: The rank's part.
         pairs: [sequences, s] int64, number of keys that each position attends to.
     """
@@ -146,8 +151,13 @@ def _plan(
         arrival_index=torch.from_numpy(arrival),
         position_index=torch.from_numpy(place),
         rank_tokens=tuple(tuple(len(rows) for rows in row) for row in rows_of),
+        rank_labels=tuple(labels_of),
         rank_pairs=tuple(int(of_rank) for of_rank in rank_pairs),
     )
+
+
+def _labels(labels: np.ndarray) -> int:
+    return int((labels != NO_LABEL).sum())
 
 
 def _count(values: np.ndarray, size: int) -> tuple[int, ...]:

@@ -123,6 +123,7 @@ def measure_corpus(corpus: Corpus) -> dict[str, ModalityStatistics]:
             modality, _context_distances(modality, corpus), train, validation, vocab_size
         )
         for modality in corpus.description.modalities
+        if modality.width is None  # placeholders carry no information
     }
     return {name: statistics for name, statistics in measured.items() if statistics is not None}
 

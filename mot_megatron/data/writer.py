@@ -25,7 +25,6 @@ import numpy as np
 from mot_megatron.data.context import DTYPE, ContextCounts, context_path
 from mot_megatron.data.corpus import (
     DESCRIPTION_FILE,
-    FORMAT,
     HELD_OUT_SPLIT,
     TRAIN_SPLIT,
     Corpus,
@@ -43,12 +42,20 @@ from mot_megatron.data.indexed import (
     read_token_file,
 )
 from mot_megatron.data.intervals import intervals_of
+from mot_megatron.data.latents import (
+    LatentDigests,
+    LatentFileWriter,
+    checked_vectors,
+    offsets_path,
+    rows_path,
+)
 from mot_megatron.data.statistics import STATISTICS_FILE, render_statistics
 from mot_megatron.errors import DataError
 from mot_megatron.job.processes import Process
 
 _TOKENS_PER_CHUNK = 1 << 22
-_RESERVED_SUFFIXES = {".bin", ".idx", ".context"}
+_SUFFIXES = {".bin", ".idx", ".context", ".rows", ".offsets"}
+"""Endings of the files of splits."""
 _OWNER = re.compile(r"(?P<pid>\d+)\.(?P<started>\d+)@(?P<host>.+)-[^-]+")
 """End of the name of an unfinished corpus: the process that writes it, and random letters."""
 
@@ -58,6 +65,7 @@ class _OpenSplit:
     tokens: TokenFileWriter
     tokens_per_modality: np.ndarray
     context_per_modality: np.ndarray
+    latents: dict[str, LatentFileWriter]
     documents: int = 0
     longest_document: int = 0
     intervals: int = 0
@@ -133,26 +141,41 @@ class CorpusWriter:
 
         Args:
             split: "train", "validation", or another name.
-            segments: Modality name and ids of each segment, in order. Ids are those of the whole
-                vocabulary and must be in the range of the modality.
+            segments: Modality name and content of each segment, in order: ids of the whole
+                vocabulary in the range of the modality, or if it is continuous vectors [n, width],
+                which are stored in float16. Two segments of a continuous modality need a token
+                between them.
             context: Places of the segments that are context only: nothing is trained to predict
                 their tokens.
 
         Raises:
-            DataError: The document is empty, a modality is unknown, an id is outside its range,
-                ``context`` names no segment, or the disk is full; the message names the document.
+            DataError: The document is empty, a modality is unknown, an id is outside its range, a
+                vector is invalid, ``context`` names no segment, or the disk is full; the message
+                names the document.
         """
         where = self._where(split)
         if wrong_places := [place for place in context if not 0 <= place < len(segments)]:
             raise DataError(
                 f"{where}: context has segment {wrong_places[0]}, expected 0..{len(segments) - 1}"
             )
-        parts = []
-        for name, ids in segments:
+        parts: list[np.ndarray] = []
+        latents: dict[str, list[np.ndarray]] = {name: [] for name in self._description.continuous}
+        before = None
+        for name, content in segments:
             if name not in self._by_name:
                 raise DataError(f"{where}: modality {name!r}, expected {list(self._by_name)}")
             modality = self._by_name[name]
-            part = _integers(ids, where)
+            if modality.width is not None:
+                if name == before:
+                    raise DataError(
+                        f"{where}: two segments of modality {name} without a token between them"
+                    )
+                vectors = checked_vectors(content, modality.width, where)
+                latents[name].append(vectors)
+                part = np.full(len(vectors), modality.first_id)
+            else:
+                part = _integers(content, where)
+            before = name if len(part) else before
             wrong = np.flatnonzero((part < modality.first_id) | (part >= modality.end_id))
             if wrong.size:
                 raise DataError(
@@ -165,6 +188,7 @@ class CorpusWriter:
             split,
             np.concatenate([np.empty(0, np.int64), *parts]),
             np.concatenate([np.empty(0, bool), *masks]),
+            latents,
         )
 
     def add_document(
@@ -178,11 +202,18 @@ class CorpusWriter:
             context: [n] bool, which tokens are context only; None: none.
 
         Raises:
-            DataError: The document is empty, an id is outside the vocabulary, ``context`` is not
-                of its length, or the disk is full; the message names the document.
+            DataError: The document is empty, an id is outside the vocabulary or the placeholder of
+                a continuous modality, ``context`` is not of its length, or the disk is full; the
+                message names the document.
         """
         where = self._where(split)
         ids = _integers(token_ids, where)
+        for name in self._description.continuous:
+            if (ids == self._by_name[name].first_id).any():
+                raise DataError(
+                    f"{where}: token id {self._by_name[name].first_id} is the placeholder of "
+                    f"modality {name}, whose vectors are missing"
+                )
         wrong = np.flatnonzero((ids < 0) | (ids >= self._description.vocab_size))
         if wrong.size:
             raise DataError(
@@ -195,7 +226,7 @@ class CorpusWriter:
                 f"{where}: context of dtype {context.dtype} and shape {context.shape}, expected "
                 f"bool and {ids.shape}"
             )
-        self._append(split, ids, context)
+        self._append(split, ids, context, {name: [] for name in self._description.continuous})
 
     def link(self, split: str, prefix: Path) -> None:
         """Use existing token files as a split, by symbolic links to them.
@@ -206,9 +237,14 @@ class CorpusWriter:
 
         Raises:
             DataError: The files are not those of one sequence per document in the dtype of the
-                vocabulary, or an id is outside of it.
+                vocabulary, an id is outside of it, or a modality is continuous.
         """
         vocab_size = self._description.vocab_size
+        if self._description.continuous:
+            raise DataError(
+                f"{self.directory}: token files have no vectors for modality "
+                f"{next(iter(self._description.continuous))}"
+            )
         tokens, offsets = read_token_file(prefix, vocab_size)
         occurrences = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, len(tokens), _TOKENS_PER_CHUNK):
@@ -245,7 +281,7 @@ class CorpusWriter:
         """
         path = self._root / name
         reserved = (DESCRIPTION_FILE, STATISTICS_FILE)
-        if Path(name).name != name or name in reserved or path.suffix in _RESERVED_SUFFIXES:
+        if Path(name).name != name or name in reserved or path.suffix in _SUFFIXES:
             raise DataError(f"{self.directory}: cannot add a file named {name!r}")
         if path.exists():
             raise DataError(f"{self.directory}: file {name!r} was added twice")
@@ -264,7 +300,13 @@ class CorpusWriter:
         number = self._splits[split].documents if split in self._splits else 0
         return f"{self.directory}: document {number} of split {split}"
 
-    def _append(self, split: str, ids: np.ndarray, context: np.ndarray) -> None:
+    def _append(
+        self,
+        split: str,
+        ids: np.ndarray,
+        context: np.ndarray,
+        latents: Mapping[str, Sequence[np.ndarray]],
+    ) -> None:
         if ids.size == 0:
             raise DataError(f"{self._where(split)}: empty, expected at least one token")
         with self._errors():
@@ -273,6 +315,8 @@ class CorpusWriter:
             state = self._splits[split]
             state.tokens.add(ids)
             self._add_context(split, state, ids, context)
+            for name, parts in latents.items():
+                state.latents[name].add(parts)
         state.documents += 1
         state.longest_document = max(state.longest_document, ids.size)
         state.tokens_per_modality += np.bincount(
@@ -301,7 +345,11 @@ class CorpusWriter:
         tokens = TokenFileWriter(self._root / split, self._description.vocab_size)
         self._stack.enter_context(tokens)
         nothing = np.zeros(len(self.modalities), dtype=np.int64)
-        return _OpenSplit(tokens, nothing, nothing.copy())
+        latents = {}
+        for name in self._description.continuous:
+            latents[name] = LatentFileWriter(self._root / split, name)
+            self._stack.callback(latents[name].close)
+        return _OpenSplit(tokens, nothing, nothing.copy(), latents)
 
     def _finish(self) -> None:
         if not self._splits and not self._linked:
@@ -328,6 +376,8 @@ class CorpusWriter:
 
     def _close(self, name: str, split: _OpenSplit) -> SplitCounts:
         split.tokens.finish()
+        for latents in split.latents.values():
+            latents.finish()
         names = [modality.name for modality in self.modalities]
         prefix = self._root / name
         return SplitCounts(
@@ -337,6 +387,13 @@ class CorpusWriter:
             longest_document=split.longest_document,
             sha256=FileDigests(bin=_sha256(bin_path(prefix)), idx=_sha256(idx_path(prefix))),
             context=self._close_context(prefix, split),
+            latents={
+                modality: LatentDigests(
+                    rows=_sha256(rows_path(prefix, modality)),
+                    offsets=_sha256(offsets_path(prefix, modality)),
+                )
+                for modality in split.latents
+            },
         )
 
     def _close_context(self, prefix: Path, split: _OpenSplit) -> ContextCounts | None:
@@ -352,7 +409,7 @@ class CorpusWriter:
 
     def _describe(self, splits: dict[str, SplitCounts]) -> CorpusDescription:
         values: dict[str, object] = {
-            "format": FORMAT,
+            "format": 1 if all(modality.width is None for modality in self.modalities) else 2,
             "name": self.name,
             "builder": self.builder,
             "seed": self.seed,
@@ -423,6 +480,8 @@ def render_description(description: CorpusDescription) -> str:
         lines += ["[[modalities]]", *_pairs(modality), ""]
     lines += ["[special_tokens]", *_pairs(tables["special_tokens"]), ""]
     for name, counts in splits.items():
+        if not counts["latents"]:
+            del counts["latents"]
         lines += [f"[splits.{name}]", *_pairs(counts), ""]
     lines += ["[licences]", *_pairs(tables["licences"]), ""]
     return "\n".join(lines)

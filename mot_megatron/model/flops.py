@@ -56,7 +56,8 @@ class FlopCount:
     attention: int
     """Products of queries with keys and of attention weights with values."""
     head: int
-    """The projection to the vocabulary; the embedding is a lookup and costs none."""
+    """The projection of rows with a label to the vocabulary; the embedding is a lookup and costs
+    none."""
 
     @property
     def total(self) -> int:
@@ -86,7 +87,9 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     return ParameterCount(tuple(towers), shared, frozen, causal)
 
 
-def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int) -> FlopCount:
+def step_flops(
+    model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: int, labels: int
+) -> FlopCount:
     """Count the operations of forward and backward over some tokens, such as those of a step.
 
     Experts are charged for all tokens of their tower, including positions that no document fills.
@@ -96,7 +99,8 @@ def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: 
         model: The model's shapes.
         tower_tokens: Tokens of each of the K towers, including unfilled positions.
         attended_pairs: Pairs of a query and a visible key, over all documents: n (n + 1) / 2 for a
-            document of n tokens, whatever a kernel computes and masks.
+            causal document of n tokens, whatever a kernel computes and masks.
+        labels: Labels, of all towers: only rows with a label are projected to the vocabulary.
     """
     # Two products of 2 * heads * d operations per pair; grouped queries share keys, not products.
     per_pair = 4 * FORWARD_AND_BACKWARD * model.num_layers * model.hidden_size
@@ -108,7 +112,7 @@ def step_flops(model: ModelConfig, tower_tokens: Sequence[int], attended_pairs: 
             for (active, frozen), tokens in zip(per_token, tower_tokens, strict=True)
         ),
         attention=per_pair * attended_pairs,
-        head=head * sum(tower_tokens),
+        head=head * labels,
     )
 
 

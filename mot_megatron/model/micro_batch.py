@@ -60,6 +60,8 @@ class ExchangePlan:
     """[a] int64: the inverse: received row of each position."""
     rank_tokens: tuple[tuple[int, ...], ...]
     """[P][K]: rows of each tower in each rank's stream."""
+    rank_labels: tuple[int, ...]
+    """[P]: labels of the rows in each rank's stream."""
     rank_pairs: tuple[int, ...]
     """[P]: ``attended_pairs`` of each rank."""
 

@@ -21,13 +21,12 @@ def tokens_of_towers(model: ModelConfig, tokens_per_modality: Mapping[str, int])
 def flops_of_towers(model: ModelConfig, tower_tokens: Sequence[int]) -> tuple[float, ...]:
     """Return the FLOPs of each tower's tokens, K of them: projections, networks and head.
 
-    Attention is excluded, because its distribution over ranks does not depend on towers.
+    Attention is excluded, because its distribution over ranks does not depend on towers. Every
+    token counts as a row of the head, though the last one of a document has no label.
     """
-    flops = step_flops(model, tower_tokens, attended_pairs=0)
-    per_token = flops.head / max(sum(tower_tokens), 1)
-    return tuple(
-        tower + per_token * count for tower, count in zip(flops.towers, tower_tokens, strict=True)
-    )
+    of_towers = step_flops(model, tower_tokens, attended_pairs=0, labels=0).towers
+    heads = (step_flops(model, (0,) * len(of_towers), 0, labels=n).head for n in tower_tokens)
+    return tuple(float(sum(pair)) for pair in zip(of_towers, heads, strict=True))
 
 
 def place_towers(config: Config, tower_tokens: Sequence[int]) -> Placement | None:

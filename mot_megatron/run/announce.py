@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Mapping
 
 from mot_megatron.checkpoint.find import CheckpointInfo
-from mot_megatron.config import Config
+from mot_megatron.config import Config, LossUnit, common_unit
 from mot_megatron.config_files import differing_keys
 from mot_megatron.data.blend import sources_of
 from mot_megatron.data.budget import describe_budgets
@@ -52,7 +53,7 @@ def announce(
     )
     console.say(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
-        " slots filled; losses are in bits per token"
+        " slots filled; losses are in {_units(config.model.loss_units)}"
     )
     if session.is_first_rank:  # the others print nothing
         for split in (TRAIN_SPLIT, HELD_OUT_SPLIT):
@@ -130,3 +131,11 @@ def _describe_axes(config: Config, groups: ProcessGroups) -> str:
     if pieces is not None:
         named[-1] += f" of {pieces} pieces"
     return ", ".join(named) or "no parallelism"
+
+
+def _units(loss_units: Mapping[str, LossUnit]) -> str:
+    """Return the unit of all losses, or that of each modality."""
+    common = common_unit(loss_units.values())
+    if common:
+        return common.name
+    return ", ".join(f"{unit.name} ({name})" for name, unit in loss_units.items())

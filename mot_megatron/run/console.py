@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from tqdm import tqdm
 
+from mot_megatron.config import LossUnit, common_unit
 from mot_megatron.data.blend_stream import SourceProgress
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.step import HeldOut
@@ -21,9 +22,9 @@ class Console:
     """Prints on the first rank; on other ranks, every call does nothing."""
 
     def __init__(
-        self, modalities: Sequence[str], start_step: int, last_step: int, on: bool
+        self, loss_units: Mapping[str, LossUnit], start_step: int, last_step: int, on: bool
     ) -> None:
-        self.modalities = tuple(modalities)
+        self.loss_units = dict(loss_units)
         self.last_step = last_step
         self.on = on
         self._memory_bytes = 0
@@ -81,7 +82,7 @@ class Console:
         """
         parts = (
             f"step {step:>{len(str(self.last_step))}}/{self.last_step}",
-            self._bits(interval.modality_bits),
+            self._losses(interval.modality_losses),
             f"grad norm {interval.norms.total:.2f}",
             f"lr {interval.learning_rate:.1e}",
             f"{1000 * interval.seconds.total:.0f} ms",
@@ -124,20 +125,29 @@ class Console:
             sees_the_future: Whether routing during training depends on later tokens.
         """
         beginning = f"held out, step {step:>{len(str(self.last_step))}}: "
-        line = f"{beginning}{self._bits(held_out.as_trained)} bits per token"
+        line = f"{beginning}{self._with_units(held_out.as_trained)}"
         self.say(f"{line}, routed with later tokens" if sees_the_future else line)
         for name, loss in held_out.sources.items():
-            self.say(f"  {name}: {self._bits(loss.modality_bits)} bits per token")
+            self.say(f"  {name}: {self._with_units(loss.of_modalities)}")
         if held_out.causal is not None:
             label = "routed causally: ".rjust(len(beginning))
-            bits = self._bits(held_out.causal)
-            self.say(f"{label}{bits} bits per token, as in generation")
+            self.say(f"{label}{self._with_units(held_out.causal)}, as in generation")
 
-    def _bits(self, modality_bits: Sequence[float]) -> str:
+    def _losses(self, modality_losses: Sequence[float]) -> str:
         return " ".join(
-            f"{name} {'-' if math.isnan(bits) else f'{bits:.3f}'}"
-            for name, bits in zip(self.modalities, modality_bits, strict=True)
+            _loss(name, loss) for name, loss in zip(self.loss_units, modality_losses, strict=True)
         )
+
+    def _with_units(self, modality_losses: Sequence[float]) -> str:
+        common = common_unit(self.loss_units.values())
+        if common:
+            return f"{self._losses(modality_losses)} {common.name}"
+        named = zip(self.loss_units.items(), modality_losses, strict=True)
+        return ", ".join(f"{_loss(name, loss)} {unit.name}" for (name, unit), loss in named)
+
+
+def _loss(name: str, loss: float) -> str:
+    return f"{name} {'-' if math.isnan(loss) else f'{loss:.3f}'}"
 
 
 def _wrapped(parts: Sequence[str], width: int) -> list[str]:

@@ -212,9 +212,8 @@ def _start(
     log = _open_log(session, progress) if first and not finished else None
     if log:
         log.log_text("configuration", config.to_toml(), progress.steps)
-    modalities = list(config.model.modalities)
     last = config.training.train_steps
-    console = stack.enter_context(Console(modalities, progress.steps, last, first))
+    console = stack.enter_context(Console(config.model.loss_units, progress.steps, last, first))
     for line in search.skipped:
         console.say(f"skipped {line}")
     routing = RoutingLog(session.model) if config.model.has_experts else None
@@ -345,7 +344,7 @@ def _one_step(run: _Run) -> StepResult:
     if result.problem:
         return result
     if guard:
-        guard.add(result.total_bits, result.norms.total)
+        guard.add(result.total_loss, result.norms.total)
     progress.skipped_in_a_row = 0
     progress.tokens += sum(result.counts.modality_tokens)
     run.recent.append(result)
@@ -389,7 +388,7 @@ def _deal_with(run: _Run, result: StepResult) -> bool:
         message = f"{message}, back to step {run.progress.steps} and past the batch; {file}"
     run.console.say(message)
     if run.log:
-        run.log.log_scalars({f"spikes/{act.kind}": result.total_bits}, run.progress.steps)
+        run.log.log_scalars({f"spikes/{act.kind}": result.total_loss}, run.progress.steps)
         run.log.log_text("spikes", message, run.progress.steps)
     return act.kind == "rollback"
 
@@ -524,7 +523,7 @@ def _open_log(session: Session, progress: Progress) -> TensorBoardLog:
     config = session.config
     return TensorBoardLog(
         config.run_directory / "tensorboard",
-        list(config.model.modalities),
+        config.model.loss_units,
         config.model.tower_names,
         # Hide points of steps that will be repeated.
         start_step=progress.steps + 1,

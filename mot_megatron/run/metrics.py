@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
+from mot_megatron.config import LossUnit, common_unit
 from mot_megatron.data.blend_stream import SourceProgress
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.files import write_atomically
@@ -45,7 +46,7 @@ class TensorBoardLog:
     def __init__(
         self,
         directory: Path,
-        modalities: Sequence[str],
+        loss_units: Mapping[str, LossUnit],
         towers: Sequence[str],
         start_step: int,
         modality_parallel: bool = False,
@@ -57,7 +58,7 @@ class TensorBoardLog:
 
         Args:
             directory: Folder of the event files.
-            modalities: Modality names, by modality index.
+            loss_units: Modality name -> unit of its losses, in the order of the modalities.
             towers: Tower names, by tower index.
             start_step: First step that will be written: the one after the resumed step, or 1.
             modality_parallel: Whether to show the load balance within modality groups.
@@ -65,12 +66,12 @@ class TensorBoardLog:
             sources: Names of the sources of a blend.
             say: Prints a line when points are lost.
         """
-        self.modalities = tuple(modalities)
+        self.modalities = tuple(loss_units)
         self.towers = tuple(towers)
         self.writer = EventWriter(directory, start_step, say)
         self.modality_parallel = modality_parallel
         self.progress_step = -1
-        dashboard = _dashboard(self.modalities)
+        dashboard = _dashboard(loss_units)
         if modality_parallel:
             dashboard["4 Modality parallelism"] = {
                 "FLOPs of the busiest rank over the mean": [
@@ -111,7 +112,7 @@ class TensorBoardLog:
             "gradient_norm/shared": interval.norms.shared,
             "learning_rate": interval.learning_rate,
             "tokens_per_second/total": interval.tokens_per_second,
-            "loss_total/train": interval.total_bits,
+            "loss_total/train": interval.total_loss,
             "step_seconds/total": seconds.total,
             "step_seconds/data": seconds.data,
             "step_seconds/forward_backward": seconds.forward_backward,
@@ -126,8 +127,8 @@ class TensorBoardLog:
             scalars[f"gradient_norm/tower_{tower}"] = norm
         for name, rate in zip(self.modalities, interval.modality_rates, strict=True):
             scalars[f"tokens_per_second/{name}"] = rate
-        for name, bits in zip(self.modalities, interval.modality_bits, strict=True):
-            scalars[f"loss_train/{name}"] = bits
+        for name, loss in zip(self.modalities, interval.modality_losses, strict=True):
+            scalars[f"loss_train/{name}"] = loss
         self.log_scalars(scalars, step)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -141,7 +142,7 @@ class TensorBoardLog:
         self.writer.write(add)
 
     def log_held_out(self, step: int, held_out: HeldOut, apart: bool = False) -> None:
-        """Write the held-out losses of every modality, in bits per token.
+        """Write the held-out losses of every modality.
 
         Args:
             step: Steps done.
@@ -157,7 +158,7 @@ class TensorBoardLog:
             pairs = zip(self.modalities, of_modalities, strict=True)
             self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)
         for source, loss in held_out.sources.items():
-            pairs = zip(self.modalities, loss.modality_bits, strict=True)
+            pairs = zip(self.modalities, loss.of_modalities, strict=True)
             prefix = f"{tag.replace('loss', 'sources/loss')}/{source}"
             self.log_scalars({f"{prefix}/{name}": bits for name, bits in pairs}, step)
             if not apart:
@@ -253,7 +254,7 @@ def _with_earlier_sections(file: Path, dashboard: dict[str, Charts]) -> dict[str
     return merged
 
 
-def _dashboard(modalities: Sequence[str]) -> dict[str, Charts]:
+def _dashboard(loss_units: Mapping[str, LossUnit]) -> dict[str, Charts]:
     """Return the sections of the "Custom Scalars" page, the most important first.
 
     Tags are regular expressions. Charts do not depend on towers or the layout, so that several runs
@@ -263,13 +264,15 @@ def _dashboard(modalities: Sequence[str]) -> dict[str, Charts]:
     def chart(*tags: str) -> list[str | list[str]]:
         return ["Multiline", list(tags)]
 
+    common = common_unit(loss_units.values())
+    of_all = common.name if common else "each in its unit"
     losses: Charts = {
-        "all modalities: in training, bits per token": chart("loss_total/train"),
-        "all modalities: held out, bits per token": chart("loss_total/held_out"),
+        f"all modalities: in training, {of_all}": chart("loss_total/train"),
+        f"all modalities: held out, {of_all}": chart("loss_total/held_out"),
     }
-    for name in modalities:
-        losses[f"{name}: in training, bits per token"] = chart(f"loss_train/{name}$")
-        losses[f"{name}: held out, bits per token"] = chart(f"loss_held_out(_causal)?/{name}$")
+    for name, unit in loss_units.items():
+        losses[f"{name}: in training, {unit.name}"] = chart(f"loss_train/{name}$")
+        losses[f"{name}: held out, {unit.name}"] = chart(f"loss_held_out(_causal)?/{name}$")
     return {
         "1 Loss": losses,
         "2 Optimization": {

@@ -62,14 +62,14 @@ def write_down(
         position: Position in the data before the step.
     """
     config = session.config
-    modalities = zip(config.model.modalities, result.modality_bits, strict=True)
+    modalities = zip(config.model.modalities, result.modality_losses, strict=True)
     line = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "step": step,
         "act": act.kind,
         "problem": result.problem,
-        "loss": _finite(result.total_bits),
-        "loss_of_modalities": {name: _finite(bits) for name, bits in modalities},
+        "loss": _finite(result.total_loss),
+        "loss_of_modalities": {name: _finite(loss) for name, loss in modalities},
         "gradient_norm": _finite(result.norms.total),
         "gradient_norm_of_towers": [_finite(norm) for norm in result.norms.per_tower],
         "split": TRAIN_SPLIT,

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mot_megatron.config import Config
+from mot_megatron.config import BITS_PER_TOKEN, Config, LossUnit
 from mot_megatron.data.blend_stream import SourceProgress, progress_of_sources
 from mot_megatron.data.statistics import ModalityStatistics, statistics_of
 from mot_megatron.files import write_atomically
@@ -18,6 +18,10 @@ from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut
 
 SUMMARY_FILE = "summary.json"
+HELD_OUT_BITS, HELD_OUT_LOSS = "held_out_bits_per_token", "held_out_loss"
+"""Key of a modality's held-out loss in bits per token, and in any other unit."""
+CAUSALLY = "_causal"
+"""Ending of these keys for the loss with causal routing."""
 
 
 def write_summary(session: Session, progress: Progress, held_out: HeldOut, parameters: int) -> Path:
@@ -51,8 +55,8 @@ def write_summary(session: Session, progress: Progress, held_out: HeldOut, param
         "device": device_name(session.groups.device),
         "routed_with_later_tokens": config.model.sees_the_future,
         "modalities": {
-            name: _modality(held_out, index, statistics.get(name))
-            for index, name in enumerate(config.model.modalities)
+            name: _modality(held_out, index, unit, statistics.get(name))
+            for index, (name, unit) in enumerate(config.model.loss_units.items())
         },
     }
     if sources := progress_of_sources(session.loader.state_dict()):
@@ -117,20 +121,22 @@ def mark_stale(run_directory: Path) -> None:
 
 
 def _modality(
-    held_out: HeldOut, index: int, statistics: ModalityStatistics | None
-) -> dict[str, float | None]:
-    """Return held-out bits per token of the model, and of n-gram baselines (entropies).
+    held_out: HeldOut, index: int, unit: LossUnit, statistics: ModalityStatistics | None
+) -> dict[str, float | str | None]:
+    """Return the held-out loss of the model, and of n-gram baselines (entropies) of tokens.
 
     Values that a modality without held-out tokens lacks are None. The loss with causal routing is
     included only if training routes differently and causal routing is possible.
     """
-    entropies = statistics.all_tokens if statistics else None
-    causal = {}
+    key = HELD_OUT_BITS if unit == BITS_PER_TOKEN else HELD_OUT_LOSS
+    losses: dict[str, float | str | None] = {key: _rounded(held_out.as_trained[index])}
     if held_out.causal is not None:
-        causal["held_out_bits_per_token_causal"] = _rounded(held_out.causal[index])
+        losses[f"{key}{CAUSALLY}"] = _rounded(held_out.causal[index])
+    if unit != BITS_PER_TOKEN:
+        return {**losses, "unit": unit.name}
+    entropies = statistics.all_tokens if statistics else None
     return {
-        "held_out_bits_per_token": _rounded(held_out.as_trained[index]),
-        **causal,
+        **losses,
         "unigram_entropy": round(entropies.unigram, 4) if entropies else None,
         "two_token_context_entropy": round(entropies.two_tokens, 4) if entropies else None,
     }
@@ -141,11 +147,11 @@ def _source(progress: SourceProgress, held_out: HeldOut, config: Config) -> dict
     record: dict[str, Any] = {"tokens": progress.tokens, "epochs": round(progress.epochs, 4)}
     if (loss := held_out.sources.get(progress.name)) is not None:
         names = config.model.modalities
-        record["held_out_bits_per_token"] = {
-            name: _rounded(bits) for name, bits in zip(names, loss.modality_bits, strict=True)
+        record["held_out_loss"] = {
+            name: _rounded(each) for name, each in zip(names, loss.of_modalities, strict=True)
         }
     return record
 
 
-def _rounded(bits: float) -> float | None:
-    return None if math.isnan(bits) else round(bits, 4)
+def _rounded(loss: float) -> float | None:
+    return None if math.isnan(loss) else round(loss, 4)

@@ -104,7 +104,7 @@ def _document(config: Config, groups: ProcessGroups, results: list[StepResult]) 
             for index, name in enumerate(config.model.modalities)
         },
         "flops": [result.counts.flops(config.model) for result in results],
-        "total_bits": [result.total_bits for result in results],
+        "total_bits": [result.total_loss for result in results],
         "imbalance": [result.counts.imbalance for result in results],
         "peak_flops_per_second": peak_flops(groups.device, precision) * dist.get_world_size(),
         "peak_memory_bytes": peak_memory_of_fullest_rank(groups.device),

@@ -112,7 +112,7 @@ def run_in_fake_world(
         for device in DEVICES
     }
     ledger.memory.peak_on_gpu = ledger.memory.peak - saved["cpu"] + saved["cuda"]
-    flops = step_flops(config.model, batches.rows.towers, attended_pairs=0).towers
+    flops = step_flops(config.model, batches.rows.towers, attended_pairs=0, labels=0).towers
     layers = sum(len(piece.layers) for piece in pieces_of_stage(config, groups.pipeline_rank))
     share = Fraction(layers, config.model.num_layers) / groups.tensor_size
     ledger.tower_flops = {

@@ -45,7 +45,8 @@ class GlobalCounts:
 
     def flops(self, model: ModelConfig) -> float:
         """Return the FLOPs of the model in the step, over all ranks."""
-        return step_flops(model, self.tower_tokens, self.attended_pairs).total
+        labels = sum(self.modality_labels)
+        return step_flops(model, self.tower_tokens, self.attended_pairs, labels).total
 
     @classmethod
     def gather(
@@ -106,8 +107,11 @@ def _imbalance(batch: MicroBatch, model: ModelConfig) -> float:
     """
     if batch.exchange is None:
         return 1.0
-    of_tokens = [step_flops(model, tokens, 0).total for tokens in batch.exchange.rank_tokens]
-    no_tokens = [0] * model.num_towers
-    of_pairs = [step_flops(model, no_tokens, n).total for n in batch.exchange.rank_pairs]
+    plan, no_tokens = batch.exchange, [0] * model.num_towers
+    of_tokens = [
+        step_flops(model, tokens, 0, labels).total
+        for tokens, labels in zip(plan.rank_tokens, plan.rank_labels, strict=True)
+    ]
+    of_pairs = [step_flops(model, no_tokens, pairs, 0).total for pairs in plan.rank_pairs]
     busiest, total = max(of_tokens) + max(of_pairs), sum(of_tokens) + sum(of_pairs)
     return busiest * len(of_tokens) / total

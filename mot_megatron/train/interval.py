@@ -14,9 +14,9 @@ from mot_megatron.train.step import StepResult, StepSeconds, weighted_mean
 class Interval:
     """Statistics of the steps since the last report; means unless stated otherwise."""
 
-    modality_bits: tuple[float, ...]
-    """Mean cross entropy over all labels of the interval, bits per token; NaN without labels."""
-    total_bits: float
+    modality_losses: tuple[float, ...]
+    """Mean loss over all labels of the interval, in the objective's unit; NaN without labels."""
+    total_loss: float
     """The training loss: the same mean over all modalities, weighted by their loss weights."""
     modality_rates: tuple[float, ...]
     """Document tokens per second of each modality, over all ranks."""
@@ -58,15 +58,15 @@ class Interval:
         """
         seconds = sum(result.seconds.total for result in results)
         last = results[-1]
-        modalities = range(len(last.modality_bits))
-        bits = tuple(_mean_bits(results, modality) for modality in modalities)
+        modalities = range(len(last.modality_losses))
+        losses = tuple(_mean_loss(results, modality) for modality in modalities)
         labels = [
             sum(result.counts.modality_labels[modality] for result in results)
             for modality in modalities
         ]
         return cls(
-            modality_bits=bits,
-            total_bits=weighted_mean(bits, labels, loss_weights),
+            modality_losses=losses,
+            total_loss=weighted_mean(losses, labels, loss_weights),
             modality_rates=tuple(
                 sum(result.counts.modality_tokens[modality] for result in results) / seconds
                 for modality in modalities
@@ -87,10 +87,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _mean_bits(results: Sequence[StepResult], modality: int) -> float:
+def _mean_loss(results: Sequence[StepResult], modality: int) -> float:
     labels = [result.counts.modality_labels[modality] for result in results]
     if not any(labels):
         return math.nan
     pairs = zip(results, labels, strict=True)
-    total = sum(result.modality_bits[modality] * count for result, count in pairs if count)
+    total = sum(result.modality_losses[modality] * count for result, count in pairs if count)
     return total / sum(labels)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mot_megatron.config import ModelConfig
 from mot_megatron.data.blend import sources_of
 from mot_megatron.errors import TrainingError
 from mot_megatron.job.hardware import synchronize
@@ -27,7 +28,6 @@ Judge = Callable[[float, float], str | None]
 """Receives the loss and the gradient norm of a step; returns what is wrong with them, if anything.
 
 It must return the same on all ranks."""
-BITS_PER_NAT = 1 / math.log(2)
 _ROUNDS_AT_ONCE = 8
 """Micro-batches per stage that an evaluation runs before the pipeline drains."""
 
@@ -50,22 +50,22 @@ class StepSeconds:
 class StepResult:
     """Result of one training step, equal on all ranks except for the seconds."""
 
-    modality_bits: tuple[float, ...]
-    """Mean cross entropy per modality in bits per token; NaN for a modality without labels."""
+    modality_losses: tuple[float, ...]
+    """Mean loss per modality in the unit of its objective; NaN for a modality without labels."""
     counts: GlobalCounts
     norms: StepNorms
     learning_rate: float
     seconds: StepSeconds
-    total_bits: float = math.nan
-    """The training loss: the mean over the labels of all modalities with their loss weights, in
-    bits per token; NaN if no label has a weight."""
+    total_loss: float = math.nan
+    """The training loss: the mean over the labels of all modalities with their loss weights;
+    NaN if no label has a weight."""
     problem: str | None = None
     """What was wrong, in words; no weight and no optimizer state was then changed."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean cross entropy per modality in bits per token; NaN for a modality without labels."""
+    """Mean loss per modality in the unit of its objective; NaN for a modality without labels."""
 
     as_trained: tuple[float, ...]
     """With the routing of training, in which experts may also see later tokens."""
@@ -81,7 +81,7 @@ class HeldOut:
 class SourceLoss:
     """Held-out loss of one source of a blend, routed as in training."""
 
-    modality_bits: tuple[float, ...]
+    of_modalities: tuple[float, ...]
     """Per modality, as ``HeldOut.as_trained``."""
     total: float
     """As ``HeldOut.total``."""
@@ -127,9 +127,9 @@ def train_step(
     tower_tokens = tokens_of_towers(config.model, modality_tokens)
     session.model.routing.token_weights = tuple(factor / max(n, 1) for n in tower_tokens)
     sums = _accumulate_gradients(session, batches, divisor)
-    bits = mean_bits(sums, counts.modality_labels, groups)
-    total_bits = weighted_mean(bits, counts.modality_labels, config.model.loss_weights)
-    problem = _problem_of_loss(bits, counts.modality_labels, list(config.model.modalities))
+    losses = mean_losses(sums, counts.modality_labels, config.model, groups)
+    total_loss = weighted_mean(losses, counts.modality_labels, config.model.loss_weights)
+    problem = _problem_of_loss(losses, counts.modality_labels, list(config.model.modalities))
     if problem and judge is None:
         raise TrainingError(unchanged(step, problem))
     forward_backward_seconds = clock.lap()
@@ -140,14 +140,14 @@ def train_step(
         nonlocal problem
         problem = problem or _problem_of_norms(norms, config.model.tower_names)
         if judge is not None:
-            problem = problem or judge(total_bits, norms.total)
+            problem = problem or judge(total_loss, norms.total)
         return problem is None
 
     norms = session.engine.step(learning_rate, accept)
     if problem and judge is None:
         raise TrainingError(unchanged(step, problem))
     seconds = StepSeconds(data_seconds, forward_backward_seconds, clock.lap())
-    return StepResult(bits, counts, norms, learning_rate, seconds, total_bits, problem)
+    return StepResult(losses, counts, norms, learning_rate, seconds, total_loss, problem)
 
 
 def unchanged(step: int, problem: str) -> str:
@@ -175,7 +175,7 @@ def _accumulate_gradients(
 def evaluate(
     session: Session, batches: Iterable[MicroBatch], check_stop: Callable[[], None] = never
 ) -> tuple[tuple[float, ...], list[int]]:
-    """Return the mean cross entropy in bits per token and the number of labels, per modality.
+    """Return the mean loss, in the unit of the objective, and the number of labels, per modality.
 
     Both are over the batches of all ranks, and every rank must have the same number of batches. The
     mean of a modality without labels is NaN. On a terminal, the first rank shows a progress bar if
@@ -202,7 +202,7 @@ def evaluate(
             labels += torch.tensor([batch.modality_labels for batch in window]).sum(0)
     labels = labels.to(groups.device)
     dist.all_reduce(labels, group=groups.data)
-    return mean_bits(sums, labels.tolist(), groups), labels.tolist()
+    return mean_losses(sums, labels.tolist(), session.config.model, groups), labels.tolist()
 
 
 def evaluate_held_out(
@@ -248,10 +248,10 @@ def _no_losses(session: Trainer) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.float64, device=device)
 
 
-def mean_bits(
-    sums: torch.Tensor, labels: Sequence[int], groups: ProcessGroups
+def mean_losses(
+    sums: torch.Tensor, labels: Sequence[int], model: ModelConfig, groups: ProcessGroups
 ) -> tuple[float, ...]:
-    """Sum nats over all ranks, divide by the global number of labels and convert to bits.
+    """Sum over all ranks, divide by the global number of labels and convert to reported units.
 
     Tensor-parallel ranks have equal sums, so only the first one's count; pipeline stages before the
     last have zeros. Collectives: one all-reduce over the world.
@@ -260,13 +260,13 @@ def mean_bits(
         sums = torch.zeros_like(sums)
     dist.all_reduce(sums)
     return tuple(
-        nats / count * BITS_PER_NAT if count else math.nan
-        for nats, count in zip(sums.tolist(), labels, strict=True)
+        loss / count * unit.factor if count else math.nan
+        for loss, count, unit in zip(sums.tolist(), labels, model.loss_units.values(), strict=True)
     )
 
 
 def weighted_mean(
-    bits: Sequence[float], labels: Sequence[int], loss_weights: Sequence[float]
+    losses: Sequence[float], labels: Sequence[int], loss_weights: Sequence[float]
 ) -> float:
     """Return the mean over the labels of all modalities, each with its modality's loss weight.
 
@@ -275,7 +275,7 @@ def weighted_mean(
     weights = [count * weight for count, weight in zip(labels, loss_weights, strict=True)]
     if not sum(weights):
         return math.nan
-    total = sum(value * weight for value, weight in zip(bits, weights, strict=True) if weight)
+    total = sum(value * weight for value, weight in zip(losses, weights, strict=True) if weight)
     return total / sum(weights)
 
 
@@ -294,11 +294,11 @@ class _Clock:
 
 
 def _problem_of_loss(
-    bits: Sequence[float], labels: Sequence[int], names: Sequence[str]
+    losses: Sequence[float], labels: Sequence[int], names: Sequence[str]
 ) -> str | None:
     broken = [
         f"{name} ({value})"
-        for name, value, count in zip(names, bits, labels, strict=True)
+        for name, value, count in zip(names, losses, labels, strict=True)
         if count and not math.isfinite(value)
     ]
     return f"the loss of {', '.join(broken)} is not finite" if broken else None

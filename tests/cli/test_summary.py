@@ -47,6 +47,20 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image.endswith("below unigram and context")
 
 
+def test_losses_in_other_units_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no entropies, so neither the table nor --require compares them with one."""
+    run = write_run(tmp_path / "run", 5.25)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["modalities"]["image"] = {"held_out_loss": 0.75, "unit": "squared error"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert main(["--checkpoint", str(run), "--require", "unigram"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["", "squared error, held out", f"{'image':26}{'0.750':>8}"]
+    assert not any("image" in line for line in lines[:-3])
+
+
 def test_several_runs_as_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write_run(tmp_path / name, bits) for name, bits in (("a", 5.25), ("b", 7.5))]
     given = [part for run in runs for part in ("--checkpoint", str(run))]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mot_megatron.compare.curves import Curve, RunCurves, RunIdentity, Split
+from mot_megatron.config import BITS_PER_TOKEN
 from mot_megatron.config_files import parse_config
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.state import Progress
@@ -144,7 +145,12 @@ def write_run(
     steps = sorted({step for values in points.values() for step in values})
     if progress is None:
         progress = {step: progress_at(step) for step in steps}
-    log = TensorBoardLog(directory / "tensorboard", MODALITIES, ("only",), start_step=1)
+    log = TensorBoardLog(
+        directory / "tensorboard",
+        dict.fromkeys(MODALITIES, BITS_PER_TOKEN),
+        ("only",),
+        start_step=1,
+    )
     for step in steps:
         if step in progress:
             log.log_progress(progress[step])

@@ -32,7 +32,7 @@ def total_flops(config: Config) -> int:
     of_towers = dict.fromkeys(model.tower_names, 0)
     for name, modality in model.modalities.items():
         of_towers[modality.tower] += TOKENS[name]
-    return step_flops(model, list(of_towers.values()), PAIRS).total
+    return step_flops(model, list(of_towers.values()), PAIRS, sum(of_towers.values())).total
 
 
 @pytest.mark.parametrize("arm", ARMS)

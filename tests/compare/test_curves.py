@@ -28,6 +28,7 @@ from mot_megatron.compare.curves import (
     warnings,
     write_csv,
 )
+from mot_megatron.config import BITS_PER_TOKEN
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError, UserError
 from mot_megatron.parallel.groups import build_process_groups
@@ -66,7 +67,7 @@ def assert_same(one: RunCurves, other: RunCurves) -> None:
     assert one.curves.keys() == other.curves.keys()
     for key, curve in one.curves.items():
         np.testing.assert_array_equal(curve.steps, other.curves[key].steps)
-        np.testing.assert_array_equal(curve.bits, other.curves[key].bits)
+        np.testing.assert_array_equal(curve.losses, other.curves[key].losses)
     for name in ("steps", "tokens", "flops", "seconds"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
@@ -81,7 +82,7 @@ def test_curves_of_a_folder(tmp_path: Path) -> None:
     }
     text = run.curves["train", "text"]
     assert text.steps.tolist() == [5, 10, 15]
-    np.testing.assert_allclose(text.bits, [7.1, 6.3, 6.1], rtol=1e-6)
+    np.testing.assert_allclose(text.losses, [7.1, 6.3, 6.1], rtol=1e-6)
     held_out = run.curves["held_out", "text"]
     np.testing.assert_allclose(run.along(held_out, "flops"), np.array([7, 14]) * FLOPS_PER_STEP)
     np.testing.assert_allclose(run.along(held_out, "seconds"), [3.5, 7])
@@ -109,7 +110,9 @@ def test_csv_keeps_everything(tmp_path: Path) -> None:
 
 def test_repeated_steps_count_with_their_last_values(tmp_path: Path) -> None:
     run = write_run(tmp_path, "resumed", POINTS)
-    log = TensorBoardLog(run / "tensorboard", MODALITIES, ("only",), start_step=8)
+    log = TensorBoardLog(
+        run / "tensorboard", dict.fromkeys(MODALITIES, BITS_PER_TOKEN), ("only",), start_step=8
+    )
     for step, bits in ((10, 1.0), (20, 0.5)):
         log.log_progress(Progress(step, 100.0 + step, step, 1.0 * step))
         log.log_scalars({"loss_train/text": bits}, step)
@@ -119,7 +122,7 @@ def test_repeated_steps_count_with_their_last_values(tmp_path: Path) -> None:
     text = found.curves["train", "text"]
     # Of the first part, only points before step 8 remain.
     assert text.steps.tolist() == [5, 10, 20]
-    np.testing.assert_allclose(text.bits, [7.1, 1.0, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(text.losses, [7.1, 1.0, 0.75], rtol=1e-6)
     assert found.curves["held_out", "text"].steps.tolist() == [7]
     np.testing.assert_allclose(found.seconds, [2.5, 3.5, 110, 120])
 
@@ -202,7 +205,7 @@ def test_evaluations_of_the_whole_split_are_not_points_of_the_curves(tmp_path: P
         assert list(whole) == [4, 6, 7]
         assert whole[7] == pytest.approx(summary[f"held_out_bits_per_token{key}"], abs=1e-4)
         # The split is longer than one sequence.
-        assert abs(whole[6] - run.curves[split, "text"].bits[2]) > 1e-4
+        assert abs(whole[6] - run.curves[split, "text"].losses[2]) > 1e-4
 
 
 def remove_logs(run: Path) -> None:

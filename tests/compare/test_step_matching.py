@@ -320,7 +320,7 @@ def test_the_mean_of_runs_covers_their_common_steps() -> None:
     late = Curve(np.array([20, 30, 40]), np.array([4.0, 2.0, 0.0]))
     mean = smoothed_mean([early, late])
     np.testing.assert_array_equal(mean.steps, [20, 30])
-    np.testing.assert_array_equal(mean.bits, [3.0, 1.5])
+    np.testing.assert_array_equal(mean.losses, [3.0, 1.5])
 
 
 def test_every_modality_split_and_axis_is_matched() -> None:

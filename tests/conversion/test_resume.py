@@ -95,7 +95,7 @@ def resume(
         progress = restore(session, checkpoint)
         saved = saved or save(session, progress)
         losses[name] = [
-            train_step(session, step=step, learning_rate=1e-2).modality_bits for step in (3, 4)
+            train_step(session, step=step, learning_rate=1e-2).modality_losses for step in (3, 4)
         ]
     only_weights = open_checkpoint(bare).checkpoint
     assert only_weights is not None

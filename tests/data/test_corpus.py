@@ -81,10 +81,10 @@ def test_tokens_stay_valid_after_the_corpus_is_freed(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("format = 1", "format = 2", "format = 2, expected 1"),
-        ("format = 1", "", "format = None, expected 1"),
+        ("format = 1", "format = 3", "format = 3, expected 1 or 2"),
+        ("format = 1", "", "format = None, expected 1 or 2"),
         ("seed = 0", "seed = 0\nsead = 1", "sead: unknown key"),
-        ("size = 60", "size = 60\nwidth = 2", "modalities.1.width: unknown key"),
+        ("size = 60", "size = 60\nshape = 2", "modalities.1.shape: unknown key"),
         ("seed = 0", "", "seed: required, but absent"),
         ("seed = 0", 'seed = "0"', "seed = '0': input should be a valid integer"),
         ("seed = 0", "seed = ", "not valid TOML"),
@@ -145,7 +145,7 @@ def append(path: Path) -> None:
         ("train.idx", empty, "not an index of a Megatron token file"),
         ("train.idx", flip, "document boundaries disagree with its sequence count"),
         ("corpus.toml", Path.unlink, "No such file or directory; not a corpus directory"),
-        ("corpus.toml", empty, "format = None, expected 1"),
+        ("corpus.toml", empty, "format = None, expected 1 or 2"),
         ("corpus.toml", lambda path: path.write_bytes(b"\xff"), "not UTF-8"),
     ],
 )

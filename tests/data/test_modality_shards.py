@@ -220,6 +220,8 @@ def test_counts_of_ranks_sum_to_the_counts_of_the_group(case: Case) -> None:
     assert summed([b.modality_tokens for b in shards]) == [used.count(m) for m in modalities]
     assert summed([b.modality_labels for b in shards]) == [labels.count(m) for m in modalities]
     assert summed([b.tower_tokens for b in shards]) == [held.count(k) for k in towers]
+    of_ranks = tuple(sum(b.modality_labels) for b in shards)
+    assert all(plan_of(b).rank_labels == of_ranks for b in shards)
     assert sum(b.attended_pairs for b in shards) == sum(token.depth + 1 for token in tokens)
 
 

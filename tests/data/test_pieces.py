@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from mot_megatron.data import blend_stream
 from mot_megatron.data.blend import Blend
 from mot_megatron.data.blend_stream import progress_of_sources
+from mot_megatron.data.codebooks.image import PatchCodec
+from mot_megatron.data.codebooks.speech import UnitCodec
 from mot_megatron.data.corpus import (
     Corpus,
     CorpusDescription,
@@ -223,7 +226,15 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
             pad_token=PAD, special_tokens=description().special_tokens,
         ) as writer:  # fmt: skip
             for modality in MODALITIES:
-                writer.add_file(str(modality.codebook), b"x")
+                content = b"x"
+                if modality.codec == "image_patches":
+                    content = PatchCodec(modality, np.zeros((modality.size, 48), np.float32)).save()
+                elif modality.codec == "speech_units":
+                    centroids = np.zeros((modality.size, 160), np.float32)
+                    content = UnitCodec(modality, centroids, np.zeros(40, np.float32)).save()
+                elif modality.codec == "bpe":
+                    content = Tokenizer(models.BPE()).to_str().encode()
+                writer.add_file(str(modality.codebook), content)
             for split, count in (("train", 30), ("validation", 9)):
                 for number in range(count):
                     writer.add_document(split, np.array(random_document(number, generator)))

@@ -103,7 +103,7 @@ def test_active_flops_per_token_with_and_without_experts() -> None:
     text, image = active_flops_per_token(model)
     assert text == plain[0]
     assert image == 2 * 2 * (4 * 32**2 + 1.25 * 3 * 32 * 40 + 4 * 32)
-    assert step_flops(model, (5, 7), 0).towers == (3 * 5 * text, 3 * 7 * image)
+    assert step_flops(model, (5, 7), 0, 0).towers == (3 * 5 * text, 3 * 7 * image)
 
 
 def plain_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,9 @@ def test_step_flops_equal_torchs_counter(override: str) -> None:
     mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model.logits(batch, attend=plain_attention).sum().backward()
-    assert step_flops(config.model, batch.tower_tokens, 80 * 80).total == counter.get_total_flops()
+    # Logits are computed for all 80 rows, with a label or without.
+    expected = step_flops(config.model, batch.tower_tokens, 80 * 80, labels=80)
+    assert expected.total == counter.get_total_flops()
 
 
 def test_attended_pairs_are_counted_within_documents() -> None:
@@ -151,7 +153,7 @@ def test_attended_pairs_are_counted_within_documents() -> None:
 
 def test_tower_flops_scale_with_the_towers_tokens() -> None:
     model = load_config(PAPER / "7b-mot-2.toml").model
-    count = step_flops(model, (3, 1), 0)
+    count = step_flops(model, (3, 1), 0, labels=4)
     assert count.towers[0] == 3 * count.towers[1]
     # 6 operations per weight of a tower's matrices: 32 * (4 * 4096^2 + 3 * 4096 * 11008)
     assert count.towers[1] == 6 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)

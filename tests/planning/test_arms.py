@@ -22,7 +22,9 @@ def test_all_arms_have_equal_flops_and_their_own_weights() -> None:
         check(config, arm)
     flops = [
         sum(
-            step_flops(each.model, [60 // each.model.num_towers] * each.model.num_towers, 99).towers
+            step_flops(
+                each.model, [60 // each.model.num_towers] * each.model.num_towers, 99, 60
+            ).towers
         )
         for each in arms.values()
     ]

@@ -35,7 +35,9 @@ def test_flops_of_towers_exclude_attention() -> None:
     flops = flops_of_towers(model, (30, 20, 0))
     assert flops[2] == 0
     assert flops[0] / flops[1] == pytest.approx(30 / 20)
-    assert sum(flops) == pytest.approx(step_flops(model, (30, 20, 0), attended_pairs=0).total)
+    assert sum(flops) == pytest.approx(
+        step_flops(model, (30, 20, 0), attended_pairs=0, labels=50).total
+    )
 
 
 def test_auto_placement_balances_flops_and_a_listed_placement_is_used() -> None:

@@ -78,7 +78,7 @@ def run_blend(sources: dict[Path, float], runs: Path, steps: int, overrides: lis
         loop.train(config, corpus, build_groups(config, corpus, torch.device("cpu")))
     except UserError as problem:
         error = str(problem)
-    return Job([result.modality_bits for result in results], lines, error)
+    return Job([result.modality_losses for result in results], lines, error)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,9 @@ def test_what_is_logged(folders: dict[str, Path], tmp_path: Path) -> None:
     assert web["tokens"] + books["tokens"] == summary["tokens"]
     assert web["epochs"] > 0
     # The held-out loss of all is between those of the sources; there is no speech in books.
-    assert books["held_out_bits_per_token"]["speech"] is None
+    assert books["held_out_loss"]["speech"] is None
     for name in ("text", "image"):
-        both = sorted(each["held_out_bits_per_token"][name] for each in (web, books))
+        both = sorted(each["held_out_loss"][name] for each in (web, books))
         assert both[0] <= summary["modalities"][name]["held_out_bits_per_token"] <= both[1]
     events = EventAccumulator(str(tmp_path / "small" / "tensorboard"), {"scalars": 0}).Reload()
 

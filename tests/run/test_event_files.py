@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.summary.writer import record_writer
 
+from mot_megatron.config import BITS_PER_TOKEN
 from mot_megatron.run import event_files
 from mot_megatron.run.metrics import TensorBoardLog
 
@@ -23,7 +24,14 @@ def open_log(
     directory: Path, said: list[str], start_step: int = 1, modality_parallel: bool = False
 ) -> TensorBoardLog:
     names = ("text",)
-    return TensorBoardLog(directory, names, names, start_step, modality_parallel, say=said.append)
+    return TensorBoardLog(
+        directory,
+        dict.fromkeys(names, BITS_PER_TOKEN),
+        names,
+        start_step,
+        modality_parallel,
+        say=said.append,
+    )
 
 
 def test_full_disk_loses_points_and_prints_one_line(

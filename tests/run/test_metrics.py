@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+from mot_megatron.config import BITS_PER_TOKEN, LossUnit
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.run.loop import train
-from mot_megatron.run.metrics import TensorBoardLog
+from mot_megatron.run.metrics import DASHBOARD_FILE, TensorBoardLog
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.state import Progress
 from mot_megatron.train.step import HeldOut, StepSeconds
@@ -29,8 +31,8 @@ EVERYTHING = {"scalars": 0, "images": 0, "audio": 0, "tensors": 0}
 
 def interval_with(bits: tuple[float, ...], imbalance: float = 1.0) -> Interval:
     return Interval(
-        modality_bits=bits,
-        total_bits=7.0,
+        modality_losses=bits,
+        total_loss=7.0,
         modality_rates=(30.0, 12.0),
         norms=StepNorms(total=5.0, per_tower=(4.0,), shared=3.0),
         learning_rate=1e-3,
@@ -50,7 +52,13 @@ def value(events: EventAccumulator, tag: str) -> float:
 
 
 def test_interval_scalars(tmp_path: Path) -> None:
-    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1, modality_parallel=True)
+    log = TensorBoardLog(
+        tmp_path,
+        dict.fromkeys(MODALITIES, BITS_PER_TOKEN),
+        TOWERS,
+        start_step=1,
+        modality_parallel=True,
+    )
     log.log_interval(
         10, interval_with((7.5, 6.5), imbalance=1.25), mfu=0.25, memory_bytes=3 * 2**29
     )
@@ -81,7 +89,7 @@ def test_interval_scalars(tmp_path: Path) -> None:
 
 
 def test_modality_without_labels_has_no_point(tmp_path: Path) -> None:
-    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log = TensorBoardLog(tmp_path, dict.fromkeys(MODALITIES, BITS_PER_TOKEN), TOWERS, start_step=1)
     log.log_interval(5, interval_with((7.5, math.nan)), mfu=0.2, memory_bytes=1)
     log.log_held_out(5, HeldOut((math.nan, 9.5)))
     log.close()
@@ -91,9 +99,25 @@ def test_modality_without_labels_has_no_point(tmp_path: Path) -> None:
     assert not any(tag.startswith("loss_held_out_causal") for tag in tags)
 
 
+def test_charts_name_the_unit_of_each_modality(tmp_path: Path) -> None:
+    units = {"text": BITS_PER_TOKEN, "image": LossUnit("squared error", 1.0)}
+    TensorBoardLog(tmp_path, units, TOWERS, start_step=1).close()
+    charts = json.loads((tmp_path / DASHBOARD_FILE).read_text())["1 Loss"]
+    assert list(charts) == [
+        "all modalities: in training, each in its unit",
+        "all modalities: held out, each in its unit",
+        "text: in training, bits per token",
+        "text: held out, bits per token",
+        "image: in training, squared error",
+        "image: held out, squared error",
+    ]
+
+
 def test_repeated_steps_are_shown_once(tmp_path: Path) -> None:
     for start in (1, 8):
-        log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=start)
+        log = TensorBoardLog(
+            tmp_path, dict.fromkeys(MODALITIES, BITS_PER_TOKEN), TOWERS, start_step=start
+        )
         for step in range(start, 12):
             bits = (100.0 * start + step, 1.0)
             log.log_interval(step, interval_with(bits), mfu=0.2, memory_bytes=1)
@@ -104,7 +128,7 @@ def test_repeated_steps_are_shown_once(tmp_path: Path) -> None:
 
 
 def test_media(tmp_path: Path) -> None:
-    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log = TensorBoardLog(tmp_path, dict.fromkeys(MODALITIES, BITS_PER_TOKEN), TOWERS, start_step=1)
     picture = np.zeros((32, 32, 3), dtype=np.uint8)
     log.log_media("a_text", "two\nlines", 3)
     log.log_media("a_picture", picture, 3, "red\nheart")
@@ -174,7 +198,7 @@ def test_samples_state_that_routing_is_causal(tmp_path: Path) -> None:
 
 
 def test_progress_is_logged_once_per_step(tmp_path: Path) -> None:
-    log = TensorBoardLog(tmp_path, MODALITIES, TOWERS, start_step=1)
+    log = TensorBoardLog(tmp_path, dict.fromkeys(MODALITIES, BITS_PER_TOKEN), TOWERS, start_step=1)
     log.log_progress(Progress(steps=5, seconds=2.5, tokens=640, flops=3e9))
     log.log_progress(Progress(steps=5, seconds=2.5, tokens=640, flops=3e9))
     log.log_progress(Progress(steps=6, seconds=3.0, tokens=768, flops=math.nan))

@@ -85,7 +85,7 @@ def run_training(corpus: Path, overrides: list[str], cut_after: int | None) -> O
     return Outcome(
         groups.tensor_rank,
         groups.tensor_size,
-        [result.modality_bits for result in results],
+        [result.modality_losses for result in results],
         [(r.norms.total, r.norms.shared, *r.norms.per_tower) for r in results],
         {name: dict(state) for name, state in engine.export_state()},
         {name: sharding_of(parameter) for name, parameter in sessions[0].model.named_parameters()},

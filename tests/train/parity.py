@@ -80,7 +80,7 @@ def run_steps(corpus_directory: Path, overrides: list[str]) -> Outcome:
             step=step + 1,
             learning_rate=session.schedule.at(step),
         )
-        losses.append(result.modality_bits)
+        losses.append(result.modality_losses)
         norms.append((result.norms.total, result.norms.shared, *result.norms.per_tower))
     held_out, _ = evaluate(session, session.held_out_batches())
     parameters = dict(session.model.named_parameters())

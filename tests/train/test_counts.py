@@ -23,7 +23,7 @@ def imbalance_of(
     config = small_config({name: name for name in NAMES}, *overrides)
     nothing = torch.zeros(0, dtype=torch.int64)
     of_towers = ((rank_tokens[0], 0), (0, rank_tokens[1]))
-    plan = ExchangePlan(((0,),), (0,), nothing, nothing, of_towers, rank_pairs)
+    plan = ExchangePlan(((0,),), (0,), nothing, nothing, of_towers, rank_tokens, rank_pairs)
     batch = dataclasses.replace(random_tokens(0, NAMES, (1, 1)).micro_batch(config), exchange=plan)
     groups = build_single_process_groups(torch.device("cpu"))
     return GlobalCounts.gather([batch, batch], config.model, groups).imbalance
@@ -40,17 +40,26 @@ def test_imbalance_of_unequal_tokens() -> None:
 def test_imbalance_counts_the_experts_of_a_token() -> None:
     experts = "model.towers.image.experts={num_moe_experts=4,capacity_factor=2.0}"
     model = small_config({name: name for name in NAMES}, experts).model
-    text, image = (step_flops(model, tokens, 0).total for tokens in ([1, 0], [0, 1]))
+    text, image = (step_flops(model, tokens, 0, 1).total for tokens in ([1, 0], [0, 1]))
     # Two feed-forward networks of 3 * 32 * 40 in place of one, and a router of 4 * 32, in 2 layers.
     assert image - text == 6 * 2 * (3 * 32 * 40 + 4 * 32)
     assert imbalance_of((40, 40), (0, 0), experts) == pytest.approx(2 * image / (text + image))
 
 
+def test_only_rows_with_a_label_reach_the_head() -> None:
+    model = small_config({name: name for name in NAMES}).model
+    tokens = ((30, 10), (31, 11), (32, 16))  # of labels, documents and slots
+    counts = GlobalCounts(*tokens, attended_pairs=0, imbalance=1.0, stop=False)
+    everything = GlobalCounts((32, 16), *tokens[1:], attended_pairs=0, imbalance=1.0, stop=False)
+    # 8 rows of 48 lack a label: each would be 2 * 32 * 128 operations, three times.
+    assert everything.flops(model) - counts.flops(model) == 8 * 3 * 2 * 32 * 128
+
+
 def test_imbalance_adds_the_maxima_inside_and_outside_attention() -> None:
     """Less attention on the rank with more tokens does not balance the ranks."""
     model = small_config({name: name for name in NAMES}).model
-    per_token = step_flops(model, [1, 0], 0).total
-    per_pair = step_flops(model, [0, 0], 1).total
+    per_token = step_flops(model, [1, 0], 0, 1).total
+    per_pair = step_flops(model, [0, 0], 1, 0).total
     pairs = 30 * per_token // per_pair
     # One rank has 60 tokens' worth of work and the other 30 and 30: together 1.5 of the mean.
     assert imbalance_of((60, 30), (0, pairs)) == pytest.approx(90 / 60, rel=1e-3)

@@ -46,7 +46,7 @@ def work(
         for number, rate in enumerate(rates, 1)
     ]
     saved = save(session, Progress(steps=done + steps))
-    return saved, [result.modality_bits for result in results]
+    return saved, [result.modality_losses for result in results]
 
 
 def tensors_of(checkpoint: CheckpointInfo) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ def step_of(
 ) -> StepResult:
     tokens = (labels[0] + 1, labels[1] + 1)
     return StepResult(
-        modality_bits=bits,
+        modality_losses=bits,
         counts=GlobalCounts(labels, tokens, tokens, attended_pairs=10, imbalance=1.5, stop=False),
         norms=StepNorms(total=norm, per_tower=(norm, norm), shared=norm),
         learning_rate=norm / 100,
@@ -32,7 +32,7 @@ def test_means() -> None:
     ]
     interval = Interval.of(steps, lambda result: 100.0 * result.counts.modality_labels[0], (1, 1))
     # (8 * 30 + 4 * 10) / 40 = 7; the second modality has labels in the second step only.
-    assert interval.modality_bits == (7.0, 6.0)
+    assert interval.modality_losses == (7.0, 6.0)
     # ((30 + 1) + (10 + 1)) / 4 s and ((0 + 1) + (5 + 1)) / 4 s
     assert interval.modality_rates == (10.5, 1.75)
     assert interval.tokens_per_second == 12.25
@@ -47,8 +47,8 @@ def test_means() -> None:
 
 def test_loss_of_a_modality_without_labels_is_nan() -> None:
     interval = Interval.of([step_of((8.0, math.nan), (3, 0), 1.0, 1.0)], lambda _: 1.0, (1, 1))
-    assert interval.modality_bits[0] == 8.0
-    assert math.isnan(interval.modality_bits[1])
+    assert interval.modality_losses[0] == 8.0
+    assert math.isnan(interval.modality_losses[1])
 
 
 def test_loss_divisor_is_the_sum_of_label_weights() -> None:

@@ -158,7 +158,7 @@ def continued(folder: Path) -> tuple[int, tuple[float, ...]]:
     session = build_session(saved.config, corpus, groups)
     progress = restore(session, saved.checkpoint)
     result = train_step(session, step=progress.steps + 1, learning_rate=1e-4)
-    return progress.steps, result.modality_bits
+    return progress.steps, result.modality_losses
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mot_megatron.data.documents.build import DocumentBuild, NewVocabulary, build_documents
 from mot_megatron.data.documents.sources import Reading
+from mot_megatron.data.structure import SOURCES_FILE
 
 COUNT = 24
 TINY = NewVocabulary(text_ids=300, image_codes=8, speech_codes=6)
@@ -105,4 +106,6 @@ def build(source: Path, output: Path, **changes: object) -> int:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """Return the content of all files but the list of the sources, whose names differ."""
+    files = (path for path in directory.iterdir() if path.name != SOURCES_FILE)
+    return {path.name: path.read_bytes() for path in files}

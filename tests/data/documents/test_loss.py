@@ -147,7 +147,8 @@ def two_steps(directory: Path) -> list[tuple[tuple[int, ...], tuple[float, ...],
     session = build_session(config, corpus, build_process_groups(1, torch.device("cpu")))
     results = [train_step(session, step=step, learning_rate=1e-2) for step in (1, 2)]
     return [
-        (r.counts.modality_labels, r.modality_bits, sum(r.counts.modality_tokens)) for r in results
+        (r.counts.modality_labels, r.modality_losses, sum(r.counts.modality_tokens))
+        for r in results
     ]
 
 
