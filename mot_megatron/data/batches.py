@@ -7,7 +7,7 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def build_micro_batch(  # noqa: PLR0913 - what positions hold, and how they are 
     )
     first, end = visible or _causal(grouped["positions"].reshape(token_ids.shape))
     if context is not None:
-        grouped.update(_without_labels(grouped, context))
+        grouped = {**grouped, **_without_labels(grouped, context)}
     fields = {
         "visible_from": first.astype(np.int32),
         "visible_to": end.astype(np.int32),
@@ -99,7 +99,7 @@ def _causal(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return places - positions, np.broadcast_to(places + 1, positions.shape)
 
 
-def _without_labels(grouped: dict[str, Any], context: np.ndarray) -> dict[str, Any]:
+def _without_labels(grouped: Mapping[str, Any], context: np.ndarray) -> dict[str, Any]:
     """Return the labels without those that are context only.
 
     A label is the token after the slot's, in the same sequence.

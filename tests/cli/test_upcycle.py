@@ -201,7 +201,8 @@ def test_weights_of_the_result(
 ) -> None:
     source = save_source(config_file.parent / "source", corpus, [])
     mapped = ["--map", "text=image", "image=text", "speech=speech"]
-    assert main([*arguments(source, config_file, CAUSAL), *mapped]) == 0
+    frozen = "model.towers.speech.frozen=true"
+    assert main([*arguments(source, config_file, CAUSAL, frozen), *mapped]) == 0
     output = capsys.readouterr().out
     assert "tower text: its weights do not compute the same as tower image" in output
     old, new = (read_all(path) for path in (source, config_file.parent / "runs" / "small"))
@@ -218,7 +219,10 @@ def test_weights_of_the_result(
         norms = f"weight/{layer}.attention_norm.towers"
         assert torch.equal(new[f"{norms}.0.weight"], old[f"{norms}.1.weight"])
         assert torch.equal(new[f"{norms}.2.weight"], old[f"{norms}.2.weight"])
-    assert not any(new[name].any() for name in new if not name.startswith("weight/"))
+    moments = [name for name in new if not name.startswith("weight/")]
+    assert not any(new[name].any() for name in moments)
+    assert any(".towers.0." in name for name in moments)
+    assert not any(".towers.2." in name for name in moments)  # frozen
 
 
 def read_all(run: Path) -> dict[str, torch.Tensor]:

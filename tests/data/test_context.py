@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mot_megatron.cli.inspect import print_report
-from mot_megatron.data.corpus import Corpus
+from mot_megatron.data.corpus import Corpus, LongDocuments
 from mot_megatron.data.inspection import inspect
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.statistics import measure_corpus
@@ -88,11 +89,11 @@ def test_context_that_fits_no_document_is_refused(tmp_path: Path) -> None:
         corpus.add("train", [("text", [1])])
 
 
-def loader(corpus: Corpus, packing: str, sequences: int) -> PackedLoader:
+def loader(corpus: Corpus, packing: str, sequences: int, seq_length: int = 64) -> PackedLoader:
     return PackedLoader(
         corpus,
         "train",
-        seq_length=64,
+        seq_length=seq_length,
         micro_batch_size=sequences,
         grouping=TOWERS,
         shard=DataShard(0, 1),
@@ -121,6 +122,17 @@ def test_labels_of_training(plain: Corpus, masked: Corpus, packing: str, sequenc
     ours, theirs = loader(masked, packing, sequences), loader(plain, packing, sequences)
     dropped = [assert_labels(ours.next_micro_batch(), theirs.next_micro_batch()) for _ in range(20)]
     assert sum(dropped) > 300
+
+
+@pytest.mark.parametrize("what", ["split", "truncate"])
+def test_labels_of_long_documents(plain: Corpus, masked: Corpus, what: LongDocuments) -> None:
+    """Documents have up to 30 tokens, and pieces up to 16."""
+    ours, theirs = (
+        loader(replace(corpus, long_documents=what), "sequence", 2, seq_length=16)
+        for corpus in (masked, plain)
+    )
+    dropped = [assert_labels(ours.next_micro_batch(), theirs.next_micro_batch()) for _ in range(60)]
+    assert sum(dropped) > 200
 
 
 def test_labels_of_evaluation(plain: Corpus, masked: Corpus) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mot_megatron.checkpoint.find import CheckpointInfo
 from mot_megatron.checkpoint.load import read_whole_tensors
@@ -111,9 +112,18 @@ def train(corpus_directory: Path, overrides: list[str]) -> str | None:
     return None
 
 
-def test_unfreezing_takes_a_new_run(corpus: Path, tmp_path: Path) -> None:
+def test_unfreezing_takes_a_new_run_and_rates_are_logged(corpus: Path, tmp_path: Path) -> None:
     folder = f"run.directory={tmp_path}"
-    assert run_ranks(train, 1, corpus, [FROZEN, folder, "training.train_steps=2"]) == [None]
+    slow = "model.towers.text.lr_mult=0.5"
+    settings = [FROZEN, slow, folder, "training.train_steps=2", "logging.interval_steps=1"]
+    assert run_ranks(train, 1, corpus, settings) == [None]
+    events = EventAccumulator(str(tmp_path / "small" / "tensorboard"), {"scalars": 0}).Reload()
+    rates, of_text, norms = (
+        [point.value for point in events.Scalars(tag)]
+        for tag in ("learning_rate", "learning_rate/tower_text", "gradient_norm/tower_image")
+    )
+    assert of_text == pytest.approx([rate / 2 for rate in rates])
+    assert norms == [0, 0]
     thawed = [folder, "training.train_steps=3"]
     (error,) = run_ranks(train, 1, corpus, thawed)
     assert error is not None

@@ -165,7 +165,12 @@ def continued(folder: Path) -> tuple[int, tuple[float, ...]]:
 def test_training_continues_from_an_import(tmp_path: Path, corpus: Corpus) -> None:
     theirs = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES))
     theirs.save_pretrained(tmp_path / "source")
-    assert main(command(tmp_path, tmp_path / "source", corpus)) == 0
+    frozen = "model.towers.text.frozen=true"
+    assert main(command(tmp_path, tmp_path / "source", corpus, frozen)) == 0
+    infos = CheckpointSource(tmp_path / "runs" / "imported").infos
+    of_text = [name for name in infos if ".towers.0." in name]
+    assert of_text
+    assert all(name.startswith("weight/") for name in of_text)
     config = tmp_path / "runs" / "imported" / "config.toml"
     assert "add_qkv_bias = true" in config.read_text()
     ((steps, bits),) = run_ranks(continued, 1, tmp_path)
