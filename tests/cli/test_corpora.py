@@ -46,7 +46,9 @@ def test_inspect(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(0 < fill <= 1 for fill in document["fill"].values())
     assert (tmp_path / "contact_sheet.png").is_file()
     with Image.open(document["files"]["lengths"]) as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+        colors = picture.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    assert len(colors) > 50
     assert document["sources"] == []
     assert inspect.main(command) == 0
     printed = capsys.readouterr().out
