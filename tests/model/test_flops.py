@@ -88,7 +88,7 @@ def test_frozen_towers_have_no_weight_gradients() -> None:
     count = count_parameters(config.model)
     assert count.frozen == count.towers[1]
     shared, own = 2 * 2 * 3 * 32**2, 2 * 2 * (32**2 + 3 * 32 * 40)
-    text, image = step_flops(config.model, (5, 7), 0).towers
+    text, image = step_flops(config.model, (5, 7), 0, 0).towers
     assert text == 5 * 3 * (shared + own)
     assert image == 7 * (3 * shared + 2 * own)
 
