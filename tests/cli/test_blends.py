@@ -40,7 +40,7 @@ def test_tokens_of_modalities_follow_the_weights(
     assert config.model.vocab_size == 256
     assert tokens is not None
     counts = [Corpus.open(folder).description.splits["train"] for folder in folders]
-    share = Fraction(weights[0], sum(weights))
+    share = Fraction(weights[0]) / Fraction(sum(weights))
     text = share * Fraction(counts[0].tokens_per_modality["text"], counts[0].tokens)
     total = sum(each.tokens for each in counts)
     assert sum(tokens.values()) == total

@@ -72,7 +72,7 @@ def compare(corpus: Path, cases: Sequence[Sequence[str]]) -> list[Comparison]:
 
 def _compare(config: Config) -> Comparison:
     check_world_size(config, torch.distributed.get_world_size())
-    opened = Corpus.open(config.data.corpus)
+    opened = Corpus.open(config.data.folders[0])
     config = resolve_config(config, opened)
     groups = build_groups(config, opened, torch.device("cpu"))
     measured = measure_step(build_session(config, opened, groups))
@@ -173,7 +173,7 @@ def test_plan_equals_measured_memory_of_the_fullest_rank(corpus: Path, exchange:
 
 def measure(config: Config) -> RankMemory:
     """Measure this rank's memory for a resolved configuration."""
-    opened = Corpus.open(config.data.corpus)
+    opened = Corpus.open(config.data.folders[0])
     groups = build_groups(config, opened, torch.device("cpu"))
     return measure_step(build_session(config, opened, groups))
 

@@ -211,7 +211,7 @@ def without_head(work: Work) -> dict[Product, int]:
 
 def open_corpus(overrides: list[str]) -> tuple[Config, Corpus, list[float]]:
     config = small_config(THREE, f"model.vocab_size={VOCABULARY}", *overrides)
-    corpus = Corpus.open(config.data.corpus)
+    corpus = Corpus.open(config.data.folders[0])
     tokens = corpus.description.splits["train"].tokens_per_modality
     config = resolve_config(config, corpus)
     return config, corpus, [tokens[name] / sum(tokens.values()) for name in config.model.modalities]

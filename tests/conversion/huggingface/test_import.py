@@ -153,7 +153,7 @@ def test_export_comes_back_bitwise(
 def continued(folder: Path) -> tuple[int, tuple[float, ...]]:
     """Restore the imported run on this rank and train a step; return its first and last step."""
     saved = SavedRun.open(folder / "runs" / "imported")
-    corpus = Corpus.open(saved.config.data.corpus)
+    corpus = Corpus.open(saved.config.data.folders[0])
     groups = build_groups(saved.config, corpus, torch.device("cpu"))
     session = build_session(saved.config, corpus, groups)
     progress = restore(session, saved.checkpoint)
