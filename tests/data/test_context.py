@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mot_megatron.cli.inspect import print_report
+from mot_megatron.data.blend import Blend
 from mot_megatron.data.corpus import Corpus, LongDocuments
 from mot_megatron.data.inspection import inspect
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
@@ -133,6 +134,33 @@ def test_labels_of_long_documents(plain: Corpus, masked: Corpus, what: LongDocum
     )
     dropped = [assert_labels(ours.next_micro_batch(), theirs.next_micro_batch()) for _ in range(60)]
     assert sum(dropped) > 200
+
+
+@pytest.mark.parametrize(("packing", "sequences"), [("sequence", 2), ("budget", 4)])
+def test_labels_of_a_blend(masked: Corpus, tmp_path: Path, packing: str, sequences: int) -> None:
+    """The other source has no context, and no id that would be."""
+    with writer(tmp_path / "other") as corpus:
+        for split in ("train", "validation"):
+            for ids in DOCUMENTS:
+                corpus.add_document(split, np.where(is_context(ids), ids + 1, ids))
+    other = Corpus.open(tmp_path / "other")
+    reader = loader(Blend.of([("masked", masked, 1), ("other", other, 2)]), packing, sequences)
+    dropped = kept = 0
+    for _ in range(30):
+        batch = reader.next_micro_batch()
+        slots, shape = batch.ungroup_index, batch.visible_from.shape
+        ids, labels, filled = (
+            each[slots].reshape(shape).numpy()
+            for each in (batch.token_ids, batch.labels, batch.filled)
+        )
+        first = batch.visible_from.numpy()
+        continues = filled[:, :-1] & filled[:, 1:] & (first[:, :-1] == first[:, 1:])
+        expected = np.full(shape, NO_LABEL)
+        expected[:, :-1] = np.where(continues & ~is_context(ids[:, 1:]), ids[:, 1:], NO_LABEL)
+        assert np.array_equal(labels, expected)
+        dropped += int((continues & is_context(ids[:, 1:])).sum())
+        kept += int((labels != NO_LABEL).sum())
+    assert kept > 4 * dropped > 400
 
 
 def test_labels_of_evaluation(plain: Corpus, masked: Corpus) -> None:
