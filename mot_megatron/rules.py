@@ -9,7 +9,13 @@ import math
 from collections.abc import Mapping
 from decimal import ROUND_CEILING, Context
 
-from mot_megatron.config import VOCABULARY_MULTIPLE, Config, ExpertsConfig
+from mot_megatron.config import (
+    VOCABULARY_MULTIPLE,
+    Config,
+    ExpertsConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
 from mot_megatron.errors import ConfigError
 
 
@@ -26,6 +32,7 @@ def check(config: Config, source: str) -> None:
     _check_experts(config, source)
     _check_zero(config, source)
     _check_training(config, source)
+    _check_objectives(config, source)
     _check_checkpoint(config, source)
 
 
@@ -109,6 +116,20 @@ def check_expert_holders(config: Config, holders: Mapping[str, int]) -> None:
                 f"parallel.expert_model_parallel_size = {size} does not divide the"
                 f" {holders[tower]} data-parallel ranks that hold tower {tower}; nearest legal:"
                 f" {_nearest(_divisors(common), size)}"
+            )
+
+
+def check_tokens_only(model: ModelConfig, what: str) -> None:
+    """Check that a model has no modality of vectors.
+
+    Raises:
+        ConfigError: It has; the message begins with ``what``.
+    """
+    for name, modality in model.modalities.items():
+        if modality.objective.kind != "next_token":
+            raise ConfigError(
+                f"{what} takes models of tokens alone, but model.modalities.{name}.objective.kind ="
+                f' "{modality.objective.kind}"'
             )
 
 
@@ -453,6 +474,42 @@ def _check_training(config: Config, source: str) -> None:
             " samples can be generated during training only without pipeline and modality"
             " parallelism; mot generate creates them from any checkpoint"
         )
+
+
+def _check_objectives(config: Config, source: str) -> None:
+    """Check the modalities of vectors."""
+    modalities, parallel = config.model.modalities, config.parallel
+    if not config.model.token_modalities:
+        raise ConfigError(
+            f"{source}: no model.modalities.*.objective.kind is next_token; at least one must be"
+        )
+    for name, modality in modalities.items():
+        key, objective = f"model.modalities.{name}", modality.objective
+        if objective.kind == "next_token":
+            plain = ObjectiveConfig()
+            for setting in ("times", "condition_dropout", "context_noise_limit"):
+                if getattr(objective, setting) != getattr(plain, setting):
+                    raise ConfigError(
+                        f"{source}: {key}.objective.{setting} is of vectors, but"
+                        f' {key}.objective.kind = "next_token"'
+                    )
+            if modality.width is not None:
+                raise ConfigError(
+                    f"{source}: {key}.width = {modality.width} is of vectors, but"
+                    f' {key}.objective.kind = "next_token"'
+                )
+            continue
+        if objective.kind == "diffusion" and objective.times != "logit_normal":
+            raise ConfigError(
+                f'{source}: {key}.objective.times = "{objective.times}" is for flow_matching;'
+                " diffusion draws one of 1000 steps"
+            )
+        if parallel.modality_parallel_size > 1:
+            raise ConfigError(
+                f"{source}: parallel.modality_parallel_size = {parallel.modality_parallel_size}:"
+                f' {key}.objective.kind = "{objective.kind}" works only without modality'
+                " parallelism; allowed: 1"
+            )
 
 
 def _divisors(value: int) -> list[int]:

@@ -26,5 +26,5 @@ def resolve_from_corpus(config: Config) -> tuple[Config, Mapping[str, int] | Non
 
     description = Corpus.open(config.data.corpus, once=True).description
     names = [modality.name for modality in description.modalities]
-    config = config.resolved_for(names, description.vocab_size)
+    config = config.resolved_for(names, description.vocab_size, description.continuous)
     return config, description.splits[TRAIN_SPLIT].tokens_per_modality

@@ -218,7 +218,9 @@ def plan_runs(
                 descriptions[corpus] = read_description(corpus / DESCRIPTION_FILE)
             description = descriptions[corpus]
             modalities = [modality.name for modality in description.modalities]
-            resolved = config.resolved_for(modalities, description.vocab_size)
+            resolved = config.resolved_for(
+                modalities, description.vocab_size, description.continuous
+            )
             _check_points(resolved)
             runs.append(PlannedRun(name, seed, paths, settings, resolved, description))
     return runs

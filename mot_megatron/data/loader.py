@@ -8,14 +8,16 @@ sequences of s positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from mot_megatron.config import ObjectiveConfig
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.budget import BudgetPlan, pack_budget_epoch
+from mot_megatron.data.continuous import Image, ImageReader, Place, intervals, with_images
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.data.packing import ALGORITHM_VERSION, Packing, check_lengths, pack_epoch
@@ -37,6 +39,8 @@ class GroupingPlan:
     sequence parallelism, otherwise 1."""
     shard: ModalityShard | None = None
     """With modality parallelism, this rank's part of the group's micro-batches."""
+    objectives: tuple[ObjectiveConfig, ...] = ()
+    """Objective of each modality; needed if the corpus has modalities of vectors."""
 
     @property
     def batches_per_group(self) -> int:
@@ -79,6 +83,14 @@ class _SequenceReader:
         self.source = f"{corpus.directory}: split {split}"
         check_lengths(self._split.lengths, seq_length, self.source)
         self.budget_plan: BudgetPlan | None = None
+        self._images: ImageReader | None = None
+        if corpus.description.continuous:
+            if not grouping.objectives:
+                raise DataError(
+                    f"{corpus.directory}: modality {next(iter(corpus.description.continuous))} "
+                    "consists of vectors, which need a model's objectives"
+                )
+            self._images = ImageReader(self._split, self._description, grouping.objectives)
 
     def use_budgets(self, micro_batch_size: int) -> BudgetPlan:
         """Switch to budget packing with micro-batches of ``micro_batch_size`` sequences."""
@@ -111,25 +123,33 @@ class _SequenceReader:
     def fill(self, packing: Packing) -> float:
         return len(self._split.tokens) / (len(packing) * self._seq_length)
 
-    def read(self, sequences: list[np.ndarray]) -> MicroBatch:
-        """Build the micro-batch of these documents, given as b arrays of document numbers."""
+    def read(self, sequences: list[np.ndarray], places: Sequence[Place]) -> MicroBatch:
+        """Build the micro-batch of these documents, given as b arrays of document numbers.
+
+        ``places`` are those of the sequences in the stream, which the noise of vectors depends on.
+        """
         shape = (len(sequences), self._seq_length)
         token_ids = np.full(shape, self._description.pad_token, dtype=np.int64)
         document_ids = np.empty(shape, dtype=np.int32)
         filled = np.zeros(len(sequences), dtype=np.int64)
+        images: list[Image] = []
         for row, documents in enumerate(sequences):
             end = 0
+            found = []
             for number, document in enumerate(documents):
                 begin, tokens = end, self._split[document]
                 end = begin + len(tokens)
                 token_ids[row, begin:end] = tokens
                 document_ids[row, begin:end] = number
+                found.append((int(document), begin, tokens))
             # The rest counts as another document, so that no token attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
+            if self._images is not None:
+                images += self._images.read(places[row], row, found)
         if self.budget_plan is not None:
             self.budget_plan.fill(token_ids, filled, sequences)
-        return build_micro_batch(
+        batch = build_micro_batch(
             token_ids,
             document_ids,
             self._description.modality_of_id,
@@ -137,8 +157,13 @@ class _SequenceReader:
             num_towers=self._grouping.num_towers,
             slot_multiple=self._grouping.slot_multiple,
             filled_tokens=filled,
+            visible=intervals(document_ids, images) if self._images is not None else None,
             shard=self._grouping.shard,
         )
+        if self._images is None:
+            return batch
+        widths = [modality.width for modality in self._description.modalities]
+        return with_images(batch, images, self._description.modality_of_id, widths)
 
 
 class PackedLoader:
@@ -209,13 +234,15 @@ class PackedLoader:
     def next_micro_batch(self) -> MicroBatch:
         """Return this rank's next micro-batch; no collectives, since all ranks advance equally."""
         first = self._next_sequence + self._shard.rank * self._rows
-        sequences = [self._sequence(first + row) for row in range(self._rows)]
+        numbers = range(first, first + self._rows)
+        sequences = [self._sequence(number) for number in numbers]
+        places = [self._place(number) for number in numbers]
         self._next_sequence += self._shard.size * self._rows
         while self._next_sequence >= len(self._packing(self._epoch)):
             self._next_sequence -= len(self._packing(self._epoch))
             del self._packings[self._epoch]
             self._epoch += 1
-        return self._reader.read(sequences)
+        return self._reader.read(sequences, places)
 
     def state_dict(self) -> dict[str, int | str]:
         """Return the position in the global stream, and what the stream depends on.
@@ -288,11 +315,16 @@ class PackedLoader:
 
     def _sequence(self, number: int) -> np.ndarray:
         """Return the documents of a sequence, counted from the start of the current epoch."""
+        place = self._place(number)
+        return self._packing(place.epoch)[place.sequence]
+
+    def _place(self, number: int) -> Place:
+        """Return the place of a sequence, counted from the start of the current epoch."""
         epoch = self._epoch
         while number >= len(self._packing(epoch)):
             number -= len(self._packing(epoch))
             epoch += 1
-        return self._packing(epoch)[number]
+        return Place(self._seed, epoch, number, training=True)
 
 
 def _count(state: Mapping[str, object], key: str) -> int:
@@ -338,6 +370,9 @@ def evaluation_batches(
     stride = shard.size * rows
     starts = range(shard.rank * rows, -(-total // stride) * stride, stride)
     return (
-        reader.read([packing[i] if i < total else nothing for i in range(start, start + rows)])
+        reader.read(
+            [packing[i] if i < total else nothing for i in range(start, start + rows)],
+            [Place(_EVALUATION_SEED, 0, i, training=False) for i in range(start, start + rows)],
+        )
         for start in starts
     )

@@ -47,7 +47,7 @@ def announce(
     )
     console.say(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
-        " slots filled; losses are in {_units(config.model.loss_units)}"
+        f" slots filled; losses are in {_units(config.model.loss_units)}"
     )
     if session.loader.budgets is not None:
         towers, fill = config.model.tower_names, session.loader.fill
