@@ -8,9 +8,10 @@ otherwise silently train a different model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -122,19 +123,44 @@ def common_unit(units: Iterable[LossUnit]) -> LossUnit | None:
     return different.pop() if len(different) == 1 else None
 
 
+SQUARED_ERROR = LossUnit("squared error", 1.0)
+"""Mean over the numbers of a vector."""
+
+
+class ObjectiveConfig(Section):
+    """What a modality is trained to predict."""
+
+    kind: Literal["next_token", "flow_matching", "diffusion"] = "next_token"
+    """next_token: the id of the next position. The others are for modalities whose positions are
+    vectors, which attend to all of their image. flow_matching: the velocity from data to noise on a
+    straight line; diffusion: the noise, with the cosine schedule of 1000 steps."""
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How flow_matching draws the time, the share of noise, of each image."""
+    condition_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of images that see nothing but themselves, so that samples can be guided."""
+    context_noise_limit: float = Field(default=1.0, gt=0, le=1)
+    """Largest time of an image that other content follows in its document, which needs to see
+    it."""
+
+
 class ModalityConfig(Section):
-    """Tower and loss weight of one modality of the corpus."""
+    """Tower, objective and loss weight of one modality of the corpus."""
 
     tower: str = Field(min_length=1)
     """Tower (set of untied weights) for this modality's tokens; modalities may share a tower."""
     loss_weight: NonNegativeFloat = 1.0
     """Weight of this modality's labels in the loss, a weighted mean over all labels of the global
-    batch. 0: its labels do not count. At least one modality needs a weight above 0."""
+    batch. 0: its labels do not count. At least one modality needs a weight above 0. A vector to
+    predict counts as a label."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the modality is trained to predict."""
+    width: PositiveInt | None = None
+    """Numbers of a vector, of a modality whose positions are vectors; absent: as in the corpus."""
 
     @property
     def loss_unit(self) -> LossUnit:
-        """Unit of this modality's losses: all modalities are trained by next-token prediction."""
-        return BITS_PER_TOKEN
+        """Unit of this modality's losses."""
+        return BITS_PER_TOKEN if self.objective.kind == "next_token" else SQUARED_ERROR
 
 
 class ExpertsConfig(Section):
@@ -334,6 +360,31 @@ class ModelConfig(Section):
     def loss_weights(self) -> tuple[float, ...]:
         """Loss weight per modality, in the order of ``modalities``."""
         return tuple(modality.loss_weight for modality in self.modalities.values())
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each modality of vectors, by name.
+
+        Raises:
+            ConfigError: The configuration is not resolved and does not set one.
+        """
+        found = {}
+        for name, modality in self.modalities.items():
+            if modality.objective.kind == "next_token":
+                continue
+            if modality.width is None:
+                raise ConfigError(
+                    f"model.modalities.{name}.width is absent, and no corpus was given to derive"
+                    " it from"
+                )
+            found[name] = modality.width
+        return found
+
+    @property
+    def token_modalities(self) -> tuple[int, ...]:
+        """Indices of the modalities of tokens."""
+        kinds = [modality.objective.kind for modality in self.modalities.values()]
+        return tuple(index for index, kind in enumerate(kinds) if kind == "next_token")
 
     @property
     def loss_units(self) -> dict[str, LossUnit]:
@@ -551,12 +602,17 @@ class Config(Section):
             return self.optimizer.lr_warmup_steps
         return self.training.train_steps // 50
 
-    def resolved_for(self, modality_names: Sequence[str], corpus_vocab_size: int) -> Config:
-        """Return a copy completed from a corpus: vocabulary size, and modalities in corpus order.
+    def resolved_for(
+        self,
+        modality_names: Sequence[str],
+        corpus_vocab_size: int,
+        widths: Mapping[str, int] = MappingProxyType({}),
+    ) -> Config:
+        """Return a copy completed from a corpus: vocabulary size, widths, modalities in its order.
 
         Raises:
-            ConfigError: The modalities are not those of the corpus, or ``model.vocab_size`` is too
-                small for it.
+            ConfigError: The modalities are not those of the corpus, ``model.vocab_size`` is too
+                small for it, or an objective does not fit the content of its modality.
         """
         model = self.model
         if set(model.modalities) != set(modality_names):
@@ -571,7 +627,10 @@ class Config(Section):
                 f"model.vocab_size = {vocab_size} is smaller than the {corpus_vocab_size} tokens"
                 f" of {self.data.places}; allowed: at least that many"
             )
-        modalities = {name: model.modalities[name] for name in modality_names}
+        modalities = {
+            name: _with_width(name, model.modalities[name], widths.get(name))
+            for name in modality_names
+        }
         resolved = model.model_copy(update={"modalities": modalities, "vocab_size": vocab_size})
         return self.model_copy(update={"model": resolved})
 
@@ -602,3 +661,18 @@ class Config(Section):
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Return the number of micro-batches per rank and optimizer step."""
         return self.training.global_batch_size // self.sequences_per_pass(data_parallel_size)
+
+
+def _with_width(name: str, modality: ModalityConfig, width: int | None) -> ModalityConfig:
+    """Return a modality with the width of the corpus, if its objective fits."""
+    kind, content = modality.objective.kind, "tokens" if width is None else "vectors"
+    if (kind == "next_token") != (width is None):
+        raise ConfigError(
+            f"model.modalities.{name}.objective.kind = {kind!r} is not for {content}, of which"
+            f" {name} consists in the corpus"
+        )
+    if modality.width not in (None, width):
+        raise ConfigError(
+            f"model.modalities.{name}.width = {modality.width}; the corpus has {width}"
+        )
+    return modality.model_copy(update={"width": width})

@@ -9,7 +9,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 
-from mot_megatron.config import VOCABULARY_MULTIPLE, Config, ExpertsConfig
+from mot_megatron.config import (
+    VOCABULARY_MULTIPLE,
+    Config,
+    ExpertsConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
 from mot_megatron.errors import ConfigError
 
 
@@ -28,6 +34,7 @@ def check(config: Config, source: str) -> None:
     _check_frozen(config, source)
     _check_zero(config, source)
     _check_training(config, source)
+    _check_objectives(config, source)
     _check_checkpoint(config, source)
 
 
@@ -141,6 +148,20 @@ def check_trained(config: Config, held: Iterable[Collection[str]]) -> None:
                 f" stage, ranks hold only {', '.join(towers)}, frozen with model.towers.NAME.frozen"
                 " = true, and would have nothing to train; allowed: at most 2 stages, or a tower"
                 " that is trained"
+            )
+
+
+def check_tokens_only(model: ModelConfig, what: str) -> None:
+    """Check that a model has no modality of vectors.
+
+    Raises:
+        ConfigError: It has; the message begins with ``what``.
+    """
+    for name, modality in model.modalities.items():
+        if modality.objective.kind != "next_token":
+            raise ConfigError(
+                f"{what} takes models of tokens alone, but model.modalities.{name}.objective.kind ="
+                f' "{modality.objective.kind}"'
             )
 
 
@@ -525,6 +546,42 @@ def _check_training(config: Config, source: str) -> None:
             " samples can be generated during training only without pipeline and modality"
             " parallelism; mot generate creates them from any checkpoint"
         )
+
+
+def _check_objectives(config: Config, source: str) -> None:
+    """Check the modalities of vectors."""
+    modalities, parallel = config.model.modalities, config.parallel
+    if not config.model.token_modalities:
+        raise ConfigError(
+            f"{source}: no model.modalities.*.objective.kind is next_token; at least one must be"
+        )
+    for name, modality in modalities.items():
+        key, objective = f"model.modalities.{name}", modality.objective
+        if objective.kind == "next_token":
+            plain = ObjectiveConfig()
+            for setting in ("times", "condition_dropout", "context_noise_limit"):
+                if getattr(objective, setting) != getattr(plain, setting):
+                    raise ConfigError(
+                        f"{source}: {key}.objective.{setting} is of vectors, but"
+                        f' {key}.objective.kind = "next_token"'
+                    )
+            if modality.width is not None:
+                raise ConfigError(
+                    f"{source}: {key}.width = {modality.width} is of vectors, but"
+                    f' {key}.objective.kind = "next_token"'
+                )
+            continue
+        if objective.kind == "diffusion" and objective.times != "logit_normal":
+            raise ConfigError(
+                f'{source}: {key}.objective.times = "{objective.times}" is for flow_matching;'
+                " diffusion draws one of 1000 steps"
+            )
+        if parallel.modality_parallel_size > 1:
+            raise ConfigError(
+                f"{source}: parallel.modality_parallel_size = {parallel.modality_parallel_size}:"
+                f' {key}.objective.kind = "{objective.kind}" works only without modality'
+                " parallelism; allowed: 1"
+            )
 
 
 def _divisors(value: int) -> list[int]:

@@ -257,7 +257,35 @@ ZERO_STAGES = [
         [f"{ZERO}=1", "training.precision=fp32"],
     ),
 ]
+VECTORS = "model.modalities.image.objective.kind=flow_matching"
 TRAINING = [
+    (
+        [
+            f"model.modalities.{name}.objective.kind=diffusion"
+            for name in ("text", "image", "speech")
+        ],
+        ["no model.modalities.*.objective.kind is next_token"],
+        [],
+    ),
+    (
+        [VECTORS, f"{MODALITY}=2"],
+        [f"{MODALITY} = 2", 'image.objective.kind = "flow_matching"', "allowed: 1"],
+        [f"{MODALITY}=1"],
+    ),
+    (
+        [
+            "model.modalities.image.objective.kind=diffusion",
+            "model.modalities.image.objective.times=uniform",
+        ],
+        ['objective.times = "uniform" is for flow_matching'],
+        [VECTORS],
+    ),
+    (
+        ["model.modalities.image.objective.condition_dropout=0.1"],
+        ["image.objective.condition_dropout is of vectors"],
+        [VECTORS],
+    ),
+    (["model.modalities.image.width=8"], ["image.width = 8 is of vectors"], [VECTORS]),
     (
         ["checkpoint.keep_every_steps=1500"],
         ["checkpoint.keep_every_steps = 1500", "interval_steps = 1000", "legal: 1000 or 2000"],

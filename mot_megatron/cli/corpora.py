@@ -27,5 +27,5 @@ def resolve_from_corpus(config: Config) -> tuple[Config, Mapping[str, int] | Non
 
     description = open_training_data(config.data).description
     names = [modality.name for modality in description.modalities]
-    config = config.resolved_for(names, description.vocab_size)
+    config = config.resolved_for(names, description.vocab_size, description.continuous)
     return config, description.splits[TRAIN_SPLIT].tokens_per_modality

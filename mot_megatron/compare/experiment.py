@@ -219,7 +219,9 @@ def plan_runs(
                 descriptions[key] = _describe_data(config)
             description = descriptions[key]
             modalities = [modality.name for modality in description.modalities]
-            resolved = config.resolved_for(modalities, description.vocab_size)
+            resolved = config.resolved_for(
+                modalities, description.vocab_size, description.continuous
+            )
             _check_points(resolved)
             runs.append(PlannedRun(name, seed, paths, settings, resolved, description))
     return runs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mot_megatron.config import ObjectiveConfig
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.blend import Blend, sources_of
 from mot_megatron.data.blend_stream import BlendStream, SourceOrder
@@ -29,6 +30,7 @@ from mot_megatron.data.budget import (
     tower_budgets,
 )
 from mot_megatron.data.codebooks import load_codec
+from mot_megatron.data.continuous import Image, ImageReader, Place, intervals, with_images
 from mot_megatron.data.corpus import Corpus, Modality
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.data.packing import (
@@ -39,7 +41,7 @@ from mot_megatron.data.packing import (
     shuffled,
 )
 from mot_megatron.data.pieces import Pieces, describe_pieces, pieces_of
-from mot_megatron.data.streams import EpochStream, Position, Stream, Window
+from mot_megatron.data.streams import EpochStream, EpochWindow, Position, Stream, Window
 from mot_megatron.errors import DataError
 from mot_megatron.model.micro_batch import MicroBatch
 
@@ -58,6 +60,8 @@ class GroupingPlan:
     sequence parallelism, otherwise 1."""
     shard: ModalityShard | None = None
     """With modality parallelism, this rank's part of the group's micro-batches."""
+    objectives: tuple[ObjectiveConfig, ...] = ()
+    """Objective of each modality; needed if the corpus has modalities of vectors."""
 
     @property
     def batches_per_group(self) -> int:
@@ -140,6 +144,22 @@ class _SequenceReader:
         self.bounds = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
         """Number of the first document of each source, and of all documents."""
         self.budget_plan: BudgetPlan | None = None
+        self._images = self._image_reader(corpus) if corpus.description.continuous else None
+
+    def _image_reader(self, corpus: Corpus) -> ImageReader:
+        """Return the reader of a corpus with vectors, for which some features are missing."""
+        where = f"{corpus.directory}: modality {next(iter(corpus.description.continuous))}"
+        if not self._grouping.objectives:
+            raise DataError(f"{where} consists of vectors, which need a model's objectives")
+        problems = {
+            "data.sources": len(self.parts) > 1,
+            f"data.long_documents = {corpus.long_documents!r}": self.parts[0].num_long > 0,
+            "segments that are context only": self.parts[0].split.has_context,
+        }
+        for what, occurs in problems.items():
+            if occurs:
+                raise DataError(f"{where} consists of vectors, which do not go with {what} yet")
+        return ImageReader(self.parts[0].split, self._description, self._grouping.objectives)
 
     def use_budgets(self, micro_batch_size: int) -> BudgetPlan:
         """Switch to budget packing with micro-batches of ``micro_batch_size`` sequences."""
@@ -210,16 +230,21 @@ class _SequenceReader:
         place, number = self._place(document)
         return self.parts[place].context_of(number)
 
-    def read(self, sequences: list[np.ndarray]) -> MicroBatch:
-        """Build the micro-batch of these documents, given as b arrays of document numbers."""
+    def read(self, sequences: list[np.ndarray], places: Sequence[Place]) -> MicroBatch:
+        """Build the micro-batch of these documents, given as b arrays of document numbers.
+
+        ``places`` are those of the sequences in the stream, which the noise of vectors depends on.
+        """
         shape = (len(sequences), self._seq_length)
         token_ids = np.full(shape, self._description.pad_token, dtype=np.int64)
         document_ids = np.empty(shape, dtype=np.int32)
         filled = np.zeros(len(sequences), dtype=np.int64)
         has_context = any(part.split.has_context for part in self.parts)
         context = np.zeros(shape, dtype=bool) if has_context else None
+        images: list[Image] = []
         for row, documents in enumerate(sequences):
             end = 0
+            found = []
             for number, document in enumerate(documents):
                 begin, tokens = end, self._tokens(int(document))
                 end = begin + len(tokens)
@@ -227,12 +252,15 @@ class _SequenceReader:
                 document_ids[row, begin:end] = number
                 if context is not None:
                     context[row, begin:end] = self._context(document)
+                found.append((int(document), begin, tokens))
             # The rest counts as another document, so that no token attends to it.
             document_ids[row, end:] = len(documents)
             filled[row] = end
+            if self._images is not None:
+                images += self._images.read(places[row], row, found)
         if self.budget_plan is not None:
             self.budget_plan.fill(token_ids, filled, sequences)
-        return build_micro_batch(
+        batch = build_micro_batch(
             token_ids,
             document_ids,
             self._description.modality_of_id,
@@ -241,8 +269,13 @@ class _SequenceReader:
             slot_multiple=self._grouping.slot_multiple,
             filled_tokens=filled,
             context=context,
+            visible=intervals(document_ids, images) if self._images is not None else None,
             shard=self._grouping.shard,
         )
+        if self._images is None:
+            return batch
+        widths = [modality.width for modality in self._description.modalities]
+        return with_images(batch, images, self._description.modality_of_id, widths)
 
 
 class PackedLoader:
@@ -352,13 +385,15 @@ class PackedLoader:
     def next_micro_batch(self) -> MicroBatch:
         """Return this rank's next micro-batch; no collectives, since all ranks advance equally."""
         first = self._next_sequence + self._shard.rank * self._rows
-        sequences = [self._sequence(first + row) for row in range(self._rows)]
+        numbers = range(first, first + self._rows)
+        sequences = [self._sequence(number) for number in numbers]
+        places = [self._place(number) for number in numbers]
         self._next_sequence += self._shard.size * self._rows
         while self._next_sequence >= len(self._window(0).packing):
             self._next_sequence -= len(self._window(0).packing)
             self._window(1)
             self._windows.popleft()
-        return self._reader.read(sequences)
+        return self._reader.read(sequences, places)
 
     def state_dict(self) -> Position:
         """Return the position in the global stream, and what the stream depends on.
@@ -418,11 +453,23 @@ class PackedLoader:
 
     def _sequence(self, number: int) -> np.ndarray:
         """Return the documents of a sequence, counted from the start of the current window."""
+        window, number = self._find(number)
+        return window.packing[number]
+
+    def _place(self, number: int) -> Place:
+        """Return the place of a sequence, counted from the start of the current window."""
+        window, number = self._find(number)
+        # It seeds the noise of vectors, which a blend cannot have.
+        epoch = window.epoch if isinstance(window, EpochWindow) else 0
+        return Place(int(self._identity["seed"]), epoch, number, training=True)
+
+    def _find(self, number: int) -> tuple[Window, int]:
+        """Return the window of such a sequence, and the sequence's number in it."""
         ahead = 0
         while number >= len(self._window(ahead).packing):
             number -= len(self._window(ahead).packing)
             ahead += 1
-        return self._window(ahead).packing[number]
+        return self._window(ahead), number
 
 
 def evaluation_batches(
@@ -462,6 +509,9 @@ def evaluation_batches(
     stride = shard.size * rows
     starts = range(shard.rank * rows, -(-total // stride) * stride, stride)
     return (
-        reader.read([packing[i] if i < total else nothing for i in range(start, start + rows)])
+        reader.read(
+            [packing[i] if i < total else nothing for i in range(start, start + rows)],
+            [Place(_EVALUATION_SEED, 0, i, training=False) for i in range(start, start + rows)],
+        )
         for start in starts
     )

@@ -35,6 +35,7 @@ from mot_megatron.generation.segments import PromptWriter, SegmentRules, held_ou
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import check_can_be_causal
 from mot_megatron.parallel.groups import ProcessGroups
+from mot_megatron.rules import check_tokens_only
 
 
 class Decoder:
@@ -232,12 +233,14 @@ class Generator:
     A modality without a codec can only be generated as ids.
 
     Raises:
-        ConfigError: The routing needs later tokens, and there is no causal router.
+        ConfigError: The routing needs later tokens, and there is no causal router; or a modality
+            consists of vectors.
         DataError: A codebook cannot be read.
     """
 
     def __init__(self, model: MixtureOfTransformers, corpus: Corpus, seq_length: int) -> None:
         check_can_be_causal(model.config)
+        check_tokens_only(model.config, "generation")
         self.model = model
         self.corpus = corpus
         self.seq_length = seq_length

@@ -2,8 +2,9 @@
 
 Only matrix multiplications count, as is usual for model FLOPs utilization (MFU): one multiply-add
 is two operations, and backward costs twice as much as forward, or as much as forward for a frozen
-matrix. Recomputed activations do not count.
-Causal routers do not count either, because the model computes the same without them.
+matrix. Recomputed activations do not count. Causal routers do not count either, because the model
+computes the same without them; nor do the projections of vectors and their times, which are a
+fraction of one layer's.
 
 Letters: h hidden size, V vocabulary rows, K towers.
 """

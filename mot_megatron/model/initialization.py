@@ -16,6 +16,12 @@ from torch import nn
 
 from mot_megatron.model.sharding import NamedPart, parts_of
 
+
+def mark_zero(parameter: nn.Parameter) -> None:
+    """Mark a matrix that starts as zeros."""
+    parameter.starts_as_zeros = True  # type: ignore[attr-defined]
+
+
 DRAWN_AT_ONCE = 8
 """Tensors that a rank draws at a time at most: one per thread that torch has."""
 
@@ -25,7 +31,8 @@ def initialize_parameters(
 ) -> None:
     """Fill every matrix with this rank's shard of normal(0, std), drawn in fp32.
 
-    Vectors keep their values: norm weights start as ones, and biases as zeros. Parameters on the
+    Vectors and marked matrices keep their values: norm weights start as ones, and biases as zeros.
+    Parameters on the
     meta device stay without values.
     """
 
@@ -42,7 +49,9 @@ def initialize_parameters(
         (parameter, part)
         for name, parameter in model.named_parameters()
         for part in parts_of(name, parameter)
-        if len(part.sharding.global_shape) > 1 and not parameter.is_meta
+        if len(part.sharding.global_shape) > 1
+        and not parameter.is_meta
+        and not hasattr(parameter, "starts_as_zeros")
     ]
     # Drawing takes 6 to 13 ns per number and does not hold Python's lock.
     with ThreadPoolExecutor(min(DRAWN_AT_ONCE, torch.get_num_threads()), "initial values") as pool:

@@ -17,6 +17,9 @@ from mot_megatron.config import Config, ExpertsConfig, ModelConfig
 from mot_megatron.model.pieces import pieces_of_stage
 from mot_megatron.model.sharding import SHARED, ParameterSharding
 
+FREQUENCIES = 64
+"""Sines, and cosines, of which the time of a vector's noise consists."""
+
 
 @dataclass(frozen=True)
 class HeldParameter:
@@ -84,14 +87,17 @@ def held_parameters(config: Config, stage: int, towers: Sequence[int]) -> list[H
     held: list[HeldParameter] = []
     if first:
         held.append(_vocabulary_matrix(model, tensor, "embedding.lookup.weight"))
+        held += _latent_entries(model, towers)
     for piece in pieces:
         for index in piece.layers:
             held += _layer(model, index, towers, tensor, expert)
     if last:
         held += _final_norm(model, towers, tensor)
-        if model.untie_embeddings_and_output_weights:
+        own_weight = model.untie_embeddings_and_output_weights
+        if own_weight:
             held.append(_vocabulary_matrix(model, tensor, "head.linear.weight"))
-        elif not first:
+        held += _latent_exits(model, towers)
+        if not own_weight and not first:
             held.append(_vocabulary_matrix(model, tensor, "embedding.lookup.weight", replica=True))
     return held
 
@@ -108,7 +114,7 @@ def layer_parameters(model: ModelConfig) -> list[HeldParameter]:
 
 
 def outer_parameters(model: ModelConfig) -> list[HeldParameter]:
-    """List the unsharded parameters outside the layers: embedding, head and final norm.
+    """List the unsharded parameters outside the layers: embedding, heads and final norm.
 
     Raises:
         ConfigError: the vocabulary size is not resolved.
@@ -116,7 +122,33 @@ def outer_parameters(model: ModelConfig) -> list[HeldParameter]:
     matrices = [_vocabulary_matrix(model, 1, "embedding.lookup.weight")]
     if model.untie_embeddings_and_output_weights:
         matrices.append(_vocabulary_matrix(model, 1, "head.linear.weight"))
-    return [*matrices, *_final_norm(model, range(model.num_towers), 1)]
+    towers = range(model.num_towers)
+    latents = (*_latent_entries(model, towers), *_latent_exits(model, towers))
+    return [*matrices, *_final_norm(model, towers, 1), *latents]
+
+
+def _latent_entries(model: ModelConfig, towers: Sequence[int]) -> Iterator[HeldParameter]:
+    h = model.hidden_size
+    shapes = {"time_hidden": (h, 2 * FREQUENCIES), "time": (h, h)}
+    for name, tower, width in _vectors(model, towers):
+        for weight, shape in {"vector": (h, width), **shapes}.items():
+            sharding = ParameterSharding(shape)
+            yield HeldParameter(f"latent_entries.{name}.{weight}", shape, tower, sharding)
+
+
+def _latent_exits(model: ModelConfig, towers: Sequence[int]) -> Iterator[HeldParameter]:
+    for name, tower, width in _vectors(model, towers):
+        shape = (width, model.hidden_size)
+        sharding = ParameterSharding(shape)
+        yield HeldParameter(f"latent_exits.{name}.vector", shape, tower, sharding)
+
+
+def _vectors(model: ModelConfig, towers: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+    """Yield name, tower and width of the modalities of vectors in ``towers``."""
+    of_modalities = dict(zip(model.modalities, model.towers_of_modalities, strict=True))
+    for name, width in model.widths.items():
+        if of_modalities[name] in towers:
+            yield name, of_modalities[name], width
 
 
 def _layer(

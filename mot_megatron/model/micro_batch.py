@@ -38,6 +38,29 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class LatentRows:
+    """The rows of one modality of vectors, each of which the model sees with noise."""
+
+    modality: int
+    """Modality index."""
+    slots: torch.Tensor
+    """[n] int64: slot of each row."""
+    inputs: torch.Tensor
+    """[n, w] fp32: vectors with noise."""
+    targets: torch.Tensor
+    """[n, w] fp32: what the objective predicts."""
+    times: torch.Tensor
+    """[n] fp32: share of noise, from 0 to 1."""
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LatentRows:
+        """Return the same rows with ``function`` of their tensors."""
+        return LatentRows(
+            self.modality,
+            *map(function, (self.slots, self.inputs, self.targets, self.times)),
+        )
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """Which rank attends for each row of this rank's stream, and the order of received rows.
 
@@ -121,7 +144,7 @@ class MicroBatch:
     modality_tokens: tuple[int, ...]
     """Document tokens per modality, M of them, without unfilled positions."""
     modality_labels: tuple[int, ...]
-    """Labels per modality, M of them: the divisors of means over tokens."""
+    """Labels per modality, M of them, or vectors to predict: the divisors of means over tokens."""
     attended_pairs: int
     """Pairs of a query and a visible key for which this rank runs attention.
 
@@ -130,6 +153,13 @@ class MicroBatch:
     """
     exchange: ExchangePlan | None = None
     """How q, k and v are exchanged; None without modality parallelism."""
+    latents: tuple[LatentRows, ...] = ()
+    """Rows of each modality of vectors."""
+
+    @property
+    def num_token_labels(self) -> int:
+        """Labels of the modalities of tokens."""
+        return sum(self.modality_labels) - sum(len(rows.slots) for rows in self.latents)
 
     @property
     def slot_sequences(self) -> torch.Tensor:
@@ -150,6 +180,8 @@ class MicroBatch:
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
                 value = function(value)
+            elif field.name == "latents":
+                value = tuple(rows.mapped(function) for rows in value)
             elif isinstance(value, ExchangePlan):
                 value = value.mapped(function)
             moved[field.name] = value

@@ -5,11 +5,15 @@ Letters as in layer.py; M modalities, V vocabulary rows, g grouped slots of a mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from torch import nn
 
 from mot_megatron.config import Config
@@ -18,8 +22,9 @@ from mot_megatron.model.exchange import HeadSlices, ModalityExchange
 from mot_megatron.model.grouping import Grouping, rank_major
 from mot_megatron.model.initialization import initialize_parameters
 from mot_megatron.model.layer import Layer, LayerInputs, Stream, run_layer
-from mot_megatron.model.micro_batch import MicroBatch, TokenRows
+from mot_megatron.model.micro_batch import LatentRows, MicroBatch, TokenRows
 from mot_megatron.model.norm import RMSNorm
+from mot_megatron.model.objectives.denoising import Denoising
 from mot_megatron.model.objectives.next_token import NextToken
 from mot_megatron.model.operations import layer_operations
 from mot_megatron.model.pieces import Piece, pieces_of_stage
@@ -59,6 +64,7 @@ class MixtureOfTransformers(nn.Module):
         check_device(config, on_gpus)
         self.config = model
         self.objective = NextToken.of(model)
+        self.denoising = Denoising.all_of(model)
         self.groups = groups
         self.dtype = dtype
         self.sequence_parallel = config.parallel.sequence_parallel
@@ -71,6 +77,7 @@ class MixtureOfTransformers(nn.Module):
         self.heads = self._head_slices(config.parallel.attention_exchange)
         if self.pieces[0].first:
             self._add_embedding(linears)
+            self.latent_entries = self._modules_of_vectors(lambda each: each.entry(linears))
         self.layers = nn.ModuleDict(
             {
                 str(index): Layer(
@@ -100,6 +107,13 @@ class MixtureOfTransformers(nn.Module):
             model.loss_weights, dtype=torch.float32, device=groups.device
         )
 
+    def _modules_of_vectors(self, build: Callable[[Denoising], nn.Module]) -> nn.ModuleDict:
+        """Build a module per modality of vectors, which its tower owns."""
+        modules = nn.ModuleDict({name: build(each) for name, each in self.denoising.items()})
+        for name, module in modules.items():
+            mark_tower(module, self.config.towers_of_modalities[self.denoising[name].modality])
+        return modules
+
     def _add_embedding(self, linears: ParallelLinears) -> None:
         self.embedding = self.objective.entry(linears)
         mark_tower(self.embedding, SHARED)
@@ -116,6 +130,7 @@ class MixtureOfTransformers(nn.Module):
         )
         self.head = self.objective.exit(linears)
         mark_tower(self.head, SHARED)
+        self.latent_exits = self._modules_of_vectors(lambda each: each.exit(linears))
         if self.objective.tied and not self.pieces[0].first:
             self._add_embedding(linears)
             mark_replica(self.embedding)
@@ -225,8 +240,32 @@ class MixtureOfTransformers(nn.Module):
         return self._run_layers(range(self.config.num_layers), stream, layer_inputs)
 
     def _embed(self, micro_batch: MicroBatch) -> Stream:
-        token_ids = self._stream_order(micro_batch.token_ids, micro_batch)
-        return self._cut(self.embedding(token_ids), micro_batch)
+        rows = self.embedding(self._stream_order(micro_batch.token_ids, micro_batch))
+        entries = zip(self.latent_entries.values(), micro_batch.latents, strict=True)
+        for entry, latents in entries:
+            rows = self._overwrite(rows, entry(latents), self._places(latents, micro_batch))
+        return self._cut(rows, micro_batch)
+
+    def _overwrite(
+        self, rows: torch.Tensor, others: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """Replace rows of the stream by ``others`` [n, h], which all ranks have, at ``places``."""
+        if not self.sequence_parallel:
+            return rows.index_copy(0, places, others)
+        ranks, group = self.groups.tensor_size, self.groups.tensor
+        whole = others.new_zeros(len(rows) * ranks, others.shape[1]).index_copy(0, places, others)
+        is_other = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
+        own = is_other.index_fill(0, places, True).chunk(ranks)[self.groups.tensor_rank]
+        return torch.where(
+            own[:, None], scatter_to_sequence_parallel_region(whole, group=group), rows
+        )
+
+    def _places(self, latents: LatentRows, micro_batch: MicroBatch) -> torch.Tensor:
+        """Return where slots are in the order of the stream that ranks gather, [n]."""
+        slots = torch.arange(sum(micro_batch.tower_slots), device=self.groups.device)
+        slot_of_row = self._stream_order(slots, micro_batch)
+        row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
+        return row_of_slot[latents.slots]
 
     def _cut(self, rows: torch.Tensor, micro_batch: MicroBatch) -> Stream:
         """Split [g, h] into the slices of the towers that this rank holds."""
@@ -265,10 +304,22 @@ class MixtureOfTransformers(nn.Module):
         rows = TokenRows(
             self._stream_order(micro_batch.labels, micro_batch),
             self._stream_order(micro_batch.label_modalities, micro_batch),
-            sum(micro_batch.modality_labels),
+            micro_batch.num_token_labels,
         )
         x = torch.cat(self.final_norm(stream))
-        return self.head.losses(x, rows, self.loss_weights, self._tied_weight())
+        total, sums = self.head.losses(x, rows, self.loss_weights, self._tied_weight())
+        exits = zip(self.latent_exits.values(), micro_batch.latents, strict=True)
+        for leave, latents in exits:
+            whole = x
+            if self.sequence_parallel:
+                # All ranks compute the same errors, so their gradients are complete, not parts.
+                whole = gather_from_sequence_parallel_region(
+                    x, tensor_parallel_output_grad=False, group=self.groups.tensor
+                )
+            its = whole.index_select(0, self._places(latents, micro_batch))
+            error, its_sums = leave(its, latents, self.loss_weights)
+            total, sums = total + error, sums + its_sums
+        return total, sums
 
     def _own_rows(self, values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """Select from [g] in grouped order the entries of this rank's rows."""

@@ -53,7 +53,7 @@ def announce(
     )
     console.say(
         f"corpus {session.corpus.description.name}: {100 * session.loader.fill:.1f}% of the token"
-        " slots filled; losses are in {_units(config.model.loss_units)}"
+        f" slots filled; losses are in {_units(config.model.loss_units)}"
     )
     if session.is_first_rank:  # the others print nothing
         for split in (TRAIN_SPLIT, HELD_OUT_SPLIT):

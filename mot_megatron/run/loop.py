@@ -483,6 +483,8 @@ def _sample(run: _Run) -> None:
             "no samples: the routing of experts sees later tokens; generation needs"
             " model.towers.NAME.experts.causal_router = true"
         )
+    elif run.config.model.widths:
+        run.console.say("no samples: generation takes models of tokens alone")
     else:
         check_stop = functools.partial(_check_stop, run.stop, run.session.groups)
         log_samples(run.session, run.log, run.progress.steps, check_stop)

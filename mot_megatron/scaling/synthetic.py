@@ -15,6 +15,7 @@ from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups
 from mot_megatron.planning.activations import Rows
 from mot_megatron.planning.placing import place_towers, tokens_of_towers
+from mot_megatron.rules import check_tokens_only
 from mot_megatron.train.session import build_placed_groups, grouping_plan
 
 
@@ -32,7 +33,11 @@ class SyntheticBatches:
             config: Resolved configuration.
             groups: Process groups of this rank.
             shares: Share of the tokens of each modality, M of them, with the sum 1.
+
+        Raises:
+            ConfigError: A modality consists of vectors.
         """
+        check_tokens_only(config.model, "this command")
         model, length = config.model, config.data.seq_length
         plan = grouping_plan(config, groups)
         batches = 1 if plan.shard is None else plan.batches_per_group

@@ -45,7 +45,7 @@ class GlobalCounts:
 
     def flops(self, model: ModelConfig) -> float:
         """Return the FLOPs of the model in the step, over all ranks."""
-        labels = sum(self.modality_labels)
+        labels = sum(self.modality_labels[modality] for modality in model.token_modalities)
         return step_flops(model, self.tower_tokens, self.attended_pairs, labels).total
 
     @classmethod

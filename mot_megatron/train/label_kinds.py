@@ -41,7 +41,7 @@ class KindLoss:
 
 
 def held_out_by_kind(trained: TrainedModel, limit_sequences: int | None = None) -> list[KindLoss]:
-    """Evaluate on the validation split and return M x 3 losses, modality by modality.
+    """Evaluate on the validation split and return three losses per modality of tokens.
 
     This involves this process only. Tokens are routed as the model currently routes them; see
     ``MixtureOfTransformers.routed_causally``.
@@ -63,6 +63,8 @@ def held_out_by_kind(trained: TrainedModel, limit_sequences: int | None = None) 
     sums, counts = _sums(trained.model, batches, torch.from_numpy(kind_of_id(corpus)))
     losses = []
     for place, modality in enumerate(corpus.description.modalities):
+        if modality.width is not None:
+            continue  # vectors are no labels of a kind
         for at, kind in enumerate(KINDS, start=place * len(KINDS)):
             labels = int(counts[at])
             bits = float(sums[at]) / labels / math.log(2) if labels else math.nan

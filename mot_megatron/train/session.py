@@ -15,7 +15,6 @@ from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, GroupingPlan, PackedLoader, evaluation_batches
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.data.prefetch import PrefetchedLoader
-from mot_megatron.errors import ConfigError
 from mot_megatron.job.progress_report import ProgressReport
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
@@ -99,15 +98,11 @@ def resolve_config(config: Config, corpus: Corpus) -> Config:
     """Return the configuration with the values that it takes from its corpus.
 
     Raises:
-        ConfigError: The modalities are not those of the corpus, or one of them is continuous.
+        ConfigError: The modalities or their content are not those of the corpus.
     """
-    for name, width in corpus.description.continuous.items():
-        raise ConfigError(
-            f"{corpus.directory}: modality {name} consists of vectors of {width} numbers, but"
-            " models can be trained on tokens only"
-        )
     names = [modality.name for modality in corpus.description.modalities]
-    return config.resolved_for(names, corpus.description.vocab_size)
+    description = corpus.description
+    return config.resolved_for(names, description.vocab_size, description.continuous)
 
 
 def choose_placement(config: Config, corpus: Corpus) -> Placement | None:
@@ -167,6 +162,7 @@ def grouping_plan(config: Config, groups: ProcessGroups | None = None) -> Groupi
         num_towers=config.model.num_towers,
         slot_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         shard=shard,
+        objectives=tuple(m.objective for m in config.model.modalities.values()),
     )
 
 

@@ -15,6 +15,7 @@ from mot_megatron.config import Config, ExpertsConfig, ModelConfig, ParallelConf
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.sharding import name_of_expert
+from mot_megatron.rules import check_tokens_only
 
 _ALIKE = {
     "num_layers": "num_layers",
@@ -112,6 +113,8 @@ def check_upcycling(source: ModelConfig, target: ModelConfig, towers: Mapping[st
     Raises:
         ConfigError: Shapes differ, or weights would have to be merged or experts removed.
     """
+    for model in (source, target):
+        check_tokens_only(model, "upcycling")
     for key, attribute in _ALIKE.items():
         old, new = getattr(source, attribute), getattr(target, attribute)
         if old != new:

@@ -18,6 +18,7 @@ from mot_megatron.data.writer import CorpusWriter
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.train.session import resolve_config
 from tests.small_runs import small_config
+from tests.vector_corpus import FLOW
 
 WIDTH, PLACEHOLDER = 3, 20
 BEGIN, END = 3, 4
@@ -115,11 +116,31 @@ def test_digests_of_runs_cover_vectors(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
 
 
-def test_models_cannot_be_trained_on_vectors(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"image.objective.kind = 'next_token' is not for vectors, of which image consists"),
+        (
+            ["model.modalities.text.objective.kind=diffusion", FLOW],
+            "text.objective.kind = 'diffusion' is not for tokens",
+        ),
+        ([FLOW, "model.modalities.image.width=4"], "image.width = 4; the corpus has 3"),
+    ],
+)
+def test_objectives_fit_the_content(tmp_path: Path, overrides: list[str], message: str) -> None:
     write(tmp_path / "corpus")
     corpus = Corpus.open(tmp_path / "corpus")
-    with pytest.raises(ConfigError, match=r"modality image consists of vectors of 3 numbers"):
-        resolve_config(small_config(tmp_path / "corpus"), corpus)
+    with pytest.raises(ConfigError, match=message):
+        resolve_config(small_config(tmp_path / "corpus", overrides), corpus)
+
+
+def test_the_width_comes_from_the_corpus(tmp_path: Path) -> None:
+    write(tmp_path / "corpus")
+    config = resolve_config(
+        small_config(tmp_path / "corpus", [FLOW]), Corpus.open(tmp_path / "corpus")
+    )
+    assert config.model.widths == {"image": WIDTH}
+    assert resolve_config(config, Corpus.open(tmp_path / "corpus")) == config
 
 
 @pytest.mark.parametrize(

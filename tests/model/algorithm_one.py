@@ -28,14 +28,27 @@ class AlgorithmOne:
         """Return (stream after the last layer [t, h], logits [t, V]), both in sequence order."""
         ids = torch.from_numpy(tokens.token_ids).flatten()
         embedding = self.weights["embedding.lookup.weight"]
-        x = embedding[ids]
+        x = self.embedded(embedding[ids])
         for index in range(self.config.num_layers):
             x = self._layer(f"layers.{index}", x, tokens)
-        normed = self._per_modality(
+        head = self.weights.get("head.linear.weight", embedding)
+        return x, self.normed(x, tokens) @ head.T
+
+    def normed(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """Apply the final norm to the stream [t, h]."""
+        return self._per_modality(
             tokens, x, lambda rows, tower: self._rms(rows, "final_norm", tower)
         )
-        head = self.weights.get("head.linear.weight", embedding)
-        return x, normed @ head.T
+
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the first rows of the stream, given embedded tokens, [t, h]."""
+        return tokens
+
+    def visible(self, tokens: Tokens) -> torch.Tensor:
+        """Return whether a position (row) sees another one (column), [t, t] bool."""
+        documents = tokens.documents
+        t = len(documents)
+        return (documents[:, None] == documents) & torch.ones(t, t).tril().bool()
 
     def loss(self, tokens: Tokens) -> torch.Tensor:
         """Return the weighted sum over labels of cross entropy + coefficient * log(Z)^2 (fp32)."""
@@ -75,8 +88,7 @@ class AlgorithmOne:
         qkv = self._per_modality(
             tokens, x, lambda rows, k: self._projected(rows, f"{name}.attention.qkv", k)
         ).view(t, groups, per_group + 2, d)
-        documents, positions = tokens.documents, positions_of(tokens)
-        visible = (documents[:, None] == documents) & torch.ones(t, t).tril().bool()
+        positions, visible = positions_of(tokens), self.visible(tokens)
         outputs = []
         for head in range(config.num_attention_heads):
             group = head // per_group

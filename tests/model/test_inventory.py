@@ -20,6 +20,10 @@ BIASES = "model.add_qkv_bias=true"
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
+VECTORS = [
+    "model.modalities.image.objective.kind=diffusion",
+    "model.modalities.image.width=6",
+]
 EXPERTS = [
     "model.towers.text.experts={num_moe_experts=4,causal_router=true}",
     "model.towers.speech.experts={num_moe_experts=2,routing='topk'}",
@@ -61,6 +65,8 @@ def build(config: Config, rank: int, world_size: int) -> MixtureOfTransformers:
         (2, ["parallel.modality_parallel_size=2", "model.untied.output_projection=false"]),
         (4, ["parallel.modality_parallel_size=4", "model.untied.qk_norm=false"]),
         (8, [TP2, PP2, BIASES, "parallel.modality_parallel_size=2", TIED]),
+        (1, VECTORS),
+        (4, [*VECTORS, TP2, PP2, TIED]),
         (1, EXPERTS),
         (1, ["model.towers.image.frozen=true", "model.untied.norms=false"]),
         (2, ["model.towers.text={frozen=true,experts={num_moe_experts=4}}", EP2]),

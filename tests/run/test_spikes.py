@@ -58,10 +58,10 @@ class _Injection:
         reader, forward = session.loader._reader, session.engine.forward
         original = reader.read
 
-        def read(sequences: list[Any]) -> Any:
+        def read(sequences: list[Any], places: Any) -> Any:
             found = [[int(document) for document in each] for each in sequences]
             self.read.setdefault(step, []).extend(found)
-            return original(sequences)
+            return original(sequences, places)
 
         def broken(*inputs: Any) -> Any:
             loss, sums = forward(*inputs)

@@ -55,6 +55,7 @@ from mot_megatron.conversion.tensors import OutputTensor, TensorInfo
 from mot_megatron.conversion.write import equal_bits
 from mot_megatron.data.corpus import DESCRIPTION_FILE, Corpus, Modality
 from mot_megatron.errors import CheckpointError, DataError
+from mot_megatron.rules import check_tokens_only
 
 TOKENIZER_FILE = "tokenizer.json"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -99,9 +100,11 @@ def plan_export(
 
     Raises:
         CheckpointError: The checkpoint lacks a tensor of its model, or has an unknown one.
+        ConfigError: A modality consists of vectors.
         DataError: A codebook has the name of another file of the export.
     """
     config = source.config
+    check_tokens_only(config.model, "this export")
     kind = model_type_of(config.model)
     used = list(correspondences(config, TOWERS if kind == MIXTURE else DENSE))
     left_out = check_weights(source, used)

@@ -16,6 +16,7 @@ from mot_megatron.config import Config, ModelConfig, ParallelConfig
 from mot_megatron.conversion.huggingface.names import Correspondence
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.inventory import held_parameters
+from mot_megatron.rules import check_tokens_only
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
@@ -47,7 +48,9 @@ def check_dense(model: ModelConfig) -> None:
 
     Raises:
         CheckpointError: It cannot: the model has several towers, experts, or norms after layers.
+        ConfigError: A modality consists of vectors.
     """
+    check_tokens_only(model, "this export")
     reason = None
     if model.num_towers > 1:
         reason = f"the model has {model.num_towers} towers"
