@@ -12,7 +12,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from mot_megatron.config import Config, ModalityConfig, ModelConfig, Section, TowerConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ModalityConfig, ModelConfig, TowerConfig
+from mot_megatron.config_section import Section
 from mot_megatron.errors import ConfigError, Location, first_problem
 from mot_megatron.files import read_regular_file
 from mot_megatron.rules import check

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mot_megatron.config import Config, Section
+from mot_megatron.config import Config
+from mot_megatron.config_section import Section
 
 _INTRODUCTION = """\
 # Configuration

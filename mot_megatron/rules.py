@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from decimal import ROUND_CEILING, Context
 
-from mot_megatron.config import (
+from mot_megatron.config import Config
+from mot_megatron.config_model import (
     VOCABULARY_MULTIPLE,
-    Config,
-    ExpertsConfig,
     ModelConfig,
     ObjectiveConfig,
 )
 from mot_megatron.errors import ConfigError
+from mot_megatron.legal_values import divisors, nearest, nearest_multiples
+from mot_megatron.rules_experts import check_experts
 
 
 def check(config: Config, source: str) -> None:
@@ -30,7 +30,7 @@ def check(config: Config, source: str) -> None:
     _check_tensor_parallel(config, source)
     _check_pipeline(config, source)
     _check_modality_parallel(config, source)
-    _check_experts(config, source)
+    check_experts(config, source)
     _check_frozen(config, source)
     _check_zero(config, source)
     _check_training(config, source)
@@ -63,7 +63,7 @@ def check_world_size(config: Config, world_size: int) -> None:
         values = " * ".join(str(size) for size in factors.values())
         raise ConfigError(
             f"the world size {world_size} is not divisible by {names} = {values};"
-            f" nearest legal world size: {_nearest_multiples(world_size, product)}"
+            f" nearest legal world size: {nearest_multiples(world_size, product)}"
         )
     data_parallel = world_size // (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -85,7 +85,7 @@ def check_world_size(config: Config, world_size: int) -> None:
     if size % per_step:
         raise ConfigError(
             f"training.global_batch_size = {size} is not divisible by {what} = {factors};"
-            f" nearest legal: {_nearest_multiples(size, per_step)}"
+            f" nearest legal: {nearest_multiples(size, per_step)}"
         )
     if beyond := [rank for rank in config.training.profile_ranks if rank >= world_size]:
         raise ConfigError(
@@ -117,7 +117,7 @@ def check_expert_holders(config: Config, holders: Mapping[str, int]) -> None:
             raise ConfigError(
                 f"parallel.expert_model_parallel_size = {size} does not divide the"
                 f" {holders[tower]} data-parallel ranks that hold tower {tower}; nearest legal:"
-                f" {_nearest(_divisors(common), size)}"
+                f" {nearest(divisors(common), size)}"
             )
 
 
@@ -204,13 +204,13 @@ def _check_shapes(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: model.hidden_size = {model.hidden_size} is not divisible by"
             f" 2 * model.num_attention_heads = 2 * {heads} (the rotary embedding needs an even"
-            f" head size); nearest legal: {_nearest_multiples(model.hidden_size, 2 * heads)}"
+            f" head size); nearest legal: {nearest_multiples(model.hidden_size, 2 * heads)}"
         )
     if heads % groups:
         raise ConfigError(
             f"{source}: model.num_attention_heads = {heads} is not divisible by"
             f" model.num_query_groups = {groups};"
-            f" nearest legal model.num_query_groups: {_nearest(_divisors(heads), groups)}"
+            f" nearest legal model.num_query_groups: {nearest(divisors(heads), groups)}"
         )
 
 
@@ -222,13 +222,13 @@ def _check_tensor_parallel(config: Config, source: str) -> None:
         "model.ffn_hidden_size": model.feed_forward_size,
         "model.vocab_size": model.vocab_size or VOCABULARY_MULTIPLE,
     }
-    legal = _divisors(math.gcd(*split.values()))
+    legal = divisors(math.gcd(*split.values()))
     for key, value in split.items():
         if value % tensor:
             raise ConfigError(
                 f"{source}: {key} = {value} is not divisible by"
                 f" parallel.tensor_model_parallel_size = {tensor};"
-                f" nearest legal parallel.tensor_model_parallel_size: {_nearest(legal, tensor)}"
+                f" nearest legal parallel.tensor_model_parallel_size: {nearest(legal, tensor)}"
             )
     if config.parallel.sequence_parallel and tensor == 1:
         raise ConfigError(
@@ -261,12 +261,12 @@ def _check_pipeline(config: Config, source: str) -> None:
             # Interleaved, the number of pieces is a product of two factors of at least 2.
             legal = [
                 divisor
-                for divisor in _divisors(num_layers)
-                if per_stage is None or len(_divisors(divisor)) > 2
+                for divisor in divisors(num_layers)
+                if per_stage is None or len(divisors(divisor)) > 2
             ]
             raise ConfigError(
                 f"{source}: model.num_layers = {num_layers} is not divisible by {key} = {pieces};"
-                f" nearest legal: {_nearest(legal, pieces)}, or set"
+                f" nearest legal: {nearest(legal, pieces)}, or set"
                 f" parallel.pipeline_layers, {pieces} numbers that sum to {num_layers}"
             )
     elif len(layers) != pieces or sum(layers) != num_layers:
@@ -298,7 +298,7 @@ def _check_heads(config: Config, source: str) -> None:
     heads, groups = model.num_attention_heads // tensor, model.num_key_value_heads // tensor
     legal = [
         ranks
-        for ranks in _divisors(heads)
+        for ranks in divisors(heads)
         if ranks > 1 and (groups % ranks == 0 or ranks % groups == 0)
     ]
     if size not in legal:
@@ -307,7 +307,7 @@ def _check_heads(config: Config, source: str) -> None:
             f" {groups} key-value heads of a tensor-parallel rank over"
             f" parallel.modality_parallel_size = {size}, which must divide the number of heads and"
             " be a divisor or a multiple of the number of key-value heads; nearest legal:"
-            f" {_nearest(legal, size)}"
+            f" {nearest(legal, size)}"
         )
 
 
@@ -345,39 +345,6 @@ def _check_placement(config: Config, source: str) -> None:
             )
 
 
-def _check_experts(config: Config, source: str) -> None:
-    model, parallel = config.model, config.parallel
-    unknown = sorted(set(model.towers) - set(model.tower_names))
-    if unknown:
-        raise ConfigError(
-            f"{source}: model.towers.{unknown[0]} is not a tower of model.modalities; allowed:"
-            f" {', '.join(model.tower_names)}"
-        )
-    for name, experts in zip(model.tower_names, model.experts_of_towers, strict=True):
-        if experts is not None:
-            _check_mixture(config, experts, f"{source}: model.towers.{name}.experts")
-    size = parallel.expert_model_parallel_size
-    if not model.has_experts:
-        if size > 1:
-            raise ConfigError(
-                f"{source}: parallel.expert_model_parallel_size = {size}, but no tower has"
-                " experts; allowed without model.towers.NAME.experts: 1"
-            )
-        return
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        raise ConfigError(
-            f"{source}: parallel.tensor_model_parallel_size ="
-            f" {parallel.tensor_model_parallel_size} with experts needs"
-            " parallel.sequence_parallel = true"
-        )
-    if not model.untied.feed_forward and model.num_towers > 1:
-        raise ConfigError(
-            f"{source}: model.untied.feed_forward = false shares one feed-forward network among"
-            " the towers, so none of them can have experts; allowed: true, or a single tower"
-        )
-    _check_grouped_matmul(config, source)
-
-
 def _check_frozen(config: Config, source: str) -> None:
     model = config.model
     placement, names = config.parallel.placement, model.tower_names
@@ -397,94 +364,6 @@ def _check_frozen(config: Config, source: str) -> None:
         check_trained(config, held)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-
-
-def _check_grouped_matmul(config: Config, source: str) -> None:
-    """Check what torch's grouped matmul needs: matrices and rows aligned to 16 bytes."""
-    model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    multiple = 8 if config.training.precision == "bf16" else 4
-    hidden_unit, why = multiple, ""
-    if any(
-        experts.causal_router and experts.num_moe_experts % 2
-        for experts in model.experts_of_towers
-        if experts is not None
-    ):
-        # The experts may follow the causal router's output matrix of E h / 2 numbers in a flat
-        # buffer, without padding.
-        hidden_unit, why = 2 * multiple, "; twice as many with a causal router of odd experts"
-    for key, columns, unit, more in (
-        ("model.hidden_size", model.hidden_size, hidden_unit, why),
-        ("model.ffn_hidden_size", model.feed_forward_size, multiple * tensor, ""),
-    ):
-        if columns % unit:
-            raise ConfigError(
-                f"{source}: {key} = {columns} with experts is not divisible by {unit}"
-                f" ({multiple} numbers of training.precision = {config.training.precision} on each"
-                f" tensor-parallel rank{more}); nearest legal: {_nearest_multiples(columns, unit)}"
-            )
-
-
-def _check_mixture(config: Config, experts: ExpertsConfig, key: str) -> None:
-    size = config.parallel.expert_model_parallel_size
-    number = experts.num_moe_experts
-    if number % size:
-        raise ConfigError(
-            f"{key}.num_moe_experts = {number} is not divisible by"
-            f" parallel.expert_model_parallel_size = {size}; nearest legal"
-            f" parallel.expert_model_parallel_size: {_nearest(_divisors(number), size)}"
-        )
-    if experts.routing == "expert_choice":
-        _check_expert_choice(experts, key)
-        _check_capacity(config, experts.experts_per_token, 1, number, key)
-        return
-    each = experts.topk or 1
-    if each > number:
-        raise ConfigError(
-            f"{key}.topk = {experts.topk} is above num_moe_experts = {number}; allowed: 1 to"
-            f" {number}"
-        )
-    if experts.causal_router:
-        raise ConfigError(
-            f'{key}.causal_router = true needs routing = "expert_choice"; with top-k, tokens'
-            " choose without later ones, and generation ignores capacity_factor"
-        )
-    if experts.capacity_factor is not None:
-        _check_capacity(config, experts.capacity_factor, each, number, key)
-
-
-def _check_expert_choice(experts: ExpertsConfig, key: str) -> None:
-    number, factor = experts.num_moe_experts, experts.experts_per_token
-    for name, value in (
-        ("topk", experts.topk),
-        ("aux_loss_coefficient", experts.aux_loss_coefficient),
-    ):
-        if value:
-            raise ConfigError(f'{key}.{name} = {value} needs routing = "topk", not "expert_choice"')
-    if factor > number:
-        raise ConfigError(
-            f"{key}.capacity_factor = {factor:g} is above num_moe_experts = {number}, but a token"
-            f" cannot use more experts than there are; allowed: at most {number}"
-        )
-
-
-def _check_capacity(config: Config, factor: float, each: int, number: int, key: str) -> None:
-    """Check that an expert can take at least one token of a micro-batch.
-
-    Args:
-        config: The configuration.
-        factor: Capacity of an expert, as a multiple of an equal share of the assignments.
-        each: Assignments per token.
-        number: E, the number of experts.
-        key: Dotted key of the experts, for the message.
-    """
-    tokens = config.data.seq_length * config.training.micro_batch_size
-    # Compare with the quotient: a rounded product could reject the value that the message allows.
-    if factor < number / (tokens * each):
-        least = Context(prec=6, rounding=ROUND_CEILING).divide(number, tokens * each)
-        raise ConfigError(
-            f"{key}.capacity_factor = {factor:g} leaves each of {number} experts less than one of"
-            f" a micro-batch's {tokens} tokens; allowed: at least {float(least):g}"
-        )
 
 
 def _check_zero(config: Config, source: str) -> None:
@@ -584,25 +463,11 @@ def _check_objectives(config: Config, source: str) -> None:
             )
 
 
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-
-
-def _nearest(legal: list[int], wanted: int) -> str:
-    near = sorted(legal, key=lambda value: abs(value - wanted))[:4]
-    return ", ".join(str(value) for value in sorted(near)) or "none"
-
-
-def _nearest_multiples(value: int, factor: int) -> str:
-    below, above = value // factor * factor, -(-value // factor) * factor
-    return f"{below} or {above}" if below else str(above)
-
-
 def _check_checkpoint(config: Config, source: str) -> None:
     every, interval = config.checkpoint.keep_every_steps, config.checkpoint.interval_steps
     if every % interval:
         raise ConfigError(
             f"{source}: checkpoint.keep_every_steps = {every} is not a multiple of"
             f" checkpoint.interval_steps = {interval}; nearest legal:"
-            f" {_nearest_multiples(every, interval)}, or 0 to keep none for good"
+            f" {nearest_multiples(every, interval)}, or 0 to keep none for good"
         )

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mot_megatron.config import Config, ExpertsConfig, ModelConfig, Section
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig, ModelConfig
 from mot_megatron.config_reference import config_reference
+from mot_megatron.config_section import Section
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from mot_megatron.config import Config, ModelConfig
+from mot_megatron.config import Config
 from mot_megatron.config_files import parse_config
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.modality_shards import ModalityShard
 from mot_megatron.job.hardware import synchronize

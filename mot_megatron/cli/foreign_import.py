@@ -10,7 +10,7 @@ from mot_megatron.cli.arguments import add_config, add_verify_and_dry_run
 from mot_megatron.cli.upcycle import add_map, parse_towers
 
 if TYPE_CHECKING:
-    from mot_megatron.config import ModelConfig
+    from mot_megatron.config_model import ModelConfig
     from mot_megatron.conversion.huggingface.foreign import ForeignModel
 
 

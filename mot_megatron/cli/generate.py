@@ -24,7 +24,7 @@ from mot_megatron.cli.command import choose_device, run_command, say
 from mot_megatron.errors import DataError
 
 if TYPE_CHECKING:
-    from mot_megatron.config import ModelConfig
+    from mot_megatron.config_model import ModelConfig
     from mot_megatron.generation.generate import Generator, Item
     from mot_megatron.generation.sampling import SamplingSettings
 

@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from mot_megatron.config import BITS_PER_TOKEN, Config
+from mot_megatron.config import Config
 from mot_megatron.config_files import load_config
+from mot_megatron.config_model import BITS_PER_TOKEN
 from mot_megatron.data.corpus import (
     DESCRIPTION_FILE,
     CorpusDescription,

@@ -28,8 +28,9 @@ from mot_megatron.compare.curves import (
     write_csv,
 )
 from mot_megatron.compare.step_matching import LEAST_POINTS
-from mot_megatron.config import Config, NonNegativeInt
+from mot_megatron.config import Config
 from mot_megatron.config_files import as_arguments, differing_keys, load_config
+from mot_megatron.config_section import NonNegativeInt
 from mot_megatron.data.blend import open_training_data
 from mot_megatron.data.corpus import DESCRIPTION_FILE, CorpusDescription
 from mot_megatron.errors import ConfigError, DataError, Location, first_problem

@@ -31,7 +31,8 @@ from mot_megatron.compare.step_matching import (
     splits_of,
 )
 from mot_megatron.compare.words import number, sentence, tally
-from mot_megatron.config import ModelConfig, OptimizerConfig, common_unit
+from mot_megatron.config import OptimizerConfig
+from mot_megatron.config_model import ModelConfig, common_unit
 from mot_megatron.data.corpus import HELD_OUT_SPLIT
 from mot_megatron.errors import DataError
 from mot_megatron.model.flops import active_flops_per_token, count_parameters

@@ -14,8 +14,9 @@ from typing import Any
 
 from mot_megatron.checkpoint.names import STATE_KINDS
 from mot_megatron.checkpoint.streaming import Piece, divide
-from mot_megatron.config import Config, ParallelConfig, Section
+from mot_megatron.config import Config, ParallelConfig
 from mot_megatron.config_files import differing_keys, parse_config
+from mot_megatron.config_section import Section
 from mot_megatron.conversion.tensors import TensorInfo
 from mot_megatron.errors import CheckpointError, ConfigError
 from mot_megatron.model.inventory import HeldParameter, held_parameters

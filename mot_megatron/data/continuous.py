@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from mot_megatron.config import ObjectiveConfig
+from mot_megatron.config_model import ObjectiveConfig
 from mot_megatron.data.corpus import CorpusDescription, TokenSplit
 from mot_megatron.data.noise import DIFFUSION_STEPS, Noised, draw_time, noised
 from mot_megatron.model.micro_batch import NO_LABEL, LatentRows, MicroBatch

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mot_megatron.config import ObjectiveConfig
+from mot_megatron.config_model import ObjectiveConfig
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.data.blend import Blend, sources_of
 from mot_megatron.data.blend_stream import BlendStream, SourceOrder

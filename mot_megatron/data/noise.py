@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mot_megatron.config import ObjectiveConfig
+from mot_megatron.config_model import ObjectiveConfig
 
 DIFFUSION_STEPS = 1000
 """Steps of the diffusion process; a model sees step k as the time k / 1000."""

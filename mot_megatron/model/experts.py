@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import nn
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.operations import PLAIN, LayerOperations
 from mot_megatron.model.routing import Routing, RoutingMode, RoutingPool, router_class
 from mot_megatron.model.sharding import ParameterSharding, mark_experts, set_sharding

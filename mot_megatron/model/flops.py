@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mot_megatron.config import ExpertsConfig, ModelConfig
+from mot_megatron.config_model import ExpertsConfig, ModelConfig
 from mot_megatron.model.inventory import HeldParameter, layer_parameters, outer_parameters
 from mot_megatron.model.sharding import SHARED
 

@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mot_megatron.config import Config, ExpertsConfig, ModelConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig, ModelConfig
 from mot_megatron.model.pieces import pieces_of_stage
 from mot_megatron.model.sharding import SHARED, ParameterSharding
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.attention_core import AttentionCore
 from mot_megatron.model.exchange import ModalityExchange
 from mot_megatron.model.experts import ExpertFeedForward

@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import nn
 
-from mot_megatron.config import ExpertsConfig, ModelConfig
+from mot_megatron.config_model import ExpertsConfig, ModelConfig
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.sharding import ParameterSharding, mark_auxiliary, set_sharding

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mot_megatron.config import Config, ExpertsConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig
 from mot_megatron.model.pieces import Piece, pieces_of_stage
 
 FP32, INT64 = 4, 8

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from mot_megatron.config import Config, ExpertsConfig, ModalityConfig, TowerConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig, ModalityConfig, TowerConfig
 from mot_megatron.errors import ConfigError
 
 MODEL, TWIN = "model", "dense twin"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mot_megatron.config import Config, ModelConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.flops import step_flops
 from mot_megatron.parallel.placement import Placement, balanced_placement
 from mot_megatron.rules import check_expert_holders, check_trained

@@ -7,8 +7,9 @@ import tomllib
 from collections.abc import Mapping
 
 from mot_megatron.checkpoint.find import CheckpointInfo
-from mot_megatron.config import Config, LossUnit, common_unit
+from mot_megatron.config import Config
 from mot_megatron.config_files import differing_keys
+from mot_megatron.config_model import LossUnit, common_unit
 from mot_megatron.data.blend import sources_of
 from mot_megatron.data.budget import describe_budgets
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT

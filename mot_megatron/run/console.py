@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from mot_megatron.config import LossUnit, common_unit
+from mot_megatron.config_model import LossUnit, common_unit
 from mot_megatron.data.blend_stream import SourceProgress
 from mot_megatron.train.interval import Interval
 from mot_megatron.train.step import HeldOut

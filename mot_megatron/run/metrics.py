@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
-from mot_megatron.config import LossUnit, common_unit
+from mot_megatron.config_model import LossUnit, common_unit
 from mot_megatron.data.blend_stream import SourceProgress
 from mot_megatron.data.codebooks.mel import SAMPLE_RATE
 from mot_megatron.files import write_atomically

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from mot_megatron.config import ExpertsConfig, ModelConfig
+from mot_megatron.config_model import ExpertsConfig, ModelConfig
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import Router, RoutingStatistics
 from mot_megatron.run.metrics import Charts, TensorBoardLog

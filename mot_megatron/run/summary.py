@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mot_megatron.config import BITS_PER_TOKEN, Config, LossUnit
+from mot_megatron.config import Config
+from mot_megatron.config_model import BITS_PER_TOKEN, LossUnit
 from mot_megatron.data.blend_stream import SourceProgress, progress_of_sources
 from mot_megatron.data.statistics import ModalityStatistics, statistics_of
 from mot_megatron.files import write_atomically

@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mot_megatron.config import ExpertsConfig
+from mot_megatron.config_model import ExpertsConfig
 from mot_megatron.model.routing import Router, Routing, RoutingPool, expert_rows
 
 

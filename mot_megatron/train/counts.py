@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.flops import step_flops
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.parallel.groups import ProcessGroups

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.data.blend import sources_of
 from mot_megatron.errors import TrainingError
 from mot_megatron.job.hardware import synchronize

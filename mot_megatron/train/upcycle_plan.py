@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mot_megatron.config import Config, ExpertsConfig, ModelConfig, ParallelConfig, UntiedConfig
+from mot_megatron.config import Config, ParallelConfig
+from mot_megatron.config_model import ExpertsConfig, ModelConfig, UntiedConfig
 from mot_megatron.errors import ConfigError
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.sharding import name_of_expert

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from mot_megatron.compare.curves import Curve, RunCurves, RunIdentity, Split
-from mot_megatron.config import BITS_PER_TOKEN
 from mot_megatron.config_files import parse_config
+from mot_megatron.config_model import BITS_PER_TOKEN
 from mot_megatron.run.metrics import TensorBoardLog
 from mot_megatron.train.state import Progress
 from tests.small_runs import CONFIG

@@ -28,7 +28,7 @@ from mot_megatron.compare.curves import (
     warnings,
     write_csv,
 )
-from mot_megatron.config import BITS_PER_TOKEN
+from mot_megatron.config_model import BITS_PER_TOKEN
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.errors import DataError, UserError
 from mot_megatron.parallel.groups import build_process_groups

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mot_megatron.config import ObjectiveConfig
+from mot_megatron.config_model import ObjectiveConfig
 from mot_megatron.data.noise import draw_time, noised, signal_share
 
 FLOW, DIFFUSION = (ObjectiveConfig(kind=kind) for kind in ("flow_matching", "diffusion"))

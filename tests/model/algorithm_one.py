@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.micro_batch import NO_LABEL
 from mot_megatron.model.model import MixtureOfTransformers
 from tests.model.small_models import Tokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mot_megatron.config import ExpertsConfig
+from mot_megatron.config_model import ExpertsConfig
 
 
 @dataclass

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mot_megatron.config import Config, ExpertsConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig
 from mot_megatron.data.batches import build_micro_batch
 from mot_megatron.model.experts import ExpertFeedForward
 from mot_megatron.model.layer import FeedForward, Layer

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mot_megatron.config import UntiedConfig
 from mot_megatron.config_files import load_config
+from mot_megatron.config_model import UntiedConfig
 from mot_megatron.model.flops import active_flops_per_token, count_parameters, step_flops
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.sharding import SHARED, is_auxiliary

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mot_megatron.config import Config, UntiedConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import UntiedConfig
 from mot_megatron.model.micro_batch import MicroBatch
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.parallel.groups import build_single_process_groups

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mot_megatron.config import ExpertsConfig
+from mot_megatron.config_model import ExpertsConfig
 from mot_megatron.model.routing import (
     ExpertChoiceRouter,
     ExpertUse,

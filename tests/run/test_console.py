@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mot_megatron.config import BITS_PER_TOKEN, LossUnit
+from mot_megatron.config_model import BITS_PER_TOKEN, LossUnit
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.run.console import WIDTH, Console, duration
 from mot_megatron.train.interval import Interval

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.summary.writer import record_writer
 
-from mot_megatron.config import BITS_PER_TOKEN
+from mot_megatron.config_model import BITS_PER_TOKEN
 from mot_megatron.run import event_files
 from mot_megatron.run.metrics import TensorBoardLog
 

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from mot_megatron.config import BITS_PER_TOKEN, LossUnit
+from mot_megatron.config_model import BITS_PER_TOKEN, LossUnit
 from mot_megatron.optim.norms import StepNorms
 from mot_megatron.parallel.groups import build_process_groups
 from mot_megatron.run.loop import train

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mot_megatron.config import ExpertsConfig
+from mot_megatron.config_model import ExpertsConfig
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.model.model import MixtureOfTransformers
 from mot_megatron.model.routing import Router, RoutingPool, RoutingStatistics

@@ -14,14 +14,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from mot_megatron.config import (
-    Config,
-    ExpertsConfig,
-    ModalityConfig,
-    PositiveFloat,
-    TowerConfig,
-    UntiedConfig,
-)
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig, ModalityConfig, TowerConfig, UntiedConfig
+from mot_megatron.config_section import PositiveFloat
 from mot_megatron.conversion.huggingface.model_config import MIXTURE
 from mot_megatron.conversion.huggingface.names import (
     BAGEL,

@@ -15,7 +15,8 @@ import torch
 
 from mot_megatron.checkpoint import CheckpointInfo
 from mot_megatron.checkpoint.names import STATE_KINDS, WEIGHT_PREFIX, checkpoint_directory
-from mot_megatron.config import Config, ModelConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.conversion.huggingface.foreign import ForeignModel
 from mot_megatron.conversion.huggingface.names import Correspondence
 from mot_megatron.conversion.huggingface.vocabulary import Rows, match_rows

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mot_megatron.config import Config, ExpertsConfig, ModelConfig
+from mot_megatron.config import Config
+from mot_megatron.config_model import ExpertsConfig, ModelConfig
 from mot_megatron.data.corpus import CorpusDescription
 from mot_megatron.data.structure import BEGIN_DOCUMENT, END_DOCUMENT
 

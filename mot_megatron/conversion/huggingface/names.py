@@ -17,7 +17,8 @@ from typing import Literal
 
 import torch
 
-from mot_megatron.config import Config, ModelConfig, ParallelConfig
+from mot_megatron.config import Config, ParallelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.inventory import held_parameters
 from mot_megatron.model.sharding import SHARED, name_of_expert
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from mot_megatron.config import Config, ModelConfig, ParallelConfig
+from mot_megatron.config import Config, ParallelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.conversion.huggingface.names import Correspondence
 from mot_megatron.errors import CheckpointError
 from mot_megatron.model.inventory import held_parameters

@@ -19,7 +19,7 @@ import torch
 
 from mot_megatron.checkpoint.storage import read_foreign_index, stored_tensors
 from mot_megatron.checkpoint.streaming import read_box
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.conversion.huggingface.foreign import DENSE_TOWER, ForeignModel
 from mot_megatron.conversion.huggingface.safetensors_files import read_json
 from mot_megatron.conversion.megatron.names import (

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.initialization import mark_zero
 from mot_megatron.model.inventory import FREQUENCIES
 from mot_megatron.model.micro_batch import LatentRows

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
-from mot_megatron.config import ModelConfig
+from mot_megatron.config_model import ModelConfig
 from mot_megatron.model.micro_batch import TokenRows
 from mot_megatron.model.objectives.base import Objective
 from mot_megatron.model.objectives.cross_entropy import VocabularyShard, Weighting, head_losses
