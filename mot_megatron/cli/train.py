@@ -192,7 +192,7 @@ def run(
     from mot_megatron.rules import check_device
     from mot_megatron.run.loop import train
     from mot_megatron.run.timing import time_steps
-    from mot_megatron.train.preflight import check_documents
+    from mot_megatron.train.preflight import check_codecs, check_documents
     from mot_megatron.train.session import (
         build_groups,
         build_session,
@@ -205,6 +205,7 @@ def run(
     corpus = open_training_data(config.data)
     config = resolve_config(config, corpus)
     check_documents(config, corpus)
+    check_codecs(corpus)
     groups = build_groups(config, corpus, join(world, config, corpus))
     if groups.placement is not None and groups.rank == 0:
         flops = tower_flops(config, corpus)

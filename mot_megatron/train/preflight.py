@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mot_megatron.config import Config
+from mot_megatron.data.codebooks import codec_class
 from mot_megatron.data.corpus import HELD_OUT_SPLIT, TRAIN_SPLIT, Corpus
 from mot_megatron.data.loader import DataShard, PackedLoader, evaluation_batches
 from mot_megatron.errors import DataError
@@ -56,8 +57,25 @@ def check_labels(config: Config, corpus: Corpus) -> None:
                 f"{corpus.directory}: every document of split {split} has a single token, so there"
                 " is nothing to predict"
             )
-        if not sum(counts.tokens_per_modality.get(name, 0) for name in weighted):
+        unpredicted = counts.context.tokens_per_modality if counts.context else {}
+        tokens = {
+            name: counts.tokens_per_modality.get(name, 0) - unpredicted.get(name, 0)
+            for name in weighted
+        }
+        if not sum(tokens.values()):
+            what = "label, but only context," if unpredicted else "token"
             raise DataError(
-                f"{corpus.directory}: split {split} has no token of a modality whose"
+                f"{corpus.directory}: split {split} has no {what} of a modality whose"
                 f" model.modalities.NAME.loss_weight is above 0 ({', '.join(weighted) or 'none'})"
             )
+
+
+def check_codecs(corpus: Corpus) -> None:
+    """Check that the classes of the codecs can be imported, since samples are decoded at the end.
+
+    Raises:
+        DataError: A module is missing here, or it has no such codec.
+    """
+    for modality in corpus.description.modalities:
+        if modality.codebook is not None:
+            codec_class(modality.codec)

@@ -10,7 +10,7 @@ import pytest
 from mot_megatron.data.corpus import Corpus
 from mot_megatron.data.writer import CorpusWriter
 from mot_megatron.errors import DataError
-from mot_megatron.train.preflight import check_documents
+from mot_megatron.train.preflight import check_codecs, check_documents
 from mot_megatron.train.session import resolve_config
 from tests.small_runs import MODALITIES, small_config
 
@@ -54,3 +54,32 @@ def test_corpus_with_nothing_to_predict_is_an_error(
     config = resolve_config(small_config(corpus.directory, overrides), corpus)
     with pytest.raises(DataError, match=re.escape(message)):
         check_documents(config, corpus)
+
+
+def test_corpus_of_context_alone_is_an_error(tmp_path: Path) -> None:
+    with CorpusWriter(
+        directory=tmp_path / "c", name="c", builder="tests 1", seed=0, modalities=MODALITIES,
+        pad_token=0,
+    ) as writer:  # fmt: skip
+        writer.add("train", [("text", [1, 2]), ("text", [3])], context={0})
+        writer.add("validation", [("text", [1, 2])], context={0})
+    corpus = Corpus.open(tmp_path / "c")
+    config = resolve_config(small_config(corpus.directory, []), corpus)
+    message = (
+        "split validation has no label, but only context, of a modality whose model.modalities"
+    )
+    with pytest.raises(DataError, match=message):
+        check_documents(config, corpus)
+
+
+def test_codecs_are_imported_before_training(tmp_path: Path) -> None:
+    text = MODALITIES[0].model_copy(update={"codec": "absent_module:Mine", "codebook": "x.txt"})
+    with CorpusWriter(
+        directory=tmp_path / "c", name="c", builder="tests 1", seed=0,
+        modalities=[text, *MODALITIES[1:]], pad_token=0,
+    ) as writer:  # fmt: skip
+        writer.add_file("x.txt", b"")
+        writer.add("train", [("text", [1, 2])])
+    corpus = Corpus.open(tmp_path / "c")
+    with pytest.raises(DataError, match="codec 'absent_module:Mine': module absent_module cannot"):
+        check_codecs(corpus)
