@@ -9,7 +9,6 @@ left behind by a killed comparison also keep the folder locked.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from mot_megatron.compare.experiment import PlannedRun
 from mot_megatron.errors import DataError, UserError
+from mot_megatron.job.exclusive import exclusive
 from mot_megatron.job.stop import StopRequest
 from mot_megatron.run.console import WIDTH, duration
 
@@ -75,21 +75,14 @@ def sole_user(output: Path) -> Iterator[int]:
     Raises:
         DataError: Another comparison holds the lock, or the folder cannot be created.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output / LOCK_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from None
-    try:
+    problem = f"{output}: in use by another comparison, or by a run it left behind"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{output}: in use by another comparison, or by a run it left behind"
-            ) from None
+            output.mkdir(parents=True, exist_ok=True)
+            descriptor = stack.enter_context(exclusive(output / LOCK_FILE, problem))
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}") from None
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def train_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from mot_megatron.errors import ConfigError, DataError
 from mot_megatron.files import read_regular_file, write_atomically
+from mot_megatron.job.exclusive import exclusive
 from mot_megatron.machine_check.checks import TIMES_SUFFIX, Check, Context
 from mot_megatron.machine_check.isolated import log_name, run_isolated
 from mot_megatron.machine_check.outcome import Outcome
@@ -112,11 +112,8 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         DataError: Another one is running.
     """
-    with (directory / "logs" / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{directory}: another mot check-machine is running there") from None
+    problem = f"{directory}: another mot check-machine is running there"
+    with exclusive(directory / "logs" / "lock", problem):
         yield
 
 

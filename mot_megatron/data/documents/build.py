@@ -6,7 +6,6 @@ that was killed continues. Everything else depends on the files and settings alo
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -40,6 +39,7 @@ from mot_megatron.data.documents.vocabulary import (
 from mot_megatron.data.structure import IMAGE, KINDS, SOURCES_FILE, SPEECH, TEXT
 from mot_megatron.data.writer import CorpusWriter, check_target
 from mot_megatron.errors import DataError
+from mot_megatron.job.exclusive import exclusive
 
 BUILDER = "mot_megatron.data.documents 1"
 BROKEN_FILE = "broken.jsonl"
@@ -135,11 +135,7 @@ def build_documents(build: DocumentBuild) -> int:
 def _working_folder(working: Path) -> Iterator[None]:
     """Create the folder and hold its lock; afterwards remove it if it has nothing to keep."""
     working.mkdir(parents=True, exist_ok=True)
-    with (working / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{working}: another process builds this corpus") from None
+    with exclusive(working / "lock", f"{working}: another process builds this corpus"):
         try:
             yield
         finally:
